@@ -1,0 +1,40 @@
+# `make demo` and `make test` need nothing but git, make and Python >= 3.10.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LOG_DIR ?= runs
+PORT ?= 6006
+
+.DEFAULT_GOAL := help
+.PHONY: help demo tensorboard test check bench clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
+
+# torch first, by its pin alone: as one of many requirements it could pull a build with gigabytes of CUDA.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[examples,dev]'
+	touch $@
+
+demo: $(VENV)/installed  ## train a small float8 network on handwritten digits, and show what its weights did
+	$(BIN)/python examples/digits_float8.py --log-dir $(LOG_DIR)/digits_float8
+
+tensorboard: $(VENV)/installed  ## open TensorBoard on runs/
+	$(BIN)/tensorboard --logdir $(LOG_DIR) --port $(PORT)
+
+test: $(VENV)/installed  ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed  ## ruff, mypy --strict, and the table of allowed imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+bench: $(VENV)/installed  ## measure what tracking costs
+	$(BIN)/python benchmarks/step_cost.py
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
