@@ -1,0 +1,32 @@
+"""See how quantized weights move while a network trains."""
+
+from __future__ import annotations
+
+from weightflip import formats
+from weightflip.functional import compute_flip_rate, compute_stall_ratio
+from weightflip.optimizer import FlipTrackingOptimizer
+from weightflip.quantizers import Codes, Quantizer, decode, encode, quantize, quantizer_names
+from weightflip.records import FlipRecord, LayerRecord, RunInfo
+from weightflip.sinks import Sink
+from weightflip.tracker import BitStallDetector, WeightFlipTracker
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BitStallDetector",
+    "Codes",
+    "FlipRecord",
+    "FlipTrackingOptimizer",
+    "LayerRecord",
+    "Quantizer",
+    "RunInfo",
+    "Sink",
+    "WeightFlipTracker",
+    "compute_flip_rate",
+    "compute_stall_ratio",
+    "decode",
+    "encode",
+    "formats",
+    "quantize",
+    "quantizer_names",
+]

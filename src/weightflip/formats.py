@@ -1,0 +1,267 @@
+"""Number formats as data: what each code of a small floating-point format stands for.
+
+A format never touches a tensor. Quantizers and kernels read its numbers and do the work.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """A signed floating-point format of 1 sign bit, ``E`` exponent bits and ``M`` mantissa bits.
+
+    A code is written as its *ordinal*: a signed integer that grows with the number it stands for, whose magnitude is
+    the bit pattern without the sign. Both zeros are ordinal 0. With ``e`` the exponent field and ``m`` the mantissa
+    field of the magnitude, the value is
+
+    * ``e > 0``: ``2**(e - bias) * (1 + m / 2**M)``,
+    * ``e == 0``: ``2**(1 - bias) * (m / 2**M)`` (subnormal),
+    * ``E == 0``: ``m / 2**M`` (fixed point).
+
+    Attributes:
+        name: How people write it, such as ``"e4m3"``.
+        exponent_bits: ``E``.
+        mantissa_bits: ``M``.
+        bias: What is subtracted from the exponent field.
+        has_inf: The all-ones exponent with mantissa 0 is infinity (IEEE 754); needs ``has_nan``.
+        has_nan: With ``has_inf``, every larger pattern is NaN (IEEE 754); without it, only the all-ones pattern is
+            ("fn" formats). A format with neither is finite: every code is a number.
+
+    Raises:
+        ValueError: Negative widths, no bits but the sign, or infinities without NaN.
+
+    Example:
+        >>> E4M3.max, E4M3.smallest_subnormal, E4M3.value(1)
+        (448.0, 0.001953125, 0.001953125)
+        >>> print(E4M3)
+        e4m3: 8 bits = 1 sign + 4 exponent + 3 mantissa, bias 7, NaN but no infinities, largest 448, smallest 0.00195312
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    has_inf: bool = False
+    has_nan: bool = False
+
+    def __post_init__(self) -> None:
+        if self.exponent_bits < 0 or self.mantissa_bits < 0 or self.exponent_bits + self.mantissa_bits == 0:
+            raise ValueError(
+                f"a format needs at least one bit beside the sign, got exponent_bits={self.exponent_bits}, "
+                f"mantissa_bits={self.mantissa_bits}"
+            )
+        if self.has_inf and (not self.has_nan or self.mantissa_bits == 0):
+            raise ValueError(f"format {self.name!r}: infinities need NaN codes too (IEEE 754), and a mantissa bit")
+
+    @property
+    def bits(self) -> int:
+        """Width in bits, the sign included."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal number, and of the subnormal ones."""
+        return 1 - self.bias if self.exponent_bits else 0
+
+    @property
+    def max_ordinal(self) -> int:
+        """Ordinal of the largest finite number."""
+        if self.has_inf:
+            return (((1 << self.exponent_bits) - 1) << self.mantissa_bits) - 1
+        return (1 << (self.bits - 1)) - (2 if self.has_nan else 1)
+
+    @property
+    def inf_ordinal(self) -> int | None:
+        """Ordinal of +infinity; None where the format has none."""
+        return self.max_ordinal + 1 if self.has_inf else None
+
+    @property
+    def nan_ordinal(self) -> int:
+        """The one ordinal for NaN: the first above all numbers, in two's complement of the storage.
+
+        A finite format has no NaN of its own, but a NaN weight still needs a code. A format that fills its storage
+        (``e3m4`` in 8 bits) wraps: ``127 + 1`` is -128, which no number uses.
+        """
+        ordinal = self.max_ordinal + (2 if self.has_inf else 1)
+        half = 1 << (self.storage_bits - 1)
+        return ordinal - 2 * half if ordinal >= half else ordinal
+
+    @property
+    def storage_bits(self) -> int:
+        """Width of the integers that hold ordinals: 8, 16, 32 or 64."""
+        return max(8, 1 << (self.bits - 1).bit_length())
+
+    @property
+    def max_exponent(self) -> int:
+        """Exponent of the largest finite number: ``max`` lies in ``[2**max_exponent, 2**(max_exponent + 1))``."""
+        significand, exponent = self._significand(self.max_ordinal)
+        return exponent + math.frexp(significand)[1] - 1
+
+    @property
+    def max(self) -> float:
+        """Largest finite number; infinity where it is beyond float64 (11 exponent bits and more)."""
+        return self.value(self.max_ordinal)
+
+    @property
+    def smallest_normal(self) -> float:
+        """Smallest positive number with full precision; 0.0 where it is below float64."""
+        return math.ldexp(1.0, self.min_exponent)
+
+    @property
+    def smallest_subnormal(self) -> float:
+        """Smallest positive number; 0.0 where it is below float64."""
+        return self.value(1)
+
+    def _significand(self, magnitude: int) -> tuple[float, int]:
+        """``(s, e)`` with value ``s * 2**e``, exact for every width."""
+        field = magnitude >> self.mantissa_bits
+        mantissa = (magnitude & ((1 << self.mantissa_bits) - 1)) / (1 << self.mantissa_bits)
+        if field == 0 or self.exponent_bits == 0:
+            return mantissa, self.min_exponent
+        return 1.0 + mantissa, field - self.bias
+
+    def value(self, ordinal: int, *, exponent_shift: int = 0) -> float:
+        """The number that an ordinal stands for.
+
+        Args:
+            ordinal: Between ``-max_ordinal`` and ``max_ordinal``, or the ordinal of an infinity or of NaN.
+            exponent_shift: Give the number divided by ``2**exponent_shift``, to look at formats beyond float64.
+
+        Returns:
+            The value as a float64; infinite where it is beyond float64, 0.0 where it is below.
+
+        Raises:
+            ValueError: No number of the format has this ordinal.
+        """
+        if ordinal == self.nan_ordinal:
+            return math.nan
+        sign, magnitude = (-1.0 if ordinal < 0 else 1.0), abs(ordinal)
+        if magnitude == self.inf_ordinal:
+            return sign * math.inf
+        if magnitude > self.max_ordinal:
+            raise ValueError(f"{self.name} has ordinals -{self.max_ordinal} to {self.max_ordinal}, got {ordinal}")
+        significand, exponent = self._significand(magnitude)
+        try:
+            return sign * math.ldexp(significand, exponent - exponent_shift)
+        except OverflowError:
+            return sign * math.inf
+
+    @cached_property
+    def values(self) -> tuple[float, ...]:
+        """All finite numbers, ascending; element ``i`` has ordinal ``i - max_ordinal``."""
+        return tuple(self.value(k) for k in range(-self.max_ordinal, self.max_ordinal + 1))
+
+    def table(self) -> str:
+        """The non-negative half of the format, a line each, for people to look at: ordinal, bits, value."""
+        lines = [str(self), f"{'ordinal':>8}  {'bits':<{self.bits + 2}}  value"]
+        last = self.max_ordinal + (1 if self.has_inf else 0)
+        for ordinal in range(last + 1):
+            pattern = format(ordinal, f"0{self.bits - 1}b")
+            split = self.exponent_bits
+            lines.append(f"{ordinal:>8}  0 {pattern[:split]} {pattern[split:]}  {self.value(ordinal):.9g}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        if self.has_inf:
+            specials = "infinities and NaN"
+        elif self.has_nan:
+            specials = "NaN but no infinities"
+        else:
+            specials = "every code a number"
+        return (
+            f"{self.name}: {self.bits} bits = 1 sign + {self.exponent_bits} exponent + {self.mantissa_bits} mantissa, "
+            f"bias {self.bias}, {specials}, largest {self._readable(self.max_ordinal)}, "
+            f"smallest {self._readable(1)}"
+        )
+
+    def _readable(self, ordinal: int) -> str:
+        value = self.value(ordinal)
+        if 0.0 < value < math.inf:
+            return f"{value:.6g}"
+        significand, exponent = self._significand(ordinal)
+        return f"{significand:g} * 2**{exponent}"
+
+
+def _finite(exponent_bits: int, mantissa_bits: int) -> FloatFormat:
+    """A format in which every code is a number, with the IEEE bias (0 where E <= 1)."""
+    bias = 2 ** (exponent_bits - 1) - 1 if exponent_bits else 0
+    return FloatFormat(f"e{exponent_bits}m{mantissa_bits}", exponent_bits, mantissa_bits, bias)
+
+
+# 8 bits. E4M3 is torch.float8_e4m3fn and E5M2 torch.float8_e5m2 (OCP 8-bit Floating Point Specification 1.0).
+E0M7 = _finite(0, 7)
+E1M6 = _finite(1, 6)
+E2M5 = _finite(2, 5)
+E3M4 = _finite(3, 4)
+E4M3 = FloatFormat("e4m3", 4, 3, 7, has_nan=True)
+E5M2 = FloatFormat("e5m2", 5, 2, 15, has_inf=True, has_nan=True)
+E6M1 = _finite(6, 1)
+E7M0 = _finite(7, 0)
+
+# 6 and 4 bits. E2M3, E3M2 and E2M1 are the elements of the OCP Microscaling formats.
+E0M5 = _finite(0, 5)
+E1M4 = _finite(1, 4)
+E2M3 = _finite(2, 3)
+E3M2 = _finite(3, 2)
+E4M1 = _finite(4, 1)
+E5M0 = _finite(5, 0)
+E0M3 = _finite(0, 3)
+E1M2 = _finite(1, 2)
+E2M1 = _finite(2, 1)
+E3M0 = _finite(3, 0)
+
+# 16 bits: the two that hardware has, and the other splits.
+BF16 = FloatFormat("e8m7", 8, 7, 127, has_inf=True, has_nan=True)
+FP16 = FloatFormat("e5m10", 5, 10, 15, has_inf=True, has_nan=True)
+E0M15 = _finite(0, 15)
+E1M14 = _finite(1, 14)
+E2M13 = _finite(2, 13)
+E3M12 = _finite(3, 12)
+E4M11 = _finite(4, 11)
+E5M10 = FP16
+E6M9 = _finite(6, 9)
+E7M8 = _finite(7, 8)
+E8M7 = BF16
+E9M6 = _finite(9, 6)
+E10M5 = _finite(10, 5)
+E11M4 = _finite(11, 4)
+E12M3 = _finite(12, 3)
+E13M2 = _finite(13, 2)
+E14M1 = _finite(14, 1)
+E15M0 = _finite(15, 0)
+
+# What master weights are stored in; named by `native` only.
+FP32 = FloatFormat("e8m23", 8, 23, 127, has_inf=True, has_nan=True)
+FP64 = FloatFormat("e11m52", 11, 52, 1023, has_inf=True, has_nan=True)
+
+_NAMED = {f.name: f for f in (E4M3, E5M2, BF16, FP16)}
+_EXMY = re.compile(r"e(\d+)m(\d+)")
+
+
+def exmy(name: str) -> FloatFormat:
+    """The format called ``name``, such as ``"e3m4"``.
+
+    ``e4m3``, ``e5m2``, ``e8m7`` and ``e5m10`` are the ones that hardware has; all others are finite.
+
+    Raises:
+        ValueError: Not of the form ``eXmY``, or wider than 16 bits.
+
+    Example:
+        >>> exmy("e2m1").values[7:]
+        (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    """
+    match = _EXMY.fullmatch(name.lower())
+    if match is None:
+        raise ValueError(f"expected a format such as 'e4m3' or 'e2m1', got {name!r}")
+    exponent_bits, mantissa_bits = int(match[1]), int(match[2])
+    if not 1 <= exponent_bits + mantissa_bits <= 15:
+        raise ValueError(
+            f"expected a format of 2 to 16 bits with the sign, got {name!r} with {1 + exponent_bits + mantissa_bits}"
+        )
+    canonical = f"e{exponent_bits}m{mantissa_bits}"
+    return _NAMED.get(canonical) or _finite(exponent_bits, mantissa_bits)

@@ -1,0 +1,91 @@
+"""Weights to codes: one file a family of formats, found by name through :func:`resolve`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Quantizer, quantizer_names, register, resolve
+
+__all__ = [
+    "Codes",
+    "ElementwiseQuantizer",
+    "Quantizer",
+    "decode",
+    "encode",
+    "quantize",
+    "quantizer_names",
+    "register",
+    "resolve",
+]
+
+
+@torch.no_grad()
+def encode(weight: Tensor, format: Any, scale: Tensor | float | None = None) -> Codes:
+    """The codes that a weight has in a format.
+
+    Args:
+        weight: Floating-point, any shape.
+        format: A quantizer name, ``FloatFormat`` or ``Quantizer``, or a function from a weight to its quantized values.
+        scale: What the weight is divided by before rounding, instead of the format's own rule; a number or a tensor
+            that broadcasts to ``weight``. A ``FloatFormat`` without ``scale`` is not scaled.
+
+    Returns:
+        Ordinals of the weight's shape, and the scale that ``decode`` needs.
+
+    Raises:
+        ValueError: Unknown format, or a weight or scale that does not fit it.
+        TypeError: ``format`` is none of the above.
+
+    Example:
+        >>> from weightflip.formats import E2M1
+        >>> encode(torch.tensor([0.0, 0.7, -6.0]), E2M1).ordinals
+        tensor([ 0,  1, -7], dtype=torch.int8)
+    """
+    return resolve(format, scale).encode(weight)
+
+
+@torch.no_grad()
+def decode(codes: Codes, format: Any) -> Tensor:
+    """The quantized values that codes stand for: the inverse of :func:`encode` on what the format can hold.
+
+    Args:
+        codes: What ``encode`` gave.
+        format: The same format as there.
+
+    Returns:
+        The codes' shape; float32, or float64 where the weight or the format needed it.
+
+    Raises:
+        ValueError: The quantizer has no ``decode``.
+
+    Example:
+        >>> from weightflip.formats import E2M1
+        >>> decode(encode(torch.tensor([0.0, 0.7, -9.0]), E2M1), E2M1)
+        tensor([ 0.0000,  0.5000, -6.0000])
+    """
+    quantizer = resolve(format)
+    method = getattr(quantizer, "decode", None)
+    if method is None:
+        raise ValueError(f"quantizer {quantizer} only encodes: it has no decode(codes)")
+    values: Tensor = method(codes)
+    return values
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, format: Any, scale: Tensor | float | None = None) -> Tensor:
+    """The values that a weight takes in a format: encoded and decoded.
+
+    Arguments and errors are those of :func:`encode`.
+
+    Returns:
+        The weight's shape; float32, or float64 where the weight or the format needs it.
+
+    Example:
+        >>> quantize(torch.tensor([0.1, 0.2, -0.4]), "float8_e4m3")
+        tensor([ 0.1000,  0.2000, -0.4000])
+    """
+    quantizer = resolve(format, scale)
+    return decode(quantizer.encode(weight), quantizer)

@@ -1,0 +1,210 @@
+"""What a quantizer is, and how one is found by name.
+
+A new quantizer is one new file in this folder: a class with ``encode``, and a factory under ``@register``. Every module
+of the folder is imported when the first name is looked up.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from weightflip.formats import FloatFormat
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The codes of one weight tensor.
+
+    Attributes:
+        ordinals: Signed integers of the weight's shape that grow with the number they stand for; equal ordinals stand
+            for equal numbers. int8 for formats of up to 8 bits, else int16, int32 or int64.
+        scale: What the quantizer's ``decode`` needs beside the ordinals, broadcastable to the weight's shape; None
+            where the format has no scale.
+    """
+
+    ordinals: Tensor
+    scale: Tensor | None = None
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """Anything that turns a weight into codes.
+
+    ``encode`` is called without gradients. It must not change the weight and must not draw random numbers.
+    """
+
+    def encode(self, weight: Tensor) -> Codes:
+        """Codes of ``weight``, in its shape."""
+        ...
+
+
+class Scratch(Protocol):
+    """Lends buffers that are reused, so that nothing large is allocated in a step."""
+
+    def __call__(self, slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A contiguous buffer of ``like``'s shape and device; the next call with this slot and dtype takes it back."""
+        ...
+
+
+def _fresh(slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(like.shape, dtype=dtype, device=like.device)
+
+
+class ElementwiseQuantizer(ABC):
+    """A quantizer that needs at most a scale of the whole weight and then looks at each element by itself.
+
+    So the tracker can encode in slices that fit the cache. ``name`` is what people write to get it.
+    """
+
+    name: str
+
+    @abstractmethod
+    def code_dtype(self, weight: Tensor) -> torch.dtype:
+        """Integer dtype of the ordinals."""
+
+    @abstractmethod
+    def scale(self, weight: Tensor) -> Tensor | None:
+        """The scale of ``weight``, 0-dim or broadcastable to it; None where the format has none.
+
+        Raises:
+            ValueError: The weight's shape or dtype does not fit the format.
+        """
+
+    @abstractmethod
+    def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
+        """Write the ordinals of a slice.
+
+        Args:
+            weight: A slice of the weight.
+            scale: The scale of the slice.
+            out: Contiguous, in the slice's shape, of ``code_dtype``.
+            scratch: Where temporaries come from.
+        """
+
+    @abstractmethod
+    def decode(self, codes: Codes) -> Tensor:
+        """The quantized values, float32 (float64 for float64 weights and formats beyond float32)."""
+
+    def encode(self, weight: Tensor) -> Codes:
+        """Codes of the whole weight at once; the tracker goes through ``encode_into``."""
+        scale = self.scale(weight)
+        out = torch.empty(weight.shape, dtype=self.code_dtype(weight), device=weight.device)
+        self.encode_into(weight, scale, out, _fresh)
+        return Codes(out, scale)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+QuantizerLike: TypeAlias = "str | FloatFormat | Quantizer | Callable[[Tensor], Tensor]"
+
+Factory: TypeAlias = Callable[[str, tuple[str, ...]], ElementwiseQuantizer]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    pattern: re.Pattern[str]
+    examples: tuple[str, ...]
+    factory: Factory
+
+
+_registry: list[_Entry] = []
+
+
+def register(pattern: str, *, examples: tuple[str, ...]) -> Callable[[Factory], Factory]:
+    """Make a quantizer available by name.
+
+    Args:
+        pattern: Regular expression that the name without its ``:options`` matches in full.
+        examples: Names that error messages and docs show, such as ``("e3m4",)``.
+
+    Returns:
+        A decorator for ``factory(name, options)``; the factory raises ValueError for an option that it does not know.
+    """
+
+    def add(factory: Factory) -> Factory:
+        _registry.append(_Entry(re.compile(pattern), examples, factory))
+        return factory
+
+    return add
+
+
+def _load_rooms() -> None:
+    package = importlib.import_module(__package__ or "")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def quantizer_names() -> list[str]:
+    """Example names of every registered family.
+
+    Example:
+        >>> "float8_e4m3" in quantizer_names()
+        True
+    """
+    _load_rooms()
+    return sorted(example for entry in _registry for example in entry.examples)
+
+
+def _by_name(name: str) -> ElementwiseQuantizer:
+    _load_rooms()
+    family, *options = name.lower().split(":")
+    for entry in _registry:
+        if entry.pattern.fullmatch(family):
+            return entry.factory(family, tuple(options))
+    known = quantizer_names()
+    close = difflib.get_close_matches(family, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(
+        f"unknown quantizer {name!r}; {hint}Expected one of {', '.join(known)} (and any eXmY of up to 16 bits), "
+        "a FloatFormat, an object with encode(weight), or a function from a weight to its quantized values"
+    )
+
+
+def resolve(spec: Any, scale: Tensor | float | None = None) -> Quantizer:
+    """The quantizer that ``spec`` means.
+
+    Args:
+        spec: A name (``"float8_e4m3:row"``), a ``FloatFormat`` (unscaled unless ``scale`` is given), an object with
+            ``encode(weight) -> Codes``, or a function from a weight to its quantized values.
+        scale: What the weight is divided by before rounding, a number or a tensor that broadcasts to the weight;
+            instead of the format's own rule. Only for formats with a ``FloatFormat`` element.
+
+    Raises:
+        ValueError: An unknown name or option, or a scale for something that takes none.
+        TypeError: Nothing of the above.
+    """
+    from weightflip.quantizers.floatx import FloatxQuantizer
+    from weightflip.quantizers.native import FunctionQuantizer
+
+    if isinstance(spec, str):
+        spec = _by_name(spec)
+    if isinstance(spec, FloatFormat):
+        return FloatxQuantizer(spec, fixed_scale=scale)
+    if isinstance(spec, type):
+        raise TypeError(f"expected a quantizer, got the class {spec.__name__}; pass an instance of it")
+    if isinstance(spec, Quantizer):
+        if scale is None:
+            return spec
+        element = getattr(spec, "format", None)
+        if isinstance(element, FloatFormat):
+            return FloatxQuantizer(element, fixed_scale=scale)
+        raise ValueError(f"quantizer {spec} takes no scale=; leave it out, or name a format such as 'e4m3'")
+    if callable(spec):
+        if scale is not None:
+            raise ValueError("a function from a weight to its quantized values takes no scale=; scale inside it")
+        return FunctionQuantizer(spec)
+    raise TypeError(
+        "expected a quantizer name such as 'float8_e4m3', a FloatFormat, an object with encode(weight), or a function "
+        f"from a weight to its quantized values, got {type(spec).__name__}"
+    )

@@ -1,0 +1,173 @@
+"""The bits themselves: stored weights, casts to a torch dtype, and whatever values a user's function returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from weightflip.formats import BF16, E4M3, E5M2, FP16, FP32, FP64, FloatFormat
+from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Scratch, register
+
+STORED_FORMATS: dict[torch.dtype, FloatFormat] = {
+    torch.float8_e4m3fn: E4M3,
+    torch.float8_e5m2: E5M2,
+    torch.bfloat16: BF16,
+    torch.float16: FP16,
+    torch.float32: FP32,
+    torch.float64: FP64,
+}
+ORDINAL_DTYPES = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
+
+
+def bits_to_ordinals_(bits: Tensor, format: FloatFormat, scratch: Scratch) -> None:
+    """Turn IEEE-like bit patterns into ordinals, in place.
+
+    Sign and magnitude become two's complement, -0 becomes 0, every NaN becomes ``format.nan_ordinal``.
+
+    Args:
+        bits: Contiguous int8, int16, int32 or int64, as wide as the format.
+        format: One with NaN.
+        scratch: Where temporaries come from.
+    """
+    sign_bit = torch.iinfo(bits.dtype).min
+    sign = scratch("sign", bits, bits.dtype)
+    torch.bitwise_and(bits, sign_bit, out=sign)
+    # For a negative pattern abs() gives 2**(n-1) - magnitude (the sign bit alone stays as it is), and putting the sign
+    # bit back gives -magnitude: three passes instead of shift, mask, xor and subtract.
+    bits.abs_().bitwise_xor_(sign)
+
+    nan = format.nan_ordinal
+    if nan < torch.iinfo(bits.dtype).max:
+        bits.clamp_(-nan, nan)
+    # NaN carries a sign, which arithmetic on different machines sets differently: -nan moves onto nan by a wrapping
+    # subtraction. Comparing with a full tensor is 20x faster on CPU than comparing int8 with a number.
+    is_negative_nan = scratch("mask", bits, torch.bool)
+    torch.eq(bits, sign.fill_(-nan), out=is_negative_nan)
+    width = format.storage_bits
+    alpha = (-2 * nan) % (1 << width)
+    alpha -= (1 << width) if alpha >= 1 << (width - 1) else 0
+    flags = is_negative_nan.view(torch.int8)
+    if bits.dtype is torch.int8:
+        bits.sub_(flags, alpha=alpha)
+    else:
+        bits.sub_(sign.copy_(flags), alpha=alpha)
+
+
+def ordinals_to_bits(ordinals: Tensor, format: FloatFormat) -> Tensor:
+    """The inverse of :func:`bits_to_ordinals_`, with +0 for 0 and one positive NaN."""
+    magnitude = ordinals.abs()
+    return torch.where(ordinals < 0, magnitude | torch.iinfo(ordinals.dtype).min, magnitude)
+
+
+class NativeQuantizer(ElementwiseQuantizer):
+    """The stored bits: did the weight itself change? ``"native"``.
+
+    For float8, float16, bfloat16, float32 and float64 weights; 1, 2, 4 or 8 bytes of code a weight.
+    """
+
+    name = "native"
+
+    def stored_dtype(self, weight: Tensor) -> torch.dtype:
+        """The dtype whose bits are the codes.
+
+        Raises:
+            ValueError: There is no ordering of this dtype's bits.
+        """
+        if weight.dtype not in STORED_FORMATS:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED_FORMATS)
+            raise ValueError(f"quantizer 'native' reads the bits of {known} weights, got {weight.dtype}")
+        return weight.dtype
+
+    def code_dtype(self, weight: Tensor) -> torch.dtype:
+        return ORDINAL_DTYPES[STORED_FORMATS[self.stored_dtype(weight)].storage_bits]
+
+    def scale(self, weight: Tensor) -> Tensor | None:
+        self.stored_dtype(weight)
+        return None
+
+    def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
+        dtype = self.stored_dtype(weight)
+        out.view(dtype).copy_(weight)
+        bits_to_ordinals_(out, STORED_FORMATS[dtype], scratch)
+
+    def decode(self, codes: Codes) -> Tensor:
+        return _bits_as_values(codes.ordinals, _format_of_width(codes.ordinals.element_size() * 8))
+
+
+def _format_of_width(bits: int) -> FloatFormat:
+    candidates = [format for format in STORED_FORMATS.values() if format.bits == bits]
+    if len(candidates) != 1:
+        names = " or ".join(format.name for format in candidates)
+        raise ValueError(f"{bits}-bit codes may be {names}: decode with that format instead of 'native'")
+    return candidates[0]
+
+
+def _bits_as_values(ordinals: Tensor, format: FloatFormat) -> Tensor:
+    dtype = next(dtype for dtype, stored in STORED_FORMATS.items() if stored == format)
+    values = ordinals_to_bits(ordinals, format).view(dtype)
+    return values if dtype is torch.float64 else values.float()
+
+
+class CastQuantizer(NativeQuantizer):
+    """A plain cast without a scale: ``"bfloat16"``, ``"float16"``. Overflow becomes infinity, as the cast has it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.format = STORED_FORMATS[dtype]
+        self.name = str(dtype).removeprefix("torch.")
+
+    def stored_dtype(self, weight: Tensor) -> torch.dtype:
+        if not weight.is_floating_point():
+            raise ValueError(f"quantizer {self.name!r} casts floating-point weights, got {weight.dtype}")
+        return self.dtype
+
+    def decode(self, codes: Codes) -> Tensor:
+        return _bits_as_values(codes.ordinals, self.format)
+
+
+class FunctionQuantizer:
+    """Codes of whatever a function from a weight to its quantized values returns: the bits of those values.
+
+    The function sees the whole weight, detached; its result is as large as the weight, and the codes are as wide as its
+    dtype. Return bfloat16 where its 8 bits of significand hold the values.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+        self._native = NativeQuantizer()
+
+    def encode(self, weight: Tensor) -> Codes:
+        values = self.function(weight.detach())
+        if not isinstance(values, Tensor) or values.shape != weight.shape:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"the function {self.name!r} has to return a tensor of the weight's shape {tuple(weight.shape)}, "
+                f"got {got}"
+            )
+        if values.dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
+            # Integers are ordinals already; a copy, since a function may hand out a tensor that it writes to later.
+            return Codes(values.clone())
+        return self._native.encode(values)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _no_options(name: str, options: tuple[str, ...]) -> None:
+    if options:
+        raise ValueError(f"quantizer {name!r} has no options, got {':'.join(options)!r}")
+
+
+@register("native", examples=("native",))
+def _native(name: str, options: tuple[str, ...]) -> ElementwiseQuantizer:
+    _no_options(name, options)
+    return NativeQuantizer()
+
+
+@register("bfloat16|float16", examples=("bfloat16", "float16"))
+def _cast(name: str, options: tuple[str, ...]) -> ElementwiseQuantizer:
+    _no_options(name, options)
+    return CastQuantizer(getattr(torch, name))
