@@ -1,0 +1,276 @@
+"""Which parameters are tracked, under which name, with which quantizer; and why the others are not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weightflip.quantizers import Quantizer, resolve
+
+logger = logging.getLogger("weightflip")
+
+# Put into names by torch.compile, activation checkpointing and FSDP1; not what people call their layers.
+_WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+_FLOAT32_DEFAULT = "float8_e4m3"
+_DTYPE_DEFAULTS = {
+    torch.float32: _FLOAT32_DEFAULT,
+    torch.float64: _FLOAT32_DEFAULT,
+    torch.bfloat16: "native",
+    torch.float16: "native",
+    torch.float8_e4m3fn: "native",
+    torch.float8_e5m2: "native",
+}
+
+
+class Skip(Exception):
+    """A parameter cannot be tracked; the message says why.
+
+    Args:
+        reason: For people.
+        misfit: Whether the user asked for a format that the weight does not fit.
+    """
+
+    def __init__(self, reason: str, *, misfit: bool = False) -> None:
+        super().__init__(reason)
+        self.misfit = misfit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with each parameter of an optimizer.
+
+    Attributes:
+        tracked: Name to quantizer.
+        skipped: Name to the reason.
+        notes: Sentences worth reading.
+    """
+
+    tracked: dict[str, Quantizer] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def name_parameters(param_groups: Iterable[Mapping[str, Any]], model: nn.Module | None) -> dict[str, Tensor]:
+    """Name to parameter, for each parameter of the groups, once.
+
+    Names come from the model; else from the groups' ``param_names``; else from the place, as ``group0.param3``. A
+    parameter that the model holds under several names (tied weights) has the first.
+    """
+    of_model = _model_names(model) if model is not None else {}
+    names: dict[int, str] = {}
+    result: dict[str, Tensor] = {}
+    for i, group in enumerate(param_groups):
+        given = group.get("param_names") or ()
+        for j, parameter in enumerate(group["params"]):
+            if id(parameter) in names:
+                continue
+            name = of_model.get(id(parameter)) or (given[j] if j < len(given) else f"group{i}.param{j}")
+            if name in result:
+                name = f"group{i}.param{j}"
+            names[id(parameter)] = name
+            result[name] = parameter
+    return result
+
+
+def _model_names(model: nn.Module) -> dict[int, str]:
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        for prefix in _WRAPPER_PREFIXES:
+            name = name.replace(prefix, "")
+        names.setdefault(id(parameter), name)
+    return names
+
+
+def make_plan(
+    parameters: Mapping[str, Tensor],
+    model: nn.Module | None,
+    quantizer: Any = "auto",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    *,
+    strict: bool = True,
+) -> Plan:
+    """Decide for each parameter whether it is tracked and with which quantizer.
+
+    Args:
+        parameters: Name to parameter.
+        model: Where ``"auto"`` looks for the module that quantizes a weight; None leaves it the dtype alone.
+        quantizer: ``"auto"``, a name, an object, a function, or a mapping from globs over names to any of these, of
+            which the first that matches counts.
+        include: Globs over names; None for every floating-point weight with two dimensions or more.
+        exclude: Globs over names.
+        strict: Whether a rule that leads nowhere is an error. While training goes on, a parameter that cannot be
+            tracked any more is skipped with its reason instead.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: An unknown quantizer. If ``strict``: a glob that matches nothing; a weight that does not fit the
+            format named for it; a parameter that is included by its full name and cannot be tracked; nothing left to
+            track.
+        TypeError: Something that is no quantizer.
+    """
+    rules = _rules(quantizer)
+    include_globs, exclude_globs = _globs("include", include), _globs("exclude", exclude)
+    if strict:
+        _check_globs("quantizer", list(rules) if isinstance(quantizer, Mapping) else [], parameters)
+        _check_globs("include", include_globs, parameters)
+        _check_globs("exclude", exclude_globs, parameters)
+
+    owners = _owners(model) if model is not None else {}
+    plan, notes = Plan(), []
+    for name, parameter in parameters.items():
+        try:
+            chosen, note = _choose(name, parameter, rules, include_globs, exclude_globs, owners.get(id(parameter)))
+        except Skip as reason:
+            if strict and (reason.misfit or name in include_globs):
+                raise ValueError(f"parameter {name!r} cannot be tracked as asked for: {reason}") from None
+            plan.skipped[name] = str(reason)
+        else:
+            plan.tracked[name] = chosen
+            if note and note not in notes:
+                notes.append(note)
+    if strict and not plan.tracked:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:5])
+        raise ValueError(
+            f"nothing to track among {len(parameters)} parameters ({reasons or 'there are none'}); "
+            "expected a floating-point weight with two dimensions, or name others with include="
+        )
+    return Plan(plan.tracked, plan.skipped, tuple(notes))
+
+
+def _rules(quantizer: Any) -> dict[str, Any]:
+    """Glob to resolved quantizer, or to "auto"."""
+    rules = dict(quantizer) if isinstance(quantizer, Mapping) else {"*": quantizer}
+    return {glob: spec if isinstance(spec, str) and spec == "auto" else resolve(spec) for glob, spec in rules.items()}
+
+
+def _globs(option: str, globs: str | Sequence[str] | None) -> tuple[str, ...]:
+    globs = () if globs is None else (globs,) if isinstance(globs, str) else tuple(globs)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"{option}= is a glob over parameter names or a sequence of them, got {globs!r}")
+    return globs
+
+
+def _check_globs(option: str, globs: Sequence[str], names: Iterable[str]) -> None:
+    names = list(names)
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise ValueError(f"the pattern {glob!r} in {option}= matches none of the {len(names)} parameters: {shown}")
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _choose(
+    name: str,
+    parameter: Tensor,
+    rules: Mapping[str, Any],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    owner: nn.Module | None,
+) -> tuple[Quantizer, str | None]:
+    """The quantizer of one parameter, and a note.
+
+    Raises:
+        Skip: It is not tracked.
+    """
+    if _matches(name, exclude):
+        raise Skip("excluded")
+    if include and not _matches(name, include):
+        raise Skip("not included")
+    if not include and parameter.ndim < 2:
+        raise Skip(f"{parameter.ndim}-dimensional; include= names it if it is to be tracked")
+    if not parameter.is_floating_point():
+        raise Skip(f"dtype {_dtype(parameter)} is not floating-point")
+    if parameter.is_meta:
+        raise Skip("on the meta device, without data")
+    if parameter.numel() == 0:
+        raise Skip("empty")
+    if parameter.layout is not torch.strided:
+        raise Skip(f"layout {parameter.layout} is not strided")
+    if not parameter.requires_grad:
+        raise Skip("frozen (requires_grad=False)")
+
+    spec = next((spec for glob, spec in rules.items() if fnmatchcase(name, glob)), None)
+    if spec is None:
+        raise Skip("no pattern in quantizer= matches; add '*' for the rest")
+    chosen, note = (resolve(spec), None) if spec != "auto" else _detect(parameter, owner)
+    check = getattr(chosen, "scale", None)
+    if callable(check):
+        try:
+            with torch.no_grad():
+                check(parameter.detach())
+        except ValueError as error:
+            raise Skip(f"shape {tuple(parameter.shape)}: {error}", misfit=spec != "auto") from None
+    return chosen, note
+
+
+def _dtype(parameter: Tensor) -> str:
+    return str(parameter.dtype).removeprefix("torch.")
+
+
+def _owners(model: nn.Module) -> dict[int, nn.Module]:
+    """The module that holds each parameter; of several, the first that belongs to torchao."""
+    owners: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            held = owners.get(id(parameter))
+            if held is None or (_torchao_class(held) is None and _torchao_class(module) is not None):
+                owners[id(parameter)] = module
+    return owners
+
+
+def _torchao_class(thing: object) -> str | None:
+    """Name of the first torchao class in the type's MRO. torchao is not imported to look."""
+    for cls in type(thing).__mro__:
+        if cls.__module__.split(".")[0] == "torchao":
+            return cls.__name__
+    return None
+
+
+def _detect(parameter: Tensor, owner: nn.Module | None) -> tuple[Quantizer, str | None]:
+    subclass = _torchao_class(parameter)
+    if subclass is not None:
+        logger.warning("weightflip: torchao's %s is not known yet; its weights are not tracked", subclass)
+        raise Skip(f"torchao's {subclass} is not known to weightflip")
+    module = None if owner is None else _torchao_class(owner)
+    if module == "Float8Linear":
+        return _float8_linear(owner), None
+    if module is not None:
+        logger.warning("weightflip: torchao's %s is not known yet; its weights are not tracked", module)
+        raise Skip(f"how torchao's {module} quantizes its weight is not known to weightflip; name it in quantizer=")
+
+    default = _DTYPE_DEFAULTS.get(parameter.dtype)
+    if default is None:
+        raise Skip(f"no default quantizer for dtype {_dtype(parameter)}; name one in quantizer=")
+    if default == _FLOAT32_DEFAULT:
+        return resolve(default), (
+            f"Plain {_dtype(parameter)} weights have no quantizer of their own: they are tracked as {default} would "
+            "see them; say quantizer= for another format."
+        )
+    return resolve(default), None
+
+
+def _float8_linear(module: Any) -> Quantizer:
+    """Read from its config how a Float8Linear casts its weight."""
+    cast = module.config.cast_config_weight
+    if cast.scaling_type.name == "DISABLED":
+        raise Skip("its Float8Linear leaves the weight in high precision (scaling DISABLED)")
+    name = {torch.float8_e4m3fn: "float8_e4m3", torch.float8_e5m2: "float8_e5m2"}.get(cast.target_dtype)
+    granularity = {"TENSORWISE": "", "AXISWISE": ":row"}.get(cast.scaling_granularity.name)
+    if name is None or granularity is None:
+        raise Skip(f"its Float8Linear casts to {cast.target_dtype}, {cast.scaling_granularity}: not known yet")
+    return resolve(name + granularity + (":pow2" if module.config.round_scales_to_power_of_2 else ""))

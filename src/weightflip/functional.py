@@ -1,0 +1,130 @@
+"""Pure functions between codes and rates. The stateful classes of :mod:`weightflip.tracker` are thin over these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from weightflip import kernels
+
+EncodeInto: TypeAlias = Callable[[Tensor, "Tensor | None", Tensor, kernels.ScratchPool], None]
+
+
+def compute_flip_rate(prev_quantized: Tensor, curr_quantized: Tensor) -> float:
+    """Share of elements that differ between two quantized tensors; see :class:`WeightFlipTracker` for a whole run.
+
+    Args:
+        prev_quantized: Quantized values or codes, any shape and dtype.
+        curr_quantized: The same after the step. NaN to NaN is no flip, and +0 equals -0.
+
+    Returns:
+        Flips / elements, in [0, 1]; 0.0 for empty tensors.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Example:
+        >>> compute_flip_rate(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 2.0, 2.5, 4.0]))
+        0.25
+    """
+    if prev_quantized.shape != curr_quantized.shape:
+        raise ValueError(
+            f"Shape mismatch: prev_quantized has {tuple(prev_quantized.shape)}, "
+            f"curr_quantized has {tuple(curr_quantized.shape)}; compare the same weight before and after a step"
+        )
+    if prev_quantized.numel() == 0:
+        return 0.0
+    if prev_quantized.dtype.itemsize == 1 and prev_quantized.is_floating_point():
+        # torch has no comparison of float8 tensors.
+        prev_quantized, curr_quantized = prev_quantized.float(), curr_quantized.float()
+    flipped = prev_quantized != curr_quantized
+    if prev_quantized.is_floating_point() and curr_quantized.is_floating_point():
+        flipped &= ~(prev_quantized.isnan() & curr_quantized.isnan())
+    return torch.count_nonzero(flipped).item() / flipped.numel()
+
+
+def compute_stall_ratio(flips: int, updates: int) -> float:
+    """``1 - flips / updates``, from two totals alone.
+
+    An estimate: it takes every flip for a flip of an updated weight, and is negative when weights without a gradient
+    flip too. ``get_stall_ratios`` counts the stalled weights themselves.
+
+    Args:
+        flips: Weights that changed their code.
+        updates: Weights whose gradient was not exactly 0.
+
+    Returns:
+        The ratio; 0.0 without updates.
+
+    Example:
+        >>> compute_stall_ratio(flips=10, updates=100)
+        0.9
+    """
+    return 1.0 - flips / updates if updates > 0 else 0.0
+
+
+def encode_sliced(
+    weight: Tensor, scale: Tensor | None, encode_into: EncodeInto, codes: Tensor, scratch: kernels.ScratchPool
+) -> None:
+    """Write the ordinals of ``weight`` into ``codes``, a slice at a time.
+
+    Args:
+        weight: Any shape and strides.
+        scale: Of the whole weight; broadcasts to it.
+        encode_into: A quantizer's ``encode_into``.
+        codes: Of the weight's shape.
+        scratch: Where temporaries come from.
+    """
+    for index in kernels.slices(weight, kernels.slice_elements(weight)):
+        part = weight[index]
+        new = scratch("new", part, codes.dtype)
+        encode_into(part, None if scale is None else kernels.take(scale, index), new, scratch)
+        codes[index].copy_(new)
+
+
+def advance(
+    weight: Tensor,
+    scale: Tensor | None,
+    encode_into: EncodeInto,
+    codes: Tensor,
+    update: Tensor | None,
+    counts: Tensor,
+    scratch: kernels.ScratchPool,
+) -> None:
+    """Encode ``weight`` anew, count what changed against ``codes``, and keep the new codes there, in one go.
+
+    Args:
+        weight: Any shape and strides.
+        scale: Of the whole weight; broadcasts to it.
+        encode_into: A quantizer's ``encode_into``.
+        codes: Ordinals before the step, of the weight's shape; overwritten.
+        update: The dense gradient or a bool mask of the updated weights, of the weight's shape; None counts none.
+        counts: int64 of shape (3,): flips, updates, stalled; added to.
+        scratch: Where temporaries come from.
+    """
+
+    def new(index: kernels.Index) -> Tensor:
+        part = weight[index]
+        ordinals = scratch("new", part, codes.dtype)
+        encode_into(part, None if scale is None else kernels.take(scale, index), ordinals, scratch)
+        return ordinals
+
+    kernels.count_(codes, new, update, counts, scratch)
+
+
+def compare(codes: Tensor, new: Tensor, update: Tensor | None, counts: Tensor, scratch: kernels.ScratchPool) -> None:
+    """As :func:`advance`, for codes that are there already."""
+    kernels.count_(codes, new.__getitem__, update, counts, scratch)
+
+
+def count_nonfinite(weight: Tensor, count: Tensor, scratch: kernels.ScratchPool) -> None:
+    """Write the number of NaN and infinite weights into ``count``, 0-dim int64."""
+    count.zero_()
+    for index in kernels.slices(weight, kernels.slice_elements(weight)):
+        part = weight[index]
+        values = scratch("values", part, torch.float64 if part.dtype is torch.float64 else torch.float32)
+        # x * 0 is 0 for every number and NaN for the rest: cheaper than isfinite(), which makes two masks.
+        count.add_(torch.count_nonzero(values.copy_(part).mul_(0)))

@@ -1,0 +1,34 @@
+"""Buffers that are allocated once and reused: fresh large allocations cost more than the arithmetic on them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ScratchPool:
+    """Lends one buffer a slot, dtype and device, as large as the largest request so far."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A contiguous buffer of ``like``'s shape and device; the next call with this slot and dtype takes it back."""
+        return self.flat(slot, like.numel(), dtype, like.device).view(like.shape)
+
+    def flat(self, slot: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A 1-d buffer of ``numel`` elements."""
+        key = (slot, dtype, device)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < numel:
+            buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+        return buffer[:numel]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def clear(self) -> None:
+        """Give all buffers back."""
+        self._buffers.clear()

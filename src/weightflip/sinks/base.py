@@ -1,0 +1,136 @@
+"""What a sink is, how one is found for what a user passes, and how a broken one is kept from stopping a training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from os import PathLike, fspath
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from weightflip.records import FlipRecord, RunInfo
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Takes records as they come. May raise: the error is warned about once, and the sink gets no more of them."""
+
+    def start(self, info: RunInfo, first_step: int) -> None:
+        """Called before the first record, and again when what is tracked changes.
+
+        Args:
+            info: What is tracked and how.
+            first_step: The step number after which records come; not 0 in a resumed run.
+        """
+        ...
+
+    def write(self, record: FlipRecord) -> None:
+        """Take one record."""
+        ...
+
+    def flush(self) -> None:
+        """Have everything on disk."""
+        ...
+
+    def close(self) -> None:
+        """Flush and let go; a later ``start`` opens again."""
+        ...
+
+
+SinkLike: TypeAlias = "Sink | str | PathLike[str] | Callable[[FlipRecord], object] | Any"
+
+
+class CallableSink:
+    """Calls a function with each record."""
+
+    def __init__(self, function: Callable[[FlipRecord], object]) -> None:
+        self.function = function
+
+    def start(self, info: RunInfo, first_step: int) -> None:
+        """Nothing to open."""
+
+    def write(self, record: FlipRecord) -> None:
+        self.function(record)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def make_sink(spec: SinkLike) -> Sink:
+    """The sink for one element of ``sinks=``.
+
+    Args:
+        spec: A ``Sink``, a ``SummaryWriter``, a path that ends in ``.jsonl``, or a function of a ``FlipRecord``.
+
+    Raises:
+        TypeError: Nothing of the above.
+        ValueError: A path with another ending.
+        OSError: A path that cannot be written.
+    """
+    from weightflip.sinks.jsonl import JSONLSink
+    from weightflip.sinks.tensorboard import TensorBoardSink
+
+    if isinstance(spec, (str, PathLike)):
+        path = fspath(spec)
+        if path.endswith(".jsonl"):
+            return JSONLSink(path)
+        raise ValueError(f"a path in sinks= ends in .jsonl, got {path!r}; for a TensorBoard directory use log_dir=")
+    if isinstance(spec, type):
+        raise TypeError(f"sinks= takes instances, got the class {spec.__name__}; call it")
+    if isinstance(spec, Sink):
+        return spec
+    if hasattr(spec, "add_scalar"):
+        writer: Any = spec
+        return TensorBoardSink(writer=writer)
+    if callable(spec):
+        return CallableSink(spec)
+    raise TypeError(
+        "sinks= takes SummaryWriters, paths that end in .jsonl, functions of a FlipRecord, or objects with start, "
+        f"write, flush and close; got {type(spec).__name__}"
+    )
+
+
+class SinkGroup:
+    """All sinks of a run. A sink that raises is warned about once and dropped; the others go on."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = list(sinks)
+        self._started: RunInfo | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._sinks)
+
+    def write(self, record: FlipRecord, info: RunInfo, first_step: int) -> None:
+        """Hand a record to each sink, with what is tracked first where that is news."""
+        if info != self._started:
+            self._started = info
+            self._each("start", info, first_step)
+        self._each("write", record)
+
+    def flush(self) -> None:
+        """Flush each sink."""
+        self._each("flush")
+
+    def close(self) -> None:
+        """Close each sink that was started; a later record opens it again."""
+        if self._started is not None:
+            self._each("close")
+            self._started = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The copies of the sinks are closed.
+        return {**self.__dict__, "_started": None}
+
+    def _each(self, method: str, *args: Any) -> None:
+        for sink in list(self._sinks):
+            try:
+                getattr(sink, method)(*args)
+            except Exception as error:
+                self._sinks.remove(sink)
+                warnings.warn(
+                    f"weightflip: {type(sink).__name__} failed and gets no more records, training goes on: "
+                    f"{type(error).__name__}: {error}",
+                    stacklevel=2,
+                )

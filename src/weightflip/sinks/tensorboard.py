@@ -1,0 +1,102 @@
+"""Records as TensorBoard scalars, with a text panel and a layout of charts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightflip.records import FlipRecord, RunInfo
+from weightflip.sinks.files import check_writable
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+# Of the model, then of each layer, in the order in which they are written.
+_MODEL_TAGS = ("flips/rate", "flips/cumulative_rate", "flips/stall_ratio")
+_LAYER_TAGS = ("flip_rate", "cumulative_flip_rate", "stall_ratio")
+_LAYOUT = {
+    "weightflip": {
+        "share of weights that flip in a step, by layer": ["Multiline", [r"^flip_rate/.*"]],
+        "share of updates swallowed by rounding, by layer": ["Multiline", [r"^stall_ratio/.*"]],
+        "flips since the start / weights, by layer": ["Multiline", [r"^cumulative_flip_rate/.*"]],
+        "model": ["Multiline", [r"^flips/rate$", r"^flips/stall_ratio$"]],
+    }
+}
+
+
+class TensorBoardSink:
+    """Writes a few scalars for the model and for each layer; x axis: optimizer steps.
+
+    ``flips/rate``, ``flips/cumulative_rate`` and ``flips/stall_ratio`` for the model; ``flip_rate/<layer>``,
+    ``cumulative_flip_rate/<layer>`` and ``stall_ratio/<layer>`` for the layers; ``nonfinite_weights/<layer>`` for
+    layers that hold NaN or infinities.
+
+    Args:
+        log_dir: Where a ``SummaryWriter`` is opened when the first record comes; None for its own default place.
+        writer: A ``SummaryWriter`` to use instead; it is flushed but never closed here.
+
+    Raises:
+        OSError: ``log_dir`` cannot be written.
+        ModuleNotFoundError: The tensorboard package is missing.
+    """
+
+    def __init__(self, log_dir: str | None = None, *, writer: SummaryWriter | None = None) -> None:
+        if writer is None:
+            check_writable(Path("runs" if log_dir is None else log_dir), f"log_dir={log_dir!r}")
+            _import_summary_writer()
+        self.log_dir = log_dir
+        self._owned = writer is None
+        self._writer = writer
+
+    def start(self, info: RunInfo, first_step: int) -> None:
+        if self._writer is None:
+            # What an earlier run wrote after the checkpoint that this one resumes is hidden by TensorBoard.
+            purge_step = first_step + 1 if first_step else None
+            self._writer = _import_summary_writer()(self.log_dir, purge_step=purge_step)
+            self.log_dir = self._writer.log_dir
+        self._writer.add_text("weightflip/tracking", info.to_markdown(), first_step)
+        self._writer.add_custom_scalars(_LAYOUT)
+
+    def write(self, record: FlipRecord) -> None:
+        model = record.model
+        self._scalars(_MODEL_TAGS, (model.flip_rate, model.cumulative_flip_rate, model.stall_ratio), record.step)
+        for layer in record.layers:
+            tags = tuple(f"{tag}/{layer.name}" for tag in _LAYER_TAGS)
+            self._scalars(tags, (layer.flip_rate, layer.cumulative_flip_rate, layer.stall_ratio), record.step)
+            if layer.nonfinite:
+                self._scalars((f"nonfinite_weights/{layer.name}",), (layer.nonfinite,), record.step)
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is None:
+            return
+        if self._owned:
+            self._writer.close()
+            self._writer = None
+        else:
+            self._writer.flush()
+
+    def _scalars(self, tags: tuple[str, ...], values: tuple[float, ...], step: int) -> None:
+        assert self._writer is not None
+        for tag, value in zip(tags, values, strict=True):
+            if not math.isnan(value):
+                self._writer.add_scalar(tag, value, step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A SummaryWriter cannot be copied or pickled: a copy opens its own, in the same place, if it ever writes.
+        log_dir = self.log_dir if self._writer is None else self._writer.log_dir
+        return {"log_dir": log_dir, "_owned": True, "_writer": None}
+
+
+def _import_summary_writer() -> type[SummaryWriter]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "writing to TensorBoard needs the tensorboard package: pip install tensorboard, or give other sinks="
+        ) from error
+    return SummaryWriter

@@ -1,0 +1,88 @@
+"""What several test files need: real data, and brute-force counts made without the library."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[Tensor, Tensor]:
+    """All 1797 handwritten digits of scikit-learn: float32 (1797, 64) in [0, 1], and their labels."""
+    images, labels = load_digits(return_X_y=True)
+    return torch.tensor(images / 16.0, dtype=torch.float32), torch.tensor(labels)
+
+
+def digits_model(seed: int = 0, width: int = 48) -> nn.Sequential:
+    """Two weights of two dimensions and two biases."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+def backward(model: nn.Module, digits: tuple[Tensor, Tensor], step: int, batch: int = 64) -> Tensor:
+    """Gradients of one batch; the batches follow each other through the data."""
+    images, labels = digits
+    at = torch.arange(step * batch, (step + 1) * batch) % len(images)
+    model.zero_grad()
+    loss = nn.functional.cross_entropy(model(images[at]), labels[at])
+    loss.backward()
+    return loss
+
+
+def float8_values(weight: Tensor) -> Tensor:
+    """The weight in tensorwise float8_e4m3, in the plainest words."""
+    weight = weight.detach().float()
+    scale = (448.0 / weight.abs().max().double().clamp(min=1e-12)).float()
+    return (weight * scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+
+class BruteForce:
+    """Counts flips, updates and stalls of a model's matrices by cloning everything."""
+
+    def __init__(self, model: nn.Module, values=float8_values) -> None:
+        self.parameters = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
+        self.values = values
+        self.flips = dict.fromkeys(self.parameters, 0)
+        self.updates = dict.fromkeys(self.parameters, 0)
+        self.stalled = dict.fromkeys(self.parameters, 0)
+
+    def before(self) -> None:
+        self.old = {name: self.values(p.detach().clone()) for name, p in self.parameters.items()}
+        self.grads = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone().to_dense()
+            for name, p in self.parameters.items()
+        }
+
+    def after(self) -> None:
+        for name, p in self.parameters.items():
+            new = self.values(p.detach().clone())
+            flipped = (new != self.old[name]) & ~(new.isnan() & self.old[name].isnan())
+            updated = self.grads[name] != 0
+            self.flips[name] += int(flipped.sum())
+            self.updates[name] += int(updated.sum())
+            self.stalled[name] += int((updated & ~flipped).sum())
+
+    def check(self, tracker) -> None:
+        assert tracker.get_flip_counts() == self.flips
+        assert tracker.get_update_counts() == self.updates
+        assert tracker.get_stall_counts() == self.stalled
+
+
+def assert_same(a, b) -> None:
+    """Bit for bit, through dictionaries and lists."""
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b

@@ -1,0 +1,68 @@
+"""The house rules that a reader relies on: who may import whom, and what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import weightflip
+
+ROOT = Path(weightflip.__file__).parent
+
+# Module to the modules of the project that it may import; a package stands for all its files.
+ALLOWED = {
+    "formats": set(),
+    "records": set(),
+    "quantizers": {"formats"},
+    "kernels": {"formats"},
+    "functional": {"kernels"},
+    "detect": {"quantizers"},
+    "distributed": set(),
+    "tracker": {"functional", "kernels", "quantizers.base", "distributed", "records"},
+    "sinks": {"records"},
+    "optimizer": {"tracker", "detect", "sinks", "quantizers", "records"},
+    "report": {"records"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names below ``weightflip`` that a file imports, anywhere in it; "" for the package itself."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = inner if node.module == "weightflip" else [node.module]
+        else:
+            continue
+        found |= {name.removeprefix("weightflip").lstrip(".") for name in names if name.split(".")[0] == "weightflip"}
+    return found
+
+
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_table(path):
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert room in ALLOWED, f"{room} has no place in the table"
+    for name in imports(path):
+        allowed = any(name == entry or name.startswith(entry + ".") for entry in ALLOWED[room] | {room})
+        assert allowed, f"{path.relative_to(ROOT)} imports weightflip.{name}; {room} may import {sorted(ALLOWED[room])}"
+
+
+def test_import_is_light():
+    heavy = ["torchao", "tensorboard", "matplotlib", "sklearn"]
+    code = f"import sys, weightflip; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_public_names_exist_and_are_sorted():
+    assert list(weightflip.__all__) == sorted(weightflip.__all__)
+    assert all(hasattr(weightflip, name) for name in weightflip.__all__)

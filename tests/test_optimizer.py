@@ -1,0 +1,427 @@
+"""The drop-in: training is bit for bit what it was, and the counts are right at every step."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from conftest import BruteForce, assert_same, backward, digits_model
+from torch import nn
+
+from weightflip import FlipTrackingOptimizer, WeightFlipTracker
+
+OPTIMIZERS = {
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "AdamW for-loop": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=False),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=1e-3),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+}
+
+
+def bfloat16_values(weight):
+    return weight.detach().bfloat16().float()
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "values"), [("auto", None), ("bfloat16", bfloat16_values)], ids=["float8_e4m3", "bfloat16"]
+)
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_wrapped_equals_bare_and_counts_equal_brute_force(make, quantizer, values, digits):
+    bare_model, model = digits_model(), digits_model()
+    bare = make(bare_model.parameters())
+    optimizer = FlipTrackingOptimizer(make(model.parameters()), model, quantizer=quantizer, sinks=[])
+    brute = BruteForce(model) if values is None else BruteForce(model, values)
+    for step in range(40):
+        backward(bare_model, digits, step)
+        bare.step()
+
+        backward(model, digits, step)
+        brute.before()
+        rng = torch.get_rng_state()
+        assert optimizer.step() is None
+        assert torch.equal(torch.get_rng_state(), rng)
+        brute.after()
+        brute.check(optimizer.tracker)
+
+    assert_same(dict(bare_model.state_dict()), dict(model.state_dict()))
+    state = optimizer.state_dict()
+    del state["flip_tracking"]
+    assert_same(bare.state_dict(), state)
+    flips, stalled = sum(brute.flips.values()), sum(brute.stalled.values())
+    assert flips > 0
+    assert stalled > 0
+
+
+def test_gradients_are_left_alone(digits):
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
+    backward(model, digits, 0)
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    assert_same(grads, {name: p.grad for name, p in model.named_parameters()})
+
+
+# ---------------------------------------------------------------------- what is tracked
+
+
+def names(optimizer):
+    return list(optimizer._tracking.log.info.tracked), optimizer._tracking.log.info.skipped
+
+
+class Zoo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 8, bias=False)
+        self.tied = nn.Linear(8, 8, bias=False)
+        self.tied.weight = self.head.weight
+        self.half = nn.Linear(8, 8, dtype=torch.bfloat16)
+        self.frozen = nn.Linear(8, 8)
+        self.frozen.weight.requires_grad_(False)
+        self.empty = nn.Parameter(torch.empty(0, 8))
+        self.phase = nn.Parameter(torch.zeros(4, 4, dtype=torch.complex64))
+        self.scalar = nn.Parameter(torch.tensor(1.0))
+
+
+def test_default_selection_names_and_reasons():
+    zoo = Zoo()
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(zoo.parameters(), lr=0.1), zoo, sinks=[])
+    tracked, skipped = names(optimizer)
+    assert tracked == ["body.weight", "head.weight", "half.weight"]
+    assert "frozen" in skipped["frozen.weight"]
+    assert "1-dimensional" in skipped["body.bias"]
+    assert "0-dimensional" in skipped["scalar"]
+    assert "empty" in skipped["empty"]
+    assert "complex64" in skipped["phase"]
+    assert optimizer._tracking.log.info.tracked["half.weight"] == ("8x8", "bfloat16", "native")
+    assert optimizer._tracking.log.info.tracked["body.weight"] == ("8x8", "float32", "float8_e4m3")
+
+
+def test_the_assumed_format_is_said(caplog):
+    zoo = Zoo()
+    FlipTrackingOptimizer(torch.optim.SGD(zoo.parameters(), lr=0.1), zoo, sinks=[])
+    assert "Plain float32 weights have no quantizer of their own" in caplog.text
+
+
+def test_names_without_a_model():
+    zoo = Zoo()
+    by_place = FlipTrackingOptimizer(torch.optim.SGD([zoo.body.bias, zoo.body.weight], lr=0.1), sinks=[])
+    assert names(by_place)[0] == ["group0.param1"]
+    named = FlipTrackingOptimizer(torch.optim.SGD([("a", zoo.body.weight), ("b", zoo.body.bias)], lr=0.1), sinks=[])
+    assert names(named)[0] == ["a"]
+
+
+def test_names_through_wrappers():
+    model = nn.Sequential(nn.Linear(4, 4))
+    for wrapped in (torch.compile(model), nn.DataParallel(model)):
+        optimizer = FlipTrackingOptimizer(torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, sinks=[])
+        assert names(optimizer)[0] == ["0.weight"]
+
+
+def test_globs_include_exclude_and_quantizer_mapping():
+    zoo = Zoo()
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.SGD(zoo.parameters(), lr=0.1),
+        zoo,
+        include=["*.weight", "body.bias"],
+        exclude="half.*",
+        quantizer={"body.*": "e3m4", "h*": "auto"},
+        sinks=[],
+    )
+    info = optimizer._tracking.log.info
+    assert {name: row[2] for name, row in info.tracked.items()} == {
+        "body.weight": "e3m4",
+        "body.bias": "e3m4",
+        "head.weight": "float8_e4m3",
+    }
+    assert info.skipped["half.weight"] == "excluded"
+    assert info.skipped["half.bias"] == "excluded"
+    assert "not included" in info.skipped["scalar"]
+
+
+def test_frozen_then_unfrozen_starts_with_a_baseline(digits):
+    model = digits_model()
+    model[0].weight.requires_grad_(False)
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), model, sinks=[])
+    backward(model, digits, 0)
+    optimizer.step()
+    assert list(optimizer.tracker.get_flip_counts()) == ["2.weight"]
+    model[0].weight.requires_grad_(True)
+    with torch.no_grad():
+        model[0].weight.mul_(1.7)
+    brute = BruteForce(model)
+    backward(model, digits, 1)
+    brute.before()
+    optimizer.step()
+    brute.after()
+    assert optimizer.tracker.get_flip_counts()["0.weight"] == brute.flips["0.weight"] > 0
+
+
+def test_added_groups_are_tracked(digits):
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model[2].parameters(), lr=0.5), model, sinks=[])
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    backward(model, digits, 0)
+    optimizer.step()
+    assert list(optimizer.tracker.get_flip_counts()) == ["2.weight", "0.weight"]
+
+
+def test_tied_weights_count_once():
+    zoo = Zoo()
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(zoo.parameters(), lr=0.1), zoo, sinks=[], include="*ea*")
+    zoo.head(zoo.tied(torch.ones(2, 8))).sum().backward()
+    optimizer.step()
+    assert optimizer.tracker.get_update_counts() == {"head.weight": 64}
+
+
+# ---------------------------------------------------------------------- delegation
+
+
+def test_closure_and_its_loss(digits):
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(torch.optim.LBFGS(model.parameters(), max_iter=4), model, sinks=[])
+    calls = []
+
+    def closure():
+        calls.append(None)
+        return backward(model, digits, 0)
+
+    brute = BruteForce(model)
+    brute.before()
+    loss = optimizer.step(closure)
+    assert isinstance(loss, torch.Tensor)
+    assert len(calls) > 1
+    brute.grads = {name: p.grad.clone() for name, p in brute.parameters.items()}
+    brute.after()
+    brute.check(optimizer.tracker)
+
+
+def test_groups_state_and_defaults_are_the_inner_ones(digits):
+    model = digits_model()
+    inner = torch.optim.Adam(model.parameters(), lr=0.1)
+    optimizer = FlipTrackingOptimizer(inner, model, sinks=[])
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    backward(model, digits, 0)
+    optimizer.step()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.param_groups is inner.param_groups
+    assert optimizer.state is inner.state
+    assert optimizer.defaults is inner.defaults
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(model, digits, 1)
+        optimizer.step()
+        scheduler.step()
+    assert inner.param_groups[0]["lr"] == 0.05
+
+
+def test_hooks_run_once_with_the_wrapper(digits):
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
+    seen = []
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: seen.append(("pre", opt)))
+    optimizer.register_step_post_hook(lambda opt, args, kwargs: seen.append(("post", opt)))
+    optimizer.register_state_dict_pre_hook(lambda opt: seen.append(("save", opt)))
+    optimizer.register_state_dict_post_hook(lambda opt, state: seen.append(("saved", opt)))
+    optimizer.register_load_state_dict_pre_hook(lambda opt, state: seen.append(("load", opt)))
+    optimizer.register_load_state_dict_post_hook(lambda opt: seen.append(("loaded", opt)))
+    backward(model, digits, 0)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == [(name, optimizer) for name in ("pre", "post", "save", "saved", "load", "loaded")]
+
+
+@pytest.mark.filterwarnings("error:weightflip")
+def test_deepcopy_and_pickle_go_on_alone(digits, tmp_path):
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters()), model, log_dir=tmp_path, log_every=1)
+    backward(model, digits, 0)
+    optimizer.step()
+    for model_copy, twin in (copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))):
+        assert twin.tracker.get_flip_counts() == optimizer.tracker.get_flip_counts()
+        brute = BruteForce(model_copy)
+        before = twin.tracker.get_flip_counts()
+        backward(model_copy, digits, 1)
+        brute.before()
+        twin.step()
+        brute.after()
+        flips = {name: count - before[name] for name, count in twin.tracker.get_flip_counts().items()}
+        assert flips == brute.flips
+        twin.close()
+    optimizer.close()
+
+
+def test_attributes_reach_the_right_object():
+    model = digits_model()
+    inner = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = FlipTrackingOptimizer(inner, model, sinks=[])
+    optimizer.grad_scale = torch.ones(())
+    assert "grad_scale" in vars(inner)
+    del optimizer.grad_scale
+    assert "grad_scale" not in vars(inner)
+    assert optimizer._step_supports_amp_scaling is True
+    optimizer.step = optimizer.step
+    assert "step" in vars(optimizer)
+    assert "step" not in vars(inner)
+    assert not hasattr(optimizer, "train")
+    assert not hasattr(optimizer, "_tracking_that_is_not")
+    assert isinstance(optimizer.tracker, WeightFlipTracker)
+    assert repr(optimizer).startswith("FlipTrackingOptimizer(AdamW (")
+
+
+def test_found_inf_steps_are_no_steps(digits):
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), model, sinks=[])
+    brute = BruteForce(model)
+    for step, found in enumerate([0.0, 1.0, 0.0]):
+        backward(model, digits, step)
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.tensor(found)
+        brute.before()
+        optimizer.step()
+        if not found:
+            brute.after()
+        del optimizer.grad_scale, optimizer.found_inf
+    brute.check(optimizer.tracker)
+    assert optimizer.tracker.step_count == 2
+
+
+# ---------------------------------------------------------------------- faults
+
+
+def test_a_fault_in_tracking_warns_once_and_training_goes_on(digits, monkeypatch):
+    bare_model, model = digits_model(), digits_model()
+    bare = torch.optim.SGD(bare_model.parameters(), lr=0.1)
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
+
+    def broken(weights):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(optimizer.tracker, "before_step", broken)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(3):
+            backward(bare_model, digits, step)
+            bare.step()
+            backward(model, digits, step)
+            optimizer.step()
+    messages = [str(w.message) for w in caught if "weightflip" in str(w.message)]
+    assert messages == ["weightflip: tracking has stopped, training goes on: RuntimeError: out of luck"]
+    assert_same(dict(bare_model.state_dict()), dict(model.state_dict()))
+
+
+def test_a_fault_of_the_inner_step_reaches_the_user(digits):
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    backward(model, digits, 0)
+    optimizer.step()
+    assert optimizer.tracker.step_count == 1
+
+
+# ---------------------------------------------------------------------- mistakes in the call
+
+
+def sgd(model=None):
+    return torch.optim.SGD((model or digits_model()).parameters(), lr=0.1)
+
+
+def misfit(weight):
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "the class SGD; build it first", lambda m: FlipTrackingOptimizer(torch.optim.SGD, m)),
+        (TypeError, "expected a torch.optim.Optimizer such as .* got Sequential", lambda m: FlipTrackingOptimizer(m)),
+        (
+            TypeError,
+            "FlipTrackingOptimizer already; wrap the inner one",
+            lambda m: FlipTrackingOptimizer(FlipTrackingOptimizer(sgd(m), m, sinks=[]), m),
+        ),
+        (TypeError, "model= is a torch.nn.Module or None, got str", lambda m: FlipTrackingOptimizer(sgd(m), "runs/1")),
+        (
+            ValueError,
+            "unknown quantizer 'float8_e4m4'; did you mean 'float8_e4m3'",
+            lambda m: FlipTrackingOptimizer(sgd(m), m, quantizer="float8_e4m4"),
+        ),
+        (
+            ValueError,
+            "2 to 16 bits with the sign, got 'e9m9' with 19",
+            lambda m: FlipTrackingOptimizer(sgd(m), m, quantizer="e9m9"),
+        ),
+        (TypeError, "got int", lambda m: FlipTrackingOptimizer(sgd(m), m, quantizer=8)),
+        (
+            ValueError,
+            r"pattern '\*.attention.\*' in include= matches none of the 4 parameters: 0.weight, 0.bias",
+            lambda m: FlipTrackingOptimizer(sgd(m), m, include="*.attention.*"),
+        ),
+        (ValueError, "in exclude= matches none", lambda m: FlipTrackingOptimizer(sgd(m), m, exclude=["1.*"])),
+        (
+            ValueError,
+            "in quantizer= matches none",
+            lambda m: FlipTrackingOptimizer(sgd(m), m, quantizer={"*": "e3m4", "lm_head*": "e2m1"}),
+        ),
+        (
+            ValueError,
+            "nothing to track among 2 parameters",
+            lambda m: FlipTrackingOptimizer(torch.optim.SGD([m[0].bias, m[2].bias], lr=0.1), m),
+        ),
+        (
+            ValueError,
+            "log_every= is a whole number of at least 1, got 0",
+            lambda m: FlipTrackingOptimizer(sgd(m), m, log_every=0),
+        ),
+        (ValueError, "metrics= is a sequence", lambda m: FlipTrackingOptimizer(sgd(m), m, metrics=["oscillations"])),
+        (
+            OSError,
+            "cannot be written.*choose another place",
+            lambda m: FlipTrackingOptimizer(sgd(m), m, log_dir="/dev/null/runs"),
+        ),
+        (
+            OSError,
+            "cannot be written",
+            lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=["/proc/weightflip/flips.jsonl"]),
+        ),
+        (
+            ValueError,
+            r"ends in .jsonl, got 'flips.txt'",
+            lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=["flips.txt"]),
+        ),
+        (TypeError, "put it in brackets", lambda m: FlipTrackingOptimizer(sgd(m), m, sinks="flips.jsonl")),
+        (TypeError, "got int", lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=[3])),
+        (ValueError, "log_dir= says where", lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=[], log_dir="runs")),
+    ],
+)
+def test_mistakes_raise_at_construction(error, message, call):
+    with pytest.raises(error, match=message):
+        call(digits_model())
+
+
+def test_weights_that_no_format_fits():
+    zoo = Zoo()
+    inner = torch.optim.SGD(zoo.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="parameter 'phase' cannot be tracked as asked for: dtype complex64"):
+        FlipTrackingOptimizer(inner, zoo, include=["body.weight", "phase"], sinks=[])
+    with pytest.raises(ValueError, match=r"parameter 'empty' cannot be tracked as asked for: empty"):
+        FlipTrackingOptimizer(inner, zoo, include=["empty"], sinks=[])
+
+    class Blocks:
+        def scale(self, weight):
+            if weight.size(-1) % 32:
+                raise ValueError(f"last dimension {weight.size(-1)} is no multiple of 32")
+
+        def encode(self, weight):
+            raise AssertionError("never asked")
+
+    with pytest.raises(ValueError, match=r"parameter 'body.weight' .* shape \(8, 8\): last dimension 8 is no multiple"):
+        FlipTrackingOptimizer(inner, zoo, quantizer=Blocks(), sinks=[])
