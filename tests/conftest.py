@@ -50,6 +50,10 @@ class BruteForce:
 
     def before(self) -> None:
         self.old = {name: self.values(p.detach().clone()) for name, p in self.parameters.items()}
+        self.take_gradients()
+
+    def take_gradients(self) -> None:
+        """Again after a step with a closure, which makes them."""
         self.grads = {
             name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone().to_dense()
             for name, p in self.parameters.items()

@@ -173,6 +173,18 @@ def test_added_groups_are_tracked(digits):
     assert list(optimizer.tracker.get_flip_counts()) == ["2.weight", "0.weight"]
 
 
+def test_lazy_and_converted_parameters():
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
+    assert names(optimizer)[1]["0.weight"] == "not initialised yet"
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.tracker.get_update_counts() == {"0.weight": 32, "1.weight": 64}
+    model.bfloat16()
+    optimizer.step()
+    assert optimizer._tracking.log.info.tracked["1.weight"] == ("8x8", "bfloat16", "native")
+
+
 def test_tied_weights_count_once():
     zoo = Zoo()
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(zoo.parameters(), lr=0.1), zoo, sinks=[], include="*ea*")
@@ -198,7 +210,7 @@ def test_closure_and_its_loss(digits):
     loss = optimizer.step(closure)
     assert isinstance(loss, torch.Tensor)
     assert len(calls) > 1
-    brute.grads = {name: p.grad.clone() for name, p in brute.parameters.items()}
+    brute.take_gradients()
     brute.after()
     brute.check(optimizer.tracker)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import float8_values
 
-from weightflip import BitStallDetector, WeightFlipTracker, compute_flip_rate, compute_stall_ratio
+from weightflip import BitStallDetector, Codes, WeightFlipTracker, compute_flip_rate, compute_stall_ratio
 from weightflip.formats import E3M4, E5M2
 from weightflip.quantizers import resolve
 from weightflip.tracker import TrackedWeight
@@ -216,11 +216,45 @@ def test_all_ways_to_keep_codes_count_the_same(options, quantizer):
     assert tracker.get_flip_counts() == {"w": expected}
 
 
-def test_low_memory_holds_no_codes_between_steps():
-    weight = weight_of([[1.0, 2.0]])
-    tracker = WeightFlipTracker(low_memory=True)
-    step(tracker, [weight])
-    assert tracker._layers["w"].codes is None
+@pytest.mark.parametrize(
+    ("quantizer", "width"), [("float8_e4m3", 1), ("e3m4:row", 1), ("e4m7", 2), ("bfloat16", 2), ("native", 4)]
+)
+def test_codes_take_the_bytes_that_the_docs_say(quantizer, width):
+    weight = weight_of(torch.randn(100, 40).tolist(), quantizer)
+    for low_memory, expected in ((False, 4000 * width), (True, 0)):
+        tracker = WeightFlipTracker(low_memory=low_memory)
+        step(tracker, [weight])
+        assert tracker.memory_usage().codes == expected
+
+
+def test_codes_that_are_a_view_of_the_weight():
+    class StoredBits:
+        def encode(self, weight):
+            return Codes(weight.view(torch.int32))
+
+    weight = weight_of([[1.0, 2.0, 3.0]])._replace(quantizer=StoredBits())
+    tracker = WeightFlipTracker()
+    for _ in range(2):
+        step(tracker, [weight], lambda p: p[0, 0].mul_(2))
+    assert tracker.get_flip_counts() == {"w": 2}
+    assert weight.parameter.tolist() == [[4.0, 2.0, 3.0]]
+    tracker.snapshot_pre_step("seed", weight.parameter, StoredBits())
+    with torch.no_grad():
+        weight.parameter.mul_(2)
+    assert tracker.compute_flips_post_step("seed", weight.parameter, StoredBits()) == 3
+    assert weight.parameter.tolist() == [[8.0, 4.0, 6.0]]
+
+
+def test_buffers_do_not_grow_with_the_weight():
+    sizes = []
+    for rows in (1024, 4096):
+        weight = TrackedWeight("w", torch.nn.Parameter(torch.randn(rows, 1024)), resolve("float8_e4m3"))
+        weight.parameter.grad = torch.ones(rows, 1024)
+        tracker = WeightFlipTracker()
+        step(tracker, [weight])
+        sizes.append(tracker.memory_usage().buffers)
+    assert sizes[1] < sizes[0] * 1.1
+    assert sizes[1] < 8 * 2**20
 
 
 def test_a_step_that_raised_leaves_no_stale_codes():
@@ -271,11 +305,30 @@ def test_records_are_windows_and_totals():
     step(tracker, [b], lambda p: p.mul_(2))
     second = tracker.record()
     assert [layer.name for layer in first.layers] == ["a", "b"]
-    assert [layer.name for layer in second.layers] == ["b"]
+    frozen, moving = second.layers
     assert first.model.flip_rate == 6 / 12
-    assert second.layers[0].flip_rate == 1.0
-    assert second.layers[0].cumulative_flip_rate == 8 / 4
+    assert math.isnan(frozen.flip_rate)
+    assert frozen.cumulative_flip_rate == 2 / 2
+    assert moving.flip_rate == 1.0
+    assert moving.cumulative_flip_rate == 8 / 4
+    # The sum of all layers, also of one that is not tracked any more.
+    assert second.model.flip_rate == 1.0
+    assert second.model.cumulative_flip_rate == 10 / 6
     assert (first.step, second.step) == (2, 3)
+
+
+def test_print_shows_layers_and_their_sum():
+    tracker = WeightFlipTracker()
+    large = weight_of([[1.0, 2.0, 4.0]], "e3m4:none", name="large")
+    small = weight_of([[1.0]], "bfloat16", name="small", grad=None)
+    step(tracker, [large, small], lambda p: p[:, 0].mul_(2))
+    assert str(tracker).splitlines() == [
+        "after step 1",
+        "layer  quantizer  weights  flips  flips/weight  stall ratio",
+        "large  e3m4:none        3      1          0.33        66.7%",
+        "small  bfloat16         1      1          1.00            -",
+        "all                     4      2          0.50        66.7%",
+    ]
 
 
 def test_model_rates_are_sums_divided_not_means():

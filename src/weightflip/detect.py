@@ -191,8 +191,10 @@ def _choose(
         raise Skip("excluded")
     if include and not _matches(name, include):
         raise Skip("not included")
+    if nn.parameter.is_lazy(parameter):
+        raise Skip("not initialised yet")
     if not include and parameter.ndim < 2:
-        raise Skip(f"{parameter.ndim}-dimensional; include= names it if it is to be tracked")
+        raise Skip(f"{parameter.ndim}-dimensional (name it in include= to track it)")
     if not parameter.is_floating_point():
         raise Skip(f"dtype {_dtype(parameter)} is not floating-point")
     if parameter.is_meta:
@@ -213,7 +215,8 @@ def _choose(
         try:
             with torch.no_grad():
                 check(parameter.detach())
-        except ValueError as error:
+        except Exception as error:
+            # Whatever it is that a format, or a tensor subclass, does not support.
             raise Skip(f"shape {tuple(parameter.shape)}: {error}", misfit=spec != "auto") from None
     return chosen, note
 

@@ -109,7 +109,9 @@ class FloatFormat:
 
     @property
     def smallest_normal(self) -> float:
-        """Smallest positive number with full precision; 0.0 where it is below float64."""
+        """Smallest positive number with full precision; 0.0 where it is below float64, NaN without exponent bits."""
+        if self.exponent_bits == 0:
+            return math.nan
         return math.ldexp(1.0, self.min_exponent)
 
     @property

@@ -74,7 +74,7 @@ class _Tracking:
 
     def _start(self) -> None:
         self._weights: list[TrackedWeight] = []
-        self._seen: tuple[tuple[int, bool], ...] = ()
+        self._seen: tuple[object, ...] = ()
         # Also at garbage collection and at interpreter exit: a script that never calls close() loses no record.
         self._finalizer = weakref.finalize(self, self.log.close)
 
@@ -84,7 +84,9 @@ class _Tracking:
         They are read from the groups each time: FSDP2 under Accelerate replaces them in place, and users add groups,
         freeze and unfreeze.
         """
-        seen = tuple((id(p), p.requires_grad) for group in param_groups for p in group["params"])
+        seen = tuple(
+            (id(p), type(p), p.dtype, p.device.type, p.requires_grad) for group in param_groups for p in group["params"]
+        )
         if seen == self._seen:
             return
         parameters = name_parameters(param_groups, self._model)

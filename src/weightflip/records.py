@@ -83,7 +83,7 @@ class FlipRecord:
 
     Attributes:
         step: Optimizer steps so far, skipped ones not counted.
-        layers: The layers that were tracked in the window.
+        layers: All layers that were ever tracked; the window of one that is frozen now is empty.
     """
 
     step: int

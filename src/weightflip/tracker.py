@@ -32,6 +32,20 @@ class TrackedWeight(NamedTuple):
     quantizer: Quantizer
 
 
+class MemoryUsage(NamedTuple):
+    """Bytes that a tracker holds between steps.
+
+    Attributes:
+        codes: The codes of the weights: a byte a weight for formats of up to 8 bits.
+        counters: A few numbers a layer.
+        buffers: Scratch memory, of a fixed size once every format was seen.
+    """
+
+    codes: int
+    counters: int
+    buffers: int
+
+
 class _Stamp(NamedTuple):
     """Tells whether a parameter was written, replaced or moved since."""
 
@@ -68,6 +82,7 @@ class _Layer:
 
     name: str
     weights: int
+    quantizer: str = ""
     base: list[int] = field(default_factory=lambda: [0] * _COLUMNS)
     """Counted before this ledger: in a loaded checkpoint, or on another device."""
     ledger: _Ledger | None = None
@@ -192,10 +207,11 @@ class WeightFlipTracker:
                 f"gradient of {name!r} has shape {tuple(grad.shape)}, its weight {tuple(weight.shape)}; "
                 "pass the gradient of this weight"
             )
-        codes = resolve(format, scale).encode(weight.detach()).ordinals
+        quantizer = resolve(format, scale)
+        codes = quantizer.encode(weight.detach()).ordinals.clone()
         updated = None if grad is None else (grad.to_dense() if grad.is_sparse else grad) != 0
         updates = None if updated is None else torch.count_nonzero(updated)
-        self._layer(name, weight)
+        self._layer(name, weight).quantizer = str(quantizer)
         self._snapshots[name] = _Snapshot(codes, updated, updates)
 
     @torch.no_grad()
@@ -332,12 +348,10 @@ class WeightFlipTracker:
         for name, total in totals.items():
             base = self._window_base.get(name, [0] * _COLUMNS)
             window = _as_counts([now - then for now, then in zip(total, base, strict=True)])
-            if window.weight_steps:
-                layers.append(
-                    LayerRecord(name, self._layers[name].weights, window, _as_counts(total), total[_NONFINITE])
-                )
+            layers.append(LayerRecord(name, self._layers[name].weights, window, _as_counts(total), total[_NONFINITE]))
         self._window_base = totals
-        return FlipRecord(steps, tuple(layers)) if layers else None
+        record = FlipRecord(steps, tuple(layers))
+        return record if record.model.window.weight_steps else None
 
     # ------------------------------------------------------------------ totals
 
@@ -367,6 +381,31 @@ class WeightFlipTracker:
     def get_stall_ratios(self) -> dict[str, float]:
         """Stalled / updates of each layer, in [0, 1]; 0.0 without updates."""
         return {name: counts.stall_ratio if counts.updates else 0.0 for name, counts in self._totals().items()}
+
+    def __str__(self) -> str:
+        """A table: what each layer, and all together, did since tracking began."""
+        steps, totals = self._read()
+        rows: list[tuple[str, ...]] = [("layer", "quantizer", "weights", "flips", "flips/weight", "stall ratio")]
+        everything, weights = Counts(), 0
+        for name, total in totals.items():
+            layer, counts = self._layers[name], _as_counts(total)
+            rows.append(_table_row(name, layer.quantizer, layer.weights, counts))
+            everything, weights = everything + counts, weights + layer.weights
+        rows.append(_table_row("all", "", weights, everything))
+        widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        return "\n".join([f"after step {steps}", *lines])
+
+    def memory_usage(self) -> MemoryUsage:
+        """Bytes held now, on all devices together."""
+        codes = sum(layer.codes.nbytes for layer in self._layers.values() if layer.codes is not None)
+        counters = sum(ledger.total.nbytes + ledger.step.nbytes for ledger in self._ledgers.values())
+        return MemoryUsage(codes, counters, self._scratch.nbytes)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -437,8 +476,10 @@ class WeightFlipTracker:
             return
         layer.stamp = None
         quantizer = tracked.quantizer
+        layer.quantizer = str(quantizer)
         if not isinstance(quantizer, ElementwiseQuantizer):
-            layer.codes = quantizer.encode(weight).ordinals
+            # A copy: these codes are written to, and a quantizer may hand out a view of the weight.
+            layer.codes = quantizer.encode(weight).ordinals.clone()
             return
         dtype = quantizer.code_dtype(weight)
         if layer.codes is None or layer.codes.shape != weight.shape or layer.codes.dtype != dtype:
@@ -591,6 +632,12 @@ def _as_counts(row: Sequence[int]) -> Counts:
         updates=row[kernels.UPDATES],
         stalled=row[kernels.STALLED],
     )
+
+
+def _table_row(name: str, quantizer: str, weights: int, counts: Counts) -> tuple[str, ...]:
+    per_weight = f"{counts.flips / weights:.2f}" if weights else "-"
+    stall_ratio = f"{counts.stall_ratio:.1%}" if counts.updates else "-"
+    return name, quantizer, f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio
 
 
 def _stamp(parameter: Tensor) -> _Stamp | None:

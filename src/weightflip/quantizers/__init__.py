@@ -48,25 +48,27 @@ def encode(weight: Tensor, format: Any, scale: Tensor | float | None = None) -> 
 
 
 @torch.no_grad()
-def decode(codes: Codes, format: Any) -> Tensor:
+def decode(codes: Codes, format: Any = None) -> Tensor:
     """The quantized values that codes stand for: the inverse of :func:`encode` on what the format can hold.
 
     Args:
         codes: What ``encode`` gave.
-        format: The same format as there.
+        format: Only needed for codes that do not know their quantizer, such as ones that you made yourself.
 
     Returns:
         The codes' shape; float32, or float64 where the weight or the format needed it.
 
     Raises:
-        ValueError: The quantizer has no ``decode``.
+        ValueError: The quantizer has no ``decode``, or is not known.
 
     Example:
         >>> from weightflip.formats import E2M1
-        >>> decode(encode(torch.tensor([0.0, 0.7, -9.0]), E2M1), E2M1)
+        >>> decode(encode(torch.tensor([0.0, 0.7, -9.0]), E2M1))
         tensor([ 0.0000,  0.5000, -6.0000])
     """
-    quantizer = resolve(format)
+    if codes.quantizer is None and format is None:
+        raise ValueError("these codes do not know their quantizer; pass its name as format=")
+    quantizer = codes.quantizer if codes.quantizer is not None else resolve(format)
     method = getattr(quantizer, "decode", None)
     if method is None:
         raise ValueError(f"quantizer {quantizer} only encodes: it has no decode(codes)")

@@ -28,12 +28,14 @@ class Codes:
     Attributes:
         ordinals: Signed integers of the weight's shape that grow with the number they stand for; equal ordinals stand
             for equal numbers. int8 for formats of up to 8 bits, else int16, int32 or int64.
-        scale: What the quantizer's ``decode`` needs beside the ordinals, broadcastable to the weight's shape; None
-            where the format has no scale.
+        scale: The factor that the format shares among the weights, broadcastable to their shape; None where it has
+            none. Whether it divides or multiplies is the quantizer's own affair.
+        quantizer: What made the codes and can decode them, where it is known.
     """
 
     ordinals: Tensor
     scale: Tensor | None = None
+    quantizer: Quantizer | None = None
 
 
 @runtime_checkable
@@ -95,12 +97,14 @@ class ElementwiseQuantizer(ABC):
     def decode(self, codes: Codes) -> Tensor:
         """The quantized values, float32 (float64 for float64 weights and formats beyond float32)."""
 
+    @torch.no_grad()
     def encode(self, weight: Tensor) -> Codes:
         """Codes of the whole weight at once; the tracker goes through ``encode_into``."""
+        weight = weight.detach()
         scale = self.scale(weight)
         out = torch.empty(weight.shape, dtype=self.code_dtype(weight), device=weight.device)
         self.encode_into(weight, scale, out, _fresh)
-        return Codes(out, scale)
+        return Codes(out, scale, self)
 
     def __str__(self) -> str:
         return self.name

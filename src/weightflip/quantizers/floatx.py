@@ -60,7 +60,7 @@ def round_to_ordinals(
     floating-point adder round.
 
     Args:
-        values: Contiguous float32 (up to 7 exponent bits) or float64, overwritten.
+        values: Contiguous float32 (for formats of up to 7 exponent bits) or float64, overwritten.
         format: What to round to. Magnitudes above ``format.max``, infinities included, saturate.
         out: Where the ordinals go, of the values' shape.
         scratch: Where temporaries come from.
@@ -133,8 +133,8 @@ class FloatxQuantizer(ElementwiseQuantizer):
     """An ExMy element with one scale for the tensor, one a row, or none: ``"e3m4"``, ``"e3m4:row"``, ``"e3m4:none"``.
 
     The weight is divided by ``scale = amax / format.max``, so that the largest magnitude meets the largest number, and
-    rounded to nearest even. ``scale`` and the quotient are float32; float64 for float64 weights and for formats of 8
-    and more exponent bits, whose largest number is beyond float32.
+    rounded to nearest even. ``scale`` and the quotient are float32; float64 for float64 weights and for formats of 6
+    and more exponent bits, whose range is too wide for float32.
 
     Args:
         format: The element.
@@ -169,7 +169,8 @@ class FloatxQuantizer(ElementwiseQuantizer):
         return ORDINAL_DTYPES[self.format.storage_bits]
 
     def _compute_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
-        wide = weight_dtype is torch.float64 or self.format.exponent_bits >= FP32.exponent_bits
+        # With 6 exponent bits and more, amax / max leaves the normal range of float32 for small weights.
+        wide = weight_dtype is torch.float64 or self.format.exponent_bits > 5
         return torch.float64 if wide else torch.float32
 
     def scale(self, weight: Tensor) -> Tensor | None:

@@ -41,18 +41,12 @@ def bits_to_ordinals_(bits: Tensor, format: FloatFormat, scratch: Scratch) -> No
     nan = format.nan_ordinal
     if nan < torch.iinfo(bits.dtype).max:
         bits.clamp_(-nan, nan)
-    # NaN carries a sign, which arithmetic on different machines sets differently: -nan moves onto nan by a wrapping
-    # subtraction. Comparing with a full tensor is 20x faster on CPU than comparing int8 with a number.
-    is_negative_nan = scratch("mask", bits, torch.bool)
-    torch.eq(bits, sign.fill_(-nan), out=is_negative_nan)
+    # NaN carries a sign, which arithmetic on different machines sets differently: -nan moves onto nan by a subtraction
+    # that wraps. The comparison goes into integers because torch's CPU kernels vectorize it only without a bool result.
+    is_negative_nan = torch.eq(bits, -nan, out=sign)
     width = format.storage_bits
-    alpha = (-2 * nan) % (1 << width)
-    alpha -= (1 << width) if alpha >= 1 << (width - 1) else 0
-    flags = is_negative_nan.view(torch.int8)
-    if bits.dtype is torch.int8:
-        bits.sub_(flags, alpha=alpha)
-    else:
-        bits.sub_(sign.copy_(flags), alpha=alpha)
+    distance = (-2 * nan) % (1 << width)
+    bits.sub_(is_negative_nan, alpha=distance - (1 << width) if distance >> (width - 1) else distance)
 
 
 def ordinals_to_bits(ordinals: Tensor, format: FloatFormat) -> Tensor:
@@ -86,6 +80,11 @@ class NativeQuantizer(ElementwiseQuantizer):
     def scale(self, weight: Tensor) -> Tensor | None:
         self.stored_dtype(weight)
         return None
+
+    def encode(self, weight: Tensor) -> Codes:
+        codes = super().encode(weight)
+        # 16-bit codes alone do not tell which 16-bit dtype they are of.
+        return Codes(codes.ordinals, None, CastQuantizer(self.stored_dtype(weight)))
 
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
         dtype = self.stored_dtype(weight)

@@ -62,6 +62,8 @@ class TensorBoardSink:
         model = record.model
         self._scalars(_MODEL_TAGS, (model.flip_rate, model.cumulative_flip_rate, model.stall_ratio), record.step)
         for layer in record.layers:
+            if not layer.window.weight_steps:
+                continue
             tags = tuple(f"{tag}/{layer.name}" for tag in _LAYER_TAGS)
             self._scalars(tags, (layer.flip_rate, layer.cumulative_flip_rate, layer.stall_ratio), record.step)
             if layer.nonfinite:

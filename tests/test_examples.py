@@ -1,0 +1,99 @@
+"""The examples run as users run them, print their table, and write what TensorBoard shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(
+    any(find_spec(package) is None for package in ("torchao", "sklearn", "tqdm")),
+    reason="the examples need: pip install 'weightflip[examples]'",
+)
+
+DIGITS_LAYERS = ["input.weight", "hidden.weight"]
+# Of one block; the embeddings and the head, which shares its weight with one of them, are in high precision.
+GPT_LAYERS = [f"blocks.0.{linear}.weight" for linear in ("attention.qkv", "attention.out", "mlp.0", "mlp.2")]
+GPT_SMALL = ["--layers=1", "--width=32", "--heads=2", "--context=32", "--batch=8", "--steps=30", "--device=cpu"]
+
+
+def run_example(script: str, *args: str) -> str:
+    """Run an example as a user would and return what it prints."""
+    # Threads that share such small matrices mostly wait for each other when the machine is busy.
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, f"examples/{script}", *args]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "weightflip: tracking has stopped" not in done.stderr
+    assert "training: 100%" in done.stderr  # the bar; it is kept apart from what is printed
+    return done.stdout
+
+
+def numbers_after(label: str, output: str) -> list[float]:
+    """The numbers in the first line that starts with a label."""
+    line = next(line for line in output.splitlines() if line.startswith(label))
+    return [float(number) for number in re.findall(r"\d+\.\d+", line)]
+
+
+def check_table(output: str, layers: list[str], quantizer: str) -> None:
+    """Each tracked layer has a row, in order, and the last row adds them up."""
+    rows = [re.split(r"\s{2,}", line.strip()) for line in output.splitlines()]
+    start = rows.index(["layer", "quantizer", "weights", "flips", "flips/weight", "stall ratio"])
+    table = rows[start + 1 : start + 2 + len(layers)]
+    assert [row[0] for row in table] == [*layers, "all"]
+    assert [row[1] for row in table[:-1]] == [quantizer] * len(layers)
+
+    weights, flips = ([int(row[column].replace(",", "")) for row in table] for column in (-4, -3))
+    assert weights[-1] == sum(weights[:-1])
+    assert flips[-1] == sum(flips[:-1])
+    assert all(count > 0 for count in flips)
+    for row, n, count in zip(table, weights, flips, strict=True):
+        assert float(row[-2]) == pytest.approx(count / n, abs=0.01)
+        assert 0 < float(row[-1].rstrip("%")) < 100
+
+
+def check_events(log_dir: Path, layers: list[str], steps: int) -> None:
+    """TensorBoard finds the tags of the model and of each layer, up to the last step."""
+    assert list(log_dir.glob("events.out.tfevents.*"))
+    events = EventAccumulator(str(log_dir))
+    events.Reload()
+    tags = ["flips/rate", "flips/cumulative_rate", "flips/stall_ratio"]
+    tags += [f"{tag}/{layer}" for layer in layers for tag in ("flip_rate", "cumulative_flip_rate", "stall_ratio")]
+    assert sorted(events.Tags()["scalars"]) == sorted(tags)
+    for tag in tags:
+        scalars = events.Scalars(tag)
+        assert [scalar.step for scalar in scalars] == [*range(10, steps, 10), steps]
+        assert all(scalar.value >= 0 for scalar in scalars)
+        if "cumulative" not in tag:
+            assert all(scalar.value <= 1 for scalar in scalars)
+
+
+def test_digits_float8(tmp_path: Path) -> None:
+    output = run_example("digits_float8.py", f"--log-dir={tmp_path}", "--epochs=2")
+    first_loss, last_loss = numbers_after("Training loss:", output)
+    assert last_loss < first_loss
+    assert numbers_after("Test accuracy:", output)[0] > 60  # chance: 10 %
+    first_stall_ratio, last_stall_ratio = numbers_after("Stall ratio:", output)
+    assert first_stall_ratio < last_stall_ratio
+    check_table(output, DIGITS_LAYERS, "float8_e4m3")
+    check_events(tmp_path, DIGITS_LAYERS, steps=2 * 22)
+    assert f"tensorboard --logdir {tmp_path}" in output
+
+
+@pytest.mark.parametrize("quantizer", ["float8_e4m3", "e3m4"])
+def test_bytes_gpt(tmp_path: Path, quantizer: str) -> None:
+    # float8 is what the example's model is by default; any other format is asked for by name.
+    named = [] if quantizer == "float8_e4m3" else [f"--quantizer={quantizer}"]
+    output = run_example("bytes_gpt.py", f"--log-dir={tmp_path}", *GPT_SMALL, *named)
+    first_loss, last_loss = numbers_after("Validation loss:", output)
+    assert last_loss < first_loss - 0.5
+    check_table(output, GPT_LAYERS, quantizer)
+    check_events(tmp_path, GPT_LAYERS, steps=30)
