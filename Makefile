@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed  ## train a small float8 network on handwritten digits, and show what its weights did
-	$(BIN)/python examples/digits_float8.py --log-dir $(LOG_DIR)/digits_float8
+	$(BIN)/python examples/digits_float8.py --log-dir $(LOG_DIR)/digits_float8/$$(date +%Y%m%d-%H%M%S)
 
 tensorboard: $(VENV)/installed  ## open TensorBoard on runs/
 	$(BIN)/tensorboard --logdir $(LOG_DIR) --port $(PORT)

@@ -229,7 +229,20 @@ def test_a_function_has_to_return_a_tensor_of_the_weights_shape(result, got):
         encode(torch.ones(2, 2), rounded)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.complex64])
+@pytest.mark.parametrize("name", ["float8_e4m3", "float8_e5m2", "float8_e4m3:row", "float8_e5m2:row:pow2"])
+def test_float8_nan_and_infinity_have_one_code_whatever_their_sign(name):
+    nan, inf = float("nan"), float("inf")
+    special = E4M3.nan_ordinal if "e4m3" in name else E5M2.nan_ordinal
+    weight = torch.tensor([[nan, -nan, 1.0, -1.0]])
+    weight[0, 1] = torch.tensor(-0x400000, dtype=torch.int32).view(torch.float32)  # a NaN with its sign bit set
+    assert encode(weight, name).ordinals.tolist() == [[special] * 4]
+    assert encode(torch.tensor([[inf, -inf, 1.0, -1.0]]), name).ordinals.tolist() == [[special, special, 0, 0]]
+    rows = encode(torch.tensor([[nan, -1.0], [-2.0, 1.0]]), name).ordinals
+    assert rows[0].tolist() == [special] * 2
+    assert (rows[1].tolist() == [special] * 2) == (":row" not in name)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fnuz])
 def test_a_function_has_to_return_something_with_an_order(dtype):
     with pytest.raises(ValueError, match=f"got {dtype}$"):
         encode(torch.ones(2, 2), lambda w: w.to(dtype))

@@ -305,7 +305,84 @@ def test_found_inf_steps_are_no_steps(digits):
     assert optimizer.tracker.step_count == 2
 
 
+def test_module_conversions_by_swapping_work(digits):
+    # torch.utils.swap_tensors refuses tensors that somebody holds weak references to.
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
+    backward(model, digits, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    before = optimizer.tracker.get_flip_counts()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+        model.float()
+        model.load_state_dict(digits_model(seed=3).state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    optimizer.step()
+    assert optimizer.tracker.get_flip_counts() == before
+
+
+def test_a_copy_has_no_model_and_knows_its_quantizers(digits):
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    model = digits_model()
+    config = Float8LinearConfig.from_recipe_name("rowwise")
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name == "0")
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
+    model.register_buffer("large", torch.zeros(100_000))
+    model.activation = model[2].weight * 2  # no leaf: a model with it cannot be copied
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        twin.param_groups[0]["params"][0].grad = torch.ones(48, 64)
+        twin.step()
+        quantizers = {name: row[2] for name, row in twin.info.tracked.items()}
+        assert quantizers == {"0.weight": "float8_e4m3:row:pow2", "2.weight": "float8_e4m3"}
+    assert len(pickle.dumps(optimizer)) < 100_000
+
+
+def test_a_model_converted_after_wrapping_is_seen_at_the_first_step(digits):
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
+    config = Float8LinearConfig.from_recipe_name("rowwise")
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name == "0")
+    optimizer.step()
+    assert optimizer.info.tracked["0.weight"][2] == "float8_e4m3:row:pow2"
+
+
+def test_gradients_that_a_hook_takes_away_in_the_step_count(digits):
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
+    optimizer.register_step_post_hook(lambda opt, args, kwargs: opt.zero_grad())
+    brute = BruteForce(model)
+    backward(model, digits, 0)
+    brute.before()
+    optimizer.step()
+    brute.after()
+    brute.check(optimizer.tracker)
+    optimizer.step()
+    assert optimizer.tracker.get_update_counts() == brute.updates
+
+
 # ---------------------------------------------------------------------- faults
+
+
+def test_counts_that_cannot_be_read_do_not_stop_a_run(digits):
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, sinks=[])
+    backward(model, digits, 0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["param_groups"][0]["lr"] = 0.25
+    for broken in ({}, {"calls": 1, "tracker": {"version": 2}}, {**state["flip_tracking"], "calls": None}):
+        with pytest.warns(UserWarning, match="cannot be read and start anew"):
+            optimizer.load_state_dict({**state, "flip_tracking": broken})
+        assert optimizer.param_groups[0]["lr"] == 0.25
+    backward(model, digits, 1)
+    optimizer.step()
+    assert optimizer.tracker.step_count == 2
 
 
 def test_a_fault_in_tracking_warns_once_and_training_goes_on(digits, monkeypatch):
@@ -346,8 +423,8 @@ def sgd(model=None):
     return torch.optim.SGD((model or digits_model()).parameters(), lr=0.1)
 
 
-def misfit(weight):
-    return weight
+def total(weight):
+    return weight.sum()
 
 
 @pytest.mark.parametrize(
@@ -411,6 +488,16 @@ def misfit(weight):
         ),
         (TypeError, "put it in brackets", lambda m: FlipTrackingOptimizer(sgd(m), m, sinks="flips.jsonl")),
         (TypeError, "got int", lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=[3])),
+        (
+            ValueError,
+            r"model= \(Sequential\) holds none of the optimizer's 4 parameters",
+            lambda m: FlipTrackingOptimizer(sgd(m), digits_model()),
+        ),
+        (
+            ValueError,
+            r"shape \(48, 64\): the function 'total' has to return a tensor of the weight's shape",
+            lambda m: FlipTrackingOptimizer(sgd(m), m, quantizer=total),
+        ),
         (ValueError, "log_dir= says where", lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=[], log_dir="runs")),
     ],
 )
@@ -428,12 +515,9 @@ def test_weights_that_no_format_fits():
         FlipTrackingOptimizer(inner, zoo, include=["empty"], sinks=[])
 
     class Blocks:
-        def scale(self, weight):
+        def encode(self, weight):
             if weight.size(-1) % 32:
                 raise ValueError(f"last dimension {weight.size(-1)} is no multiple of 32")
-
-        def encode(self, weight):
-            raise AssertionError("never asked")
 
     with pytest.raises(ValueError, match=r"parameter 'body.weight' .* shape \(8, 8\): last dimension 8 is no multiple"):
         FlipTrackingOptimizer(inner, zoo, quantizer=Blocks(), sinks=[])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import json
 import math
+import pickle
 import subprocess
 import sys
 import warnings
@@ -213,3 +215,61 @@ def test_garbage_collection_writes_the_last_record(digits):
     del optimizer
     gc.collect()
     assert [record.step for record in records] == [7]
+
+
+def test_a_discarded_copy_writes_nothing(digits, tmp_path):
+    path = tmp_path / "flips.jsonl"
+    optimizer, _ = train(digits, 15, sinks=[path])
+    before = path.read_text()
+    twin = copy.deepcopy(optimizer)
+    del twin
+    gc.collect()
+    assert path.read_text() == before
+
+
+def test_functions_that_do_not_pickle_are_left_behind(digits):
+    records = []
+    optimizer, _ = train(digits, 5, sinks=[lambda record: records.append(record)], log_every=5)
+    copy.deepcopy(optimizer)
+    with pytest.warns(UserWarning, match="is not pickled with the optimizer"):
+        twin = pickle.loads(pickle.dumps(optimizer))
+    twin.close()
+    assert len(records) == 1
+
+
+def test_reopening_after_a_resume_keeps_the_points(digits, tmp_path):
+    model = digits_model()
+    optimizer, _ = train(digits, 5, model=model, log_dir=tmp_path / "first", log_every=1)
+    optimizer.close()
+    state = optimizer.state_dict()
+    again = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters()), model, log_dir=tmp_path, log_every=1)
+    again.load_state_dict(state)
+    for steps in (5, 2):
+        for step in range(steps):
+            backward(model, digits, step)
+            again.step()
+        again.close()
+    assert [step for step, _ in scalars(tmp_path)["flips/rate"]] == [6, 7, 8, 9, 10, 11, 12]
+
+
+def test_resuming_beside_a_users_writer_hides_none_of_its_points(digits, tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        for samples in range(0, 640, 64):
+            writer.add_scalar("loss", 1.0, samples)
+    model = digits_model()
+    optimizer, _ = train(digits, 5, model=model, sinks=[])
+    again = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters()), model, log_dir=tmp_path, log_every=1)
+    again.load_state_dict(optimizer.state_dict())
+    backward(model, digits, 5)
+    again.step()
+    again.close()
+    assert len(scalars(tmp_path)["loss"]) == 10
+
+
+def test_a_torn_line_of_a_killed_run_stays_alone(digits, tmp_path):
+    path = tmp_path / "flips.jsonl"
+    path.write_text('{"record": {"st')
+    train(digits, 10, sinks=[path])
+    torn, *lines = path.read_text().splitlines()
+    assert torn == '{"record": {"st'
+    assert FlipRecord.from_dict(json.loads(lines[1])["record"]).step == 10

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightflip.quantizers import Quantizer, resolve
+from weightflip.quantizers import Codes, ElementwiseQuantizer, Quantizer, resolve
 
 logger = logging.getLogger("weightflip")
 
 # Put into names by torch.compile, activation checkpointing and FSDP1; not what people call their layers.
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+_ORDINALS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 _FLOAT32_DEFAULT = "float8_e4m3"
 _DTYPE_DEFAULTS = {
@@ -57,17 +59,20 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def name_parameters(param_groups: Iterable[Mapping[str, Any]], model: nn.Module | None) -> dict[str, Tensor]:
+def name_parameters(
+    param_groups: Iterable[Mapping[str, Any]], model: nn.Module | None, earlier: Sequence[Sequence[str]] = ()
+) -> dict[str, Tensor]:
     """Name to parameter, for each parameter of the groups, once.
 
-    Names come from the model; else from the groups' ``param_names``; else from the place, as ``group0.param3``. A
-    parameter that the model holds under several names (tied weights) has the first.
+    Names come from the model; else from the groups' ``param_names``; else from what was at this place before
+    (``earlier``, a list a group); else from the place, as ``group0.param3``. A parameter that the model holds under
+    several names (tied weights) has the first.
     """
     of_model = _model_names(model) if model is not None else {}
     names: dict[int, str] = {}
     result: dict[str, Tensor] = {}
     for i, group in enumerate(param_groups):
-        given = group.get("param_names") or ()
+        given = group.get("param_names") or (earlier[i] if i < len(earlier) else ())
         for j, parameter in enumerate(group["params"]):
             if id(parameter) in names:
                 continue
@@ -128,24 +133,32 @@ def make_plan(
         _check_globs("exclude", exclude_globs, parameters)
 
     owners = _owners(model) if model is not None else {}
-    plan, notes = Plan(), []
+    if strict and model is not None and not any(id(parameter) in owners for parameter in parameters.values()):
+        raise ValueError(
+            f"model= ({type(model).__name__}) holds none of the optimizer's {len(parameters)} parameters; pass the "
+            "model whose parameters() the optimizer was built with, or none"
+        )
+    plan, noted = Plan(), dict[str, list[str]]()
     for name, parameter in parameters.items():
         try:
-            chosen, note = _choose(name, parameter, rules, include_globs, exclude_globs, owners.get(id(parameter)))
+            chosen, note = _choose(
+                name, parameter, rules, include_globs, exclude_globs, owners.get(id(parameter)), strict=strict
+            )
         except Skip as reason:
             if strict and (reason.misfit or name in include_globs):
                 raise ValueError(f"parameter {name!r} cannot be tracked as asked for: {reason}") from None
             plan.skipped[name] = str(reason)
         else:
             plan.tracked[name] = chosen
-            if note and note not in notes:
-                notes.append(note)
+            if note:
+                noted.setdefault(note, []).append(name)
     if strict and not plan.tracked:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:5])
         raise ValueError(
             f"nothing to track among {len(parameters)} parameters ({reasons or 'there are none'}); "
             "expected a floating-point weight with two dimensions, or name others with include="
         )
+    notes = (f"{note} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for note, names in noted.items())
     return Plan(plan.tracked, plan.skipped, tuple(notes))
 
 
@@ -181,6 +194,8 @@ def _choose(
     include: Sequence[str],
     exclude: Sequence[str],
     owner: nn.Module | None,
+    *,
+    strict: bool,
 ) -> tuple[Quantizer, str | None]:
     """The quantizer of one parameter, and a note.
 
@@ -210,15 +225,36 @@ def _choose(
     if spec is None:
         raise Skip("no pattern in quantizer= matches; add '*' for the rest")
     chosen, note = (resolve(spec), None) if spec != "auto" else _detect(parameter, owner)
-    check = getattr(chosen, "scale", None)
-    if callable(check):
+    if strict:
         try:
-            with torch.no_grad():
-                check(parameter.detach())
+            _try(chosen, parameter.detach())
         except Exception as error:
             # Whatever it is that a format, or a tensor subclass, does not support.
             raise Skip(f"shape {tuple(parameter.shape)}: {error}", misfit=spec != "auto") from None
     return chosen, note
+
+
+@torch.no_grad()
+def _try(quantizer: Quantizer, weight: Tensor) -> None:
+    """Find out now what would fail at the first step.
+
+    Raises:
+        Exception: Whatever the quantizer raises, or ValueError for codes that are none.
+    """
+    if isinstance(quantizer, ElementwiseQuantizer):
+        quantizer.scale(weight)
+        return
+    codes = quantizer.encode(weight)
+    if not isinstance(codes, Codes) or codes.ordinals.shape != weight.shape or codes.ordinals.dtype not in _ORDINALS:
+        got = (
+            f"{codes.ordinals.dtype} ordinals of shape {tuple(codes.ordinals.shape)}"
+            if isinstance(codes, Codes)
+            else type(codes).__name__
+        )
+        raise ValueError(
+            f"encode() of {quantizer} has to return Codes with int8, int16, int32 or int64 ordinals of the weight's "
+            f"shape, got {got}"
+        )
 
 
 def _dtype(parameter: Tensor) -> str:
@@ -262,7 +298,7 @@ def _detect(parameter: Tensor, owner: nn.Module | None) -> tuple[Quantizer, str 
     if default == _FLOAT32_DEFAULT:
         return resolve(default), (
             f"Plain {_dtype(parameter)} weights have no quantizer of their own: they are tracked as {default} would "
-            "see them; say quantizer= for another format."
+            "see them; quantizer= names another format, exclude= leaves them out"
         )
     return resolve(default), None
 

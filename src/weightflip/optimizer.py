@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import warnings
 import weakref
@@ -70,13 +71,13 @@ class _Tracking:
         self._settings = dict(settings)
         self._calls = 0
         self._broken = False
+        self._names: list[list[str]] = []
         self._start()
 
     def _start(self) -> None:
         self._weights: list[TrackedWeight] = []
         self._seen: tuple[object, ...] = ()
-        # Also at garbage collection and at interpreter exit: a script that never calls close() loses no record.
-        self._finalizer = weakref.finalize(self, self.log.close)
+        self._finalizer: weakref.finalize[Any, Any] | None = None
 
     def select(self, param_groups: Sequence[Mapping[str, Any]], *, strict: bool) -> None:
         """Look at the optimizer's parameters again, if they are not the ones of the last step.
@@ -89,12 +90,15 @@ class _Tracking:
         )
         if seen == self._seen:
             return
-        parameters = name_parameters(param_groups, self._model)
+        parameters = name_parameters(param_groups, self._model, self._names)
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        self._names = [[names[id(p)] for p in group["params"]] for group in param_groups]
         plan = make_plan(parameters, self._model, **self._selection, strict=strict)
         for note in plan.notes:
             if note not in self.log.info.notes:
                 logger.warning("weightflip: %s", note)
-        self._seen = seen
+        # Again at the first step: until then a model may still be converted, which leaves its parameters what they are.
+        self._seen = () if strict else seen
         self._weights = [TrackedWeight(name, parameters[name], q) for name, q in plan.tracked.items()]
         described = {
             weight.name: (
@@ -116,6 +120,10 @@ class _Tracking:
         """Count; at a logging point, write."""
         self.tracker.after_step(valid)
         self._calls += 1
+        if self._finalizer is None:
+            # Also at garbage collection and at interpreter exit: a script that never calls close() loses no record. Not
+            # before the first step: a copy that is thrown away writes nothing.
+            self._finalizer = weakref.finalize(self, self.log.close)
         if self._calls % self._log_every == 0:
             self.log.write()
 
@@ -135,13 +143,18 @@ class _Tracking:
         return {"tracker": self.tracker.state_dict(), "calls": self._calls}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        calls = int(state_dict["calls"])
         self.tracker.load_state_dict(state_dict["tracker"])
-        self._calls = int(state_dict["calls"])
+        self._calls = calls
         self.log.first_step = self.tracker.step_count
 
     def __getstate__(self) -> dict[str, Any]:
-        # The selection holds addresses of parameters; the copy makes its own, and its own finalizer.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_weights", "_seen", "_finalizer")}
+        # A copy of an optimizer has no model in it: names and quantizers stand in for what the model was asked.
+        known = {_literally(weight.name): weight.quantizer for weight in self._weights}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_weights", "_seen", "_finalizer")}
+        quantizer = self._selection["quantizer"]
+        rest = quantizer if isinstance(quantizer, Mapping) else {"*": quantizer}
+        return {**state, "_model": None, "_selection": {**self._selection, "quantizer": {**known, **rest}}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -258,6 +271,11 @@ class FlipTrackingOptimizer(Optimizer):
         self.__dict__.update(inner=optimizer, _tracking=tracking)
 
     @property
+    def info(self) -> RunInfo:
+        """What is tracked and how, what is skipped and why; ``print`` shows it."""
+        return self._tracking.log.info
+
+    @property
     def tracker(self) -> WeightFlipTracker:
         """The numbers."""
         return self._tracking.tracker
@@ -349,13 +367,19 @@ class FlipTrackingOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what a wrapped or a bare optimizer saved. Without counts in it, they go on from where they are.
 
-        Raises:
-            ValueError: What the inner optimizer raises, or counts that are none.
+        Counts that cannot be read are warned about: a checkpoint of another version must not stop a run.
         """
         inner_state = {key: value for key, value in state_dict.items() if key != _STATE_KEY}
         self.inner.load_state_dict(inner_state)
         if _STATE_KEY in state_dict:
-            self._tracking.load_state_dict(state_dict[_STATE_KEY])
+            try:
+                self._tracking.load_state_dict(state_dict[_STATE_KEY])
+            except Exception as error:
+                warnings.warn(
+                    "weightflip: the counts of this checkpoint cannot be read and start anew, the optimizer's state is "
+                    f"loaded: {type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         return self.inner.register_step_pre_hook(lambda _, args, kwargs: hook(self, args, kwargs))
@@ -411,6 +435,11 @@ class FlipTrackingOptimizer(Optimizer):
             self.__dict__.update(state)
         else:
             self.inner.__setstate__(state)
+
+
+def _literally(name: str) -> str:
+    """A glob that matches this name only."""
+    return glob.escape(name)
 
 
 def _check_optimizer(optimizer: Any, model: Any) -> None:

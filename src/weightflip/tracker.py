@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -49,7 +48,9 @@ class MemoryUsage(NamedTuple):
 class _Stamp(NamedTuple):
     """Tells whether a parameter was written, replaced or moved since."""
 
-    parameter: weakref.ref[Tensor]
+    # Not a weak reference: torch.utils.swap_tensors, and with it Module.to(), refuses tensors that have one. The
+    # tracker holds the parameter itself for as long as the stamp is of use, so the id is not given to another.
+    parameter: int
     data_ptr: int
     version: int
 
@@ -168,6 +169,7 @@ class WeightFlipTracker:
         self._scratch = kernels.ScratchPool()
         self._snapshots: dict[str, _Snapshot] = {}
         self._current: list[TrackedWeight] = []
+        self._grads: dict[str, Tensor | None] = {}
         self._in_step = False
         self._failed: set[str] = set()
         self._steps = 0
@@ -286,7 +288,7 @@ class WeightFlipTracker:
         self._in_step = True
         if not self.is_tracking:
             return
-        self._current = []
+        self._current, self._grads = [], {}
         for tracked in weights:
             if tracked.name in self._failed:
                 continue
@@ -296,6 +298,8 @@ class WeightFlipTracker:
                 self._give_up(tracked.name, error)
             else:
                 self._current.append(tracked)
+                if "stalls" in self.metrics:
+                    self._grads[tracked.name] = tracked.parameter.grad
 
     @torch.no_grad()
     def after_step(self, valid: Tensor | None = None) -> None:
@@ -326,6 +330,7 @@ class WeightFlipTracker:
                 ledger.total.add_(ledger.step)
             else:
                 ledger.total.addcmul_(ledger.step, valid.to(ledger.device, torch.int64, non_blocking=True))
+        self._grads.clear()
         if self.low_memory or not self.is_tracking:
             # An untracked step changes weights, and not every optimizer's kernel moves their version counters.
             self._forget_codes()
@@ -437,14 +442,17 @@ class WeightFlipTracker:
                 "expected what WeightFlipTracker.state_dict() of version 1 returned, got "
                 + (f"a dictionary without {sorted(missing)}" if missing else f"version {state_dict['version']!r}")
             )
+        layers = {
+            name: _Layer(name, int(weights), base=[int(n) for n in state_dict["totals"][name]])
+            for name, weights in state_dict["weights"].items()
+        }
+        window_base = {name: [int(n) for n in base] for name, base in state_dict["window_base"].items()}
+        steps = int(state_dict["steps"])
         self.reset()
-        self._steps = int(state_dict["steps"])
-        for name, weights in state_dict["weights"].items():
-            self._layers[name] = _Layer(name, int(weights), base=[int(n) for n in state_dict["totals"][name]])
-        self._window_base = {name: [int(n) for n in base] for name, base in state_dict["window_base"].items()}
+        self._layers, self._window_base, self._steps = layers, window_base, steps
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_current": [], "_scratch": kernels.ScratchPool()}
+        return {**self.__dict__, "_current": [], "_grads": {}, "_scratch": kernels.ScratchPool()}
 
     # ------------------------------------------------------------------ inside
 
@@ -491,7 +499,10 @@ class WeightFlipTracker:
         weight, quantizer = tracked.parameter.detach(), tracked.quantizer
         assert layer.codes is not None
         assert layer.ledger is not None
-        grad = tracked.parameter.grad if "stalls" in self.metrics else None
+        # After the step, since a closure makes them in it; before the step, where a hook has taken them away in it.
+        grad = self._grads.pop(tracked.name, None)
+        if "stalls" in self.metrics and tracked.parameter.grad is not None:
+            grad = tracked.parameter.grad
         row = layer.ledger.step[layer.row]
         counts = row[_COUNTED]
 
@@ -517,9 +528,10 @@ class WeightFlipTracker:
         layer.stamp = _stamp(tracked.parameter)
 
     def _forget_codes(self) -> None:
+        is_over = self.end_step is not None and self._steps >= self.end_step
         for layer in self._layers.values():
             layer.stamp = None
-            if self.low_memory:
+            if self.low_memory or is_over:
                 layer.codes = None
 
     def _give_up(self, name: str, error: Exception) -> None:
@@ -644,16 +656,11 @@ def _stamp(parameter: Tensor) -> _Stamp | None:
     if parameter.is_inference():
         # Inference tensors have no version counter.
         return None
-    return _Stamp(weakref.ref(parameter), parameter.data_ptr(), parameter._version)
+    return _Stamp(id(parameter), parameter.data_ptr(), parameter._version)
 
 
 def _is_unwritten(parameter: Tensor, stamp: _Stamp | None) -> bool:
-    return (
-        stamp is not None
-        and stamp.parameter() is parameter
-        and stamp.data_ptr == parameter.data_ptr()
-        and stamp.version == parameter._version
-    )
+    return stamp is not None and stamp == _stamp(parameter)
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:

@@ -31,25 +31,29 @@ def count_(
     """
     rows = 1 if update is None else 3
     limit = slice_elements(codes)
-    parts = list(slices(codes, limit))
+    # Backwards: whoever read the weight last, for its amax, left the end of it in the cache.
+    parts = list(slices(codes, limit))[::-1]
     padded = -(-min(limit, codes.numel()) // _ALIGNMENT) * _ALIGNMENT
     flags = scratch.flat("flags", rows * padded, torch.bool, codes.device).view(rows, padded)
     sums = scratch.flat("sums", len(parts) * rows * (padded // _ALIGNMENT), torch.int64, codes.device)
     sums = sums.view(len(parts), rows, -1)
 
+    lanes = flags.view(torch.int64).view(rows, _LANES, -1)
+
+    shape: torch.Size | None = None
     for part, index in enumerate(parts):
         before, after = codes[index], new(index)
-        numel = after.numel()
-        if numel < padded:
+        if after.shape != shape:
+            shape, numel = after.shape, after.numel()
             flags[:, numel:].zero_()
-        flipped = flags[0, :numel].view(after.shape)
+            flipped, *rest = (row[:numel].view(shape) for row in flags)
         torch.ne(after, before, out=flipped)
         if update is not None:
-            updated = flags[1, :numel].view(after.shape)
+            updated, stalled = rest
             # A conversion to bool is `!= 0` (NaN is True), five times faster on CPU than the comparison.
             updated.copy_(update[index])
-            torch.gt(updated, flipped, out=flags[2, :numel].view(after.shape))
-        torch.sum(flags.view(torch.int64).view(rows, _LANES, -1), dim=1, out=sums[part])
+            torch.gt(updated, flipped, out=stalled)
+        torch.sum(lanes, dim=1, out=sums[part])
         before.copy_(after)
 
     # The int64 sums hold eight counts each, one a byte.

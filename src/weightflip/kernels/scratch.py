@@ -11,10 +11,16 @@ class ScratchPool:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, torch.device, torch.Size], Tensor] = {}
 
     def __call__(self, slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         """A contiguous buffer of ``like``'s shape and device; the next call with this slot and dtype takes it back."""
-        return self.flat(slot, like.numel(), dtype, like.device).view(like.shape)
+        key = (slot, dtype, like.device, like.shape)
+        view = self._views.get(key)
+        if view is None:
+            # Kept, because making a view costs as much as a small slice's arithmetic.
+            view = self._views[key] = self.flat(slot, like.numel(), dtype, like.device).view(like.shape)
+        return view
 
     def flat(self, slot: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A 1-d buffer of ``numel`` elements."""
@@ -22,6 +28,7 @@ class ScratchPool:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < numel:
             buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+            self._views.clear()
         return buffer[:numel]
 
     @property
@@ -32,3 +39,4 @@ class ScratchPool:
     def clear(self) -> None:
         """Give all buffers back."""
         self._buffers.clear()
+        self._views.clear()

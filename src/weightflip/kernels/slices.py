@@ -10,7 +10,7 @@ from torch import Tensor
 Index: TypeAlias = tuple[slice, ...]
 
 # On CPU the buffers of a slice fit the outer caches, and each operation is long enough to hide its start.
-_CPU_ELEMENTS = 1 << 19
+_CPU_ELEMENTS = 1 << 20
 _DEVICE_ELEMENTS = 1 << 21
 
 

@@ -24,7 +24,8 @@ class Float8Quantizer(ElementwiseQuantizer):
 
     Args:
         format: E4M3 or E5M2.
-        granularity: ``"tensor"``, or ``"row"`` for one scale per output channel (amax over the last dimension).
+        granularity: ``"tensor"``, or ``"row"`` for one scale over the last dimension: of a linear layer's weight, one
+            per output channel.
         round_scales_to_power_of_2: Round ``s`` down, as torchao's rowwise recipes do.
 
     Raises:
@@ -72,7 +73,8 @@ class Float8Quantizer(ElementwiseQuantizer):
             values.copy_(weight).mul_(scale)
         # torchao clamps here. |w| <= amax makes |w * s| exceed max by two float32 roundings at the most, far from the
         # half step at which a cast leaves max, so the clamp never changes the code and its pass is saved.
-        cast_to_float8(values, self.format, out, scratch)
+        # Only a scale that is NaN (of a NaN weight) or 0 (of an infinite one) makes NaN, and then nothing else but 0.
+        cast_to_float8(values, self.format, out, scratch, has_number=scale > 0)
 
     def decode(self, codes: Codes) -> Tensor:
         values = ordinals_to_values(codes.ordinals, self.format, torch.float32)

@@ -35,7 +35,9 @@ def amax(weight: Tensor, granularity: Granularity) -> Tensor:
     return torch.maximum(low.abs(), high.abs())
 
 
-def cast_to_float8(values: Tensor, format: FloatFormat, out: Tensor, scratch: Scratch) -> None:
+def cast_to_float8(
+    values: Tensor, format: FloatFormat, out: Tensor, scratch: Scratch, *, has_number: Tensor | None = None
+) -> None:
     """Cast float32 values to ordinals of E4M3 or E5M2, through torch's own conversion.
 
     Args:
@@ -44,9 +46,14 @@ def cast_to_float8(values: Tensor, format: FloatFormat, out: Tensor, scratch: Sc
         format: E4M3 or E5M2.
         out: int8, contiguous, of the values' shape.
         scratch: Where temporaries come from.
+        has_number: Where given, bool and broadcastable to the values: where it is False all values are NaN or 0, and
+            nowhere else is one NaN.
     """
     out.view(_TORCH_FLOAT8[format]).copy_(values)
-    bits_to_ordinals_(out, format, scratch)
+    if has_number is not None:
+        # NaN and 0 lose their signs in one pass; looking for NaN everywhere takes two.
+        out.bitwise_and_(has_number.to(torch.int8).neg_().bitwise_or_(torch.iinfo(torch.int8).max))
+    bits_to_ordinals_(out, format, scratch, nan_is_positive=has_number is not None)
 
 
 def round_to_ordinals(

@@ -21,7 +21,7 @@ STORED_FORMATS: dict[torch.dtype, FloatFormat] = {
 ORDINAL_DTYPES = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
-def bits_to_ordinals_(bits: Tensor, format: FloatFormat, scratch: Scratch) -> None:
+def bits_to_ordinals_(bits: Tensor, format: FloatFormat, scratch: Scratch, *, nan_is_positive: bool = False) -> None:
     """Turn IEEE-like bit patterns into ordinals, in place.
 
     Sign and magnitude become two's complement, -0 becomes 0, every NaN becomes ``format.nan_ordinal``.
@@ -30,6 +30,7 @@ def bits_to_ordinals_(bits: Tensor, format: FloatFormat, scratch: Scratch) -> No
         bits: Contiguous int8, int16, int32 or int64, as wide as the format.
         format: One with NaN.
         scratch: Where temporaries come from.
+        nan_is_positive: No NaN among the bits has its sign bit set, which saves looking for them.
     """
     sign_bit = torch.iinfo(bits.dtype).min
     sign = scratch("sign", bits, bits.dtype)
@@ -41,6 +42,8 @@ def bits_to_ordinals_(bits: Tensor, format: FloatFormat, scratch: Scratch) -> No
     nan = format.nan_ordinal
     if nan < torch.iinfo(bits.dtype).max:
         bits.clamp_(-nan, nan)
+    if nan_is_positive:
+        return
     # NaN carries a sign, which arithmetic on different machines sets differently: -nan moves onto nan by a subtraction
     # that wraps. The comparison goes into integers because torch's CPU kernels vectorize it only without a bool result.
     is_negative_nan = torch.eq(bits, -nan, out=sign)
@@ -146,9 +149,11 @@ class FunctionQuantizer:
                 f"the function {self.name!r} has to return a tensor of the weight's shape {tuple(weight.shape)}, "
                 f"got {got}"
             )
-        if values.dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
-            # Integers are ordinals already; a copy, since a function may hand out a tensor that it writes to later.
-            return Codes(values.clone())
+        if not values.is_floating_point() and not values.is_complex():
+            # Integers are ordinals already; uint8, as torch's own quantized tensors have it, needs a sign bit more. A
+            # copy, since a function may hand out a tensor that it writes to later.
+            dtype = {torch.bool: torch.int8, torch.uint8: torch.int16}.get(values.dtype, values.dtype)
+            return Codes(values.to(dtype, copy=True))
         return self._native.encode(values)
 
     def __str__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from os import PathLike, fspath
@@ -45,6 +46,17 @@ class CallableSink:
     def __init__(self, function: Callable[[FlipRecord], object]) -> None:
         self.function = function
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallableSink:
+        return CallableSink(self.function)
+
+    def __getstate__(self) -> dict[str, Any]:
+        try:
+            pickle.dumps(self.function)
+        except Exception as error:
+            warnings.warn(f"weightflip: a function in sinks= is not pickled with the optimizer: {error}", stacklevel=2)
+            return {"function": _nowhere}
+        return self.__dict__
+
     def start(self, info: RunInfo, first_step: int) -> None:
         """Nothing to open."""
 
@@ -56,6 +68,10 @@ class CallableSink:
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+def _nowhere(record: FlipRecord) -> None:
+    """Stands in for a function that could not be pickled."""
 
 
 def make_sink(spec: SinkLike) -> Sink:

@@ -34,6 +34,8 @@ class JSONLSink:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
+            if self._is_torn():
+                self._file.write("\n")
         self._line({"info": {**vars(info), "notes": list(info.notes)}, "first_step": first_step})
 
     def write(self, record: FlipRecord) -> None:
@@ -47,6 +49,14 @@ class JSONLSink:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _is_torn(self) -> bool:
+        """Whether an earlier run was killed in the middle of a line."""
+        if not self.path.is_file() or self.path.stat().st_size == 0:
+            return False
+        with self.path.open("rb") as file:
+            file.seek(-1, 2)
+            return file.read(1) != b"\n"
 
     def _line(self, data: dict[str, object]) -> None:
         assert self._file is not None

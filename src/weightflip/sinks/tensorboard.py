@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # Of the model, then of each layer, in the order in which they are written.
 _MODEL_TAGS = ("flips/rate", "flips/cumulative_rate", "flips/stall_ratio")
 _LAYER_TAGS = ("flip_rate", "cumulative_flip_rate", "stall_ratio")
+_SUFFIX = ".weightflip"
 _LAYOUT = {
     "weightflip": {
         "share of weights that flip in a step, by layer": ["Multiline", [r"^flip_rate/.*"]],
@@ -48,15 +49,30 @@ class TensorBoardSink:
         self.log_dir = log_dir
         self._owned = writer is None
         self._writer = writer
+        self._purged = False
 
     def start(self, info: RunInfo, first_step: int) -> None:
         if self._writer is None:
-            # What an earlier run wrote after the checkpoint that this one resumes is hidden by TensorBoard.
-            purge_step = first_step + 1 if first_step else None
-            self._writer = _import_summary_writer()(self.log_dir, purge_step=purge_step)
+            self._writer = _import_summary_writer()(
+                self.log_dir, purge_step=self._purge_step(first_step), filename_suffix=_SUFFIX
+            )
             self.log_dir = self._writer.log_dir
         self._writer.add_text("weightflip/tracking", info.to_markdown(), first_step)
-        self._writer.add_custom_scalars(_LAYOUT)
+        if self._owned:
+            # TensorBoard shows one layout a run: in a user's writer it would stand in the way of the user's own.
+            self._writer.add_custom_scalars(_LAYOUT)
+
+    def _purge_step(self, first_step: int) -> int | None:
+        """The step from which on TensorBoard hides what the directory holds; None to hide nothing.
+
+        A resumed run repeats the steps that the earlier one did after its checkpoint. Only once, and only where all
+        files are ours: a purge hides every tag, also of a writer of the user's that counts in other units.
+        """
+        if self._purged or not first_step or self.log_dir is None:
+            return None
+        self._purged = True
+        files = Path(self.log_dir).glob("*tfevents*")
+        return first_step + 1 if all(file.name.endswith(_SUFFIX) for file in files) else None
 
     def write(self, record: FlipRecord) -> None:
         model = record.model
@@ -91,7 +107,7 @@ class TensorBoardSink:
     def __getstate__(self) -> dict[str, Any]:
         # A SummaryWriter cannot be copied or pickled: a copy opens its own, in the same place, if it ever writes.
         log_dir = self.log_dir if self._writer is None else self._writer.log_dir
-        return {"log_dir": log_dir, "_owned": True, "_writer": None}
+        return {"log_dir": log_dir, "_owned": True, "_writer": None, "_purged": True}
 
 
 def _import_summary_writer() -> type[SummaryWriter]:
