@@ -6,7 +6,7 @@ LOG_DIR ?= runs
 PORT ?= 6006
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tensorboard test check bench clean
+.PHONY: help demo tensorboard test conformance check bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -26,6 +26,9 @@ tensorboard: $(VENV)/installed  ## open TensorBoard on runs/
 
 test: $(VENV)/installed  ## run the tests
 	$(BIN)/python -m pytest
+
+conformance: $(VENV)/installed  ## wrapped equals bare for every input of PyTorch's own optimizer tests
+	$(BIN)/python -m pytest -m conformance tests/test_conformance.py
 
 check: $(VENV)/installed  ## ruff, mypy --strict, and the table of allowed imports
 	$(BIN)/ruff check .

@@ -19,6 +19,8 @@ STORED_FORMATS: dict[torch.dtype, FloatFormat] = {
     torch.float64: FP64,
 }
 ORDINAL_DTYPES = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
+# Tensors, because torch makes one of a Python number at each call. 0-dim ones on the CPU go with tensors of any device.
+_SIGN_BIT = {dtype: torch.tensor(torch.iinfo(dtype).min, dtype=dtype) for dtype in ORDINAL_DTYPES.values()}
 
 
 def bits_to_ordinals_(bits: Tensor, format: FloatFormat, scratch: Scratch, *, nan_is_positive: bool = False) -> None:
@@ -32,9 +34,7 @@ def bits_to_ordinals_(bits: Tensor, format: FloatFormat, scratch: Scratch, *, na
         scratch: Where temporaries come from.
         nan_is_positive: No NaN among the bits has its sign bit set, which saves looking for them.
     """
-    sign_bit = torch.iinfo(bits.dtype).min
-    sign = scratch("sign", bits, bits.dtype)
-    torch.bitwise_and(bits, sign_bit, out=sign)
+    sign = torch.bitwise_and(bits, _SIGN_BIT[bits.dtype], out=scratch("sign", bits, bits.dtype))
     # For a negative pattern abs() gives 2**(n-1) - magnitude (the sign bit alone stays as it is), and putting the sign
     # bit back gives -magnitude: three passes instead of shift, mask, xor and subtract.
     bits.abs_().bitwise_xor_(sign)

@@ -1,0 +1,225 @@
+"""Every optimizer of torch, in every configuration of PyTorch's own test database, wrapped and bare.
+
+``make conformance`` runs all of them; ``make test`` a part: each optimizer's first input with each of its
+implementations. Left out, with the reason:
+
+- configurations that the database itself gives for GPUs only (``capturable``): torch refuses them on CPU;
+- the deep copy of LBFGS: a bare LBFGS loses its parameter list when it is copied, and its next step raises.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import BruteForce, assert_same
+from torch import Tensor, nn
+from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
+
+from weightflip import FlipTrackingOptimizer
+
+
+class Case(NamedTuple):
+    info: OptimizerInfo
+    kwargs: dict[str, Any]
+    name: str
+    first: bool
+
+
+def cases() -> list[Case]:
+    found = []
+    for info in optim_db:
+        # torch's own helper leaves foreach out on CPU, where it works too.
+        flags = [flag for flag in info.supported_impls if flag != "fused" or "cpu" in info.supports_fused_on]
+        for i, given in enumerate(info.optim_inputs_func(device="cpu")):
+            base = {**given.kwargs, **dict.fromkeys(flags, False)}
+            for flag in [None, *flags]:
+                kwargs = base if flag is None else {**base, flag: True}
+                found.append(Case(info, kwargs, f"{info.optim_cls.__name__} {given.desc} {flag or 'plain'}", i == 0))
+    return found
+
+
+CASES = cases()
+
+
+class Net(nn.Module):
+    """Matrices, vectors, or a table with sparse gradients: what the optimizer takes."""
+
+    def __init__(self, info: OptimizerInfo) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.sparse = info.only_supports_sparse_grads
+        if self.sparse:
+            self.table = nn.Embedding(40, 12, sparse=True)
+        else:
+            bias = info.optim_cls is not torch.optim.Muon
+            self.first = nn.Linear(12, 20, bias=bias)
+            self.second = nn.Linear(20, 6, bias=bias)
+
+    def loss(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        if self.sparse:
+            return self.table(torch.randint(0, 40, (16,), generator=generator)).square().mean()
+        x = torch.randn(16, 12, generator=generator)
+        return (self.second(torch.tanh(self.first(x))) - x[:, :6]).square().mean()
+
+
+def build(case: Case, net: Net, wrap) -> torch.optim.Optimizer:
+    kwargs = copy.deepcopy(case.kwargs)  # tensor learning rates are written in place by schedulers
+    named = list(net.named_parameters())
+    # LBFGS takes one group only.
+    several = case.info.optim_cls is not torch.optim.LBFGS
+    groups = [{"params": [p]} for _, p in named] if several else [p for _, p in named]
+    return wrap(case.info.optim_cls(groups, **kwargs), net)
+
+
+def train(case: Case, wrap, steps: int = 5) -> list[Any]:
+    """A training with a scheduler, interrupted by a save and load, then by a deep copy; all that can differ in the end.
+
+    Args:
+        case: What to run.
+        wrap: From optimizer and network to the optimizer that is used.
+        steps: In each of three parts.
+    """
+    net = Net(case.info)
+    optimizer = build(case, net, wrap)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.8)
+    result: list[Any] = []
+    for part in range(3):
+        brute = BruteForce(net)
+        counted_before = counts(optimizer)
+        for step in range(part * steps, (part + 1) * steps):
+
+            def closure(step: int = step, net: Net = net, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+                with torch.enable_grad():
+                    optimizer.zero_grad()
+                    loss = net.loss(step)
+                    loss.backward()
+                return loss
+
+            brute.before()
+            result.append(step_once(case, net, optimizer, closure))
+            brute.take_gradients()
+            brute.after()
+            scheduler.step()
+        if counted_before is not None:
+            check(brute, counts(optimizer), counted_before)
+        result.append({name: p.detach().clone() for name, p in net.named_parameters()})
+        result.append(bare_state(optimizer))
+        if part == 0:
+            weights, state, schedule = net.state_dict(), optimizer.state_dict(), scheduler.state_dict()
+            weights, state = copy.deepcopy((weights, state))
+            net = Net(case.info)
+            net.load_state_dict(weights)
+            optimizer = build(case, net, wrap)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.8)
+            scheduler.load_state_dict(schedule)
+            optimizer.load_state_dict(state)
+        elif part == 1 and case.info.optim_cls is not torch.optim.LBFGS:
+            schedule = scheduler.state_dict()
+            net, optimizer = copy.deepcopy((net, optimizer))
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.8)
+            scheduler.load_state_dict(schedule)
+    return result
+
+
+def step_once(case: Case, net: Net, optimizer: torch.optim.Optimizer, closure) -> Any:
+    if case.info.step_requires_closure:
+        return optimizer.step(closure).detach()
+    # Half of the steps as most scripts write them, half through the closure.
+    loss = closure()
+    if int(loss.detach().item() * 1e6) % 2:
+        assert optimizer.step() is None
+        return loss.detach()
+    optimizer.zero_grad()
+    return optimizer.step(closure).detach()
+
+
+def counts(optimizer: torch.optim.Optimizer) -> tuple[dict[str, int], ...] | None:
+    tracker = getattr(optimizer, "tracker", None)
+    if tracker is None:
+        return None
+    return tracker.get_flip_counts(), tracker.get_update_counts(), tracker.get_stall_counts()
+
+
+def check(brute: BruteForce, now, before) -> None:
+    for expected, after, earlier in zip((brute.flips, brute.updates, brute.stalled), now, before, strict=True):
+        assert {name: count - earlier.get(name, 0) for name, count in after.items()} == expected
+    assert sum(brute.updates.values()) > 0
+
+
+def bare_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {key: value for key, value in copy.deepcopy(optimizer.state_dict()).items() if key != "flip_tracking"}
+
+
+def tracked(optimizer: torch.optim.Optimizer, net: nn.Module) -> FlipTrackingOptimizer:
+    return FlipTrackingOptimizer(optimizer, net, sinks=[])
+
+
+def conforms(case: Case, wrap) -> None:
+    if case.kwargs.get("differentiable"):
+        assert_same(differentiable(case, lambda o, net: o), differentiable(case, wrap))
+    else:
+        assert_same(train(case, lambda o, net: o), train(case, wrap))
+
+
+def differentiable(case: Case, wrap) -> list[Tensor]:
+    """A step that autograd sees: parameters are not leaves, and the result is differentiated."""
+    torch.manual_seed(0)
+    leaf = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(7, 5, dtype=torch.float64)
+    result = []
+    weight = leaf.clone()
+    weight.grad = grad
+    optimizer = wrap(case.info.optim_cls([weight], **copy.deepcopy(case.kwargs)), None)
+    # One step: the second one of some optimizers overwrites what autograd saved for the first.
+    optimizer.step()
+    (slope,) = torch.autograd.grad(weight.square().sum(), leaf)
+    result += [weight.detach().clone(), slope]
+    return result
+
+
+FAST = [case for case in CASES if case.first]
+
+
+@pytest.mark.parametrize("case", FAST, ids=lambda case: case.name)
+def test_first_input_of_each_optimizer(case):
+    conforms(case, tracked)
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_input_of_each_optimizer(case):
+    conforms(case, tracked)
+
+
+def test_the_database_is_what_we_think():
+    names = {case.info.optim_cls.__name__ for case in CASES}
+    missing = {name for name in torch.optim.__all__ if isinstance(getattr(torch.optim, name), type)} - names
+    assert missing == {"Optimizer"}
+    assert len(CASES) >= 180
+
+
+class NaiveWrapper(torch.optim.Optimizer):
+    """What wrappers get wrong: the groups are a copy, the closure's loss is dropped."""
+
+    def __init__(self, optimizer):
+        super().__init__([{**group} for group in optimizer.param_groups], optimizer.defaults)
+        self.optimizer = optimizer
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.optimizer.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("case", [case for case in FAST if "plain" in case.name], ids=lambda case: case.name)
+def test_a_naive_wrapper_fails(case):
+    with pytest.raises((AssertionError, AttributeError)):
+        conforms(case, lambda optimizer, net: NaiveWrapper(optimizer))
