@@ -315,3 +315,10 @@ def test_table_rows_read_back(split):
 )
 def test_str(fmt, text):
     assert str(fmt) == text
+
+
+def test_specials_that_leave_no_number_are_refused():
+    with pytest.raises(ValueError, match="leave no code for a number above 0"):
+        FloatFormat("fixed point with infinities", 0, 7, 0, has_inf=True, has_nan=True)
+    with pytest.raises(ValueError, match="leave no code for a number above 0"):
+        FloatFormat("two bits with NaN", 0, 1, 0, has_nan=True)

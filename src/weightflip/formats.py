@@ -57,6 +57,8 @@ class FloatFormat:
             )
         if self.has_inf and (not self.has_nan or self.mantissa_bits == 0):
             raise ValueError(f"format {self.name!r}: infinities need NaN codes too (IEEE 754), and a mantissa bit")
+        if self.max_ordinal < 1:
+            raise ValueError(f"format {self.name!r}: infinities and NaN leave no code for a number above 0")
 
     @property
     def bits(self) -> int:

@@ -124,10 +124,10 @@ def _bits_of(power_of_two: float, source: FloatFormat) -> int:
 def _value_table(format: FloatFormat, exponent_shift: int) -> Tensor:
     """Value of every ordinal of the storage, float64, from its smallest integer on; NaN where there is no number."""
     half = 1 << (format.storage_bits - 1)
-    table = torch.full((2 * half,), math.nan, dtype=torch.float64)
     last = format.max_ordinal if format.inf_ordinal is None else format.inf_ordinal
-    for ordinal in range(-last, last + 1):
-        table[ordinal + half] = format.value(ordinal, exponent_shift=exponent_shift)
+    values = [format.value(ordinal, exponent_shift=exponent_shift) for ordinal in range(-last, last + 1)]
+    table = torch.full((2 * half,), math.nan, dtype=torch.float64)
+    table[half - last : half + last + 1] = torch.tensor(values, dtype=torch.float64)
     return table
 
 
@@ -150,7 +150,8 @@ class FloatxQuantizer(ElementwiseQuantizer):
         fixed_scale: A scale of the user's own instead, a number or a tensor that broadcasts to the weight.
 
     Raises:
-        ValueError: More than 16 bits, an unknown granularity, or a scale that is not positive.
+        ValueError: More than 16 bits, an unknown granularity, or a number as scale that is not positive and finite. The
+            elements of a tensor are not looked at: that would wait for the device.
     """
 
     def __init__(
@@ -164,8 +165,10 @@ class FloatxQuantizer(ElementwiseQuantizer):
             raise ValueError(f"ExMy formats have up to 16 bits, got {format}")
         if granularity not in get_args(Granularity):
             raise ValueError(f"granularity is one of {get_args(Granularity)}, got {granularity!r}")
-        if isinstance(fixed_scale, (int, float)) and not fixed_scale > 0:
-            raise ValueError(f"scale= is what the weight is divided by and has to be positive, got {fixed_scale}")
+        if isinstance(fixed_scale, (int, float)) and not 0 < fixed_scale < math.inf:
+            raise ValueError(
+                f"scale= is what the weight is divided by and has to be positive and finite, got {fixed_scale}"
+            )
         self.format = format
         self.granularity: Granularity = granularity
         self.fixed_scale = fixed_scale
