@@ -224,7 +224,7 @@ def _choose(
     spec = next((spec for glob, spec in rules.items() if fnmatchcase(name, glob)), None)
     if spec is None:
         raise Skip("no pattern in quantizer= matches; add '*' for the rest")
-    chosen, note = (resolve(spec), None) if spec != "auto" else _detect(parameter, owner)
+    chosen, note = (spec, None) if spec != "auto" else _detect(parameter, owner)
     if strict:
         try:
             _try(chosen, parameter.detach())

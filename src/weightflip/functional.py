@@ -78,11 +78,9 @@ def encode_sliced(
         codes: Of the weight's shape.
         scratch: Where temporaries come from.
     """
+    new = _slice_encoder(weight, scale, encode_into, codes.dtype, scratch)
     for index in kernels.slices(weight, kernels.slice_elements(weight)):
-        part = weight[index]
-        new = scratch("new", part, codes.dtype)
-        encode_into(part, None if scale is None else kernels.take(scale, index), new, scratch)
-        codes[index].copy_(new)
+        codes[index].copy_(new(index))
 
 
 def advance(
@@ -105,14 +103,21 @@ def advance(
         counts: int64 of shape (3,): flips, updates, stalled; added to.
         scratch: Where temporaries come from.
     """
+    kernels.count_(codes, _slice_encoder(weight, scale, encode_into, codes.dtype, scratch), update, counts, scratch)
+
+
+def _slice_encoder(
+    weight: Tensor, scale: Tensor | None, encode_into: EncodeInto, dtype: torch.dtype, scratch: kernels.ScratchPool
+) -> Callable[[kernels.Index], Tensor]:
+    """From a slice's index to its ordinals, in a buffer that the next slice takes back."""
 
     def new(index: kernels.Index) -> Tensor:
         part = weight[index]
-        ordinals = scratch("new", part, codes.dtype)
+        ordinals = scratch("new", part, dtype)
         encode_into(part, None if scale is None else kernels.take(scale, index), ordinals, scratch)
         return ordinals
 
-    kernels.count_(codes, new, update, counts, scratch)
+    return new
 
 
 def compare(codes: Tensor, new: Tensor, update: Tensor | None, counts: Tensor, scratch: kernels.ScratchPool) -> None:

@@ -150,7 +150,7 @@ class _Tracking:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of an optimizer has no model in it: names and quantizers stand in for what the model was asked.
-        known = {_literally(weight.name): weight.quantizer for weight in self._weights}
+        known = {glob.escape(weight.name): weight.quantizer for weight in self._weights}
         state = {k: v for k, v in self.__dict__.items() if k not in ("_weights", "_seen", "_finalizer")}
         quantizer = self._selection["quantizer"]
         rest = quantizer if isinstance(quantizer, Mapping) else {"*": quantizer}
@@ -435,11 +435,6 @@ class FlipTrackingOptimizer(Optimizer):
             self.__dict__.update(state)
         else:
             self.inner.__setstate__(state)
-
-
-def _literally(name: str) -> str:
-    """A glob that matches this name only."""
-    return glob.escape(name)
 
 
 def _check_optimizer(optimizer: Any, model: Any) -> None:
