@@ -189,6 +189,14 @@ def test_a_replaced_parameter_and_replaced_storage_are_baselines():
     assert tracker.get_flip_counts() == {"w": 0}
 
 
+def test_another_quantizer_for_the_same_weight_is_a_baseline():
+    weight = weight_of([[1.0, 2.0, 3.3]], "float8_e4m3")
+    tracker = WeightFlipTracker()
+    for quantizer in ("float8_e4m3", "e3m4", "float8_e4m3:row:pow2"):
+        step(tracker, [weight._replace(quantizer=resolve(quantizer))])
+    assert tracker.get_flip_counts() == {"w": 0}
+
+
 def test_data_writes_need_fresh_snapshots():
     counts = {}
     for fresh in (False, True):

@@ -479,11 +479,11 @@ class WeightFlipTracker:
 
     def _ensure_codes(self, tracked: TrackedWeight) -> None:
         weight = tracked.parameter.detach()
-        layer = self._layer(tracked.name, weight)
-        if layer.codes is not None and not self.fresh_snapshots and _is_unwritten(tracked.parameter, layer.stamp):
+        layer, quantizer = self._layer(tracked.name, weight), tracked.quantizer
+        is_kept = layer.codes is not None and not self.fresh_snapshots and layer.quantizer == str(quantizer)
+        if is_kept and _is_unwritten(tracked.parameter, layer.stamp):
             return
         layer.stamp = None
-        quantizer = tracked.quantizer
         layer.quantizer = str(quantizer)
         if not isinstance(quantizer, ElementwiseQuantizer):
             # A copy: these codes are written to, and a quantizer may hand out a view of the weight.
