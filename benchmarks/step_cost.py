@@ -59,6 +59,7 @@ def main() -> None:
         "flips": {"metrics": ("flips",)},
         "flips + stalls (default)": {},
         "default, low_memory": {"low_memory": True},
+        "default, backend='eager'": {"backend": "eager"},
     }.items():
         wrapped = FlipTrackingOptimizer(adamw(options.size), quantizer="float8_e4m3", sinks=[], **extra)
         cases[f"wrapped: {label}"] = wrapped.step
@@ -85,11 +86,14 @@ def main() -> None:
         print(f"{label:<42}{median(samples) * 1e3:>10.1f}{ratio:>18}")
 
     weights = options.size**2
-    memory = trackers["flips + stalls (default)"].memory_usage()
-    print(
-        f"\nmemory with default metrics: {memory.codes / weights:.3f} bytes of codes a weight, "
-        f"{memory.buffers / 2**20:.1f} MiB of buffers whatever the weight"
-    )
+    for label in ("flips + stalls (default)", "default, backend='eager'"):
+        memory = trackers[label].memory_usage()
+        print(
+            f"\nmemory, {label}: {memory.codes / weights:.3f} bytes of codes a weight, "
+            f"{memory.buffers / 2**20:.1f} MiB of buffers whatever the weight",
+            end="",
+        )
+    print()
 
 
 if __name__ == "__main__":

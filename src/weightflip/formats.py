@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,23 @@ class FloatFormat:
             return f"{value:.6g}"
         significand, exponent = self._significand(ordinal)
         return f"{significand:g} * 2**{exponent}"
+
+
+class Rounding(NamedTuple):
+    """How a weight becomes an ordinal, as data that a compiled kernel can follow.
+
+    The weight is taken as float32, multiplied or divided by the scale in float32 where there is one, and rounded to the
+    nearest number of the format, ties to the even code. Every NaN becomes ``format.nan_ordinal``.
+
+    Attributes:
+        format: What is rounded to.
+        overflow: The ordinal of everything that is too large, infinities included.
+        divides: Whether the scale divides the weight instead of multiplying it.
+    """
+
+    format: FloatFormat
+    overflow: int
+    divides: bool = False
 
 
 def _finite(exponent_bits: int, mantissa_bits: int) -> FloatFormat:

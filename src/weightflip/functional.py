@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from weightflip import kernels
 
-EncodeInto: TypeAlias = Callable[[Tensor, "Tensor | None", Tensor, kernels.ScratchPool], None]
+
+class Elementwise(Protocol):
+    """What is needed here of an elementwise quantizer."""
+
+    def scale(self, weight: Tensor) -> Tensor | None: ...
+
+    def rounding(self, weight: Tensor) -> kernels.Rounding | None: ...
+
+    def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: kernels.ScratchPool) -> None: ...
 
 
 def compute_flip_rate(prev_quantized: Tensor, curr_quantized: Tensor) -> float:
@@ -66,55 +74,74 @@ def compute_stall_ratio(flips: int, updates: int) -> float:
     return 1.0 - flips / updates if updates > 0 else 0.0
 
 
-def encode_sliced(
-    weight: Tensor, scale: Tensor | None, encode_into: EncodeInto, codes: Tensor, scratch: kernels.ScratchPool
+def encode_into(
+    weight: Tensor, quantizer: Elementwise, codes: Tensor, scratch: kernels.ScratchPool, backend: str = "auto"
 ) -> None:
-    """Write the ordinals of ``weight`` into ``codes``, a slice at a time.
+    """Write the ordinals of ``weight`` into ``codes``.
 
     Args:
         weight: Any shape and strides.
-        scale: Of the whole weight; broadcasts to it.
-        encode_into: A quantizer's ``encode_into``.
+        quantizer: What encodes it.
         codes: Of the weight's shape.
         scratch: Where temporaries come from.
+        backend: As in :func:`weightflip.kernels.check_backend`.
     """
-    new = _slice_encoder(weight, scale, encode_into, codes.dtype, scratch)
+    scale = quantizer.scale(weight)
+    if _in_one_pass(weight, scale, quantizer, codes, None, codes.new_zeros(3, dtype=torch.int64), backend):
+        return
+    new = _slice_encoder(weight, scale, quantizer, codes.dtype, scratch)
     for index in kernels.slices(weight, kernels.slice_elements(weight)):
         codes[index].copy_(new(index))
 
 
 def advance(
     weight: Tensor,
-    scale: Tensor | None,
-    encode_into: EncodeInto,
+    quantizer: Elementwise,
     codes: Tensor,
     update: Tensor | None,
     counts: Tensor,
     scratch: kernels.ScratchPool,
+    backend: str = "auto",
 ) -> None:
     """Encode ``weight`` anew, count what changed against ``codes``, and keep the new codes there, in one go.
 
     Args:
         weight: Any shape and strides.
-        scale: Of the whole weight; broadcasts to it.
-        encode_into: A quantizer's ``encode_into``.
+        quantizer: What encodes it.
         codes: Ordinals before the step, of the weight's shape; overwritten.
         update: The dense gradient or a bool mask of the updated weights, of the weight's shape; None counts none.
         counts: int64 of shape (3,): flips, updates, stalled; added to.
         scratch: Where temporaries come from.
+        backend: As in :func:`weightflip.kernels.check_backend`.
     """
-    kernels.count_(codes, _slice_encoder(weight, scale, encode_into, codes.dtype, scratch), update, counts, scratch)
+    scale = quantizer.scale(weight)
+    if not _in_one_pass(weight, scale, quantizer, codes, update, counts, backend):
+        kernels.count_(codes, _slice_encoder(weight, scale, quantizer, codes.dtype, scratch), update, counts, scratch)
+
+
+def _in_one_pass(
+    weight: Tensor,
+    scale: Tensor | None,
+    quantizer: Elementwise,
+    codes: Tensor,
+    update: Tensor | None,
+    counts: Tensor,
+    backend: str,
+) -> bool:
+    kernel = kernels.one_pass(backend, weight.device)
+    rounding = None if kernel is None else quantizer.rounding(weight)
+    return kernel is not None and rounding is not None and kernel(weight, scale, rounding, codes, update, counts)
 
 
 def _slice_encoder(
-    weight: Tensor, scale: Tensor | None, encode_into: EncodeInto, dtype: torch.dtype, scratch: kernels.ScratchPool
+    weight: Tensor, scale: Tensor | None, quantizer: Elementwise, dtype: torch.dtype, scratch: kernels.ScratchPool
 ) -> Callable[[kernels.Index], Tensor]:
     """From a slice's index to its ordinals, in a buffer that the next slice takes back."""
 
     def new(index: kernels.Index) -> Tensor:
         part = weight[index]
         ordinals = scratch("new", part, dtype)
-        encode_into(part, None if scale is None else kernels.take(scale, index), ordinals, scratch)
+        quantizer.encode_into(part, None if scale is None else kernels.take(scale, index), ordinals, scratch)
         return ordinals
 
     return new

@@ -195,6 +195,7 @@ class FlipTrackingOptimizer(Optimizer):
             of a :class:`FlipRecord`, ``Sink`` objects. An empty list keeps the numbers and writes nothing.
         low_memory: Drop the codes after each step; a second encoding instead of a byte a weight.
         fresh_snapshots: Encode anew before each step, for scripts that write weights through ``.data``.
+        backend: ``"auto"``, ``"eager"`` or ``"numba"``, as in :class:`WeightFlipTracker`.
 
     Attributes:
         inner: The wrapped optimizer.
@@ -205,6 +206,7 @@ class FlipTrackingOptimizer(Optimizer):
         ValueError: An unknown quantizer or metric, a pattern that matches nothing, a format that a weight does not fit,
             nothing to track, or a step number that makes no sense.
         OSError: ``log_dir``, or a file of ``sinks``, cannot be written.
+        ImportError: ``backend="numba"`` without Numba.
 
     Example:
         >>> import torch
@@ -238,6 +240,7 @@ class FlipTrackingOptimizer(Optimizer):
         sinks: Sequence[Any] | None = None,
         low_memory: bool = False,
         fresh_snapshots: bool = False,
+        backend: str = "auto",
     ) -> None:
         # Not super().__init__(): it would make a second set of groups and state beside the inner optimizer's.
         _check_optimizer(optimizer, model)
@@ -252,6 +255,7 @@ class FlipTrackingOptimizer(Optimizer):
             end_step=end_step,
             low_memory=low_memory,
             fresh_snapshots=fresh_snapshots,
+            backend=backend,
         )
         settings = {
             "optimizer": type(optimizer).__name__,

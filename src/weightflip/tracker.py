@@ -122,9 +122,12 @@ class WeightFlipTracker:
             8-bit formats, costs a second encoding).
         fresh_snapshots: Encode anew before each step, for scripts that write weights through ``.data``, which leaves
             no trace.
+        backend: ``"auto"`` for the fastest there is, ``"eager"`` for plain torch, ``"numba"`` to insist on the
+            compiled kernel for weights on the CPU. They count the same; what a kernel does not cover goes to eager.
 
     Raises:
-        ValueError: An unknown metric, or step numbers that make no sense.
+        ValueError: An unknown metric or backend, or step numbers that make no sense.
+        ImportError: ``backend="numba"`` without Numba.
 
     Example:
         >>> tracker = WeightFlipTracker()
@@ -146,7 +149,9 @@ class WeightFlipTracker:
         end_step: int | None = None,
         low_memory: bool = False,
         fresh_snapshots: bool = False,
+        backend: str = "auto",
     ) -> None:
+        kernels.check_backend(backend)
         unknown = [metric for metric in metrics if metric not in METRICS]
         if unknown or isinstance(metrics, str) or "flips" not in metrics:
             raise ValueError(f"metrics= is a sequence of {METRICS} with 'flips' in it, got {metrics!r}")
@@ -160,6 +165,7 @@ class WeightFlipTracker:
         self.end_step = end_step
         self.low_memory = low_memory
         self.fresh_snapshots = fresh_snapshots
+        self.backend = backend
         self.reset()
 
     def reset(self) -> None:
@@ -492,7 +498,7 @@ class WeightFlipTracker:
         dtype = quantizer.code_dtype(weight)
         if layer.codes is None or layer.codes.shape != weight.shape or layer.codes.dtype != dtype:
             layer.codes = torch.empty_like(weight, dtype=dtype)
-        functional.encode_sliced(weight, quantizer.scale(weight), quantizer.encode_into, layer.codes, self._scratch)
+        functional.encode_into(weight, quantizer, layer.codes, self._scratch, self.backend)
 
     def _count(self, tracked: TrackedWeight) -> None:
         layer = self._layers[tracked.name]
@@ -514,9 +520,7 @@ class WeightFlipTracker:
         dense = None if grad is None or sparse is not None else grad.detach()
 
         if isinstance(quantizer, ElementwiseQuantizer):
-            functional.advance(
-                weight, quantizer.scale(weight), quantizer.encode_into, layer.codes, dense, counts, self._scratch
-            )
+            functional.advance(weight, quantizer, layer.codes, dense, counts, self._scratch, self.backend)
         else:
             codes = quantizer.encode(weight).ordinals
             functional.compare(layer.codes, codes, dense, counts, self._scratch)

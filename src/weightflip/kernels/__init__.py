@@ -1,7 +1,12 @@
-"""The hot path: compare codes, count, store. ``reference`` is the obvious version; ``eager`` equals it exactly."""
+"""The hot path: encode, compare, count, store.
+
+``reference`` is the obvious version. ``eager`` and, where Numba is installed, ``cpu`` equal it exactly.
+"""
 
 from __future__ import annotations
 
+from weightflip.formats import Rounding
+from weightflip.kernels.backend import check_backend, one_pass
 from weightflip.kernels.eager import count_
 from weightflip.kernels.scratch import ScratchPool
 from weightflip.kernels.slices import Index, slice_elements, slices, take
@@ -9,4 +14,17 @@ from weightflip.kernels.slices import Index, slice_elements, slices, take
 FLIPS, UPDATES, STALLED = range(3)
 """Columns of what ``count_`` adds to."""
 
-__all__ = ["FLIPS", "STALLED", "UPDATES", "Index", "ScratchPool", "count_", "slice_elements", "slices", "take"]
+__all__ = [
+    "FLIPS",
+    "STALLED",
+    "UPDATES",
+    "Index",
+    "Rounding",
+    "ScratchPool",
+    "check_backend",
+    "count_",
+    "one_pass",
+    "slice_elements",
+    "slices",
+    "take",
+]

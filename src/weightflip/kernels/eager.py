@@ -29,6 +29,8 @@ def count_(
         counts: int64 of shape (3,), on the same device.
         scratch: Where temporaries come from.
     """
+    if codes.numel() == 0:
+        return
     rows = 1 if update is None else 3
     limit = slice_elements(codes)
     # Backwards: whoever read the weight last, for its amax, left the end of it in the cache.

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from weightflip.formats import FloatFormat
+from weightflip.formats import FloatFormat, Rounding
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,10 @@ class ElementwiseQuantizer(ABC):
             out: Contiguous, in the slice's shape, of ``code_dtype``.
             scratch: Where temporaries come from.
         """
+
+    def rounding(self, weight: Tensor) -> Rounding | None:
+        """What ``encode_into`` does to ``weight``, as data, for kernels that do more in one pass; None: ask it."""
+        return None
 
     @abstractmethod
     def decode(self, codes: Codes) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from weightflip.formats import E4M3, E5M2, FloatFormat
+from weightflip.formats import E4M3, E5M2, FloatFormat, Rounding
 from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Scratch, register
 from weightflip.quantizers.floatx import amax, cast_to_float8, ordinals_to_values
 
@@ -75,6 +75,9 @@ class Float8Quantizer(ElementwiseQuantizer):
         # half step at which a cast leaves max, so the clamp never changes the code and its pass is saved.
         # Only a scale that is NaN (of a NaN weight) or 0 (of an infinite one) makes NaN, and then nothing else but 0.
         cast_to_float8(values, self.format, out, scratch, has_number=scale > 0)
+
+    def rounding(self, weight: Tensor) -> Rounding:
+        return Rounding(self.format, self.format.max_ordinal)
 
     def decode(self, codes: Codes) -> Tensor:
         values = ordinals_to_values(codes.ordinals, self.format, torch.float32)

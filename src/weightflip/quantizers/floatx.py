@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from weightflip.formats import E4M3, E5M2, FP32, FP64, FloatFormat, exmy
+from weightflip.formats import E4M3, E5M2, FP32, FP64, FloatFormat, Rounding, exmy
 from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Scratch, register
 from weightflip.quantizers.native import ORDINAL_DTYPES, bits_to_ordinals_
 
@@ -32,7 +32,11 @@ def amax(weight: Tensor, granularity: Granularity) -> Tensor:
     by_row = granularity == "row" and weight.ndim > 0
     if weight.numel() == 0:
         return weight.new_zeros((*weight.shape[:-1], 1) if by_row else ())
-    low, high = torch.aminmax(weight, dim=-1, keepdim=True) if by_row else torch.aminmax(weight)
+    if by_row and weight.device.type == "cpu":
+        # There aminmax along a dimension is not vectorized: reading twice takes a third of its time.
+        low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
+    else:
+        low, high = torch.aminmax(weight, dim=-1, keepdim=True) if by_row else torch.aminmax(weight)
     return torch.maximum(low.abs(), high.abs())
 
 
@@ -215,6 +219,11 @@ class FloatxQuantizer(ElementwiseQuantizer):
             cast_to_float8(values, self.format, out, scratch)
         else:
             round_to_ordinals(values, self.format, out, scratch, exponent_shift=self._exponent_shift)
+
+    def rounding(self, weight: Tensor) -> Rounding | None:
+        if self._compute_dtype(weight.dtype) is torch.float64:
+            return None
+        return Rounding(self.format, self.format.max_ordinal, divides=True)
 
     def decode(self, codes: Codes) -> Tensor:
         dtype = codes.scale.dtype if codes.scale is not None else self._compute_dtype(torch.float32)

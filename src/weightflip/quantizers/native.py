@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from weightflip.formats import BF16, E4M3, E5M2, FP16, FP32, FP64, FloatFormat
+from weightflip.formats import BF16, E4M3, E5M2, FP16, FP32, FP64, FloatFormat, Rounding
 from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Scratch, register
 
 STORED_FORMATS: dict[torch.dtype, FloatFormat] = {
@@ -93,6 +93,10 @@ class NativeQuantizer(ElementwiseQuantizer):
         dtype = self.stored_dtype(weight)
         out.view(dtype).copy_(weight)
         bits_to_ordinals_(out, STORED_FORMATS[dtype], scratch)
+
+    def rounding(self, weight: Tensor) -> Rounding | None:
+        format = STORED_FORMATS[self.stored_dtype(weight)]
+        return Rounding(format, format.max_ordinal if format.inf_ordinal is None else format.inf_ordinal)
 
     def decode(self, codes: Codes) -> Tensor:
         return _bits_as_values(codes.ordinals, _format_of_width(codes.ordinals.element_size() * 8))

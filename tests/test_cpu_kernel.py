@@ -1,0 +1,232 @@
+"""The compiled CPU kernel equals eager torch bit for bit, or leaves everything as it was."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import warnings
+
+import numba
+import pytest
+import torch
+
+from weightflip import WeightFlipTracker, functional, kernels
+from weightflip.formats import FloatFormat
+from weightflip.kernels import cpu
+from weightflip.quantizers import resolve
+
+QUANTIZERS = [
+    "float8_e4m3",
+    "float8_e4m3:row",
+    "float8_e5m2:pow2",
+    "float8_e5m2:row:pow2",
+    *(f"e{e}m{7 - e}" for e in range(6)),
+    *(f"e{e}m{15 - e}:row" for e in range(6)),
+    "e5m0",
+    "e2m1:none",
+    "e4m3:none",
+    "e1m1",
+    FloatFormat("e5m0 of an even bias", 5, 0, 14),
+    "bfloat16",
+    "float16",
+]
+NAN, INF = float("nan"), float("inf")
+
+
+def hard_numbers() -> torch.Tensor:
+    """Every bfloat16 as a float32 (so all ties of formats with up to 6 mantissa bits), and its two neighbours."""
+    bits = torch.arange(1 << 16, dtype=torch.int32) << 16
+    return torch.cat([bits - 1, bits, bits + 1]).view(torch.float32)
+
+
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(65, 129, generator=generator)
+    special = normal.clone()
+    special[0, :6] = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0])
+    return {
+        "normal": normal,
+        "special": special,
+        "tiny": normal * 1e-38,
+        "zero": torch.zeros(4, 8),
+        "transposed": normal.T,
+        "channels_last": normal.flatten()[:8320].view(4, 8, 20, 13).to(memory_format=torch.channels_last),
+        "0-dim": torch.tensor(3.7),
+        "empty": torch.zeros(0, 5),
+        "bfloat16": normal.bfloat16(),
+        "special bfloat16": special.bfloat16(),
+        "all": hard_numbers().view(3, -1),
+    }
+
+
+def by_eager(weight, quantizer, old, update):
+    codes, counts = old.clone(), torch.tensor([5, 6, 7])
+    functional.advance(weight, quantizer, codes, update, counts, kernels.ScratchPool(), backend="eager")
+    return codes, counts
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+def threads(request, monkeypatch):
+    monkeypatch.setattr(cpu, "_ELEMENTS_PER_THREAD", 100)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("name", weights())
+def test_equals_eager(name, quantizer, threads):
+    weight, quantizer = weights()[name], resolve(quantizer)
+    generator = torch.Generator().manual_seed(1)
+    old = torch.empty_like(weight, dtype=quantizer.code_dtype(weight))
+    functional.encode_into(weight, quantizer, old, kernels.ScratchPool(), backend="eager")
+    old[torch.rand(weight.shape, generator=generator) < 0.5] += 1
+    gradient = torch.empty_like(weight, dtype=torch.float32).normal_(generator=generator)
+    gradient[torch.rand(weight.shape, generator=generator) < 0.3] = 0.0
+    gradient[torch.rand(weight.shape, generator=generator) < 0.1] = -0.0
+    gradient[torch.rand(weight.shape, generator=generator) < 0.1] = NAN
+    scale, rounding = quantizer.scale(weight), quantizer.rounding(weight)
+    by_row = scale is not None and scale.numel() > 1
+    for update in (None, gradient, gradient.bfloat16(), gradient.half(), gradient != 0):
+        expected_codes, expected_counts = by_eager(weight, quantizer, old, update)
+        codes, counts = old.clone(), torch.tensor([5, 6, 7])
+        done = cpu.count_(weight, scale, rounding, codes, update, counts)
+        assert done == (not by_row or weight.is_contiguous())
+        if done:
+            assert torch.equal(codes, expected_codes)
+            assert counts.tolist() == expected_counts.tolist()
+
+
+def test_counts_beyond_a_chunk():
+    weight = torch.ones(3, 100_001)
+    codes, counts = torch.zeros(3, 100_001, dtype=torch.int8), torch.zeros(3, dtype=torch.int64)
+    quantizer = resolve("e2m1:row")
+    assert cpu.count_(
+        weight, quantizer.scale(weight), quantizer.rounding(weight), codes, torch.ones_like(weight), counts
+    )
+    assert counts.tolist() == [300_003, 300_003, 0]
+    assert codes.unique().tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["float64 weight", "float16 weight", "sliced weight", "other update strides", "float64 update", "odd scale",
+     "float64 scale", "wide codes", "subclass"],
+)  # fmt: skip
+def test_what_is_not_covered_is_left_alone(case):
+    weight, scale, rounding = torch.randn(8, 16), torch.tensor(2.0), resolve("float8_e4m3").rounding(torch.ones(1))
+    update = torch.ones(8, 16)
+    if case == "float64 weight":
+        weight = weight.double()
+    elif case == "float16 weight":
+        weight = weight.half()
+    elif case == "sliced weight":
+        weight = torch.randn(8, 32)[:, ::2]
+    elif case == "other update strides":
+        update = torch.ones(16, 8).T
+    elif case == "float64 update":
+        update = update.double()
+    elif case == "odd scale":
+        scale = torch.ones(16)
+    elif case == "float64 scale":
+        scale = scale.double()
+    elif case == "subclass":
+        weight = weight.as_subclass(type("Subclass", (torch.Tensor,), {}))
+    codes = torch.zeros(8, 16, dtype=torch.int32 if case == "wide codes" else torch.int8)
+    counts = torch.zeros(3, dtype=torch.int64)
+    assert not cpu.count_(weight, scale, rounding, codes, update, counts)
+    assert codes.count_nonzero() == 0
+    assert counts.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("quantizer", ["native", "bfloat16", "e6m1", "e3m4"])
+def test_every_weight_dtype_goes_through_the_tracker(quantizer):
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(2)).to(dtype)
+        found = []
+        for backend in ("eager", "numba"):
+            resolved = resolve(quantizer)
+            codes = torch.empty(9, 7, dtype=resolved.code_dtype(weight))
+            functional.encode_into(weight, resolved, codes, kernels.ScratchPool(), backend)
+            found.append(codes)
+        assert torch.equal(*found)
+
+
+def _count_in_child(queue) -> None:
+    weight = torch.randn(400, 1000, generator=torch.Generator().manual_seed(3))
+    quantizer, counts = resolve("float8_e4m3"), torch.zeros(3, dtype=torch.int64)
+    codes = torch.zeros(400, 1000, dtype=torch.int8)
+    cpu.count_(weight, quantizer.scale(weight), quantizer.rounding(weight), codes, None, counts)
+    queue.put(counts.tolist())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_has_its_own_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    _count_in_child(queue)
+    expected = queue.get(timeout=60)
+    assert expected[0] > 390_000
+    # OpenMP of the parent must not be used in the child: one thread for torch's own part.
+    child = context.Process(target=lambda: (torch.set_num_threads(1), _count_in_child(queue)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child.start()
+    assert queue.get(timeout=60) == expected
+    child.join()
+
+
+def test_without_numba_auto_is_eager_and_numba_says_what_to_do():
+    code = """
+import sys
+sys.modules["numba"] = None
+import torch, weightflip
+weight = torch.ones(4, 4)
+tracker = weightflip.WeightFlipTracker()
+from weightflip.tracker import TrackedWeight
+from weightflip.quantizers import resolve
+tracker.before_step([TrackedWeight("w", weight, resolve("e3m4:none"))])
+weight[0] = 5.0
+tracker.after_step()
+print(tracker.get_flip_counts())
+try:
+    weightflip.WeightFlipTracker(backend="numba")
+except ImportError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[0] == "{'w': 4}"
+    assert "pip install 'weightflip[numba]'" in result.stdout.splitlines()[1]
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"one of \('auto', 'eager', 'numba'\), got 'cuda'"):
+        WeightFlipTracker(backend="cuda")
+
+
+def test_without_a_place_for_the_cache_it_compiles_all_the_same():
+    scope: dict = {}
+    exec("def twice(x): return 2 * x", scope)
+    with pytest.raises(RuntimeError, match="no locator"):
+        numba.njit(cache=True)(scope["twice"])
+    assert cpu._compile(scope["twice"])(21) == 42
+
+
+def test_a_numba_that_cannot_compile_is_warned_about_once(monkeypatch):
+    @numba.njit
+    def broken(*args):
+        return args.nothing
+
+    monkeypatch.setattr(cpu, "_count_range", broken)
+    monkeypatch.setattr(cpu, "_cannot_compile", [])
+    weight, quantizer = torch.randn(5, 5), resolve("float8_e4m3")
+    for expected_warnings in (1, 0):
+        codes, counts = torch.zeros(5, 5, dtype=torch.int8), torch.zeros(3, dtype=torch.int64)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            functional.advance(weight, quantizer, codes, None, counts, kernels.ScratchPool())
+        assert [str(w.message)[:46] for w in caught] == [
+            "weightflip: Numba cannot compile, counting goe"
+        ] * expected_warnings
+        assert counts.tolist() == [25, 0, 0]
