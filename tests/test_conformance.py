@@ -18,7 +18,7 @@ from conftest import BruteForce, assert_same
 from torch import Tensor, nn
 from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
 
-from weightflip import FlipTrackingOptimizer
+from weightflip import FlipTrackingOptimizer, track_flips
 
 
 class Case(NamedTuple):
@@ -158,6 +158,12 @@ def tracked(optimizer: torch.optim.Optimizer, net: nn.Module) -> FlipTrackingOpt
     return FlipTrackingOptimizer(optimizer, net, sinks=[])
 
 
+def hooked(optimizer: torch.optim.Optimizer, net: nn.Module) -> torch.optim.Optimizer:
+    # An attribute that a copy does not have, as it does not have the hooks.
+    optimizer.tracker = track_flips(optimizer, net, sinks=[]).tracker
+    return optimizer
+
+
 def conforms(case: Case, wrap) -> None:
     if case.kwargs.get("differentiable"):
         assert_same(differentiable(case, lambda o, net: o), differentiable(case, wrap))
@@ -189,10 +195,16 @@ def test_first_input_of_each_optimizer(case):
     conforms(case, tracked)
 
 
+@pytest.mark.parametrize("case", FAST, ids=lambda case: case.name)
+def test_first_input_of_each_optimizer_in_the_hook_form(case):
+    conforms(case, hooked)
+
+
 @pytest.mark.conformance
+@pytest.mark.parametrize("form", [tracked, hooked], ids=["wrapper", "hooks"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_input_of_each_optimizer(case):
-    conforms(case, tracked)
+def test_every_input_of_each_optimizer(case, form):
+    conforms(case, form)
 
 
 def test_the_database_is_what_we_think():

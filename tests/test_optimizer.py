@@ -72,7 +72,7 @@ def test_gradients_are_left_alone(digits):
 
 
 def names(optimizer):
-    return list(optimizer._tracking.log.info.tracked), optimizer._tracking.log.info.skipped
+    return list(optimizer.info.tracked), optimizer.info.skipped
 
 
 class Zoo(nn.Module):
@@ -100,8 +100,8 @@ def test_default_selection_names_and_reasons():
     assert "0-dimensional" in skipped["scalar"]
     assert "empty" in skipped["empty"]
     assert "complex64" in skipped["phase"]
-    assert optimizer._tracking.log.info.tracked["half.weight"] == ("8x8", "bfloat16", "native")
-    assert optimizer._tracking.log.info.tracked["body.weight"] == ("8x8", "float32", "float8_e4m3")
+    assert optimizer.info.tracked["half.weight"] == ("8x8", "bfloat16", "native")
+    assert optimizer.info.tracked["body.weight"] == ("8x8", "float32", "float8_e4m3")
 
 
 def test_the_assumed_format_is_said(caplog):
@@ -135,7 +135,7 @@ def test_globs_include_exclude_and_quantizer_mapping():
         quantizer={"body.*": "e3m4", "h*": "auto"},
         sinks=[],
     )
-    info = optimizer._tracking.log.info
+    info = optimizer.info
     assert {name: row[2] for name, row in info.tracked.items()} == {
         "body.weight": "e3m4",
         "body.bias": "e3m4",
@@ -182,7 +182,7 @@ def test_lazy_and_converted_parameters():
     assert optimizer.tracker.get_update_counts() == {"0.weight": 32, "1.weight": 64}
     model.bfloat16()
     optimizer.step()
-    assert optimizer._tracking.log.info.tracked["1.weight"] == ("8x8", "bfloat16", "native")
+    assert optimizer.info.tracked["1.weight"] == ("8x8", "bfloat16", "native")
 
 
 def test_tied_weights_count_once():

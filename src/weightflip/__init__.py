@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from weightflip import formats
 from weightflip.functional import compute_flip_rate, compute_stall_ratio
-from weightflip.optimizer import FlipTrackingOptimizer
+from weightflip.optimizer import FlipTrackingHandle, FlipTrackingOptimizer, track_flips
 from weightflip.quantizers import Codes, Quantizer, decode, encode, quantize, quantizer_names
 from weightflip.records import FlipRecord, LayerRecord, RunInfo
 from weightflip.sinks import Sink
@@ -16,6 +16,7 @@ __all__ = [
     "BitStallDetector",
     "Codes",
     "FlipRecord",
+    "FlipTrackingHandle",
     "FlipTrackingOptimizer",
     "LayerRecord",
     "Quantizer",
@@ -29,4 +30,5 @@ __all__ = [
     "formats",
     "quantize",
     "quantizer_names",
+    "track_flips",
 ]

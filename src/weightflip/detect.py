@@ -103,6 +103,7 @@ def make_plan(
     exclude: str | Sequence[str] | None = None,
     *,
     strict: bool = True,
+    may_be_empty: bool = False,
 ) -> Plan:
     """Decide for each parameter whether it is tracked and with which quantizer.
 
@@ -115,6 +116,7 @@ def make_plan(
         exclude: Globs over names.
         strict: Whether a rule that leads nowhere is an error. While training goes on, a parameter that cannot be
             tracked any more is skipped with its reason instead.
+        may_be_empty: Whether having nothing to track is no error, even if ``strict``.
 
     Returns:
         The plan.
@@ -152,7 +154,7 @@ def make_plan(
             plan.tracked[name] = chosen
             if note:
                 noted.setdefault(note, []).append(name)
-    if strict and not plan.tracked:
+    if strict and not plan.tracked and not may_be_empty:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:5])
         raise ValueError(
             f"nothing to track among {len(parameters)} parameters ({reasons or 'there are none'}); "

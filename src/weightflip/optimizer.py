@@ -7,17 +7,22 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from weightflip.detect import make_plan, name_parameters
-from weightflip.records import RunInfo
+from weightflip.records import FlipRecord, RunInfo
 from weightflip.sinks import SinkGroup, TensorBoardSink, make_sink
 from weightflip.tracker import METRICS, TrackedWeight, WeightFlipTracker
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger("weightflip")
 
@@ -27,20 +32,30 @@ _OWN_ATTRIBUTES = frozenset({"inner", "_tracking"})
 _AMP_ATTRIBUTES = frozenset({"grad_scale", "found_inf"})
 
 
-class _Log:
-    """Takes records from the tracker to the sinks."""
+@dataclass(eq=False)
+class _Source:
+    """What a log shows: one optimizer's part of a run."""
 
-    def __init__(self, tracker: WeightFlipTracker, sinks: SinkGroup) -> None:
-        self.tracker = tracker
+    tracker: WeightFlipTracker
+    info: RunInfo
+
+
+class _Log:
+    """Takes records to the sinks: those of one optimizer, or of several that are one run, as one record."""
+
+    def __init__(self, sinks: SinkGroup) -> None:
         self.sinks = sinks
-        self.info = RunInfo({}, {})
+        self.sources: list[_Source] = []
         self.first_step = 0
 
     def write(self) -> None:
         """Write what was counted since the last record, if anything."""
-        record = self.tracker.record() if self.sinks else None
-        if record is not None:
-            self.sinks.write(record, self.info, self.first_step)
+        if not self.sinks:
+            return
+        records = [source.tracker.record(may_be_empty=True) for source in self.sources]
+        merged = FlipRecord.merged([record for record in records if record is not None])
+        if merged.model.window.weight_steps:
+            self.sinks.write(merged, RunInfo.merged([source.info for source in self.sources]), self.first_step)
 
     def close(self) -> None:
         """Write the last record and let the sinks go."""
@@ -49,6 +64,24 @@ class _Log:
         except Exception as error:
             warnings.warn(f"weightflip: the last record is lost: {type(error).__name__}: {error}", stacklevel=2)
         self.sinks.close()
+
+
+class TrackingOptions(TypedDict, total=False):
+    """The keyword arguments of :class:`FlipTrackingOptimizer`."""
+
+    quantizer: Any
+    include: str | Sequence[str] | None
+    exclude: str | Sequence[str] | None
+    metrics: Sequence[str]
+    track_every: int
+    start_step: int
+    end_step: int | None
+    log_dir: str | PathLike[str] | None
+    log_every: int
+    sinks: Any
+    low_memory: bool
+    fresh_snapshots: bool
+    backend: str
 
 
 class _Tracking:
@@ -65,6 +98,7 @@ class _Tracking:
     ) -> None:
         self.tracker = tracker
         self.log = log
+        self.source = _Source(tracker, RunInfo({}, {}))
         self._log_every = log_every
         self._model = model
         self._selection = dict(selection)
@@ -78,6 +112,8 @@ class _Tracking:
         self._weights: list[TrackedWeight] = []
         self._seen: tuple[object, ...] = ()
         self._finalizer: weakref.finalize[Any, Any] | None = None
+        self._found_inf: Tensor | None = None
+        self._is_open = False
 
     def select(self, param_groups: Sequence[Mapping[str, Any]], *, strict: bool) -> None:
         """Look at the optimizer's parameters again, if they are not the ones of the last step.
@@ -93,9 +129,16 @@ class _Tracking:
         parameters = name_parameters(param_groups, self._model, self._names)
         names = {id(parameter): name for name, parameter in parameters.items()}
         self._names = [[names[id(p)] for p in group["params"]] for group in param_groups]
-        plan = make_plan(parameters, self._model, **self._selection, strict=strict)
+        others = [source for source in self.log.sources if source is not self.source]
+        plan = make_plan(parameters, self._model, **self._selection, strict=strict, may_be_empty=bool(others))
+        taken = sorted(name for source in others for name in source.info.tracked if name in plan.tracked)
+        if strict and taken:
+            raise ValueError(
+                f"{taken[0]!r} is a name of another optimizer's weight in the same run; give model= to both, so that "
+                "each weight has its own name"
+            )
         for note in plan.notes:
-            if note not in self.log.info.notes:
+            if note not in self.info.notes:
                 logger.warning("weightflip: %s", note)
         # Again at the first step: until then a model may still be converted, which leaves its parameters what they are.
         self._seen = () if strict else seen
@@ -108,27 +151,53 @@ class _Tracking:
             )
             for weight in self._weights
         }
-        self.log.info = RunInfo(described, plan.skipped, self._settings, plan.notes)
+        self.source.info = RunInfo(described, plan.skipped, self._settings, plan.notes)
+        if self.source not in self.log.sources:
+            self.log.sources.append(self.source)
 
-    def before(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
+    @property
+    def info(self) -> RunInfo:
+        return self.source.info
+
+    def before(self, optimizer: Optimizer) -> None:
         """Have the codes at hand."""
+        self._is_open = False
+        if _is_phantom_step(optimizer):
+            return
+        found_inf = vars(optimizer).get("found_inf")
+        self._found_inf = found_inf if isinstance(found_inf, Tensor) else None
         if self.tracker.is_tracking:
-            self.select(param_groups, strict=False)
+            self.select(optimizer.param_groups, strict=False)
         self.tracker.before_step(self._weights)
+        self._is_open = True
 
-    def after(self, valid: Tensor | None) -> None:
+    def after(self) -> None:
         """Count; at a logging point, write."""
-        self.tracker.after_step(valid)
+        # Closed already where a subclass's step calls its parent's, and torch runs the hooks of both.
+        if not self._is_open:
+            return
+        self._is_open = False
+        self.tracker.after_step(None if self._found_inf is None else self._found_inf == 0)
         self._calls += 1
         if self._finalizer is None:
             # Also at garbage collection and at interpreter exit: a script that never calls close() loses no record. Not
             # before the first step: a copy that is thrown away writes nothing.
             self._finalizer = weakref.finalize(self, self.log.close)
-        if self._calls % self._log_every == 0:
+        # Of several optimizers in one run, the first one's steps are the run's.
+        if self._calls % self._log_every == 0 and self.source is self.log.sources[0]:
             self.log.write()
 
     def guarded(self, action: Callable[..., None], *args: Any) -> None:
         """Run something that must not stop a training: a fault is warned about once, and tracking ends."""
+        if torch.compiler.is_compiling():
+            # Inside a compiled training step, tracking runs between two graphs: a graph would read a weight's data
+            # pointer and version once, while it is traced. Not a decorator: that imports torch's compiler, which takes
+            # as long as the whole of torch.
+            torch.compiler.disable(self._guarded)(action, *args)  # type: ignore[no-untyped-call]
+        else:
+            self._guarded(action, *args)
+
+    def _guarded(self, action: Callable[..., None], *args: Any) -> None:
         if self._broken:
             return
         try:
@@ -136,7 +205,30 @@ class _Tracking:
         except Exception as error:
             self._broken = True
             warnings.warn(
-                f"weightflip: tracking has stopped, training goes on: {type(error).__name__}: {error}", stacklevel=3
+                f"weightflip: tracking has stopped, training goes on: {type(error).__name__}: {error}", stacklevel=4
+            )
+
+    def flush(self) -> None:
+        self.guarded(self.log.write)
+        self.log.sinks.flush()
+
+    def save_into(self, state_dict: dict[str, Any]) -> None:
+        """Add the counts to an optimizer's state dict."""
+
+        def add() -> None:
+            state_dict[_STATE_KEY] = self.state_dict()
+
+        self.guarded(add)
+
+    def restore(self, state_dict: Any) -> None:
+        """Go on from what ``save_into`` added. Counts that cannot be read must not stop a run."""
+        try:
+            self.load_state_dict(state_dict)
+        except Exception as error:
+            warnings.warn(
+                "weightflip: the counts of this checkpoint cannot be read and start anew, the optimizer's state is "
+                f"loaded: {type(error).__name__}: {error}",
+                stacklevel=3,
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,7 +238,7 @@ class _Tracking:
         calls = int(state_dict["calls"])
         self.tracker.load_state_dict(state_dict["tracker"])
         self._calls = calls
-        self.log.first_step = self.tracker.step_count
+        self.log.first_step = max(self.log.first_step, self.tracker.step_count)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of an optimizer has no model in it: names and quantizers stand in for what the model was asked.
@@ -192,7 +284,9 @@ class FlipTrackingOptimizer(Optimizer):
         log_dir: Where TensorBoard files go; None for ``SummaryWriter``'s own default place. Made at the first record.
         log_every: Steps between two records.
         sinks: Instead of TensorBoard in ``log_dir``: ``SummaryWriter`` objects, paths that end in ``.jsonl``, functions
-            of a :class:`FlipRecord`, ``Sink`` objects. An empty list keeps the numbers and writes nothing.
+            of a :class:`FlipRecord`, ``Sink`` objects. An empty list keeps the numbers and writes nothing. Another
+            tracked optimizer, or its handle, instead of a list: the two are parts of one run and written as one record,
+            at the logging points of the first.
         low_memory: Drop the codes after each step; a second encoding instead of a byte a weight.
         fresh_snapshots: Encode anew before each step, for scripts that write weights through ``.data``.
         backend: ``"auto"``, ``"eager"`` or ``"numba"``, as in :class:`WeightFlipTracker`.
@@ -237,7 +331,7 @@ class FlipTrackingOptimizer(Optimizer):
         end_step: int | None = None,
         log_dir: str | PathLike[str] | None = None,
         log_every: int = 10,
-        sinks: Sequence[Any] | None = None,
+        sinks: Sequence[Any] | FlipTrackingOptimizer | FlipTrackingHandle | None = None,
         low_memory: bool = False,
         fresh_snapshots: bool = False,
         backend: str = "auto",
@@ -265,7 +359,7 @@ class FlipTrackingOptimizer(Optimizer):
         }
         tracking = _Tracking(
             tracker,
-            _Log(tracker, _make_sinks(log_dir, sinks)),
+            _make_log(log_dir, sinks),
             log_every,
             model,
             {"quantizer": quantizer, "include": include, "exclude": exclude},
@@ -277,28 +371,28 @@ class FlipTrackingOptimizer(Optimizer):
     @property
     def info(self) -> RunInfo:
         """What is tracked and how, what is skipped and why; ``print`` shows it."""
-        return self._tracking.log.info
+        return self._tracking.info
 
     @property
     def tracker(self) -> WeightFlipTracker:
         """The numbers."""
         return self._tracking.tracker
 
-    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Do the inner optimizer's step and count what it did to the quantized weights.
 
         Args:
             closure: Passed on where it is given.
+            *args: Passed on.
             **kwargs: Passed on.
 
         Returns:
             What the inner optimizer's step returns.
         """
         tracking, inner = self._tracking, self.inner
-        found_inf = vars(inner).get("found_inf")
-        tracking.guarded(tracking.before, inner.param_groups)
-        result = inner.step(**kwargs) if closure is None else inner.step(closure, **kwargs)
-        tracking.guarded(tracking.after, found_inf == 0 if isinstance(found_inf, Tensor) else None)
+        tracking.guarded(tracking.before, inner)
+        result = inner.step(closure, *args, **kwargs) if args or closure is not None else inner.step(**kwargs)
+        tracking.guarded(tracking.after)
         return result
 
     # Tells torch's step-patching machinery that this step runs the hooks already: the inner one's does.
@@ -309,8 +403,7 @@ class FlipTrackingOptimizer(Optimizer):
 
     def flush(self) -> None:
         """Write what was counted since the last record, and have it on disk."""
-        self._tracking.guarded(self._tracking.log.write)
-        self._tracking.log.sinks.flush()
+        self._tracking.flush()
 
     def close(self) -> None:
         """Write the last record and close the sinks. Steps go on being counted, and open them again if they log."""
@@ -361,11 +454,7 @@ class FlipTrackingOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state, and the counts under ``"flip_tracking"``; a bare optimizer can load it."""
         state = dict(self.inner.state_dict())
-
-        def add() -> None:
-            state[_STATE_KEY] = self._tracking.state_dict()
-
-        self._tracking.guarded(add)
+        self._tracking.save_into(state)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -376,14 +465,7 @@ class FlipTrackingOptimizer(Optimizer):
         inner_state = {key: value for key, value in state_dict.items() if key != _STATE_KEY}
         self.inner.load_state_dict(inner_state)
         if _STATE_KEY in state_dict:
-            try:
-                self._tracking.load_state_dict(state_dict[_STATE_KEY])
-            except Exception as error:
-                warnings.warn(
-                    "weightflip: the counts of this checkpoint cannot be read and start anew, the optimizer's state is "
-                    f"loaded: {type(error).__name__}: {error}",
-                    stacklevel=2,
-                )
+            self._tracking.restore(state_dict[_STATE_KEY])
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         return self.inner.register_step_pre_hook(lambda _, args, kwargs: hook(self, args, kwargs))
@@ -458,11 +540,137 @@ def _check_optimizer(optimizer: Any, model: Any) -> None:
         raise TypeError(f"model= is a torch.nn.Module or None, got {type(model).__name__}")
 
 
-def _make_sinks(log_dir: str | PathLike[str] | None, sinks: Sequence[Any] | None) -> SinkGroup:
+def _make_log(log_dir: str | PathLike[str] | None, sinks: Any) -> _Log:
     if sinks is None:
-        return SinkGroup([TensorBoardSink(None if log_dir is None else fspath(log_dir))])
+        return _Log(SinkGroup([TensorBoardSink(None if log_dir is None else fspath(log_dir))]))
     if log_dir is not None:
         raise ValueError("log_dir= says where the default sink writes; with sinks= give SummaryWriter(log_dir) there")
+    if isinstance(sinks, (FlipTrackingOptimizer, FlipTrackingHandle)):
+        return sinks._tracking.log
     if isinstance(sinks, (str, PathLike)) or not isinstance(sinks, Sequence):
         raise TypeError(f"sinks= is a list, got {type(sinks).__name__}; put it in brackets: sinks=[...]")
-    return SinkGroup([make_sink(spec) for spec in sinks])
+    return _Log(SinkGroup([make_sink(spec) for spec in sinks]))
+
+
+def _is_phantom_step(optimizer: Optimizer) -> bool:
+    """Whether the coming step only makes the optimizer's state, as torch.distributed.checkpoint has it do.
+
+    That step has learning rate 0, and gradients which are 0 throughout. To look at them waits for the device, but only
+    until there is a state, and only at a learning rate of 0.
+    """
+    if optimizer.state:
+        return False
+    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    if not rates or any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates) or any(rates):
+        return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return bool(grads) and not any(bool(grad.any()) for grad in grads if grad.layout is torch.strided)
+
+
+class FlipTrackingHandle:
+    """What :func:`track_flips` returns.
+
+    Attributes:
+        tracker: The :class:`WeightFlipTracker`, with the numbers.
+        info: What is tracked and how, what is skipped and why; ``print`` shows it.
+    """
+
+    def __init__(self, optimizer: Optimizer, tracking: _Tracking) -> None:
+        self._tracking = tracking
+        loading: list[Any] = []
+
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            tracking.guarded(tracking.before, optimizer)
+
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            tracking.guarded(tracking.after)
+
+        def save_counts(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            tracking.save_into(state_dict)
+
+        def take_counts(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            loading[:] = [state_dict[_STATE_KEY]] if _STATE_KEY in state_dict else []
+            return {key: value for key, value in state_dict.items() if key != _STATE_KEY}
+
+        def restore_counts(optimizer: Optimizer) -> None:
+            while loading:
+                tracking.restore(loading.pop())
+
+        self._hooks = [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+            optimizer.register_state_dict_post_hook(save_counts),
+            optimizer.register_load_state_dict_pre_hook(take_counts),
+            optimizer.register_load_state_dict_post_hook(restore_counts),
+        ]
+
+    @property
+    def tracker(self) -> WeightFlipTracker:
+        return self._tracking.tracker
+
+    @property
+    def info(self) -> RunInfo:
+        return self._tracking.info
+
+    def flush(self) -> None:
+        """Write what was counted since the last record, and have it on disk."""
+        self._tracking.flush()
+
+    def close(self) -> None:
+        """Write the last record and close the sinks. Steps go on being counted, and open them again if they log."""
+        self._tracking.log.close()
+
+    def remove(self) -> None:
+        """Stop tracking, write the last record and close the sinks; the numbers stay."""
+        for hook in self._hooks:
+            hook.remove()
+        self.close()
+
+    def __enter__(self) -> FlipTrackingHandle:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+
+def track_flips(
+    optimizer: Optimizer, model: nn.Module | None = None, **options: Unpack[TrackingOptions]
+) -> FlipTrackingHandle:
+    """Count flips at each step of an optimizer that stays the very same object, through its hooks.
+
+    For code that insists on its own optimizer class. The numbers, and the optimizer's checkpoints, are those of
+    :class:`FlipTrackingOptimizer`. Copies of the optimizer are not tracked, since copying drops hooks. Of a class whose
+    ``step`` calls that of its parent class, torch runs the hooks twice, and what the parent's does is seen.
+
+    Args:
+        optimizer: Any ``torch.optim.Optimizer``.
+        model: As in :class:`FlipTrackingOptimizer`, which explains all of these.
+        **options: The keyword arguments of :class:`FlipTrackingOptimizer`.
+
+    Returns:
+        A handle with the numbers in ``tracker``, and ``remove()``; also a context manager.
+
+    Raises:
+        TypeError: As :class:`FlipTrackingOptimizer`; or the optimizer has no hooks, which wrappers of other libraries
+            lack.
+        ValueError: As :class:`FlipTrackingOptimizer`.
+        OSError: As :class:`FlipTrackingOptimizer`.
+        ImportError: As :class:`FlipTrackingOptimizer`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> handle = track_flips(optimizer, model, quantizer="e3m4", sinks=[])
+        >>> model(torch.ones(4)).sum().backward()
+        >>> optimizer.step()
+        >>> handle.tracker.get_update_counts()
+        {'weight': 8}
+    """
+    tracking = FlipTrackingOptimizer(optimizer, model, **options)._tracking
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"{type(optimizer).__name__} has no step hooks; call track_flips on the optimizer inside it, or wrap that "
+            "one in FlipTrackingOptimizer first"
+        )
+    return FlipTrackingHandle(optimizer, tracking)

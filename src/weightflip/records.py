@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -100,6 +100,13 @@ class FlipRecord:
             sum(layer.nonfinite for layer in self.layers),
         )
 
+    @classmethod
+    def merged(cls, records: Sequence[FlipRecord]) -> FlipRecord:
+        """One record of several trackers' layers, at the step of the one that is furthest."""
+        return cls(
+            max(record.step for record in records), tuple(layer for record in records for layer in record.layers)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and numbers, as the JSONL sink writes them."""
         return asdict(self)
@@ -133,6 +140,22 @@ class RunInfo:
     skipped: dict[str, str]
     settings: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def merged(cls, infos: Sequence[RunInfo]) -> RunInfo:
+        """What several trackers that are shown as one run track."""
+        settings: dict[str, list[str]] = {}
+        for info in infos:
+            for name, value in info.settings.items():
+                values = settings.setdefault(name, [])
+                if value not in values:
+                    values.append(value)
+        return cls(
+            {name: row for info in infos for name, row in info.tracked.items()},
+            {name: reason for info in infos for name, reason in info.skipped.items()},
+            {name: " and ".join(values) for name, values in settings.items()},
+            tuple(dict.fromkeys(note for info in infos for note in info.notes)),
+        )
 
     def to_markdown(self) -> str:
         """The text panel."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightflip import functional, kernels
 from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, resolve
@@ -51,6 +52,8 @@ class _Stamp(NamedTuple):
     # Not a weak reference: torch.utils.swap_tensors, and with it Module.to(), refuses tensors that have one. The
     # tracker holds the parameter itself for as long as the stamp is of use, so the id is not given to another.
     parameter: int
+    # Memory that was given back may be given out again for the next storage: an address alone does not tell.
+    storage: StorageWeakRef
     data_ptr: int
     version: int
 
@@ -342,8 +345,11 @@ class WeightFlipTracker:
             self._forget_codes()
 
     @torch.no_grad()
-    def record(self) -> FlipRecord | None:
+    def record(self, *, may_be_empty: bool = False) -> FlipRecord | None:
         """What was counted since the last record, and altogether. One transfer from each device.
+
+        Args:
+            may_be_empty: Give a record also when no step was tracked since the last one.
 
         Returns:
             The record; None when no step was tracked since the last one.
@@ -362,7 +368,7 @@ class WeightFlipTracker:
             layers.append(LayerRecord(name, self._layers[name].weights, window, _as_counts(total), total[_NONFINITE]))
         self._window_base = totals
         record = FlipRecord(steps, tuple(layers))
-        return record if record.model.window.weight_steps else None
+        return record if may_be_empty or record.model.window.weight_steps else None
 
     # ------------------------------------------------------------------ totals
 
@@ -660,7 +666,8 @@ def _stamp(parameter: Tensor) -> _Stamp | None:
     if parameter.is_inference():
         # Inference tensors have no version counter.
         return None
-    return _Stamp(id(parameter), parameter.data_ptr(), parameter._version)
+    storage = StorageWeakRef(parameter.untyped_storage())  # type: ignore[no-untyped-call]
+    return _Stamp(id(parameter), storage, parameter.data_ptr(), parameter._version)
 
 
 def _is_unwritten(parameter: Tensor, stamp: _Stamp | None) -> bool:

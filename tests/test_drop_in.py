@@ -1,0 +1,573 @@
+"""Everything around an optimizer works as before: schedulers, AMP, hooks, averaging, compiling, checkpointing."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import BruteForce, assert_same, backward, digits_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.optim import lr_scheduler, swa_utils
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from weightflip import FlipTrackingHandle, FlipTrackingOptimizer, track_flips
+
+
+def by_wrapper(optimizer, model):
+    wrapped = FlipTrackingOptimizer(optimizer, model, sinks=[])
+    return wrapped, wrapped.tracker
+
+
+def by_hooks(optimizer, model):
+    return optimizer, track_flips(optimizer, model, sinks=[]).tracker
+
+
+FORMS = {"wrapper": by_wrapper, "hooks": by_hooks}
+each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def watched(optimizer: torch.optim.Optimizer, model: nn.Module) -> BruteForce:
+    """Brute force around every real step of the innermost optimizer, whoever calls it."""
+    brute = BruteForce(model)
+
+    def after(optimizer, args, kwargs):
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not found_inf:
+            brute.take_gradients()
+            brute.after()
+
+    optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: brute.before())
+    optimizer.register_step_post_hook(after)
+    return brute
+
+
+def same_as_bare(form, make: Callable, train: Callable, digits) -> None:
+    """Train twice; what ``train`` returns, parameters and optimizer state are equal, counts equal brute force."""
+    results = []
+    for tracked in (False, True):
+        model = digits_model()
+        inner = make(model.parameters())
+        optimizer, tracker, brute = inner, None, watched(inner, model)
+        if tracked:
+            optimizer, tracker = form(inner, model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trace = train(model, optimizer, digits)
+        results.append((trace, dict(model.state_dict()), copy.deepcopy(inner.state_dict()["state"])))
+        if tracker is not None:
+            brute.check(tracker)
+            assert sum(brute.flips.values()) > 0
+    assert_same(*results)
+
+
+# ---------------------------------------------------------------------- schedulers
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.95),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 5]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, total_iters=3),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=6),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.1, 3), lr_scheduler.ExponentialLR(o, 0.9)], [3]
+    ),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.5, 4), lr_scheduler.ExponentialLR(o, 0.9)], o
+    ),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=0.5),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 1e-1, 3, mode="triangular2"),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 8),
+    "SWALR": lambda o: swa_utils.SWALR(o, 0.01, anneal_epochs=4),
+}
+
+
+def test_every_scheduler_of_torch_is_here():
+    assert {*lr_scheduler.__all__, "SWALR"} - {"LRScheduler"} == set(SCHEDULERS)
+
+
+@each_form
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_schedulers(scheduler, form, digits):
+    def train(model, optimizer, digits):
+        schedule = scheduler(optimizer)
+        trace = []
+        for step in range(8):
+            loss = backward(model, digits, step)
+            optimizer.step()
+            if isinstance(schedule, lr_scheduler.ReduceLROnPlateau):
+                schedule.step(loss.item())
+            else:
+                schedule.step()
+            trace.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0].get("betas")))
+            if step == 4:
+                # Resume: the loaded groups are new objects, which the scheduler has to find.
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        # OneCycleLR and CyclicLR cycle momentum too.
+        assert len(set(trace)) > 2 or isinstance(schedule, (lr_scheduler.ConstantLR, lr_scheduler.ReduceLROnPlateau))
+        return trace
+
+    same_as_bare(form, lambda p: torch.optim.SGD(p, 0.05, momentum=0.9), train, digits)
+
+
+@each_form
+def test_one_cycle_steers_adams_betas(form, digits):
+    def train(model, optimizer, digits):
+        schedule = lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=8)
+        trace = []
+        for step in range(6):
+            backward(model, digits, step)
+            optimizer.step()
+            schedule.step()
+            trace.append(optimizer.param_groups[0]["betas"])
+        assert len(set(trace)) > 3
+        return trace
+
+    same_as_bare(form, lambda p: torch.optim.AdamW(p, 0.01), train, digits)
+
+
+# ---------------------------------------------------------------------- AMP
+
+
+@each_form
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+def test_grad_scaler_skips_steps(fused, form, digits):
+    def train(model, optimizer, digits):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2)
+        images, labels = digits
+        trace = []
+        for step in range(8):
+            optimizer.zero_grad()
+            at = slice(step * 64, (step + 1) * 64)
+            loss = nn.functional.cross_entropy(model(images[at]), labels[at])
+            scaler.scale(loss).backward()
+            if step in (2, 5):
+                model[0].weight.grad[0, 0] = float("inf")
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+            scaler.step(optimizer)
+            scaler.update()
+            trace.append((loss.detach(), scaler.get_scale()))
+        scales = [scale for _, scale in trace]
+        assert sum(after < before for before, after in itertools.pairwise(scales)) == 2
+        return trace
+
+    same_as_bare(form, lambda p: torch.optim.AdamW(p, 0.01, fused=fused), train, digits)
+
+
+@each_form
+def test_skipped_steps_are_not_counted_as_steps(form, digits):
+    model = digits_model()
+    inner = torch.optim.AdamW(model.parameters(), fused=True)
+    brute = watched(inner, model)
+    optimizer, tracker = form(inner, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(model(digits[0][:8]).square().mean()).backward()
+        if step == 1:
+            model[0].weight.grad[0, 0] = float("nan")
+        scaler.step(optimizer)
+        scaler.update()
+    assert tracker.step_count == 2
+    brute.check(tracker)
+
+
+# ---------------------------------------------------------------------- hooks, averaging, steps that are none
+
+
+@each_form
+def test_global_hooks_run_once_for_the_inner_optimizer(form, digits):
+    model = digits_model()
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer, _ = form(inner, model)
+    other = torch.optim.SGD(digits_model().parameters(), 0.1)
+    seen = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: seen.append(("pre", optimizer))),
+        register_optimizer_step_post_hook(lambda optimizer, args, kwargs: seen.append(("post", optimizer))),
+    ]
+    try:
+        backward(model, digits, 0)
+        optimizer.step()
+        other.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert [(name, id(o)) for name, o in seen] == [(name, id(o)) for o in (inner, other) for name in ("pre", "post")]
+
+
+@each_form
+def test_swa_and_ema(form, digits):
+    def train(model, optimizer, digits):
+        averaged = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
+        schedule = swa_utils.SWALR(optimizer, 0.01, anneal_epochs=4)
+        for step in range(8):
+            backward(model, digits, step)
+            optimizer.step()
+            averaged.update_parameters(model)
+            schedule.step()
+            if step == 4:
+                # The average takes the model's place for a while: these writes are no flips.
+                kept = copy.deepcopy(model.state_dict())
+                model.load_state_dict(averaged.module.state_dict())
+                backward(model, digits, step)
+                optimizer.step()
+                model.load_state_dict(kept)
+        return [p.detach().clone() for p in averaged.parameters()]
+
+    same_as_bare(form, lambda p: torch.optim.AdamW(p, 0.01), train, digits)
+
+
+@each_form
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["float lr", "tensor lr"])
+def test_distributed_checkpoint_makes_state_by_a_step_that_is_none(lr, make, form, digits):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    def train(model, optimizer, digits):
+        trace = []
+        for step in range(4):
+            if step in (0, 2):
+                # Without gradients, as at the start of a run that loads: torch makes them, and a step.
+                optimizer.zero_grad()
+                saved = get_optimizer_state_dict(model, optimizer)
+                set_optimizer_state_dict(model, optimizer, saved)
+                trace.append(saved["state"])
+            backward(model, digits, step)
+            optimizer.step()
+        return trace
+
+    # The watcher's brute force counts no flip and no update in a step without gradients.
+    same_as_bare(form, lambda p: make(p, lr=copy.deepcopy(lr)), train, digits)
+
+    model = digits_model()
+    optimizer, tracker = form(make(model.parameters(), lr=copy.deepcopy(lr)), model)
+    train(model, optimizer, digits)
+    assert tracker.step_count == 4
+
+
+@each_form
+def test_a_warmup_from_zero_counts_its_steps(form, digits):
+    # Learning rate 0 alone is no phantom: these updates are all swallowed.
+    model = digits_model()
+    optimizer, tracker = form(torch.optim.SGD(model.parameters(), lr=0.0), model)
+    backward(model, digits, 0)
+    optimizer.step()
+    assert tracker.step_count == 1
+    assert tracker.get_stall_counts() == tracker.get_update_counts()
+    assert sum(tracker.get_update_counts().values()) > 0
+
+
+# ---------------------------------------------------------------------- converted parameters
+
+
+@each_form
+@pytest.mark.parametrize(
+    "convert",
+    [lambda m: m.bfloat16(), lambda m: m.double(), lambda m: m.to(torch.float16).float()],
+    ids=["bfloat16", "float64", "float16 and back"],
+)
+def test_parameters_converted_after_construction(convert, form, digits):
+    model = digits_model()
+    optimizer, tracker = form(torch.optim.SGD(model.parameters(), 0.05), model)
+    backward(model, digits, 0)
+    optimizer.step()
+    before = tracker.get_flip_counts()
+    convert(model)
+    images = digits[0].to(next(model.parameters()).dtype)
+    # Nothing moves in this step, so that whatever it counts would come from the conversion.
+    optimizer.param_groups[0]["lr"] = 0.0
+    model(images[:32]).square().mean().backward()
+    optimizer.step()
+    assert tracker.get_flip_counts() == before
+    assert tracker.step_count == 2
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()
+    assert sum(tracker.get_flip_counts().values()) > sum(before.values())
+
+
+# ---------------------------------------------------------------------- torch.compile
+
+
+@each_form
+@pytest.mark.parametrize("what", ["training step", "optimizer.step"])
+def test_compiled_training_steps(what, form, digits):
+    images, labels = digits
+
+    def run(tracked):
+        torch.compiler.reset()
+        model = digits_model()
+        optimizer, tracker = torch.optim.AdamW(model.parameters(), 0.01), None
+        if tracked:
+            optimizer, tracker = form(optimizer, model)
+        brute = BruteForce(model)
+
+        def grow(images, labels):
+            nn.functional.cross_entropy(model(images), labels).backward()
+
+        def step(images, labels):
+            grow(images, labels)
+            optimizer.step()
+
+        compiled = torch.compile(step if what == "training step" else optimizer.step, backend="aot_eager")
+        for i in range(4):
+            optimizer.zero_grad()
+            batch = images[i * 64 : (i + 1) * 64], labels[i * 64 : (i + 1) * 64]
+            brute.before()
+            if what == "training step":
+                compiled(*batch)
+            else:
+                grow(*batch)
+                compiled()
+            brute.take_gradients()
+            brute.after()
+        return brute, tracker, dict(model.state_dict())
+
+    _, _, bare = run(tracked=False)
+    brute, tracker, state = run(tracked=True)
+    assert_same(bare, state)
+    brute.check(tracker)
+    assert tracker.step_count == 4
+    assert sum(brute.flips.values()) > 0
+
+
+# ---------------------------------------------------------------------- several optimizers, one run
+
+
+def test_optimizer_in_backward_writes_one_run(digits, tmp_path):
+    def train(tracked):
+        model = digits_model()
+        optimizers, brutes, first = {}, [], None
+        for p in model.parameters():
+            optimizer = torch.optim.SGD([p], 0.05)
+            if tracked:
+                brutes.append((optimizer, watched(optimizer, model)))
+                sinks = [tmp_path / "run.jsonl"] if first is None else first
+                optimizer = FlipTrackingOptimizer(optimizer, model, log_every=2, sinks=sinks)
+                first = first or optimizer
+            optimizers[p] = optimizer
+
+        def hook(p):
+            optimizers[p].step()
+            optimizers[p].zero_grad()
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(hook)
+        images, labels = digits
+        for step in range(6):
+            at = slice(step * 64, (step + 1) * 64)
+            nn.functional.cross_entropy(model(images[at]), labels[at]).backward()
+        return model, optimizers, brutes
+
+    bare, _, _ = train(tracked=False)
+    model, optimizers, brutes = train(tracked=True)
+    assert_same(dict(bare.state_dict()), dict(model.state_dict()))
+    names = {p: name for name, p in model.named_parameters()}
+    total = 0
+    for inner, brute in brutes:
+        (p,) = inner.param_groups[0]["params"]
+        tracker = optimizers[p].tracker
+        expected = {names[p]: brute.flips[names[p]]} if p.ndim == 2 else {}
+        assert tracker.get_flip_counts() == expected
+        total += sum(expected.values())
+    next(iter(optimizers.values())).flush()
+    records = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    records = [record["record"] for record in records if "record" in record]
+    assert [record["step"] for record in records][:3] == [2, 4, 6]
+    assert {layer["name"] for layer in records[-1]["layers"]} == {"0.weight", "2.weight"}
+    assert sum(layer["total"]["flips"] for layer in records[-1]["layers"]) == total > 0
+
+
+@pytest.mark.parametrize("first_form", ["wrapper", "hooks"])
+def test_muon_and_adamw_in_one_tensorboard_run(first_form, digits, tmp_path):
+    model = nn.Sequential(nn.Linear(64, 48, bias=False), nn.ReLU(), nn.Linear(48, 10))
+    muon = torch.optim.Muon([model[0].weight], lr=0.02)
+    adamw = torch.optim.AdamW(model[2].parameters(), lr=0.01)
+    brutes = [watched(muon, model), watched(adamw, model)]
+    if first_form == "wrapper":
+        first = muon = FlipTrackingOptimizer(muon, model, log_every=3, log_dir=tmp_path)
+    else:
+        first = track_flips(muon, model, log_every=3, log_dir=tmp_path)
+    adamw = FlipTrackingOptimizer(adamw, model, sinks=first)
+    for step in range(6):
+        backward(model, digits, step)
+        adamw.step()
+        muon.step()
+    first.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    flips = brutes[0].flips["0.weight"] + brutes[1].flips["2.weight"]
+    assert [event.step for event in events.Scalars("flips/cumulative_rate")] == [3, 6]
+    assert events.Scalars("flips/cumulative_rate")[-1].value == pytest.approx(flips / (64 * 48 + 480))
+    for name, brute in zip(("0.weight", "2.weight"), brutes, strict=True):
+        (last,) = events.Scalars(f"cumulative_flip_rate/{name}")[-1:]
+        assert last.value == pytest.approx(brute.flips[name] / model.get_parameter(name).numel())
+
+
+def test_two_optimizers_need_different_names(tmp_path):
+    first = FlipTrackingOptimizer(torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1), sinks=[])
+    with pytest.raises(ValueError, match=r"'group0.param0' is a name of another optimizer's weight.*give model="):
+        FlipTrackingOptimizer(torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1), sinks=first)
+
+
+# ---------------------------------------------------------------------- the hook form itself
+
+
+def test_the_optimizer_stays_the_very_same_object(digits):
+    model = digits_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    kind, attributes = type(optimizer), set(vars(optimizer))
+    handle = track_flips(optimizer, model, sinks=[])
+    assert isinstance(handle, FlipTrackingHandle)
+    assert type(optimizer) is kind
+    assert set(vars(optimizer)) == attributes
+    assert "0.weight" in handle.info.tracked
+
+
+def test_remove_stops_counting_and_writes_the_last_record(digits, tmp_path):
+    model = digits_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    with track_flips(optimizer, model, log_every=100, sinks=[tmp_path / "run.jsonl"]) as handle:
+        backward(model, digits, 0)
+        optimizer.step()
+    counts = handle.tracker.get_flip_counts()
+    assert sum(counts.values()) > 0
+    optimizer.step()
+    assert handle.tracker.get_flip_counts() == counts
+    assert "flip_tracking" not in optimizer.state_dict()
+    for hooks in ("step_pre", "step_post", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+        assert not getattr(optimizer, f"_optimizer_{hooks}_hooks"), hooks
+    records = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [record["record"]["step"] for record in records if "record" in record] == [1]
+
+
+def test_checkpoints_go_between_the_forms(digits, tmp_path):
+    expected = None
+    for saver in FORMS.values():
+        for loader in FORMS.values():
+            model = digits_model()
+            optimizer, _ = saver(torch.optim.AdamW(model.parameters(), 0.01), model)
+            for step in range(3):
+                backward(model, digits, step)
+                optimizer.step()
+            torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "checkpoint.pt")
+            weights, state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+            model = digits_model(seed=1)
+            model.load_state_dict(weights)
+            optimizer, tracker = loader(torch.optim.AdamW(model.parameters(), 0.5), model)
+            optimizer.load_state_dict(state)
+            for step in range(3, 6):
+                backward(model, digits, step)
+                optimizer.step()
+            found = tracker.get_flip_counts(), tracker.get_stall_counts(), tracker.step_count
+            expected = expected or found
+            assert found == expected
+            assert optimizer.param_groups[0]["lr"] == 0.01
+            bare = torch.optim.AdamW(model.parameters())
+            bare.load_state_dict(state)
+            assert_same(bare.state_dict()["state"], state["state"])
+
+
+def test_copies_of_a_hooked_optimizer_are_bare(digits):
+    model = digits_model()
+    optimizer, tracker = by_hooks(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), model)
+    backward(model, digits, 0)
+    optimizer.step()
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        before = tracker.get_update_counts()
+        twin.step()
+        assert tracker.get_update_counts() == before
+
+
+def test_track_flips_refuses_what_has_no_hooks():
+    class Outer(torch.optim.Optimizer):
+        """As Accelerate's: a subclass that does not call the constructor."""
+
+        def __init__(self, inner):
+            self.inner_one = inner
+
+        param_groups = property(lambda self: self.inner_one.param_groups)
+
+    outer = Outer(torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1))
+    with pytest.raises(TypeError, match="Outer has no step hooks; call track_flips on the optimizer inside it"):
+        track_flips(outer, sinks=[])
+    with pytest.raises(TypeError, match="got an unexpected keyword argument 'log_evry'"):
+        track_flips(outer.inner_one, log_evry=3)
+
+
+class SecondOrder(torch.optim.SGD):
+    """A step of its own kind, which calls the parent's: torch runs the hooks of both."""
+
+    def step(self, closure=None, hessian=None, *, damping):
+        super().step(closure)
+        return hessian, damping
+
+
+def test_a_step_with_its_own_signature(digits):
+    model = digits_model()
+    brute = BruteForce(model)
+    inner = SecondOrder(model.parameters(), 0.05)
+    optimizer = FlipTrackingOptimizer(inner, model, sinks=[])
+    backward(model, digits, 0)
+    for args, kwargs, expected in [
+        ((None, "curvature"), {"damping": 0.5}, ("curvature", 0.5)),
+        ((), {"damping": 0.25}, (None, 0.25)),
+        ((), {"hessian": "again", "damping": 0.25}, ("again", 0.25)),
+    ]:
+        brute.before()
+        assert optimizer.step(*args, **kwargs) == expected
+        brute.after()
+    brute.check(optimizer.tracker)
+
+
+def test_hooks_that_torch_runs_twice_count_once(digits):
+    model = digits_model()
+    brute = BruteForce(model)
+    optimizer = SecondOrder(model.parameters(), 0.05)
+    tracker = track_flips(optimizer, model, sinks=[]).tracker
+    for step in range(3):
+        backward(model, digits, step)
+        brute.before()
+        optimizer.step(damping=0.5)
+        brute.after()
+    brute.check(tracker)
+    assert tracker.step_count == 3
+
+
+@each_form
+def test_a_step_that_raises_leaves_tracking_usable(form, digits):
+    class Unsteady(torch.optim.SGD):
+        def step(self, closure=None):
+            if self.param_groups[0]["lr"] > 1:
+                self.param_groups[0]["params"][0].data.add_(1.0)
+                raise RuntimeError("out of memory")
+            return super().step(closure)
+
+    model = digits_model()
+    inner = Unsteady(model.parameters(), 0.05)
+    optimizer, tracker = form(inner, model)
+    brute = BruteForce(model)
+    for step in range(5):
+        backward(model, digits, step)
+        optimizer.param_groups[0]["lr"] = 2.0 if step == 2 else 0.05
+        brute.before()
+        if step == 2:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            brute.after()
+    brute.check(tracker)
+    assert tracker.step_count == 4
