@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+from weightflip import FlipTrackingOptimizer, track_flips
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +82,11 @@ class BruteForce:
 def assert_same(a, b) -> None:
     """Bit for bit, through dictionaries and lists."""
     assert type(a) is type(b)
-    if isinstance(a, Tensor):
+    if hasattr(a, "__tensor_flatten__") and type(a) not in (Tensor, nn.Parameter):
+        # A subclass made of other tensors, such as torchao's quantized optimizer state.
+        for name in a.__tensor_flatten__()[0]:
+            assert_same(getattr(a, name), getattr(b, name))
+    elif isinstance(a, Tensor):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
     elif isinstance(a, dict):
@@ -90,3 +99,58 @@ def assert_same(a, b) -> None:
             assert_same(x, y)
     else:
         assert a == b
+
+
+def by_wrapper(optimizer, model):
+    wrapped = FlipTrackingOptimizer(optimizer, model, sinks=[])
+    return wrapped, wrapped.tracker
+
+
+def by_hooks(optimizer, model):
+    return optimizer, track_flips(optimizer, model, sinks=[]).tracker
+
+
+FORMS = {"wrapper": by_wrapper, "hooks": by_hooks}
+
+
+def watched(optimizer: torch.optim.Optimizer, model: nn.Module) -> BruteForce:
+    """Brute force around every real step of the innermost optimizer, whoever calls it."""
+    brute = BruteForce(model)
+
+    def after(optimizer, args, kwargs):
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not found_inf:
+            brute.take_gradients()
+            brute.after()
+
+    optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: brute.before())
+    optimizer.register_step_post_hook(after)
+    return brute
+
+
+def same_as_bare(form, make: Callable, train: Callable, digits, build: Callable = digits_model) -> None:
+    """Train twice; what ``train`` returns, parameters and optimizer state are equal, counts equal brute force.
+
+    Args:
+        form: One of ``FORMS``.
+        make: From parameters to the bare optimizer.
+        train: Called with model, optimizer and digits.
+        digits: The data.
+        build: Makes the model, always the same.
+    """
+    results = []
+    for tracked in (False, True):
+        model = build()
+        torch.manual_seed(1)
+        inner = make(model.parameters())
+        optimizer, tracker, brute = inner, None, watched(inner, model)
+        if tracked:
+            optimizer, tracker = form(inner, model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trace = train(model, optimizer, digits)
+        results.append((trace, dict(model.state_dict()), inner.state_dict()["state"]))
+        if tracker is not None:
+            brute.check(tracker)
+            assert sum(brute.flips.values()) > 0
+    assert_same(*results)

@@ -7,11 +7,10 @@ import itertools
 import json
 import pickle
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import BruteForce, assert_same, backward, digits_model
+from conftest import FORMS, BruteForce, assert_same, backward, by_hooks, digits_model, same_as_bare, watched
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
@@ -19,53 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from weightflip import FlipTrackingHandle, FlipTrackingOptimizer, track_flips
 
-
-def by_wrapper(optimizer, model):
-    wrapped = FlipTrackingOptimizer(optimizer, model, sinks=[])
-    return wrapped, wrapped.tracker
-
-
-def by_hooks(optimizer, model):
-    return optimizer, track_flips(optimizer, model, sinks=[]).tracker
-
-
-FORMS = {"wrapper": by_wrapper, "hooks": by_hooks}
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-
-
-def watched(optimizer: torch.optim.Optimizer, model: nn.Module) -> BruteForce:
-    """Brute force around every real step of the innermost optimizer, whoever calls it."""
-    brute = BruteForce(model)
-
-    def after(optimizer, args, kwargs):
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not found_inf:
-            brute.take_gradients()
-            brute.after()
-
-    optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: brute.before())
-    optimizer.register_step_post_hook(after)
-    return brute
-
-
-def same_as_bare(form, make: Callable, train: Callable, digits) -> None:
-    """Train twice; what ``train`` returns, parameters and optimizer state are equal, counts equal brute force."""
-    results = []
-    for tracked in (False, True):
-        model = digits_model()
-        inner = make(model.parameters())
-        optimizer, tracker, brute = inner, None, watched(inner, model)
-        if tracked:
-            optimizer, tracker = form(inner, model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            trace = train(model, optimizer, digits)
-        results.append((trace, dict(model.state_dict()), copy.deepcopy(inner.state_dict()["state"])))
-        if tracker is not None:
-            brute.check(tracker)
-            assert sum(brute.flips.values()) > 0
-    assert_same(*results)
-
 
 # ---------------------------------------------------------------------- schedulers
 
@@ -260,6 +213,38 @@ def test_distributed_checkpoint_makes_state_by_a_step_that_is_none(lr, make, for
 
 
 @each_form
+def test_distributed_checkpoint_saves_the_tracker_as_its_own_object(form, digits, tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def start(seed):
+        model = digits_model(seed)
+        optimizer, tracker = form(torch.optim.AdamW(model.parameters(), 0.01), model)
+        return model, optimizer, tracker
+
+    def go_on(model, optimizer, steps):
+        for step in steps:
+            backward(model, digits, step)
+            optimizer.step()
+
+    model, optimizer, tracker = start(seed=0)
+    go_on(model, optimizer, range(3))
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state, "flips": tracker}, checkpoint_id=tmp_path, no_dist=True)
+    go_on(model, optimizer, range(3, 6))
+
+    model_2, optimizer_2, tracker_2 = start(seed=1)
+    weights, state = get_state_dict(model_2, optimizer_2)
+    dcp.load({"model": weights, "optimizer": state, "flips": tracker_2}, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(model_2, optimizer_2, model_state_dict=weights, optim_state_dict=state)
+    assert tracker_2.step_count == 3
+    go_on(model_2, optimizer_2, range(3, 6))
+    assert_same(dict(model.state_dict()), dict(model_2.state_dict()))
+    assert tracker_2.state_dict() == tracker.state_dict()
+    assert sum(tracker.get_flip_counts().values()) > 0
+
+
+@each_form
 def test_a_warmup_from_zero_counts_its_steps(form, digits):
     # Learning rate 0 alone is no phantom: these updates are all swallowed.
     model = digits_model()
@@ -271,7 +256,84 @@ def test_a_warmup_from_zero_counts_its_steps(form, digits):
     assert sum(tracker.get_update_counts().values()) > 0
 
 
-# ---------------------------------------------------------------------- converted parameters
+# ---------------------------------------------------------------------- odd, replaced and converted parameters
+
+
+class Zoo(nn.Module):
+    """Parameters of every kind, a few of which the optimizer's step moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.matrix = nn.Parameter(torch.randn(6, 5))
+        self.tied = self.matrix
+        self.transposed = nn.Parameter(torch.randn(5, 6).t())
+        self.strided = nn.Parameter(torch.randn(6, 10)[:, ::2])
+        self.nan = nn.Parameter(torch.full((3, 3), float("nan")))
+        self.scalar = nn.Parameter(torch.tensor(1.0))
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+        self.complex = nn.Parameter(torch.randn(3, 3, dtype=torch.complex64))
+        self.integer = nn.Parameter(torch.zeros(3, 3, dtype=torch.int64), requires_grad=False)
+        self.frozen = nn.Parameter(torch.randn(3, 3), requires_grad=False)
+        self.unused = nn.Parameter(torch.randn(3, 3))
+        self.meta = nn.Parameter(torch.randn(3, 3, device="meta"))
+        self.table = nn.Embedding(9, 4, sparse=True)
+
+    def give_gradients(self, step: int) -> None:
+        generator = torch.Generator().manual_seed(step)
+        for p in (self.matrix, self.transposed, self.strided, self.nan, self.scalar, self.empty, self.complex):
+            p.grad = torch.empty_like(p).normal_(generator=generator)
+        self.table.weight.grad = None
+        self.table(torch.randint(0, 9, (3,), generator=generator)).square().sum().backward()
+
+
+@each_form
+def test_nothing_raises_for_odd_parameters(form):
+    states = []
+    for tracked in (False, True):
+        model = Zoo()
+        inner = torch.optim.SGD(model.parameters(), 0.1)
+        optimizer, tracker = form(inner, model) if tracked else (inner, None)
+        for step in range(4):
+            model.give_gradients(step)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                optimizer.step()
+        finite = {name: p.detach().nan_to_num(7.0) for name, p in model.named_parameters() if not p.is_meta}
+        states.append(finite)
+    assert_same(*states)
+    flips = tracker.get_flip_counts()
+    assert set(flips) == {"matrix", "transposed", "strided", "nan", "unused", "table.weight"}
+    assert all(flips[name] > 0 for name in ("matrix", "transposed", "strided", "table.weight"))
+    assert flips["nan"] == flips["unused"] == 0
+
+
+@each_form
+def test_parameters_replaced_in_the_groups_are_followed(form, digits):
+    # As Accelerate does with FSDP2: other tensors in the same group.
+    model = digits_model()
+    optimizer, tracker = form(torch.optim.SGD(model.parameters(), 0.05), model)
+    backward(model, digits, 0)
+    optimizer.step()
+    before = tracker.get_flip_counts()
+    for module in (model[0], model[2]):
+        module.weight = nn.Parameter(module.weight.detach() * 1.5 + 0.01)
+        module.bias = nn.Parameter(module.bias.detach().clone())
+    optimizer.param_groups[0]["params"][:] = list(model.parameters())
+    brute = BruteForce(model)
+    backward(model, digits, 1)
+    brute.before()
+    optimizer.step()
+    brute.after()
+    after = tracker.get_flip_counts()
+    assert {name: after[name] - before[name] for name in after} == brute.flips
+    assert sum(brute.flips.values()) > 0
+
+
+def test_nothing_looks_like_a_wrapper_that_frameworks_take_apart():
+    optimizer, _ = FORMS["wrapper"](torch.optim.SGD(digits_model().parameters(), 0.1), None)
+    # Accelerate and Lightning look for this name and go inside.
+    assert not hasattr(optimizer, "optimizer")
 
 
 @each_form

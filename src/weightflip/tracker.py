@@ -429,16 +429,16 @@ class WeightFlipTracker:
     def state_dict(self) -> dict[str, Any]:
         """Counts and step number, as plain numbers: loads with ``weights_only=True``.
 
-        Codes are not in it: those of the loaded weights are the same.
+        Codes are not in it: those of the loaded weights are the same. Its keys are always the same ones, as
+        ``torch.distributed.checkpoint`` needs them, which loads what it finds in a fresh object's state.
         """
         steps, totals = self._read()
-        return {
-            "version": 1,
-            "steps": steps,
-            "weights": {name: layer.weights for name, layer in self._layers.items()},
-            "totals": totals,
-            "window_base": {name: list(base) for name, base in self._window_base.items()},
-        }
+        none = [0] * _COLUMNS
+        layers = [
+            [name, self._layers[name].weights, total, list(self._window_base.get(name, none))]
+            for name, total in totals.items()
+        ]
+        return {"version": 1, "steps": steps, "layers": layers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from ``state_dict``. The next step's first snapshot is a baseline.
@@ -448,17 +448,16 @@ class WeightFlipTracker:
         Raises:
             ValueError: Not a tracker's state, or one of a later version.
         """
-        missing = {"version", "steps", "weights", "totals", "window_base"} - set(state_dict)
+        missing = {"version", "steps", "layers"} - set(state_dict)
         if missing or state_dict["version"] != 1:
             raise ValueError(
                 "expected what WeightFlipTracker.state_dict() of version 1 returned, got "
                 + (f"a dictionary without {sorted(missing)}" if missing else f"version {state_dict['version']!r}")
             )
-        layers = {
-            name: _Layer(name, int(weights), base=[int(n) for n in state_dict["totals"][name]])
-            for name, weights in state_dict["weights"].items()
-        }
-        window_base = {name: [int(n) for n in base] for name, base in state_dict["window_base"].items()}
+        layers, window_base = {}, {}
+        for name, weights, total, base in state_dict["layers"]:
+            layers[name] = _Layer(name, int(weights), base=[int(n) for n in total])
+            window_base[name] = [int(n) for n in base]
         steps = int(state_dict["steps"])
         self.reset()
         self._layers, self._window_base, self._steps = layers, window_base, steps

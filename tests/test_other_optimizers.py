@@ -1,0 +1,145 @@
+"""Optimizers that torch does not have: torchao's, schedule-free ones, one whose step takes more than a closure."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from conftest import FORMS, BruteForce, assert_same, backward, digits_model, same_as_bare
+from torch import nn
+
+from weightflip import FlipTrackingOptimizer
+
+each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def wide_model() -> nn.Sequential:
+    """Its first weight has 8,192 elements: torchao quantizes the state of no smaller one than 4,096."""
+    return digits_model(width=128)
+
+
+# ---------------------------------------------------------------------- torchao
+
+
+def low_bit(name: str, **options):
+    torchao_optim = pytest.importorskip("torchao.optim", reason="torchao is not installed")
+    return lambda p: getattr(torchao_optim, name)(p, lr=0.01, **options)
+
+
+@pytest.fixture
+def eager():
+    # These optimizers compile their step, which takes a minute here and does the same.
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@each_form
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamWFp8", "AdamW4bit"])
+def test_torchao_low_bit_optimizers(name, form, digits, eager):
+    def train(model, optimizer, digits):
+        for step in range(6):
+            backward(model, digits, step)
+            optimizer.step()
+            if step == 2:
+                file = io.BytesIO()
+                torch.save(optimizer.state_dict(), file)
+                file.seek(0)
+                optimizer.load_state_dict(torch.load(file, weights_only=True))
+        kinds = {type(value).__name__ for state in optimizer.state.values() for value in state.values()}
+        assert any(kind.startswith("OptimState") for kind in kinds)
+
+    same_as_bare(form, low_bit(name), train, digits, wide_model)
+
+
+@each_form
+def test_torchao_stochastic_rounding_draws_the_same_numbers(form, digits, eager):
+    # Updates of bfloat16 weights are rounded at random: a single number drawn by tracking would change the training.
+    def train(model, optimizer, digits):
+        images, labels = digits
+        for step in range(6):
+            optimizer.zero_grad()
+            at = slice(step * 64, (step + 1) * 64)
+            nn.functional.cross_entropy(model(images[at].bfloat16()).float(), labels[at]).backward()
+            optimizer.step()
+        return torch.get_rng_state()
+
+    make = low_bit("_AdamW", bf16_stochastic_round=True)
+    results = []
+    for tracked in (False, True):
+        model = wide_model().bfloat16()
+        torch.manual_seed(1)
+        brute = BruteForce(model, lambda weight: weight.detach().float())
+        inner = make(model.parameters())
+        inner.register_step_pre_hook(lambda *_, brute=brute: brute.before())
+        inner.register_step_post_hook(lambda *_, brute=brute: brute.after())
+        optimizer, tracker = form(inner, model) if tracked else (inner, None)
+        rng = train(model, optimizer, digits)
+        results.append((rng, dict(model.state_dict())))
+        if tracker is not None:
+            brute.check(tracker)
+            assert sum(brute.flips.values()) > 0
+            assert sum(brute.stalled.values()) > 0
+    assert_same(*results)
+
+
+# ---------------------------------------------------------------------- schedule-free
+
+
+@each_form
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"])
+def test_schedule_free_train_and_eval(name, form, digits):
+    schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    images, labels = digits
+
+    def train(model, optimizer, digits):
+        trace = []
+        for epoch in range(3):
+            optimizer.train()
+            for step in range(4):
+                backward(model, digits, epoch * 4 + step)
+                optimizer.step()
+            # Writes the averaged weights into the parameters; train() writes the others back. No flips of a step.
+            optimizer.eval()
+            with torch.no_grad():
+                trace.append(nn.functional.cross_entropy(model(images), labels))
+        assert trace[-1] < trace[0]
+        return trace
+
+    def make(p):
+        lr = {"lr": 1.0} if name == "SGDScheduleFree" else {"lr": 0.01}
+        return getattr(schedulefree, name)(p, **lr)
+
+    same_as_bare(form, make, train, digits)
+
+
+def test_only_schedule_free_optimizers_have_train_and_eval():
+    schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    model = digits_model()
+    with_mode = FlipTrackingOptimizer(schedulefree.AdamWScheduleFree(model.parameters()), model, sinks=[])
+    without = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters()), model, sinks=[])
+    assert hasattr(with_mode, "train")
+    assert hasattr(with_mode, "eval")
+    assert not hasattr(without, "train")
+    assert not hasattr(without, "eval")
+
+
+# ---------------------------------------------------------------------- a step that takes more than a closure
+
+
+@each_form
+def test_a_step_with_a_hessian(form, digits):
+    optimizers = pytest.importorskip("pytorch_optimizer", reason="pytorch_optimizer is not installed")
+
+    def train(model, optimizer, digits):
+        losses = []
+        for step in range(4):
+            losses.append(backward(model, digits, step).detach())
+            hessian = [p.grad.square() + 1e-3 for p in model.parameters()]
+            assert optimizer.step(hessian=hessian) is None
+            losses.append(backward(model, digits, step).detach())
+            loss = losses[-1]
+            assert optimizer.step(lambda loss=loss: loss, hessian) is loss
+        return losses
+
+    same_as_bare(form, lambda p: optimizers.SophiaH(p, lr=0.01), train, digits)
