@@ -6,7 +6,7 @@ LOG_DIR ?= runs
 PORT ?= 6006
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tensorboard test conformance check bench clean
+.PHONY: help integrations demo tensorboard test conformance check bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -17,6 +17,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[examples,dev]'
 	touch $@
+
+# Apart, because the demo and most of the tests do not need them.
+$(VENV)/integrations: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[integrations]'
+	touch $@
+
+integrations: $(VENV)/integrations  ## install Accelerate, transformers, Lightning and others, so that `make test` runs them too
 
 demo: $(VENV)/installed  ## train a small float8 network on handwritten digits, and show what its weights did
 	$(BIN)/python examples/digits_float8.py --log-dir $(LOG_DIR)/digits_float8/$$(date +%Y%m%d-%H%M%S)

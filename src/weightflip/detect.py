@@ -244,7 +244,7 @@ def _try(quantizer: Quantizer, weight: Tensor) -> None:
         Exception: Whatever the quantizer raises, or ValueError for codes that are none.
     """
     if isinstance(quantizer, ElementwiseQuantizer):
-        quantizer.scale(weight)
+        quantizer.scale(quantizer.grouped(weight))
         return
     codes = quantizer.encode(weight)
     if not isinstance(codes, Codes) or codes.ordinals.shape != weight.shape or codes.ordinals.dtype not in _ORDINALS:

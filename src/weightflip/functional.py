@@ -14,6 +14,8 @@ from weightflip import kernels
 class Elementwise(Protocol):
     """What is needed here of an elementwise quantizer."""
 
+    def grouped(self, tensor: Tensor) -> Tensor: ...
+
     def scale(self, weight: Tensor) -> Tensor | None: ...
 
     def rounding(self, weight: Tensor) -> kernels.Rounding | None: ...
@@ -86,6 +88,7 @@ def encode_into(
         scratch: Where temporaries come from.
         backend: As in :func:`weightflip.kernels.check_backend`.
     """
+    weight, codes = quantizer.grouped(weight), quantizer.grouped(codes)
     scale = quantizer.scale(weight)
     if _in_one_pass(weight, scale, quantizer, codes, None, codes.new_zeros(3, dtype=torch.int64), backend):
         return
@@ -114,6 +117,8 @@ def advance(
         scratch: Where temporaries come from.
         backend: As in :func:`weightflip.kernels.check_backend`.
     """
+    weight, codes = quantizer.grouped(weight), quantizer.grouped(codes)
+    update = None if update is None else quantizer.grouped(update)
     scale = quantizer.scale(weight)
     if not _in_one_pass(weight, scale, quantizer, codes, update, counts, backend):
         kernels.count_(codes, _slice_encoder(weight, scale, quantizer, codes.dtype, scratch), update, counts, scratch)

@@ -28,8 +28,9 @@ class Codes:
     Attributes:
         ordinals: Signed integers of the weight's shape that grow with the number they stand for; equal ordinals stand
             for equal numbers. int8 for formats of up to 8 bits, else int16, int32 or int64.
-        scale: The factor that the format shares among the weights, broadcastable to their shape; None where it has
-            none. Whether it divides or multiplies is the quantizer's own affair.
+        scale: The factor that the format shares among the weights, broadcastable to their shape, or, for groups of
+            ``g`` neighbours in the last dimension, of shape ``(..., K // g, 1)``; None where it has none. Whether it
+            divides or multiplies is the quantizer's own affair.
         quantizer: What made the codes and can decode them, where it is known.
     """
 
@@ -65,10 +66,28 @@ def _fresh(slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
 class ElementwiseQuantizer(ABC):
     """A quantizer that needs at most a scale of the whole weight and then looks at each element by itself.
 
-    So the tracker can encode in slices that fit the cache. ``name`` is what people write to get it.
+    So the tracker can encode in slices that fit the cache. ``name`` is what people write to get it. Where a scale
+    belongs to a group (a block) of ``group`` neighbours along the last dimension, the other methods get the weight, and
+    anything as large, with that dimension split: ``(..., K // group, group)``.
     """
 
     name: str
+    group: int | None = None
+
+    def grouped(self, tensor: Tensor) -> Tensor:
+        """A view of the weight, or of anything as large, as the other methods take it.
+
+        Raises:
+            ValueError: The last dimension does not divide into groups.
+        """
+        if self.group is None:
+            return tensor
+        if tensor.ndim == 0 or tensor.shape[-1] % self.group:
+            raise ValueError(
+                f"quantizer {self.name!r} has a scale for each {self.group} neighbours in the last dimension; "
+                f"shape {tuple(tensor.shape)} does not divide into them"
+            )
+        return tensor.view(*tensor.shape[:-1], tensor.shape[-1] // self.group, self.group)
 
     @abstractmethod
     def code_dtype(self, weight: Tensor) -> torch.dtype:
@@ -76,7 +95,7 @@ class ElementwiseQuantizer(ABC):
 
     @abstractmethod
     def scale(self, weight: Tensor) -> Tensor | None:
-        """The scale of ``weight``, 0-dim or broadcastable to it; None where the format has none.
+        """The scale of ``weight``, 0-dim or broadcastable to it (one a group: ``(..., K // group, 1)``); None if none.
 
         Raises:
             ValueError: The weight's shape or dtype does not fit the format.
@@ -105,10 +124,11 @@ class ElementwiseQuantizer(ABC):
     def encode(self, weight: Tensor) -> Codes:
         """Codes of the whole weight at once; the tracker goes through ``encode_into``."""
         weight = weight.detach()
-        scale = self.scale(weight)
-        out = torch.empty(weight.shape, dtype=self.code_dtype(weight), device=weight.device)
-        self.encode_into(weight, scale, out, _fresh)
-        return Codes(out, scale, self)
+        grouped = self.grouped(weight)
+        scale = self.scale(grouped)
+        out = torch.empty(grouped.shape, dtype=self.code_dtype(weight), device=weight.device)
+        self.encode_into(grouped, scale, out, _fresh)
+        return Codes(out.view(weight.shape), scale, self)
 
     def __str__(self) -> str:
         return self.name
