@@ -7,6 +7,7 @@ import itertools
 import json
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -633,3 +634,29 @@ def test_a_step_that_raises_leaves_tracking_usable(form, digits):
             brute.after()
     brute.check(tracker)
     assert tracker.step_count == 4
+
+
+@each_form
+@pytest.mark.parametrize("by_name", [False, True], ids=["step(closure)", "step(closure=closure)"])
+def test_gradients_of_the_last_step_do_not_count_where_a_closure_makes_new_ones(by_name, form, digits):
+    """Lightning's way: each step's closure takes the old gradients away first, and a batch may not use a layer."""
+    model = digits_model()
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    brute = watched(inner, model)
+    optimizer, tracker = form(inner, model)
+    old = []
+
+    def use_both():
+        return backward(model, digits, 0)
+
+    def use_the_last():
+        optimizer.zero_grad()
+        assert all(gradient() is None for gradient in old)  # they need no memory beside the new ones
+        loss = model[2](torch.ones(1, 48)).sum()
+        loss.backward()
+        return loss
+
+    for closure in (use_both, use_the_last):
+        optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+        old = [weakref.ref(p.grad) for p in model.parameters() if p.grad is not None]
+    brute.check(tracker)

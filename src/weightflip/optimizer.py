@@ -159,7 +159,7 @@ class _Tracking:
     def info(self) -> RunInfo:
         return self.source.info
 
-    def before(self, optimizer: Optimizer) -> None:
+    def before(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Have the codes at hand."""
         self._is_open = False
         if _is_phantom_step(optimizer):
@@ -169,6 +169,8 @@ class _Tracking:
         if self.tracker.is_tracking:
             self.select(optimizer.param_groups, strict=False)
         self.tracker.before_step(self._weights)
+        if has_closure:
+            self.tracker.forget_gradients()
         self._is_open = True
 
     def after(self) -> None:
@@ -390,7 +392,7 @@ class FlipTrackingOptimizer(Optimizer):
             What the inner optimizer's step returns.
         """
         tracking, inner = self._tracking, self.inner
-        tracking.guarded(tracking.before, inner)
+        tracking.guarded(tracking.before, inner, closure is not None)
         result = inner.step(closure, *args, **kwargs) if args or closure is not None else inner.step(**kwargs)
         tracking.guarded(tracking.after)
         return result
@@ -580,7 +582,8 @@ class FlipTrackingHandle:
         loading: list[Any] = []
 
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            tracking.guarded(tracking.before, optimizer)
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+            tracking.guarded(tracking.before, optimizer, closure is not None)
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             tracking.guarded(tracking.after)

@@ -310,6 +310,13 @@ class WeightFlipTracker:
                 if "stalls" in self.metrics:
                     self._grads[tracked.name] = tracked.parameter.grad
 
+    def forget_gradients(self) -> None:
+        """Let go of the gradients of ``before_step``: a closure makes the step's own.
+
+        The old ones would count for a weight that gets none, and take memory beside the new ones.
+        """
+        self._grads.clear()
+
     @torch.no_grad()
     def after_step(self, valid: Tensor | None = None) -> None:
         """Count what the optimizer's step did to the weights of ``before_step``.
