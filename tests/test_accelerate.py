@@ -1,0 +1,210 @@
+"""Under Hugging Face Accelerate: training is what it was, the counts are right, and a resumed run goes on."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import FORMS, BruteForce, assert_same, by_wrapper, digits_model, watched
+from test_examples import check_events, check_table, numbers_after, run_example
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from weightflip import FlipTrackingOptimizer, WeightFlipTracker
+
+accelerate = pytest.importorskip("accelerate", reason="needs: pip install accelerate")
+each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+BATCHES_AN_EPOCH = 12
+ACCUMULATE = 2
+STEPS = 2 * BATCHES_AN_EPOCH // ACCUMULATE
+LR = 3e-3
+MAX_NORM = 0.33
+
+
+class Run(NamedTuple):
+    """What a training did, and the objects to go on with."""
+
+    accelerator: accelerate.Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer  # as it was before accelerator.prepare()
+    prepared: accelerate.optimizer.AcceleratedOptimizer
+    tracker: WeightFlipTracker | None
+    brute: BruteForce
+    losses: list[Tensor]
+    lrs: list[float]
+    norms: list[Tensor]
+    warnings: list[tuple[type[Warning], str]]
+
+
+def new_accelerator(**options) -> accelerate.Accelerator:
+    """An accelerator as in a process of its own: they share their state, and so their precision."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+    return accelerate.Accelerator(cpu=True, **options)
+
+
+def train(
+    digits,
+    *,
+    form=None,
+    epochs=range(2),
+    mixed_precision="no",
+    fused=False,
+    scaler=None,
+    overflows=(),
+    save=None,
+    load=None,
+) -> Run:
+    """Two micro-batches a step, clipped gradients, a cosine over the steps; nothing but the wrapping differs."""
+    accelerator = new_accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=ACCUMULATE)
+    accelerator.scaler = scaler
+    images, labels = (tensor[: 64 * BATCHES_AN_EPOCH] for tensor in digits)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=64)
+    model = digits_model()
+    inner = torch.optim.AdamW(model.parameters(), lr=LR, fused=fused)
+    brute = watched(inner, model)
+    optimizer, tracker = form(inner, model) if form else (inner, None)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
+    losses, lrs, norms = [], [], []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, prepared, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+        if load is not None:
+            accelerator.load_state(load)
+        for _ in epochs:
+            for batch, targets in loader:
+                with accelerator.accumulate(model):
+                    loss = nn.functional.cross_entropy(model(batch), targets)
+                    accelerator.backward(loss * math.inf if len(losses) in overflows else loss)
+                    if accelerator.sync_gradients:
+                        norms.append(accelerator.clip_grad_norm_(model.parameters(), MAX_NORM))
+                    prepared.step()
+                    scheduler.step()
+                    prepared.zero_grad()
+                losses.append(loss.detach())
+                lrs.append(inner.param_groups[0]["lr"])
+        if save is not None:
+            accelerator.save_state(save)
+    seen = [(w.category, str(w.message)) for w in caught]
+    return Run(accelerator, model, optimizer, prepared, tracker, brute, losses, lrs, norms, seen)
+
+
+@each_form
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_tracked_equals_bare_and_counts_equal_brute_force(mixed_precision, form, digits):
+    bare = train(digits, mixed_precision=mixed_precision)
+    run = train(digits, form=form, mixed_precision=mixed_precision)
+
+    assert_same(bare.losses, run.losses)
+    assert_same(bare.norms, run.norms)
+    assert_same(dict(bare.model.state_dict()), dict(run.model.state_dict()))
+    assert bare.warnings == run.warnings
+
+    run.brute.check(run.tracker)
+    assert sum(run.brute.flips.values()) > 0
+    assert sum(run.brute.stalled.values()) > 0
+    assert run.tracker.step_count == STEPS
+    # Gradients were clipped, and the rate that the inner optimizer sees falls with each step.
+    assert max(run.norms) > MAX_NORM
+    assert bare.lrs == run.lrs
+    cosine = [LR * (1 + math.cos(math.pi * step / STEPS)) / 2 for step in range(1, STEPS + 1)]
+    assert run.lrs[ACCUMULATE - 1 :: ACCUMULATE] == pytest.approx(cosine, abs=1e-9)
+
+
+@each_form
+@pytest.mark.parametrize("fused", [False, True], ids=["for-loop", "fused"])
+def test_steps_that_the_scaler_skips_are_none(fused, form, digits):
+    """Accelerate makes a scaler for float16 on a GPU only, so it is given one here."""
+    bare, run = (
+        train(digits, form=each, fused=fused, scaler=torch.amp.GradScaler("cpu"), overflows=(2, 9, 17))
+        for each in (None, form)
+    )
+    assert sum(not norm.isfinite() for norm in run.norms) == 3
+    assert_same(bare.losses, run.losses)
+    assert_same(dict(bare.model.state_dict()), dict(run.model.state_dict()))
+    assert bare.lrs == run.lrs
+    assert bare.warnings == run.warnings
+    run.brute.check(run.tracker)
+    assert run.tracker.step_count == STEPS - 3
+
+
+def test_bf16_is_autocast_and_the_weights_stay_float32(digits):
+    """So flips are those of float8, and not of bfloat16 weights."""
+    full = train(digits, form=by_wrapper, epochs=range(1))
+    mixed = train(digits, form=by_wrapper, epochs=range(1), mixed_precision="bf16")
+    assert not torch.equal(torch.stack(full.losses), torch.stack(mixed.losses))
+    assert {row[1:] for row in mixed.optimizer.info.tracked.values()} == {("float32", "float8_e4m3")}
+
+
+def test_what_prepare_returns_leads_to_the_tracker(digits):
+    run = train(digits, form=by_wrapper, epochs=range(1))
+    assert isinstance(run.prepared, accelerate.optimizer.AcceleratedOptimizer)
+    assert run.prepared.optimizer is run.optimizer
+    assert not hasattr(run.prepared, "tracker")  # it passes no unknown attribute on
+    assert run.prepared.param_groups is run.optimizer.inner.param_groups
+
+
+@each_form
+def test_a_resumed_run_goes_on(form, digits, tmp_path):
+    whole = train(digits, form=form)
+    half = train(digits, form=form, epochs=range(1), save=tmp_path)
+    resumed = train(digits, form=form, epochs=range(1), load=tmp_path)
+
+    assert_same(whole.losses, half.losses + resumed.losses)
+    assert whole.lrs == half.lrs + resumed.lrs
+    assert_same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+    assert_same(whole.optimizer.state_dict(), resumed.optimizer.state_dict())
+    whole.brute.check(resumed.tracker)
+    assert resumed.tracker.step_count == whole.tracker.step_count
+    assert half.tracker.step_count == whole.tracker.step_count // 2
+
+
+@pytest.mark.parametrize(("saved", "loading"), [(None, by_wrapper), (by_wrapper, None)])
+def test_bare_and_wrapped_runs_load_each_others_checkpoints(saved, loading, digits, tmp_path):
+    whole = train(digits)
+    train(digits, form=saved, epochs=range(1), save=tmp_path)
+    resumed = train(digits, form=loading, epochs=range(1), load=tmp_path)
+    assert_same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+    if loading:
+        resumed.brute.check(resumed.tracker)
+
+
+def test_schedule_free_swaps_weights_between_steps_and_no_flip_is_counted_for_it(digits):
+    schedulefree = pytest.importorskip("schedulefree", reason="needs: pip install schedulefree")
+    runs = {}
+    for wrap in (False, True):
+        accelerator = new_accelerator()
+        model = digits_model()
+        inner = schedulefree.AdamWScheduleFree(model.parameters(), lr=1e-2)
+        brute = watched(inner, model)
+        optimizer = FlipTrackingOptimizer(inner, model, sinks=[]) if wrap else inner
+        model, prepared = accelerator.prepare(model, optimizer)
+        losses = []
+        for step in range(6):
+            prepared.train()
+            images, labels = (tensor[64 * step : 64 * (step + 1)] for tensor in digits)
+            prepared.zero_grad()
+            accelerator.backward(nn.functional.cross_entropy(model(images), labels))
+            prepared.step()
+            trained = model[0].weight.detach().clone()
+            prepared.eval()
+            # At the first step the averaged weights are the ones that were trained.
+            assert torch.equal(trained, model[0].weight) == (step == 0)
+            losses.append(nn.functional.cross_entropy(model(images), labels).detach())
+        runs[wrap] = losses, dict(model.state_dict())
+    assert_same(runs[False], runs[True])
+    brute.check(optimizer.tracker)
+    assert sum(brute.flips.values()) > 0
+
+
+def test_example(tmp_path):
+    output = run_example("accelerate_digits.py", f"--log-dir={tmp_path}", "--epochs=2", bar="")
+    first_loss, last_loss = numbers_after("Training loss:", output)
+    assert last_loss < first_loss
+    layers = ["0.weight", "2.weight"]
+    check_table(output, layers, "float8_e4m3")
+    check_events(tmp_path, layers, steps=2 * 29)
