@@ -13,7 +13,7 @@ from test_examples import check_events, check_table, numbers_after, run_example
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from weightflip import FlipTrackingOptimizer, WeightFlipTracker
+from weightflip import FlipTrackingOptimizer, WeightFlipTracker, track_flips
 
 accelerate = pytest.importorskip("accelerate", reason="needs: pip install accelerate")
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -146,6 +146,15 @@ def test_what_prepare_returns_leads_to_the_tracker(digits):
     assert run.prepared.optimizer is run.optimizer
     assert not hasattr(run.prepared, "tracker")  # it passes no unknown attribute on
     assert run.prepared.param_groups is run.optimizer.inner.param_groups
+
+
+def test_an_optimizer_that_is_prepared_already_is_refused():
+    """Each micro-batch would count as a step."""
+    model = digits_model()
+    prepared = new_accelerator().prepare(torch.optim.AdamW(model.parameters()))
+    for track in (FlipTrackingOptimizer, track_flips):
+        with pytest.raises(TypeError, match="got an AcceleratedOptimizer; track first, then prepare"):
+            track(prepared, model, sinks=[])
 
 
 @each_form

@@ -538,6 +538,12 @@ def _check_optimizer(optimizer: Any, model: Any) -> None:
         )
     if isinstance(optimizer, FlipTrackingOptimizer):
         raise TypeError("this optimizer is a FlipTrackingOptimizer already; wrap the inner one")
+    if type(optimizer).__name__ == "AcceleratedOptimizer":
+        # Its step does nothing in a micro-batch that only accumulates gradients, and each would count as a step.
+        raise TypeError(
+            "expected the optimizer as it is before accelerator.prepare(), got an AcceleratedOptimizer; "
+            "track first, then prepare"
+        )
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model= is a torch.nn.Module or None, got {type(model).__name__}")
 
