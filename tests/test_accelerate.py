@@ -140,6 +140,32 @@ def test_bf16_is_autocast_and_the_weights_stay_float32(digits):
     assert {row[1:] for row in mixed.optimizer.info.tracked.values()} == {("float32", "float8_e4m3")}
 
 
+def test_layers_that_prepare_converts_to_float8_are_seen(digits):
+    """Accelerate converts them after the optimizer was made; the first and the last stay as they are.
+
+    Without a config of its own, accelerate 1.15 takes one for FSDP2. It puts new parameters into the model and leaves
+    the old ones to the optimizer: without FSDP2 these layers do not train, tracked or not.
+    """
+    float8 = pytest.importorskip("torchao.float8", reason="needs: pip install torchao")
+    config = float8.Float8LinearConfig(round_scales_to_power_of_2=True)
+    recipe = accelerate.utils.AORecipeKwargs(config=config)
+    accelerator = new_accelerator(mixed_precision="fp8", kwargs_handlers=[recipe])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
+    inner = torch.optim.AdamW(model.parameters(), lr=LR)
+    optimizer = FlipTrackingOptimizer(inner, model, sinks=[])
+    model, prepared = accelerator.prepare(model, optimizer)
+    assert isinstance(model[2], float8.float8_linear.Float8Linear)
+    for step in range(3):
+        images, labels = (tensor[64 * step : 64 * (step + 1)] for tensor in digits)
+        accelerator.backward(nn.functional.cross_entropy(model(images), labels))
+        prepared.step()
+        prepared.zero_grad()
+    quantizers = {name: row[2] for name, row in optimizer.info.tracked.items()}
+    assert quantizers == {"0.weight": "float8_e4m3", "2.weight": "float8_e4m3:pow2", "4.weight": "float8_e4m3"}
+    assert optimizer.tracker.get_flip_counts()["2.weight"] > 0
+
+
 def test_what_prepare_returns_leads_to_the_tracker(digits):
     run = train(digits, form=by_wrapper, epochs=range(1))
     assert isinstance(run.prepared, accelerate.optimizer.AcceleratedOptimizer)
