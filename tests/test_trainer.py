@@ -172,6 +172,21 @@ def test_a_resumed_run_goes_on(form, digits, tmp_path):
     assert resumed.tracker.step_count == STEPS
 
 
+def test_a_resumed_run_goes_on_in_its_event_files(digits, tmp_path):
+    """The points after the checkpoint are drawn again, not twice."""
+    for resume in (None, str(tmp_path / "whole" / f"checkpoint-{STEPS // 2}")):
+
+        def form(inner, model):
+            optimizer = FlipTrackingOptimizer(inner, model, log_dir=tmp_path / "runs", log_every=2)
+            return optimizer, optimizer.tracker
+
+        train(digits, tmp_path / "whole", form=form, resume=resume).optimizer.close()
+        events = EventAccumulator(str(tmp_path / "runs"))
+        events.Reload()
+        assert [scalar.step for scalar in events.Scalars("flips/rate")] == list(range(2, STEPS + 1, 2))
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
 @pytest.mark.parametrize(("saved", "loading"), [(None, by_wrapper), (by_wrapper, None)])
 def test_bare_and_wrapped_runs_load_each_others_checkpoints(saved, loading, digits, tmp_path):
     whole = train(digits, tmp_path / "whole", form=saved)
