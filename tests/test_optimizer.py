@@ -8,10 +8,13 @@ import warnings
 
 import pytest
 import torch
-from conftest import BruteForce, assert_same, backward, digits_model
+from conftest import BruteForce, assert_same, backward, digits_model, float8_values
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 from weightflip import FlipTrackingOptimizer, WeightFlipTracker
+from weightflip.formats import E3M4
 
 OPTIMIZERS = {
     "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
@@ -521,3 +524,63 @@ def test_weights_that_no_format_fits():
 
     with pytest.raises(ValueError, match=r"parameter 'body.weight' .* shape \(8, 8\): last dimension 8 is no multiple"):
         FlipTrackingOptimizer(inner, zoo, quantizer=Blocks(), sinks=[])
+
+
+def e3m4_values(weight):
+    # 2**4 * 31/16 is the largest number: exponent field 7, bias 3, and all codes of a finite format are numbers.
+    scale = weight.detach().abs().max() / 31.0
+    grid = torch.tensor(E3M4.values, dtype=torch.float64)
+    middles = (grid[1:] + grid[:-1]) / 2
+    return grid[torch.bucketize((weight.detach() / scale).double(), middles)]
+
+
+def test_several_quantizers_see_the_same_weights(digits, tmp_path):
+    model = digits_model()
+    formats = {"float8_e4m3": float8_values, "bfloat16": bfloat16_values, "e3m4": e3m4_values}
+    brutes = {name: BruteForce(model, values) for name, values in formats.items()}
+    records = []
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.AdamW(model.parameters()),
+        model,
+        quantizer={"0.*": ["auto", "bfloat16", "e3m4", E3M4], "*": "bfloat16"},
+        log_every=2,
+        sinks=[SummaryWriter(tmp_path), records.append],
+    )
+    for step in range(6):
+        if step == 3:
+            model, optimizer, brutes = copy.deepcopy((model, optimizer, brutes))
+        backward(model, digits, step)
+        for brute in brutes.values():
+            brute.before()
+        optimizer.step()
+        for brute in brutes.values():
+            brute.after()
+    optimizer.close()
+    flips, stalled = optimizer.tracker.get_flip_counts(), optimizer.tracker.get_stall_counts()
+    for name, brute in brutes.items():
+        assert flips[f"0.weight@{name}"] == brute.flips["0.weight"] > 0
+        assert stalled[f"0.weight@{name}"] == brute.stalled["0.weight"]
+    assert flips["2.weight"] == brutes["bfloat16"].flips["2.weight"]
+    assert set(flips) == {*(f"0.weight@{name}" for name in (*formats, "e3m4:none")), "2.weight"}
+
+    models = records[0].models
+    assert set(models) == {*formats, "e3m4:none", ""}
+    assert models["e3m4"].weights == 64 * 48
+    assert models[""].weights == 480
+    lines = str(optimizer.tracker).splitlines()
+    assert next(line.split()[:2] for line in lines if line.startswith("all")) == ["all", "float8_e4m3"]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    last = events.Scalars("flips/cumulative_rate@float8_e4m3")
+    assert last[0].value == pytest.approx(records[0].models["float8_e4m3"].cumulative_flip_rate)
+    assert "flip_rate/0.weight@e3m4" in events.Tags()["scalars"]
+
+
+def test_a_list_of_quantizers_names_each_once():
+    model = digits_model()
+    for given in (["e3m4", "e3m4"], []):
+        with pytest.raises(ValueError, match="a list of different quantizers, got"):
+            FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, quantizer=given, sinks=[])
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.SGD(model.parameters(), 0.1), model, quantizer=["auto", "float8_e4m3"], sinks=[]
+    )
+    assert set(optimizer.info.tracked) == {"0.weight", "2.weight"}

@@ -49,12 +49,12 @@ class Plan:
     """What to do with each parameter of an optimizer.
 
     Attributes:
-        tracked: Name to quantizer.
+        tracked: Name to the quantizers it is seen through, one for most.
         skipped: Name to the reason.
         notes: Sentences worth reading.
     """
 
-    tracked: dict[str, Quantizer] = field(default_factory=dict)
+    tracked: dict[str, tuple[Quantizer, ...]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -110,8 +110,8 @@ def make_plan(
     Args:
         parameters: Name to parameter.
         model: Where ``"auto"`` looks for the module that quantizes a weight; None leaves it the dtype alone.
-        quantizer: ``"auto"``, a name, an object, a function, or a mapping from globs over names to any of these, of
-            which the first that matches counts.
+        quantizer: ``"auto"``, a name, an object, a function, a list of these, or a mapping from globs over names to
+            any of them, of which the first that matches counts.
         include: Globs over names; None for every floating-point weight with two dimensions or more.
         exclude: Globs over names.
         strict: Whether a rule that leads nowhere is an error. While training goes on, a parameter that cannot be
@@ -143,7 +143,7 @@ def make_plan(
     plan, noted = Plan(), dict[str, list[str]]()
     for name, parameter in parameters.items():
         try:
-            chosen, note = _choose(
+            chosen, notes = _choose(
                 name, parameter, rules, include_globs, exclude_globs, owners.get(id(parameter)), strict=strict
             )
         except Skip as reason:
@@ -152,7 +152,7 @@ def make_plan(
             plan.skipped[name] = str(reason)
         else:
             plan.tracked[name] = chosen
-            if note:
+            for note in notes:
                 noted.setdefault(note, []).append(name)
     if strict and not plan.tracked and not may_be_empty:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:5])
@@ -160,14 +160,25 @@ def make_plan(
             f"nothing to track among {len(parameters)} parameters ({reasons or 'there are none'}); "
             "expected a floating-point weight with two dimensions, or name others with include="
         )
-    notes = (f"{note} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for note, names in noted.items())
-    return Plan(plan.tracked, plan.skipped, tuple(notes))
+    sentences = (f"{note} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for note, names in noted.items())
+    return Plan(plan.tracked, plan.skipped, tuple(sentences))
 
 
-def _rules(quantizer: Any) -> dict[str, Any]:
-    """Glob to resolved quantizer, or to "auto"."""
+def _rules(quantizer: Any) -> dict[str, tuple[Any, ...]]:
+    """Glob to quantizers, each resolved or "auto"."""
     rules = dict(quantizer) if isinstance(quantizer, Mapping) else {"*": quantizer}
-    return {glob: spec if isinstance(spec, str) and spec == "auto" else resolve(spec) for glob, spec in rules.items()}
+    return {glob: _specs(specs) for glob, specs in rules.items()}
+
+
+def _specs(specs: Any) -> tuple[Any, ...]:
+    found = tuple(
+        spec if isinstance(spec, str) and spec == "auto" else resolve(spec)
+        for spec in (specs if isinstance(specs, (list, tuple)) else [specs])
+    )
+    names = [str(spec) for spec in found]
+    if not found or len(set(names)) < len(names):
+        raise ValueError(f"quantizer= takes a list of different quantizers, got {names}")
+    return found
 
 
 def _globs(option: str, globs: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -192,14 +203,14 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 def _choose(
     name: str,
     parameter: Tensor,
-    rules: Mapping[str, Any],
+    rules: Mapping[str, tuple[Any, ...]],
     include: Sequence[str],
     exclude: Sequence[str],
     owner: nn.Module | None,
     *,
     strict: bool,
-) -> tuple[Quantizer, str | None]:
-    """The quantizer of one parameter, and a note.
+) -> tuple[tuple[Quantizer, ...], list[str]]:
+    """The quantizers of one parameter, and notes.
 
     Raises:
         Skip: It is not tracked.
@@ -223,17 +234,23 @@ def _choose(
     if not parameter.requires_grad:
         raise Skip("frozen (requires_grad=False)")
 
-    spec = next((spec for glob, spec in rules.items() if fnmatchcase(name, glob)), None)
-    if spec is None:
+    specs = next((specs for glob, specs in rules.items() if fnmatchcase(name, glob)), None)
+    if specs is None:
         raise Skip("no pattern in quantizer= matches; add '*' for the rest")
-    chosen, note = (spec, None) if spec != "auto" else _detect(parameter, owner)
-    if strict:
-        try:
-            _try(chosen, parameter.detach())
-        except Exception as error:
-            # Whatever it is that a format, or a tensor subclass, does not support.
-            raise Skip(f"shape {tuple(parameter.shape)}: {error}", misfit=spec != "auto") from None
-    return chosen, note
+    chosen: dict[str, Quantizer] = {}
+    notes = []
+    for spec in specs:
+        quantizer, note = (spec, None) if spec != "auto" else _detect(parameter, owner)
+        # "auto" may come to the same as a name beside it.
+        chosen.setdefault(str(quantizer), quantizer)
+        notes += [note] if note else []
+        if strict:
+            try:
+                _try(quantizer, parameter.detach())
+            except Exception as error:
+                # Whatever it is that a format, or a tensor subclass, does not support.
+                raise Skip(f"shape {tuple(parameter.shape)}: {error}", misfit=spec != "auto") from None
+    return tuple(chosen.values()), notes
 
 
 @torch.no_grad()

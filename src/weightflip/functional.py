@@ -78,7 +78,7 @@ def compute_stall_ratio(flips: int, updates: int) -> float:
 
 def encode_into(
     weight: Tensor, quantizer: Elementwise, codes: Tensor, scratch: kernels.ScratchPool, backend: str = "auto"
-) -> None:
+) -> Tensor | None:
     """Write the ordinals of ``weight`` into ``codes``.
 
     Args:
@@ -87,14 +87,18 @@ def encode_into(
         codes: Of the weight's shape.
         scratch: Where temporaries come from.
         backend: As in :func:`weightflip.kernels.check_backend`.
+
+    Returns:
+        The quantizer's scale.
     """
     weight, codes = quantizer.grouped(weight), quantizer.grouped(codes)
     scale = quantizer.scale(weight)
     if _in_one_pass(weight, scale, quantizer, codes, None, codes.new_zeros(3, dtype=torch.int64), backend):
-        return
+        return scale
     new = _slice_encoder(weight, scale, quantizer, codes.dtype, scratch)
     for index in kernels.slices(weight, kernels.slice_elements(weight)):
         codes[index].copy_(new(index))
+    return scale
 
 
 def advance(
@@ -105,7 +109,7 @@ def advance(
     counts: Tensor,
     scratch: kernels.ScratchPool,
     backend: str = "auto",
-) -> None:
+) -> Tensor | None:
     """Encode ``weight`` anew, count what changed against ``codes``, and keep the new codes there, in one go.
 
     Args:
@@ -116,12 +120,16 @@ def advance(
         counts: int64 of shape (3,): flips, updates, stalled; added to.
         scratch: Where temporaries come from.
         backend: As in :func:`weightflip.kernels.check_backend`.
+
+    Returns:
+        The quantizer's scale.
     """
     weight, codes = quantizer.grouped(weight), quantizer.grouped(codes)
     update = None if update is None else quantizer.grouped(update)
     scale = quantizer.scale(weight)
     if not _in_one_pass(weight, scale, quantizer, codes, update, counts, backend):
         kernels.count_(codes, _slice_encoder(weight, scale, quantizer, codes.dtype, scratch), update, counts, scratch)
+    return scale
 
 
 def _in_one_pass(

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from weightflip.detect import make_plan, name_parameters
-from weightflip.records import FlipRecord, RunInfo
+from weightflip.records import FlipRecord, RunInfo, split_variant, variant
 from weightflip.sinks import SinkGroup, TensorBoardSink, make_sink
 from weightflip.tracker import METRICS, TrackedWeight, WeightFlipTracker
 
@@ -131,7 +131,12 @@ class _Tracking:
         self._names = [[names[id(p)] for p in group["params"]] for group in param_groups]
         others = [source for source in self.log.sources if source is not self.source]
         plan = make_plan(parameters, self._model, **self._selection, strict=strict, may_be_empty=bool(others))
-        taken = sorted(name for source in others for name in source.info.tracked if name in plan.tracked)
+        weights = [
+            TrackedWeight(name if len(quantizers) == 1 else variant(name, str(quantizer)), parameters[name], quantizer)
+            for name, quantizers in plan.tracked.items()
+            for quantizer in quantizers
+        ]
+        taken = sorted({name for source in others for name in source.info.tracked} & {w.name for w in weights})
         if strict and taken:
             raise ValueError(
                 f"{taken[0]!r} is a name of another optimizer's weight in the same run; give model= to both, so that "
@@ -142,7 +147,7 @@ class _Tracking:
                 logger.warning("weightflip: %s", note)
         # Again at the first step: until then a model may still be converted, which leaves its parameters what they are.
         self._seen = () if strict else seen
-        self._weights = [TrackedWeight(name, parameters[name], q) for name, q in plan.tracked.items()]
+        self._weights = weights
         described = {
             weight.name: (
                 "x".join(str(size) for size in weight.parameter.shape) or "scalar",
@@ -244,7 +249,9 @@ class _Tracking:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of an optimizer has no model in it: names and quantizers stand in for what the model was asked.
-        known = {glob.escape(weight.name): weight.quantizer for weight in self._weights}
+        known: dict[str, list[Any]] = {}
+        for weight in self._weights:
+            known.setdefault(glob.escape(split_variant(weight.name)[0]), []).append(weight.quantizer)
         state = {k: v for k, v in self.__dict__.items() if k not in ("_weights", "_seen", "_finalizer")}
         quantizer = self._selection["quantizer"]
         rest = quantizer if isinstance(quantizer, Mapping) else {"*": quantizer}
@@ -275,8 +282,9 @@ class FlipTrackingOptimizer(Optimizer):
         model: Gives the layers their names and, for ``quantizer="auto"``, tells how each weight is quantized. Without
             it names come from the groups' ``param_names``, else from the place (``group0.param3``).
         quantizer: ``"auto"``, a name (``"float8_e4m3"``, ``"e3m4:row"``, ``"bfloat16"``, ...), a ``FloatFormat``, an
-            object with ``encode(weight)``, a function from a weight to its quantized values, or a mapping from globs
-            over parameter names to any of these, of which the first that matches counts.
+            object with ``encode(weight)``, a function from a weight to its quantized values, a list of these to see the
+            same weights through several formats, or a mapping from globs over parameter names to any of them, of which
+            the first that matches counts.
         include: Globs over parameter names; None for every floating-point weight with two dimensions or more.
         exclude: Globs over parameter names.
         metrics: ``"flips"`` and ``"stalls"``.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 
@@ -17,20 +17,19 @@ class Counts:
         flips: Weights that changed their code.
         updates: Weights whose gradient was not exactly 0.
         stalled: Weights with an update and no flip.
+        scale_steps: Sum over the tracked steps of the block and group scales that were compared in each.
+        scale_changes: Those of them that changed.
     """
 
     weight_steps: int = 0
     flips: int = 0
     updates: int = 0
     stalled: int = 0
+    scale_steps: int = 0
+    scale_changes: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.weight_steps + other.weight_steps,
-            self.flips + other.flips,
-            self.updates + other.updates,
-            self.stalled + other.stalled,
-        )
+        return Counts(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def flip_rate(self) -> float:
@@ -42,13 +41,29 @@ class Counts:
         """Stalled / updates, in [0, 1]; NaN without updates."""
         return self.stalled / self.updates if self.updates else math.nan
 
+    @property
+    def scale_change_rate(self) -> float:
+        """Mean share of the block and group scales that change in a step; NaN where there are none."""
+        return self.scale_changes / self.scale_steps if self.scale_steps else math.nan
+
+
+def variant(name: str, quantizer: str) -> str:
+    """The name of a weight as one of the several quantizers sees it that it is tracked with."""
+    return f"{name}@{quantizer}"
+
+
+def split_variant(name: str) -> tuple[str, str]:
+    """The inverse of :func:`variant`; the quantizer is empty where there is but one."""
+    name, _, quantizer = name.partition("@")
+    return name, quantizer
+
 
 @dataclass(frozen=True)
 class LayerRecord:
     """One layer, or the sum of all, at one logging point.
 
     Attributes:
-        name: The parameter's name.
+        name: The parameter's name; ``name@quantizer`` where it is tracked with several quantizers.
         weights: Number of weights.
         window: Counted since the last logging point.
         total: Counted since tracking began.
@@ -76,6 +91,11 @@ class LayerRecord:
         """Stalled / updates in the window; NaN without updates."""
         return self.window.stall_ratio
 
+    @property
+    def scale_change_rate(self) -> float:
+        """Mean share of the block and group scales that changed in a step of the window; NaN where there are none."""
+        return self.window.scale_change_rate
+
 
 @dataclass(frozen=True)
 class FlipRecord:
@@ -92,13 +112,19 @@ class FlipRecord:
     @property
     def model(self) -> LayerRecord:
         """The sum of all layers: counts and sizes are summed, then divided."""
-        return LayerRecord(
-            "model",
-            sum(layer.weights for layer in self.layers),
-            _sum(layer.window for layer in self.layers),
-            _sum(layer.total for layer in self.layers),
-            sum(layer.nonfinite for layer in self.layers),
-        )
+        return _summed("model", self.layers)
+
+    @property
+    def models(self) -> dict[str, LayerRecord]:
+        """The sum of all layers for each quantizer, where weights are tracked with several; else only ``model``.
+
+        Keys are the quantizers' names, empty for weights that are tracked with one.
+        """
+        variants = dict.fromkeys(split_variant(layer.name)[1] for layer in self.layers)
+        return {
+            name: _summed("model", [layer for layer in self.layers if split_variant(layer.name)[1] == name])
+            for name in variants
+        }
 
     @classmethod
     def merged(cls, records: Sequence[FlipRecord]) -> FlipRecord:
@@ -121,8 +147,14 @@ class FlipRecord:
         return cls(data["step"], layers)
 
 
-def _sum(counts: Iterable[Counts]) -> Counts:
-    return sum(counts, Counts())
+def _summed(name: str, layers: Sequence[LayerRecord]) -> LayerRecord:
+    return LayerRecord(
+        name,
+        sum(layer.weights for layer in layers),
+        sum((layer.window for layer in layers), Counts()),
+        sum((layer.total for layer in layers), Counts()),
+        sum(layer.nonfinite for layer in layers),
+    )
 
 
 @dataclass(frozen=True)

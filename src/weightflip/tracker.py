@@ -13,14 +13,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightflip import functional, kernels
 from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, resolve
-from weightflip.records import Counts, FlipRecord, LayerRecord
+from weightflip.records import Counts, FlipRecord, LayerRecord, split_variant
 
 METRICS = ("flips", "stalls")
 
 # Columns of the counters on the device: what the kernels count, then what the tracker adds.
 _COUNTED = slice(0, 3)
-_WEIGHT_STEPS, _NONFINITE = 3, 4
-_COLUMNS = 5
+_WEIGHT_STEPS, _NONFINITE, _SCALE_STEPS, _SCALE_CHANGES = 3, 4, 5, 6
+_COLUMNS = 7
 _GAUGES = (_NONFINITE,)
 
 
@@ -92,11 +92,16 @@ class _Layer:
     ledger: _Ledger | None = None
     row: int = -1
     codes: Tensor | None = None
+    scale_codes: Tensor | None = None
+    """Of block and group scales."""
     stamp: _Stamp | None = None
+
+    def drop_codes(self) -> None:
+        self.codes = self.scale_codes = self.stamp = None
 
     def __getstate__(self) -> dict[str, Any]:
         # The stamp is about this process's parameter: a copy encodes its own anew.
-        return {**self.__dict__, "codes": None, "stamp": None}
+        return {**self.__dict__, "codes": None, "scale_codes": None, "stamp": None}
 
 
 @dataclass
@@ -410,12 +415,15 @@ class WeightFlipTracker:
         """A table: what each layer, and all together, did since tracking began."""
         steps, totals = self._read()
         rows: list[tuple[str, ...]] = [("layer", "quantizer", "weights", "flips", "flips/weight", "stall ratio")]
-        everything, weights = Counts(), 0
+        sums: dict[str, tuple[int, Counts]] = {}
         for name, total in totals.items():
             layer, counts = self._layers[name], _as_counts(total)
-            rows.append(_table_row(name, layer.quantizer, layer.weights, counts))
-            everything, weights = everything + counts, weights + layer.weights
-        rows.append(_table_row("all", "", weights, everything))
+            rows.append(_table_row(split_variant(name)[0], layer.quantizer, layer.weights, counts))
+            # Of weights that are tracked with several quantizers, a sum for each.
+            _, seen_as = split_variant(name)
+            weights, so_far = sums.get(seen_as, (0, Counts()))
+            sums[seen_as] = weights + layer.weights, so_far + counts
+        rows += [_table_row("all", seen_as, weights, counts) for seen_as, (weights, counts) in sums.items()]
         widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(
@@ -427,7 +435,12 @@ class WeightFlipTracker:
 
     def memory_usage(self) -> MemoryUsage:
         """Bytes held now, on all devices together."""
-        codes = sum(layer.codes.nbytes for layer in self._layers.values() if layer.codes is not None)
+        codes = sum(
+            kept.nbytes
+            for layer in self._layers.values()
+            for kept in (layer.codes, layer.scale_codes)
+            if kept is not None
+        )
         counters = sum(ledger.total.nbytes + ledger.step.nbytes for ledger in self._ledgers.values())
         return MemoryUsage(codes, counters, self._scratch.nbytes)
 
@@ -492,7 +505,7 @@ class WeightFlipTracker:
                 layer.ledger.total[layer.row].zero_()
             layer.ledger = self._ledgers.setdefault(weight.device, _Ledger(weight.device))
             layer.row = layer.ledger.add_row()
-            layer.codes = layer.stamp = None
+            layer.drop_codes()
         return layer
 
     def _ensure_codes(self, tracked: TrackedWeight) -> None:
@@ -505,12 +518,15 @@ class WeightFlipTracker:
         layer.quantizer = str(quantizer)
         if not isinstance(quantizer, ElementwiseQuantizer):
             # A copy: these codes are written to, and a quantizer may hand out a view of the weight.
-            layer.codes = quantizer.encode(weight).ordinals.clone()
+            encoded = quantizer.encode(weight)
+            layer.codes = encoded.ordinals.clone()
+            layer.scale_codes = _scale_codes(quantizer, encoded.scale)
             return
         dtype = quantizer.code_dtype(weight)
         if layer.codes is None or layer.codes.shape != weight.shape or layer.codes.dtype != dtype:
             layer.codes = torch.empty_like(weight, dtype=dtype)
-        functional.encode_into(weight, quantizer, layer.codes, self._scratch, self.backend)
+        scale = functional.encode_into(weight, quantizer, layer.codes, self._scratch, self.backend)
+        layer.scale_codes = _scale_codes(quantizer, scale)
 
     def _count(self, tracked: TrackedWeight) -> None:
         layer = self._layers[tracked.name]
@@ -532,10 +548,16 @@ class WeightFlipTracker:
         dense = None if grad is None or sparse is not None else grad.detach()
 
         if isinstance(quantizer, ElementwiseQuantizer):
-            functional.advance(weight, quantizer, layer.codes, dense, counts, self._scratch, self.backend)
+            scale = functional.advance(weight, quantizer, layer.codes, dense, counts, self._scratch, self.backend)
         else:
-            codes = quantizer.encode(weight).ordinals
-            functional.compare(layer.codes, codes, dense, counts, self._scratch)
+            encoded = quantizer.encode(weight)
+            functional.compare(layer.codes, encoded.ordinals, dense, counts, self._scratch)
+            scale = encoded.scale
+        scale_codes = _scale_codes(quantizer, scale)
+        if scale_codes is not None and layer.scale_codes is not None:
+            row[_SCALE_CHANGES].copy_(torch.count_nonzero(scale_codes != layer.scale_codes))
+            row[_SCALE_STEPS].fill_(scale_codes.numel())
+        layer.scale_codes = scale_codes
         if sparse is not None:
             updated = sparse.values() != 0
             counts[kernels.UPDATES].add_(torch.count_nonzero(updated))
@@ -548,14 +570,14 @@ class WeightFlipTracker:
         for layer in self._layers.values():
             layer.stamp = None
             if self.low_memory or is_over:
-                layer.codes = None
+                layer.drop_codes()
 
     def _give_up(self, name: str, error: Exception) -> None:
         self._failed.add(name)
         layer = self._layers.get(name)
         if layer is not None and layer.ledger is not None:
             layer.ledger.step[layer.row].zero_()
-            layer.codes = layer.stamp = None
+            layer.drop_codes()
         warnings.warn(
             f"weightflip: {name!r} is not tracked any more, training goes on: {type(error).__name__}: {error}",
             stacklevel=2,
@@ -659,6 +681,8 @@ def _as_counts(row: Sequence[int]) -> Counts:
         flips=row[kernels.FLIPS],
         updates=row[kernels.UPDATES],
         stalled=row[kernels.STALLED],
+        scale_steps=row[_SCALE_STEPS],
+        scale_changes=row[_SCALE_CHANGES],
     )
 
 
@@ -666,6 +690,15 @@ def _table_row(name: str, quantizer: str, weights: int, counts: Counts) -> tuple
     per_weight = f"{counts.flips / weights:.2f}" if weights else "-"
     stall_ratio = f"{counts.stall_ratio:.1%}" if counts.updates else "-"
     return name, quantizer, f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio
+
+
+def _scale_codes(quantizer: Quantizer, scale: Tensor | None) -> Tensor | None:
+    """What is stored of scales that are codes themselves: those of blocks and groups."""
+    if scale is None:
+        return None
+    if isinstance(quantizer, ElementwiseQuantizer):
+        return None if quantizer.group is None else quantizer.scale_codes(scale)
+    return None if scale.numel() < 2 else scale.float().view(torch.int32).clone()
 
 
 def _stamp(parameter: Tensor) -> _Stamp | None:

@@ -101,6 +101,10 @@ class ElementwiseQuantizer(ABC):
             ValueError: The weight's shape or dtype does not fit the format.
         """
 
+    def scale_codes(self, scale: Tensor) -> Tensor:
+        """What is stored of group scales, as integers of their shape, so that a change of one can be counted."""
+        return scale.float().view(torch.int32)
+
     @abstractmethod
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
         """Write the ordinals of a slice.

@@ -21,7 +21,7 @@ _LAYOUT = {
         "share of weights that flip in a step, by layer": ["Multiline", [r"^flip_rate/.*"]],
         "share of updates swallowed by rounding, by layer": ["Multiline", [r"^stall_ratio/.*"]],
         "flips since the start / weights, by layer": ["Multiline", [r"^cumulative_flip_rate/.*"]],
-        "model": ["Multiline", [r"^flips/rate$", r"^flips/stall_ratio$"]],
+        "model": ["Multiline", [r"^flips/rate", r"^flips/stall_ratio"]],
     }
 }
 
@@ -30,8 +30,9 @@ class TensorBoardSink:
     """Writes a few scalars for the model and for each layer; x axis: optimizer steps.
 
     ``flips/rate``, ``flips/cumulative_rate`` and ``flips/stall_ratio`` for the model; ``flip_rate/<layer>``,
-    ``cumulative_flip_rate/<layer>`` and ``stall_ratio/<layer>`` for the layers; ``nonfinite_weights/<layer>`` for
-    layers that hold NaN or infinities.
+    ``cumulative_flip_rate/<layer>`` and ``stall_ratio/<layer>`` for the layers; ``scale_changes/<layer>`` for layers
+    with block or group scales; ``nonfinite_weights/<layer>`` for layers that hold NaN or infinities. Of weights tracked
+    with several quantizers, each has its own series, ``@<quantizer>``.
 
     Args:
         log_dir: Where a ``SummaryWriter`` is opened when the first record comes; None for its own default place.
@@ -75,13 +76,15 @@ class TensorBoardSink:
         return first_step + 1 if all(file.name.endswith(_SUFFIX) for file in files) else None
 
     def write(self, record: FlipRecord) -> None:
-        model = record.model
-        self._scalars(_MODEL_TAGS, (model.flip_rate, model.cumulative_flip_rate, model.stall_ratio), record.step)
+        for quantizer, model in record.models.items():
+            tags = tuple(f"{tag}@{quantizer}" if quantizer else tag for tag in _MODEL_TAGS)
+            self._scalars(tags, (model.flip_rate, model.cumulative_flip_rate, model.stall_ratio), record.step)
         for layer in record.layers:
             if not layer.window.weight_steps:
                 continue
             tags = tuple(f"{tag}/{layer.name}" for tag in _LAYER_TAGS)
             self._scalars(tags, (layer.flip_rate, layer.cumulative_flip_rate, layer.stall_ratio), record.step)
+            self._scalars((f"scale_changes/{layer.name}",), (layer.scale_change_rate,), record.step)
             if layer.nonfinite:
                 self._scalars((f"nonfinite_weights/{layer.name}",), (layer.nonfinite,), record.step)
 
