@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(
-    any(find_spec(package) is None for package in ("torchao", "sklearn", "tqdm")),
+    any(find_spec(package) is None for package in ("matplotlib", "torchao", "sklearn", "tqdm")),
     reason="the examples need: pip install 'weightflip[examples]'",
 )
 
@@ -97,3 +97,21 @@ def test_bytes_gpt(tmp_path: Path, quantizer: str) -> None:
     assert last_loss < first_loss - 0.5
     check_table(output, GPT_LAYERS, quantizer)
     check_events(tmp_path, GPT_LAYERS, steps=30)
+
+
+def test_format_comparison(tmp_path: Path) -> None:
+    formats = ["bfloat16", "float8_e4m3", "mxfp4", "int4:g32", "ternary"]
+    output = run_example("format_comparison.py", f"--log-dir={tmp_path}", "--epochs=2", "--formats", *formats)
+    rows = {line.split()[0]: line.split()[1:] for line in output.splitlines() if line.split()[:1] and "%" in line}
+    assert list(rows) == formats
+    # A coarser format flips less and swallows more, on the very same updates.
+    assert float(rows["bfloat16"][0]) > float(rows["float8_e4m3"][0]) > float(rows["mxfp4"][0]) > 0
+    stall_ratios = [float(row[1].rstrip("%")) for row in rows.values()]
+    assert stall_ratios[0] < stall_ratios[1] < stall_ratios[2] < 100
+    assert (tmp_path / "stall_ratio.png").stat().st_size > 10_000
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for name in formats:
+        assert [scalar.step for scalar in events.Scalars(f"flips/stall_ratio@{name}")] == [22, 44]
+        assert events.Scalars(f"flip_rate/hidden.weight@{name}")
+    assert [scalar.step for scalar in events.Scalars("scale_changes/hidden.weight@mxfp4")] == [22, 44]
+    assert events.Scalars("scale_changes/hidden.weight@int4:g32")[0].value > 0.9
