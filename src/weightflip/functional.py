@@ -20,6 +20,8 @@ class Elementwise(Protocol):
 
     def rounding(self, weight: Tensor) -> kernels.Rounding | None: ...
 
+    def applied_scale(self, scale: Tensor | None) -> Tensor | None: ...
+
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: kernels.ScratchPool) -> None: ...
 
 
@@ -143,7 +145,9 @@ def _in_one_pass(
 ) -> bool:
     kernel = kernels.one_pass(backend, weight.device)
     rounding = None if kernel is None else quantizer.rounding(weight)
-    return kernel is not None and rounding is not None and kernel(weight, scale, rounding, codes, update, counts)
+    if kernel is None or rounding is None:
+        return False
+    return kernel(weight, quantizer.applied_scale(scale), rounding, codes, update, counts)
 
 
 def _slice_encoder(

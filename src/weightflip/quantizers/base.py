@@ -117,8 +117,15 @@ class ElementwiseQuantizer(ABC):
         """
 
     def rounding(self, weight: Tensor) -> Rounding | None:
-        """What ``encode_into`` does to ``weight``, as data, for kernels that do more in one pass; None: ask it."""
+        """What ``encode_into`` does to ``weight``, as data, for kernels that do more in one pass; None: ask it.
+
+        The scale that a :class:`Rounding` speaks of is ``applied_scale``.
+        """
         return None
+
+    def applied_scale(self, scale: Tensor | None) -> Tensor | None:
+        """What the weight is multiplied or divided by: the scale, unless the format computes with another number."""
+        return scale
 
     @abstractmethod
     def decode(self, codes: Codes) -> Tensor:
