@@ -1,0 +1,207 @@
+"""Block formats: a scale, itself a code, for each 32 (MX) or 16 (NVFP4) neighbours in the last dimension."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from weightflip.formats import E2M1, E2M3, E3M2, E4M3, E5M2, FP32, FloatFormat, Rounding
+from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Scratch, register
+from weightflip.quantizers.floatx import amax, cast_to_float8, ordinals_to_values, round_to_ordinals
+
+ScaleMode: TypeAlias = Literal["floor", "rceil", "ceil", "even"]
+
+MX_NAMES = {"mxfp8_e4m3": E4M3, "mxfp8_e5m2": E5M2, "mxfp6_e2m3": E2M3, "mxfp6_e3m2": E3M2, "mxfp4": E2M1}
+
+# The biased exponents that E8M0 has beside NaN, which is 255.
+_E8M0_BIAS, _E8M0_MAX, _E8M0_NAN = 127, 254, 255
+
+
+class _BlockQuantizer(ElementwiseQuantizer):
+    """What MX and NVFP4 share: ``float32(w)`` times the inverse of a scale, to nearest even, saturating.
+
+    A block with a NaN has NaN as its scale, and stands for NaN throughout: all its weights get NaN's code.
+    """
+
+    format: FloatFormat
+
+    def code_dtype(self, weight: Tensor) -> torch.dtype:
+        return torch.int8
+
+    def scale(self, weight: Tensor) -> Tensor:
+        if not weight.is_floating_point():
+            raise ValueError(f"quantizer {self.name!r} rounds floating-point weights, got {weight.dtype}")
+        return self._scale_of(amax(weight, "row").to(torch.float32))
+
+    @abstractmethod
+    def _scale_of(self, largest: Tensor) -> Tensor:
+        """The scales, from the largest magnitude of each block: float32, ``(..., K // group, 1)``."""
+
+    @abstractmethod
+    def applied_scale(self, scale: Tensor | None) -> Tensor:
+        """What the weight is multiplied by: an inverse of the scale, float32."""
+
+    @abstractmethod
+    def scale_codes(self, scale: Tensor) -> Tensor:
+        """The block scales as the format stores them: ordinals, in the scale's shape."""
+
+    def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
+        factor = self.applied_scale(scale)
+        values = scratch("values", weight, torch.float32)
+        if weight.dtype is torch.float32:
+            torch.mul(weight, factor, out=values)
+        else:
+            values.copy_(weight).mul_(factor)
+        if self.format in (E4M3, E5M2):
+            values.clamp_(-self.format.max, self.format.max)
+            cast_to_float8(values, self.format, out, scratch)
+        else:
+            round_to_ordinals(values, self.format, out, scratch)
+
+    def rounding(self, weight: Tensor) -> Rounding:
+        return Rounding(self.format, self.format.max_ordinal)
+
+    def decode(self, codes: Codes) -> Tensor:
+        assert codes.scale is not None
+        values = ordinals_to_values(codes.ordinals, self.format, torch.float32)
+        self.grouped(values).mul_(self._decoding_scale(codes.scale))
+        return values
+
+    def _decoding_scale(self, scale: Tensor) -> Tensor:
+        return scale
+
+
+class MXQuantizer(_BlockQuantizer):
+    """OCP Microscaling: blocks of 32 with a power of two as scale. ``"mxfp8_e4m3"``, ``"mxfp4:rceil"``, ...
+
+    The scale is ``2**e``, stored as E8M0: ``e`` from -127 to 127, or NaN. With ``amax`` the largest magnitude of the
+    block, ``max`` the format's largest number and ``max_exponent`` its exponent,
+
+    * ``"floor"`` (OCP): ``e = floor(log2(amax)) - max_exponent``; what is above ``max`` saturates,
+    * ``"ceil"``: ``e = ceil(log2(amax)) - max_exponent``,
+    * ``"even"``: as floor, after ``amax`` was rounded (half up) to the format's mantissa bits,
+    * ``"rceil"`` (NVIDIA): ``e = ceil(log2(amax / max))``, in float32, so nothing saturates.
+
+    Source: OCP Microscaling Formats 1.0, section 6.3; torchao 0.18, ``to_mx`` in
+    ``torchao/prototype/mx_formats/mx_tensor.py``. Values are ``code * scale``. Below ``2**-126`` torchao computes with
+    another scale than it stores, and so does this: with ``2**-126``, with 1 for ``"rceil"``.
+
+    Args:
+        format: E4M3, E5M2, E2M3, E3M2 or E2M1.
+        mode: How the scale is found; the value of torchao's ``ScaleCalculationMode``.
+
+    Raises:
+        ValueError: Another format, or an unknown mode.
+    """
+
+    group = 32
+
+    def __init__(self, format: FloatFormat, mode: ScaleMode = "floor") -> None:
+        name = next((name for name, known in MX_NAMES.items() if known == format), None)
+        if name is None:
+            raise ValueError(f"MX elements are {', '.join(f.name for f in MX_NAMES.values())}, got {format}")
+        if mode not in get_args(ScaleMode):
+            raise ValueError(f"the scale mode is one of {get_args(ScaleMode)}, got {mode!r}")
+        self.format = format
+        self.mode: ScaleMode = mode
+        self.name = name if mode == "floor" else f"{name}:{mode}"
+
+    def _scale_of(self, largest: Tensor) -> Tensor:
+        if self.mode == "rceil":
+            # The logarithm as torchao takes it: in float32 it rounds amax just above a power of two down to it.
+            exponent = (largest / self.format.max).log2_().ceil_().add_(_E8M0_BIAS)
+            codes = exponent.clamp_(0, _E8M0_MAX).nan_to_num_(nan=_E8M0_NAN)
+        else:
+            # On the bits of float32, whose exponent has the bias of E8M0.
+            bits = largest.view(torch.int32)
+            if self.mode == "even":
+                bits = bits + (1 << (FP32.mantissa_bits - self.format.mantissa_bits - 1))
+            elif self.mode == "ceil":
+                bits = bits + ((1 << FP32.mantissa_bits) - 1)
+            codes = (bits >> FP32.mantissa_bits).sub_(self.format.max_exponent).clamp_(0, _E8M0_MAX)
+            codes.masked_fill_(largest.isnan(), _E8M0_NAN)
+        return codes.to(torch.uint8).view(torch.float8_e8m0fnu).to(torch.float32)
+
+    def applied_scale(self, scale: Tensor | None) -> Tensor:
+        assert scale is not None
+        # Powers of two, so that multiplying by the inverse is exactly dividing.
+        if self.mode == "rceil":
+            return scale.masked_fill(scale < FP32.smallest_normal, 1.0).reciprocal_()
+        return scale.clamp(min=FP32.smallest_normal).reciprocal_()
+
+    def scale_codes(self, scale: Tensor) -> Tensor:
+        """Biased exponents of E8M0, int16: 0 (``2**-127``) to 254, and 255 for NaN."""
+        return scale.to(torch.float8_e8m0fnu).view(torch.uint8).to(torch.int16)
+
+
+class NVFP4Quantizer(_BlockQuantizer):
+    """NVIDIA's 4-bit floating point: E2M1 in blocks of 16 with an E4M3 scale. ``"nvfp4"``, ``"nvfp4:tensor"``.
+
+    The block's scale ``s`` is ``clamp(amax / 6, 2**-6, 448)`` rounded to E4M3. With ``per_tensor_scale``, ``amax / 6``
+    is first divided by ``t = amax of the tensor / (448 * 6)``, and ``s * t`` takes the place of ``s``. All in float32;
+    the weight is multiplied by ``(1 / t) / s``. Source: torchao 0.18, ``nvfp4_quantize`` in
+    ``torchao/prototype/mx_formats/nvfp4_tensor.py``.
+
+    The scale of the codes is ``s``, float32; with ``per_tensor_scale`` it is the pair of both levels as one complex
+    number, ``s + t * 1j``, so that each slice of it has all that a slice of the weight needs.
+
+    As in torchao, a tensor of zeros has no scale with ``per_tensor_scale``: 0 / 0 makes all its values NaN.
+
+    Args:
+        per_tensor_scale: Two levels, as in NVIDIA's recipe and by default in torchao's QAT; from the weight's own amax.
+    """
+
+    group = 16
+    format = E2M1
+
+    def __init__(self, per_tensor_scale: bool = False) -> None:
+        self.per_tensor_scale = per_tensor_scale
+        self.name = "nvfp4:tensor" if per_tensor_scale else "nvfp4"
+
+    def _scale_of(self, largest: Tensor) -> Tensor:
+        per_block = largest / E2M1.max
+        if not self.per_tensor_scale:
+            return self._rounded(per_block)
+        per_tensor = amax(largest, "tensor") / (E4M3.max * E2M1.max)
+        per_block = self._rounded(per_block / per_tensor)
+        return torch.complex(per_block, per_tensor.expand_as(per_block))
+
+    @staticmethod
+    def _rounded(scale: Tensor) -> Tensor:
+        return scale.clamp_(E4M3.smallest_normal, E4M3.max).to(torch.float8_e4m3fn).to(torch.float32)
+
+    def applied_scale(self, scale: Tensor | None) -> Tensor:
+        assert scale is not None
+        if not self.per_tensor_scale:
+            return scale.reciprocal()
+        return scale.imag.reciprocal().div_(scale.real)
+
+    def _decoding_scale(self, scale: Tensor) -> Tensor:
+        return scale.imag * scale.real if self.per_tensor_scale else scale
+
+    def scale_codes(self, scale: Tensor) -> Tensor:
+        """Ordinals of the E4M3 block scales, int8: 8 to 126, and 127 for NaN; the tensor's own scale is apart."""
+        per_block = scale.real if self.per_tensor_scale else scale
+        # Positive bit patterns are ordinals.
+        return per_block.abs().to(torch.float8_e4m3fn).view(torch.int8)
+
+
+@register("|".join(MX_NAMES), examples=tuple(MX_NAMES))
+def _mx(name: str, options: tuple[str, ...]) -> ElementwiseQuantizer:
+    modes: dict[tuple[str, ...], ScaleMode] = {(): "floor", **{(mode,): mode for mode in get_args(ScaleMode)}}
+    if options not in modes:
+        raise ValueError(
+            f"quantizer {name!r} takes one of the options {', '.join(map(repr, get_args(ScaleMode)))}, "
+            f"got {':'.join(options)!r}"
+        )
+    return MXQuantizer(MX_NAMES[name], modes[options])
+
+
+@register("nvfp4", examples=("nvfp4",))
+def _nvfp4(name: str, options: tuple[str, ...]) -> ElementwiseQuantizer:
+    if options not in ((), ("tensor",)):
+        raise ValueError(f"quantizer {name!r} takes the option 'tensor', got {':'.join(options)!r}")
+    return NVFP4Quantizer(per_tensor_scale=bool(options))
