@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import json
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 import weakref
 
@@ -246,6 +250,16 @@ def test_distributed_checkpoint_saves_the_tracker_as_its_own_object(form, digits
 
 
 @each_form
+def test_a_warmup_from_zero_counts_sparse_gradients_too(form):
+    table = nn.Embedding(9, 4, sparse=True)
+    optimizer, tracker = form(torch.optim.SGD(table.parameters(), lr=0.0), table)
+    table(torch.tensor([1, 2])).sum().backward()
+    optimizer.step()
+    assert tracker.step_count == 1
+    assert tracker.get_update_counts() == {"weight": 8}
+
+
+@each_form
 def test_a_warmup_from_zero_counts_its_steps(form, digits):
     # Learning rate 0 alone is no phantom: these updates are all swallowed.
     model = digits_model()
@@ -479,10 +493,100 @@ def test_muon_and_adamw_in_one_tensorboard_run(first_form, digits, tmp_path):
         assert last.value == pytest.approx(brute.flips[name] / model.get_parameter(name).numel())
 
 
-def test_two_optimizers_need_different_names(tmp_path):
+def test_two_optimizers_need_different_names():
     first = FlipTrackingOptimizer(torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1), sinks=[])
-    with pytest.raises(ValueError, match=r"'group0.param0' is a name of another optimizer's weight.*give model="):
+    with pytest.raises(ValueError, match=r"tracks a weight called 'group0.param0'.*give model= to both.*exclude="):
         FlipTrackingOptimizer(torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1), sinks=first)
+    with pytest.raises(TypeError, match="stands alone, not in a list: sinks=first"):
+        FlipTrackingOptimizer(torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1), sinks=[first])
+
+
+def two_of_one_run(records):
+    model = digits_model()
+    first = track_flips(torch.optim.SGD(model[0].parameters(), 0.05), model, log_every=2, sinks=[records.append])
+    inner = torch.optim.SGD(model[2].parameters(), 0.05)
+    second = FlipTrackingOptimizer(inner, model, log_every=2, sinks=first)
+    return model, first, second
+
+
+def test_a_run_goes_on_when_its_first_optimizer_ends(digits):
+    records = []
+    model, first, second = two_of_one_run(records)
+    weight = weakref.ref(model[0].weight)
+    brute = BruteForce(model)
+    for step in range(6):
+        backward(model, digits, step)
+        if step == 2:
+            first.remove()
+        brute.before()
+        second.step()
+        brute.after()
+    # The first one made no step of its own; the second took over, at its own logging points.
+    assert [record.step for record in records] == [2, 4, 6]
+    assert records[-1].layers[-1].total.flips == brute.flips["2.weight"] > 0
+    del model, brute, second
+    gc.collect()
+    assert weight() is None
+
+
+def test_a_new_optimizer_takes_over_the_weights_of_one_that_ended(digits):
+    records = []
+    model, first, second = two_of_one_run(records)
+    backward(model, digits, 0)
+    second.step()
+    del second
+    gc.collect()
+    third = FlipTrackingOptimizer(torch.optim.AdamW(model[2].parameters()), model, log_every=1, sinks=first)
+    third.step()
+    first.remove()
+    assert [layer.name for layer in records[-1].layers].count("2.weight") == 1
+    third.step()
+    assert third.tracker.step_count == 2
+    assert records[-1].model.window.weight_steps == 480
+
+
+def test_a_copy_of_one_optimizer_of_a_run_writes_by_itself(digits):
+    records = []
+    model, _first, second = two_of_one_run(records)
+    backward(model, digits, 0)
+    twin_model, twin = copy.deepcopy((model, second))
+    for _ in range(2):
+        backward(twin_model, digits, 1)
+        twin.step()
+    assert [record.step for record in records] == [2]
+    assert not second.tracker.get_flip_counts().get("2.weight")
+
+
+def test_a_name_that_comes_later_is_not_written_twice(digits):
+    model = digits_model()
+    first = FlipTrackingOptimizer(torch.optim.SGD([model[0].weight], 0.05), log_every=1, sinks=[])
+    second = FlipTrackingOptimizer(torch.optim.SGD([model[2].bias], 0.05), sinks=first)
+    first.add_param_group({"params": [nn.Parameter(torch.ones(3, 3))]})
+    second.add_param_group({"params": [model[2].weight]})
+    backward(model, digits, 0)
+    first.step()
+    second.step()
+    assert set(first.info.tracked) == {"group0.param0", "group1.param0"}
+    assert "another optimizer of this run" in second.info.skipped["group1.param0"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_that_ends_writes_nothing_of_its_parents(tmp_path):
+    code = """
+import os, sys, torch
+from weightflip import FlipTrackingOptimizer
+model = torch.nn.Linear(8, 8)
+model(torch.ones(8)).sum().backward()
+optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, log_dir=sys.argv[1], log_every=2)
+for _ in range(3):
+    optimizer.step()
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("flips/rate")] == [2, 3]
 
 
 # ---------------------------------------------------------------------- the hook form itself
@@ -541,6 +645,49 @@ def test_checkpoints_go_between_the_forms(digits, tmp_path):
             bare = torch.optim.AdamW(model.parameters())
             bare.load_state_dict(state)
             assert_same(bare.state_dict()["state"], state["state"])
+
+
+def test_removing_gives_memory_back_and_a_handle_can_be_pickled(digits):
+    model = digits_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    handle = track_flips(optimizer, model, sinks=[])
+    backward(model, digits, 0)
+    optimizer.step()
+    counts = handle.tracker.get_flip_counts()
+    assert pickle.loads(pickle.dumps(handle)).tracker.get_flip_counts() == counts
+    handle.remove()
+    assert handle.tracker.memory_usage().codes == handle.tracker.memory_usage().buffers == 0
+    weight = weakref.ref(model[0].weight)
+    del model, optimizer
+    gc.collect()
+    assert weight() is None
+    assert handle.tracker.get_flip_counts() == counts
+
+
+def test_one_optimizer_is_tracked_once():
+    model = digits_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    handle = track_flips(optimizer, model, sinks=[])
+    for again in (track_flips, FlipTrackingOptimizer):
+        with pytest.raises(TypeError, match=r"tracked already.*give quantizer= a list"):
+            again(optimizer, model, quantizer="bfloat16", sinks=[])
+    handle.remove()
+    track_flips(optimizer, model, sinks=[])
+
+
+def test_gradients_are_let_go_when_a_step_raises(digits):
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("out of memory")
+
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(Failing(model.parameters(), 0.1), model, sinks=[])
+    backward(model, digits, 0)
+    grad = weakref.ref(model[0].weight.grad)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert grad() is None
 
 
 def test_copies_of_a_hooked_optimizer_are_bare(digits):

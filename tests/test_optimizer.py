@@ -437,7 +437,7 @@ def total(weight):
         (TypeError, "expected a torch.optim.Optimizer such as .* got Sequential", lambda m: FlipTrackingOptimizer(m)),
         (
             TypeError,
-            "FlipTrackingOptimizer already; wrap the inner one",
+            "tracked already, and its checkpoints hold one set of counts",
             lambda m: FlipTrackingOptimizer(FlipTrackingOptimizer(sgd(m), m, sinks=[]), m),
         ),
         (TypeError, "model= is a torch.nn.Module or None, got str", lambda m: FlipTrackingOptimizer(sgd(m), "runs/1")),

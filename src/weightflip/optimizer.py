@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from weightflip.detect import make_plan, name_parameters
-from weightflip.records import FlipRecord, RunInfo, split_variant, variant
+from weightflip.records import Counts, FlipRecord, RunInfo, split_variant, variant
 from weightflip.sinks import SinkGroup, TensorBoardSink, make_sink
 from weightflip.tracker import METRICS, TrackedWeight, WeightFlipTracker
 
@@ -32,12 +33,44 @@ _OWN_ATTRIBUTES = frozenset({"inner", "_tracking"})
 _AMP_ATTRIBUTES = frozenset({"grad_scale", "found_inf"})
 
 
-@dataclass(eq=False)
 class _Source:
-    """What a log shows: one optimizer's part of a run."""
+    """One optimizer's part of a run."""
 
-    tracker: WeightFlipTracker
-    info: RunInfo
+    def __init__(self, tracker: WeightFlipTracker, owner: _Tracking) -> None:
+        self.info = RunInfo({}, {})
+        self._tracker: WeightFlipTracker | None = tracker
+        self._last = FlipRecord(0, ())
+        self._owner: weakref.ref[_Tracking] | None = weakref.ref(owner)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether steps still come from here: not after its end, and not in a copy of another optimizer's log."""
+        return self._owner is not None and self._owner() is not None
+
+    def adopt(self, owner: _Tracking) -> None:
+        self._owner = weakref.ref(owner)
+
+    def record(self) -> FlipRecord:
+        """What was counted; after the end, the totals of then."""
+        if self._tracker is not None:
+            record = self._tracker.record(may_be_empty=True)
+            assert record is not None
+            self._last = record
+        return self._last
+
+    def end(self) -> None:
+        """Keep plain numbers, and let tensors go."""
+        layers = (replace(layer, window=Counts(), nonfinite=0) for layer in self._last.layers)
+        self._last = FlipRecord(self._last.step, tuple(layers))
+        self._tracker = self._owner = None
+
+    def give_up_names(self, names: Set[str]) -> None:
+        """After the end: another optimizer goes on with these weights."""
+        self._last = FlipRecord(self._last.step, tuple(x for x in self._last.layers if x.name not in names))
+        self.info = replace(self.info, tracked={k: v for k, v in self.info.tracked.items() if k not in names})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_owner": None}
 
 
 class _Log:
@@ -48,22 +81,38 @@ class _Log:
         self.sources: list[_Source] = []
         self.first_step = 0
 
+    def is_led_by(self, source: _Source) -> bool:
+        """Whether this optimizer's steps say when to write: the first one's that is still at work."""
+        return next((candidate for candidate in self.sources if candidate.is_live), None) is source
+
     def write(self) -> None:
         """Write what was counted since the last record, if anything."""
         if not self.sinks:
             return
-        records = [source.tracker.record(may_be_empty=True) for source in self.sources]
-        merged = FlipRecord.merged([record for record in records if record is not None])
+        merged = FlipRecord.merged([source.record() for source in self.sources])
         if merged.model.window.weight_steps:
             self.sinks.write(merged, RunInfo.merged([source.info for source in self.sources]), self.first_step)
 
     def close(self) -> None:
         """Write the last record and let the sinks go."""
+        self._write_last()
+        self.sinks.close()
+
+    def leave(self, source: _Source, process: int) -> None:
+        """The end of one optimizer's part; with the last one, the sinks are closed."""
+        if os.getpid() != process:
+            # A forked process that ends: the record, and the threads that write it, are the parent's.
+            return
+        self._write_last()
+        source.end()
+        if not any(source.is_live for source in self.sources):
+            self.sinks.close()
+
+    def _write_last(self) -> None:
         try:
             self.write()
         except Exception as error:
-            warnings.warn(f"weightflip: the last record is lost: {type(error).__name__}: {error}", stacklevel=2)
-        self.sinks.close()
+            warnings.warn(f"weightflip: the last record is lost: {type(error).__name__}: {error}", stacklevel=3)
 
 
 class TrackingOptions(TypedDict, total=False):
@@ -98,7 +147,7 @@ class _Tracking:
     ) -> None:
         self.tracker = tracker
         self.log = log
-        self.source = _Source(tracker, RunInfo({}, {}))
+        self.source = _Source(tracker, self)
         self._log_every = log_every
         self._model = model
         self._selection = dict(selection)
@@ -136,12 +185,20 @@ class _Tracking:
             for name, quantizers in plan.tracked.items()
             for quantizer in quantizers
         ]
-        taken = sorted({name for source in others for name in source.info.tracked} & {w.name for w in weights})
-        if strict and taken:
+        skipped = dict(plan.skipped)
+        taken = {name for source in others if source.is_live for name in source.info.tracked}
+        if strict and (double := sorted(taken.intersection(weight.name for weight in weights))):
             raise ValueError(
-                f"{taken[0]!r} is a name of another optimizer's weight in the same run; give model= to both, so that "
-                "each weight has its own name"
+                f"another optimizer of the same run tracks a weight called {double[0]!r}; give model= to both, so that "
+                "each weight has its own name, or exclude= it from one"
             )
+        skipped.update(
+            {w.name: "another optimizer of this run tracks a weight of this name" for w in weights if w.name in taken}
+        )
+        weights = [weight for weight in weights if weight.name not in taken]
+        for source in others:
+            if not source.is_live:
+                source.give_up_names({weight.name for weight in weights})
         for note in plan.notes:
             if note not in self.info.notes:
                 logger.warning("weightflip: %s", note)
@@ -156,7 +213,7 @@ class _Tracking:
             )
             for weight in self._weights
         }
-        self.source.info = RunInfo(described, plan.skipped, self._settings, plan.notes)
+        self.source.info = RunInfo(described, skipped, self._settings, plan.notes)
         if self.source not in self.log.sources:
             self.log.sources.append(self.source)
 
@@ -189,10 +246,17 @@ class _Tracking:
         if self._finalizer is None:
             # Also at garbage collection and at interpreter exit: a script that never calls close() loses no record. Not
             # before the first step: a copy that is thrown away writes nothing.
-            self._finalizer = weakref.finalize(self, self.log.close)
-        # Of several optimizers in one run, the first one's steps are the run's.
-        if self._calls % self._log_every == 0 and self.source is self.log.sources[0]:
+            self._finalizer = weakref.finalize(self, self.log.leave, self.source, os.getpid())
+        if self._calls % self._log_every == 0 and self.log.is_led_by(self.source):
             self.log.write()
+
+    def end(self) -> None:
+        """Write the last record, and give memory back; the numbers stay."""
+        self.log.leave(self.source, os.getpid())
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self.tracker.drop_codes()
+        self._model, self._weights = None, []
 
     def guarded(self, action: Callable[..., None], *args: Any) -> None:
         """Run something that must not stop a training: a fault is warned about once, and tracking ends."""
@@ -259,6 +323,7 @@ class _Tracking:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.source.adopt(self)
         self._start()
 
 
@@ -401,7 +466,12 @@ class FlipTrackingOptimizer(Optimizer):
         """
         tracking, inner = self._tracking, self.inner
         tracking.guarded(tracking.before, inner, closure is not None)
-        result = inner.step(closure, *args, **kwargs) if args or closure is not None else inner.step(**kwargs)
+        try:
+            result = inner.step(closure, *args, **kwargs) if args or closure is not None else inner.step(**kwargs)
+        except BaseException:
+            # Whoever catches it may want the memory of the gradients, of which the tracker holds references.
+            tracking.tracker.forget_gradients()
+            raise
         tracking.guarded(tracking.after)
         return result
 
@@ -544,8 +614,13 @@ def _check_optimizer(optimizer: Any, model: Any) -> None:
             "expected a torch.optim.Optimizer such as torch.optim.AdamW(model.parameters()), "
             f"got {type(optimizer).__name__}"
         )
-    if isinstance(optimizer, FlipTrackingOptimizer):
-        raise TypeError("this optimizer is a FlipTrackingOptimizer already; wrap the inner one")
+    hooks = vars(optimizer).get("_optimizer_step_pre_hooks", {})
+    is_hooked = any(isinstance(getattr(hook, "__self__", None), FlipTrackingHandle) for hook in hooks.values())
+    if is_hooked or isinstance(optimizer, FlipTrackingOptimizer):
+        raise TypeError(
+            "this optimizer is tracked already, and its checkpoints hold one set of counts; to see the weights through "
+            "several formats give quantizer= a list of them"
+        )
     if type(optimizer).__name__ == "AcceleratedOptimizer":
         # Its step does nothing in a micro-batch that only accumulates gradients, and each would count as a step.
         raise TypeError(
@@ -565,6 +640,8 @@ def _make_log(log_dir: str | PathLike[str] | None, sinks: Any) -> _Log:
         return sinks._tracking.log
     if isinstance(sinks, (str, PathLike)) or not isinstance(sinks, Sequence):
         raise TypeError(f"sinks= is a list, got {type(sinks).__name__}; put it in brackets: sinks=[...]")
+    if any(isinstance(sink, (FlipTrackingOptimizer, FlipTrackingHandle)) for sink in sinks):
+        raise TypeError("another tracked optimizer stands alone, not in a list: sinks=first")
     return _Log(SinkGroup([make_sink(spec) for spec in sinks]))
 
 
@@ -580,7 +657,7 @@ def _is_phantom_step(optimizer: Optimizer) -> bool:
     if not rates or any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates) or any(rates):
         return False
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return bool(grads) and not any(bool(grad.any()) for grad in grads if grad.layout is torch.strided)
+    return bool(grads) and not any(grad.layout is not torch.strided or bool(grad.any()) for grad in grads)
 
 
 class FlipTrackingHandle:
@@ -593,33 +670,37 @@ class FlipTrackingHandle:
 
     def __init__(self, optimizer: Optimizer, tracking: _Tracking) -> None:
         self._tracking = tracking
-        loading: list[Any] = []
-
-        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-            tracking.guarded(tracking.before, optimizer, closure is not None)
-
-        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            tracking.guarded(tracking.after)
-
-        def save_counts(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-            tracking.save_into(state_dict)
-
-        def take_counts(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            loading[:] = [state_dict[_STATE_KEY]] if _STATE_KEY in state_dict else []
-            return {key: value for key, value in state_dict.items() if key != _STATE_KEY}
-
-        def restore_counts(optimizer: Optimizer) -> None:
-            while loading:
-                tracking.restore(loading.pop())
-
+        self._loading: Any = None
         self._hooks = [
-            optimizer.register_step_pre_hook(before),
-            optimizer.register_step_post_hook(after),
-            optimizer.register_state_dict_post_hook(save_counts),
-            optimizer.register_load_state_dict_pre_hook(take_counts),
-            optimizer.register_load_state_dict_post_hook(restore_counts),
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+            optimizer.register_state_dict_post_hook(self._save_counts),
+            optimizer.register_load_state_dict_pre_hook(self._take_counts),
+            optimizer.register_load_state_dict_post_hook(self._restore_counts),
         ]
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        self._tracking.guarded(self._tracking.before, optimizer, closure is not None)
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._tracking.guarded(self._tracking.after)
+
+    def _save_counts(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        self._tracking.save_into(state_dict)
+
+    def _take_counts(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._loading = state_dict.get(_STATE_KEY)
+        return {key: value for key, value in state_dict.items() if key != _STATE_KEY}
+
+    def _restore_counts(self, optimizer: Optimizer) -> None:
+        if self._loading is not None:
+            self._tracking.restore(self._loading)
+            self._loading = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the optimizer has no hooks.
+        return {"_tracking": self._tracking, "_loading": None, "_hooks": []}
 
     @property
     def tracker(self) -> WeightFlipTracker:
@@ -638,10 +719,11 @@ class FlipTrackingHandle:
         self._tracking.log.close()
 
     def remove(self) -> None:
-        """Stop tracking, write the last record and close the sinks; the numbers stay."""
+        """Stop tracking, write the last record and close the sinks; the numbers stay, memory is given back."""
         for hook in self._hooks:
             hook.remove()
-        self.close()
+        self._hooks = []
+        self._tracking.end()
 
     def __enter__(self) -> FlipTrackingHandle:
         return self

@@ -322,6 +322,13 @@ class WeightFlipTracker:
         """
         self._grads.clear()
 
+    def drop_codes(self) -> None:
+        """Give back the memory of codes and buffers; the numbers stay, and the next step starts with a baseline."""
+        for layer in self._layers.values():
+            layer.drop_codes()
+        self._current, self._scratch = [], kernels.ScratchPool()
+        self._grads.clear()
+
     @torch.no_grad()
     def after_step(self, valid: Tensor | None = None) -> None:
         """Count what the optimizer's step did to the weights of ``before_step``.

@@ -18,11 +18,13 @@ BACKENDS = ("auto", "eager", "numba")
 
 
 @functools.cache
-def _numba() -> OnePass | ImportError:
+def _numba() -> OnePass | str:
+    """The kernel, or why there is none. Never the exception itself: its traceback holds the caller's whole stack."""
     try:
         count_: OnePass = importlib.import_module("weightflip.kernels.cpu").count_
-    except ImportError as error:
-        return error
+    except Exception as error:
+        # Also an llvmlite that cannot be loaded, or a NumPy that Numba does not know.
+        return f"{type(error).__name__}: {error}"
     return count_
 
 
@@ -35,8 +37,8 @@ def check_backend(backend: str) -> None:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend= is one of {BACKENDS}, got {backend!r}")
-    if backend == "numba" and isinstance(reason := _numba(), ImportError):
-        raise ImportError(f"backend='numba' needs Numba: pip install 'weightflip[numba]' ({reason})") from reason
+    if backend == "numba" and isinstance(reason := _numba(), str):
+        raise ImportError(f"backend='numba' needs Numba: pip install 'weightflip[numba]' ({reason})")
 
 
 def one_pass(backend: str, device: torch.device) -> OnePass | None:
@@ -44,4 +46,4 @@ def one_pass(backend: str, device: torch.device) -> OnePass | None:
     if backend == "eager" or device.type != "cpu":
         return None
     kernel = _numba()
-    return None if isinstance(kernel, ImportError) else kernel
+    return None if isinstance(kernel, str) else kernel

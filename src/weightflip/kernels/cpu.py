@@ -6,13 +6,16 @@ Equal to :mod:`weightflip.kernels.eager` bit for bit, and about three times as f
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import os
+import types
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import llvmlite.binding  # type: ignore[import-untyped]
 import numba
 import numpy as np
 import torch
@@ -35,7 +38,10 @@ _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16:
 _MAGNITUDE = {torch.int32: np.int32(0x7FFFFFFF), torch.int16: np.int32(0x7FFF), torch.uint8: np.int32(0xFF)}
 _NO_SCALE = np.ones(1, dtype=np.float32)
 
-_cannot_compile: list[numba.errors.NumbaError] = []
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
+_compile = functools.partial(numba.njit, nogil=True, error_model="numpy")
 
 
 @functools.lru_cache(maxsize=1)
@@ -46,15 +52,6 @@ def _threads() -> ThreadPoolExecutor:
 if hasattr(os, "register_at_fork"):
     # A forked process has the pool but not its threads.
     os.register_at_fork(after_in_child=_threads.cache_clear)
-
-
-def _compile(function: Any) -> Any:
-    compile_ = functools.partial(numba.njit, nogil=True, error_model="numpy")
-    try:
-        return compile_(cache=True)(function)
-    except RuntimeError:
-        # No place to write a cache to: compiled anew in each process.
-        return compile_()(function)
 
 
 def _to_float32(stored):  # type: ignore[no-untyped-def]
@@ -68,7 +65,7 @@ def _implementation(stored):  # type: ignore[no-untyped-def]
     return lambda stored: _INT32(_INT32(stored) << _INT32(16)).view(_FLOAT32)
 
 
-@_compile
+@_compile()
 def _count_chunk(weight, scale, divide, update, update_mask, codes, cut, offset, first_normal, adder, overflow, nan):  # type: ignore[no-untyped-def]
     # Numba computes int32 with int32 in int64, which halves the width of the vectors: hence the casts.
     one, magnitude_mask, infinity = _INT32(1), _INT32(0x7FFFFFFF), _INT32(0x7F800000)
@@ -98,7 +95,6 @@ def _count_chunk(weight, scale, divide, update, update_mask, codes, cut, offset,
     return flips, updates, stalled
 
 
-@_compile
 def _count_range(start, stop, group, weight, scale, divide, update, update_mask, codes, counts, rounding):  # type: ignore[no-untyped-def]
     while stop > start:
         index = (stop - 1) // group
@@ -117,6 +113,48 @@ def _count_range(start, stop, group, weight, scale, divide, update, update_mask,
         counts[1] += updates
         counts[2] += stalled
         stop = first
+
+
+_kernels: dict[tuple[torch.dtype, torch.dtype | None, torch.dtype], Any] = {}
+
+
+def _kernel(weight: torch.dtype, update: torch.dtype | None, codes: torch.dtype, constants: tuple[Any, ...]) -> Any:
+    """``_count_range`` for these dtypes, compiled and loaded: it raises here or not at all. None if it cannot be."""
+    key = weight, update, codes
+    if key not in _kernels:
+        try:
+            _kernels[key] = _compiled(key, constants)
+        except Exception as error:
+            _kernels[key] = None
+            message = str(error).strip().splitlines()[:1]
+            warnings.warn(
+                "weightflip: Numba cannot compile, counting goes on without it: "
+                f"{type(error).__name__}: {' '.join(message)}",
+                stacklevel=2,
+            )
+    return _kernels[key]
+
+
+def _compiled(key: tuple[torch.dtype | None, ...], constants: tuple[Any, ...]) -> Any:
+    # A function of its own for each signature and processor: Numba's cache holds one file of a name for all of a
+    # function's signatures, and processes that start together can mix them up. Here they write the same.
+    processor = f"{llvmlite.binding.get_host_cpu_name()} {llvmlite.binding.get_host_cpu_features().flatten()}"
+    names = ["none" if dtype is None else str(dtype).removeprefix("torch.") for dtype in key]
+    name = f"_count_range_{'_'.join(names)}_{hashlib.sha256(processor.encode()).hexdigest()[:12]}"
+    function = types.FunctionType(_count_range.__code__, _count_range.__globals__, name)
+    function.__qualname__ = name
+    weight, update, codes = (None if dtype is None else torch.zeros(1, dtype=dtype).numpy() for dtype in key)
+    for cache in (True, False):
+        try:
+            kernel = _compile(cache=cache)(function)
+            kernel(0, 0, 1, weight, _NO_SCALE, False, update, np.int32(0), codes, np.zeros(3, np.int64), constants)
+        except Exception:
+            # Mostly a cache that has no place, or cannot be written or read.
+            if not cache:
+                raise
+        else:
+            break
+    return kernel
 
 
 @functools.lru_cache(maxsize=64)
@@ -157,8 +195,6 @@ def count_(
     Returns:
         Whether it was done; False leaves everything as it was.
     """
-    if _cannot_compile:
-        return False
     constants = _constants(rounding)
     group = _group(weight, scale)
     flat_weight = _flat(weight, weight, _STORED) if torch.ops.aten.is_non_overlapping_and_dense(weight) else None
@@ -168,7 +204,10 @@ def count_(
         return False
     if update is not None and flat_update is None:
         return False
-    flat_scale = _NO_SCALE if scale is None else scale.reshape(-1).numpy()
+    kernel = _kernel(_STORED[weight.dtype], None if update is None else _BITS[update.dtype], codes.dtype, constants)
+    if kernel is None:
+        return False
+    flat_scale = _NO_SCALE if scale is None else scale.detach().reshape(-1).contiguous().numpy()
     mask = np.int32(0) if update is None else _MAGNITUDE[_BITS[update.dtype]]
 
     numel = weight.numel()
@@ -176,7 +215,7 @@ def count_(
     found = np.zeros((parts, 3), dtype=np.int64)
 
     def work(part: int) -> None:
-        _count_range(
+        kernel(
             numel * part // parts,
             numel * (part + 1) // parts,
             group,
@@ -190,17 +229,10 @@ def count_(
             constants,
         )
 
-    try:
-        others = [_threads().submit(work, part) for part in range(1, parts)]
-        work(0)
-        for other in others:
-            other.result()
-    except numba.errors.NumbaError as error:
-        # Raised before anything runs, so that nothing was written yet.
-        _cannot_compile.append(error)
-        message = str(error).strip().splitlines()[0]
-        warnings.warn(f"weightflip: Numba cannot compile, counting goes on without it: {message}", stacklevel=2)
-        return False
+    others = [_threads().submit(work, part) for part in range(1, parts)]
+    work(0)
+    for other in others:
+        other.result()
     counts.add_(torch.from_numpy(found.sum(0)))
     return True
 

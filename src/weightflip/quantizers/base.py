@@ -74,6 +74,12 @@ class ElementwiseQuantizer(ABC):
     name: str
     group: int | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "encode_into" in vars(cls) and "rounding" not in vars(cls):
+            # Another encode_into is not what an inherited rounding says.
+            cls.rounding = ElementwiseQuantizer.rounding  # type: ignore[method-assign]
+
     def grouped(self, tensor: Tensor) -> Tensor:
         """A view of the weight, or of anything as large, as the other methods take it.
 
