@@ -535,3 +535,45 @@ def test_bit_stall_detector_predicts_what_happens():
     assert detector.get_stall_rate() == 0.0
     with pytest.raises(ValueError, match="Shape mismatch"):
         detector.update(weight, update[0])
+
+
+class Switched:
+    """The sign, of weights that are quantized only now and then, with an offset that is not the weight's."""
+
+    def __init__(self, **state):
+        self.is_active, self.offset = True, 0.0
+        self.__dict__.update(state)
+
+    def encode(self, weight):
+        return Codes((weight + self.offset).sign().to(torch.int8))
+
+    def plain(self, weight):
+        return torch.tensor([math.nan, 1.0])
+
+    def __str__(self):
+        return "switched"
+
+
+def test_nothing_is_counted_while_a_quantizer_is_off():
+    parameter, quantizer = torch.nn.Parameter(torch.ones(4)), Switched()
+    tracker, flips = WeightFlipTracker(), []
+    for is_active in (True, False, False, True, True):
+        quantizer.is_active = is_active
+        tracker.before_step([TrackedWeight("w", parameter, quantizer)])
+        parameter.data.neg_()  # leaves no trace
+        tracker.after_step()
+        flips.append(tracker.get_flip_counts().get("w", 0))
+    assert flips == [4, 4, 4, 8, 12]
+    assert tracker.record().layers[0].total.weight_steps == 12
+    assert tracker.record(may_be_empty=True).layers[0].nonfinite == 1
+
+
+@pytest.mark.parametrize("has_state", [False, True])
+def test_codes_that_depend_on_more_than_the_weight_are_not_kept(has_state):
+    parameter, quantizer = torch.nn.Parameter(torch.ones(4)), Switched(has_state=has_state)
+    tracker = WeightFlipTracker()
+    for _ in range(2):
+        tracker.before_step([TrackedWeight("w", parameter, quantizer)])
+        tracker.after_step()
+        quantizer.offset = -2.0
+    assert tracker.get_flip_counts() == {"w": 0 if has_state else 4}

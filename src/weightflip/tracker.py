@@ -306,6 +306,10 @@ class WeightFlipTracker:
         for tracked in weights:
             if tracked.name in self._failed:
                 continue
+            if not getattr(tracked.quantizer, "is_active", True):
+                if tracked.name in self._layers:
+                    self._layers[tracked.name].stamp = None
+                continue
             try:
                 self._ensure_codes(tracked)
             except Exception as error:
@@ -376,8 +380,9 @@ class WeightFlipTracker:
         for tracked in self._current:
             layer = self._layers[tracked.name]
             assert layer.ledger is not None
+            weight, plain = tracked.parameter.detach(), getattr(tracked.quantizer, "plain", None)
             functional.count_nonfinite(
-                tracked.parameter.detach(), layer.ledger.total[layer.row, _NONFINITE], self._scratch
+                weight if plain is None else plain(weight), layer.ledger.total[layer.row, _NONFINITE], self._scratch
             )
         steps, totals = self._read()
         layers = []
@@ -519,6 +524,7 @@ class WeightFlipTracker:
         weight = tracked.parameter.detach()
         layer, quantizer = self._layer(tracked.name, weight), tracked.quantizer
         is_kept = layer.codes is not None and not self.fresh_snapshots and layer.quantizer == str(quantizer)
+        is_kept = is_kept and not getattr(quantizer, "has_state", False)
         if is_kept and _is_unwritten(tracked.parameter, layer.stamp):
             return
         layer.stamp = None

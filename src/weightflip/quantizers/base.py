@@ -44,6 +44,14 @@ class Quantizer(Protocol):
     """Anything that turns a weight into codes.
 
     ``encode`` is called without gradients. It must not change the weight and must not draw random numbers.
+
+    What follows is for quantizers that belong to a module or a tensor subclass; the tracker asks for it where it is
+    there:
+
+    * ``is_active``: False while the weight is not quantized. Nothing is counted then, and the first codes afterwards
+      are a baseline.
+    * ``has_state``: True where codes depend on more than the weight, so that they are never kept from step to step.
+    * ``plain(weight)``: a tensor of a plain type whose non-finite elements are those of the weight.
     """
 
     def encode(self, weight: Tensor) -> Codes:
