@@ -6,12 +6,12 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from weightflip.quantizers import Codes, ElementwiseQuantizer, Quantizer, resolve
+from weightflip.quantizers import Codes, ElementwiseQuantizer, Quantizer, resolve, torchao
 
 logger = logging.getLogger("weightflip")
 
@@ -19,6 +19,8 @@ logger = logging.getLogger("weightflip")
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 _ORDINALS = (torch.int8, torch.int16, torch.int32, torch.int64)
+
+_STORED_CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 _FLOAT32_DEFAULT = "float8_e4m3"
 _DTYPE_DEFAULTS = {
@@ -37,11 +39,13 @@ class Skip(Exception):
     Args:
         reason: For people.
         misfit: Whether the user asked for a format that the weight does not fit.
+        unknown: A class of torchao's that weightflip should know and does not; said once in the log.
     """
 
-    def __init__(self, reason: str, *, misfit: bool = False) -> None:
+    def __init__(self, reason: str, *, misfit: bool = False, unknown: str | None = None) -> None:
         super().__init__(reason)
         self.misfit = misfit
+        self.unknown = unknown
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def make_plan(
             f"model= ({type(model).__name__}) holds none of the optimizer's {len(parameters)} parameters; pass the "
             "model whose parameters() the optimizer was built with, or none"
         )
-    plan, noted = Plan(), dict[str, list[str]]()
+    plan, noted, unknown = Plan(), dict[str, list[str]](), dict[str, None]()
     for name, parameter in parameters.items():
         try:
             chosen, notes = _choose(
@@ -150,10 +154,14 @@ def make_plan(
             if strict and (reason.misfit or name in include_globs):
                 raise ValueError(f"parameter {name!r} cannot be tracked as asked for: {reason}") from None
             plan.skipped[name] = str(reason)
+            if reason.unknown is not None:
+                unknown[reason.unknown] = None
         else:
             plan.tracked[name] = chosen
             for note in notes:
                 noted.setdefault(note, []).append(name)
+    for cls in unknown:
+        logger.warning("weightflip: torchao's %s is not known yet; its weights are not tracked", cls)
     if strict and not plan.tracked and not may_be_empty:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:5])
         raise ValueError(
@@ -240,7 +248,7 @@ def _choose(
     chosen: dict[str, Quantizer] = {}
     notes = []
     for spec in specs:
-        quantizer, note = (spec, None) if spec != "auto" else _detect(parameter, owner)
+        quantizer, note = (_inside(parameter, spec), None) if spec != "auto" else _detect(parameter, owner)
         # "auto" may come to the same as a name beside it.
         chosen.setdefault(str(quantizer), quantizer)
         notes += [note] if note else []
@@ -286,30 +294,43 @@ def _owners(model: nn.Module) -> dict[int, nn.Module]:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             held = owners.get(id(parameter))
-            if held is None or (_torchao_class(held) is None and _torchao_class(module) is not None):
+            if held is None or (not _torchao_classes(held) and _torchao_classes(module)):
                 owners[id(parameter)] = module
     return owners
 
 
-def _torchao_class(thing: object) -> str | None:
-    """Name of the first torchao class in the type's MRO. torchao is not imported to look."""
-    for cls in type(thing).__mro__:
-        if cls.__module__.split(".")[0] == "torchao":
-            return cls.__name__
-    return None
+def _torchao_classes(thing: object) -> list[str]:
+    """Names of the torchao classes in the type's MRO. torchao is not imported to look."""
+    return [cls.__name__ for cls in type(thing).__mro__ if cls.__module__.split(".")[0] == "torchao"]
+
+
+def _inside(parameter: Tensor, quantizer: Quantizer) -> Quantizer:
+    """A quantizer that was asked for by name, for the master copy where a subclass has one.
+
+    Raises:
+        Skip: The subclass has none.
+    """
+    classes = _torchao_classes(parameter)
+    if not classes:
+        return quantizer
+    for attribute in ("_data", "_tensor"):
+        if isinstance(getattr(parameter, attribute, None), Tensor):
+            return torchao.OfMaster(attribute, quantizer)
+    raise Skip(
+        f"torchao's {classes[0]} has no high-precision copy that {quantizer} could encode; use quantizer='auto'",
+        misfit=True,
+    )
 
 
 def _detect(parameter: Tensor, owner: nn.Module | None) -> tuple[Quantizer, str | None]:
-    subclass = _torchao_class(parameter)
-    if subclass is not None:
-        logger.warning("weightflip: torchao's %s is not known yet; its weights are not tracked", subclass)
-        raise Skip(f"torchao's {subclass} is not known to weightflip")
-    module = None if owner is None else _torchao_class(owner)
-    if module == "Float8Linear":
-        return _float8_linear(owner), None
-    if module is not None:
-        logger.warning("weightflip: torchao's %s is not known yet; its weights are not tracked", module)
-        raise Skip(f"how torchao's {module} quantizes its weight is not known to weightflip; name it in quantizer=")
+    classes = _torchao_classes(parameter)
+    if classes:
+        return _subclass(parameter, classes, owner), None
+    modules = [] if owner is None else _torchao_classes(owner)
+    if any(name.endswith("FakeQuantizer") for name in modules):
+        raise Skip(f"a scale or zero point that torchao's {modules[0]} learns, no weight")
+    if modules and parameter is not getattr(owner, "bias", None):
+        return _module(owner, modules)
 
     default = _DTYPE_DEFAULTS.get(parameter.dtype)
     if default is None:
@@ -322,13 +343,78 @@ def _detect(parameter: Tensor, owner: nn.Module | None) -> tuple[Quantizer, str 
     return resolve(default), None
 
 
-def _float8_linear(module: Any) -> Quantizer:
-    """Read from its config how a Float8Linear casts its weight."""
-    cast = module.config.cast_config_weight
-    if cast.scaling_type.name == "DISABLED":
+def _module(module: Any, classes: Sequence[str]) -> tuple[Quantizer, str | None]:
+    """How a module of torchao's quantizes its ``weight``, and a note."""
+    if "Float8Linear" in classes:
+        return _float8_training(module.config), None
+    if "FakeQuantizedLinear" in classes or "FakeQuantizedEmbedding" in classes:
+        quantizer = _fake_quantized(module.weight_fake_quantizer)
+        note = None if quantizer.is_active else "Fake quantization is off: counted from when it is enabled"
+        return quantizer, note
+    if "Int8MixedPrecisionTrainingLinear" in classes:
+        return _int8_mixed_precision(module.config), None
+    raise Skip(
+        f"how torchao's {classes[0]} quantizes its weight is not known to weightflip; name it in quantizer=",
+        unknown=classes[0],
+    )
+
+
+def _subclass(parameter: Any, classes: Sequence[str], owner: nn.Module | None) -> Quantizer:
+    """How a tensor subclass of torchao's is quantized."""
+    if "Float8TrainingWeightWrapperTensor" in classes:
+        if parameter.ndim != 2:
+            raise Skip(f"torchao casts {parameter.ndim}-dimensional weights for its grouped_mm: not known yet")
+        return torchao.OfMaster("_data", _float8_training(parameter.config._float8_linear_config))
+    if "BitNetTrainingLinearWeight" in classes:
+        return torchao.OfMaster("_data", resolve("ternary"))
+    if "Int8MixedPrecisionTrainingLinearWeight" in classes:
+        return torchao.OfMaster("_data", _int8_mixed_precision(parameter.config))
+    if "WeightWithDynamicFloat8CastTensor" in classes:
+        if owner is not None and "Float8Linear" in _torchao_classes(owner):
+            return torchao.OfMaster("_tensor", _float8_training(cast(Any, owner).config))
+        return torchao.OfMaster("_tensor", _float8(parameter._dtype))
+    for attribute in ("int_data", "qdata"):
+        stored = getattr(parameter, attribute, None)
+        if isinstance(stored, Tensor) and isinstance(getattr(parameter, "scale", None), Tensor):
+            if stored.shape != parameter.shape or stored.dtype not in _STORED_CODES:
+                raise Skip(f"torchao's {classes[0]} packs its codes ({attribute}: {_dtype(stored)}): not known yet")
+            return torchao.StoredCodes(attribute, f"stored_{_dtype(stored)}")
+    raise Skip(f"torchao's {classes[0]} is not known to weightflip", unknown=classes[0])
+
+
+def _fake_quantized(fake_quantizer: Any) -> torchao.FakeQuantizer:
+    """What stands behind the weight of a layer in quantization-aware training."""
+    if fake_quantizer is None:
+        raise Skip("torchao's QAT leaves the weight in high precision, and quantizes activations alone")
+    for name in _torchao_classes(fake_quantizer):
+        if name in torchao.FAKE_QUANTIZERS:
+            try:
+                return torchao.FAKE_QUANTIZERS[name](fake_quantizer)
+            except KeyError:
+                raise Skip(f"torchao's {fake_quantizer} casts to a dtype that is not known yet") from None
+    name = type(fake_quantizer).__name__
+    raise Skip(f"how torchao's {name} quantizes is not known to weightflip; name it in quantizer=", unknown=name)
+
+
+def _int8_mixed_precision(config: Any) -> Quantizer:
+    if not config.output:
+        raise Skip("its int8 mixed-precision training leaves the weight in high precision in forward (output=False)")
+    return torchao.Int8RowwiseQuantizer()
+
+
+def _float8_training(config: Any) -> Quantizer:
+    """Read from a Float8LinearConfig how the weight is cast."""
+    weight = config.cast_config_weight
+    if weight.scaling_type.name == "DISABLED":
         raise Skip("its Float8Linear leaves the weight in high precision (scaling DISABLED)")
-    name = {torch.float8_e4m3fn: "float8_e4m3", torch.float8_e5m2: "float8_e5m2"}.get(cast.target_dtype)
-    granularity = {"TENSORWISE": "", "AXISWISE": ":row"}.get(cast.scaling_granularity.name)
-    if name is None or granularity is None:
-        raise Skip(f"its Float8Linear casts to {cast.target_dtype}, {cast.scaling_granularity}: not known yet")
-    return resolve(name + granularity + (":pow2" if module.config.round_scales_to_power_of_2 else ""))
+    granularity = {"TENSORWISE": "", "AXISWISE": ":row"}.get(weight.scaling_granularity.name)
+    if granularity is None:
+        raise Skip(f"its Float8Linear casts to {weight.target_dtype}, {weight.scaling_granularity}: not known yet")
+    return _float8(weight.target_dtype, granularity + (":pow2" if config.round_scales_to_power_of_2 else ""))
+
+
+def _float8(dtype: torch.dtype, options: str = "") -> Quantizer:
+    name = {torch.float8_e4m3fn: "float8_e4m3", torch.float8_e5m2: "float8_e5m2"}.get(dtype)
+    if name is None:
+        raise Skip(f"torchao casts it to {dtype}: not known yet")
+    return resolve(name + options)
