@@ -325,7 +325,7 @@ def _inside(parameter: Tensor, quantizer: Quantizer) -> Quantizer:
 def _detect(parameter: Tensor, owner: nn.Module | None) -> tuple[Quantizer, str | None]:
     classes = _torchao_classes(parameter)
     if classes:
-        return _subclass(parameter, classes, owner), None
+        return _subclass(parameter, classes, owner)
     modules = [] if owner is None else _torchao_classes(owner)
     if any(name.endswith("FakeQuantizer") for name in modules):
         raise Skip(f"a scale or zero point that torchao's {modules[0]} learns, no weight")
@@ -359,26 +359,34 @@ def _module(module: Any, classes: Sequence[str]) -> tuple[Quantizer, str | None]
     )
 
 
-def _subclass(parameter: Any, classes: Sequence[str], owner: nn.Module | None) -> Quantizer:
-    """How a tensor subclass of torchao's is quantized."""
+def _subclass(parameter: Any, classes: Sequence[str], owner: nn.Module | None) -> tuple[Quantizer, str | None]:
+    """How a tensor subclass of torchao's is quantized, and a note."""
     if "Float8TrainingWeightWrapperTensor" in classes:
         if parameter.ndim != 2:
             raise Skip(f"torchao casts {parameter.ndim}-dimensional weights for its grouped_mm: not known yet")
-        return torchao.OfMaster("_data", _float8_training(parameter.config._float8_linear_config))
+        return torchao.OfMaster("_data", _float8_training(parameter.config._float8_linear_config)), None
     if "BitNetTrainingLinearWeight" in classes:
-        return torchao.OfMaster("_data", resolve("ternary"))
+        return torchao.OfMaster("_data", resolve("ternary")), None
     if "Int8MixedPrecisionTrainingLinearWeight" in classes:
-        return torchao.OfMaster("_data", _int8_mixed_precision(parameter.config))
+        quantizer = torchao.OfMaster("_data", _int8_mixed_precision(parameter.config))
+        # torchao 0.17 and 0.18 register the layer's function where it is never looked up.
+        functions = getattr(type(parameter), "_TORCH_FN_TABLE", {}).values()
+        if any(nn.functional.linear in table for table in functions):
+            return quantizer, None
+        return quantizer, (
+            f"This torchao computes with the weights of {classes[0]} themselves, and not in int8; "
+            "Int8MixedPrecisionTrainingConfig(module_swap=True) does. They are tracked as int8 would see them"
+        )
     if "WeightWithDynamicFloat8CastTensor" in classes:
         if owner is not None and "Float8Linear" in _torchao_classes(owner):
-            return torchao.OfMaster("_tensor", _float8_training(cast(Any, owner).config))
-        return torchao.OfMaster("_tensor", _float8(parameter._dtype))
+            return torchao.OfMaster("_tensor", _float8_training(cast(Any, owner).config)), None
+        return torchao.OfMaster("_tensor", _float8(parameter._dtype)), None
     for attribute in ("int_data", "qdata"):
         stored = getattr(parameter, attribute, None)
         if isinstance(stored, Tensor) and isinstance(getattr(parameter, "scale", None), Tensor):
             if stored.shape != parameter.shape or stored.dtype not in _STORED_CODES:
                 raise Skip(f"torchao's {classes[0]} packs its codes ({attribute}: {_dtype(stored)}): not known yet")
-            return torchao.StoredCodes(attribute, f"stored_{_dtype(stored)}")
+            return torchao.StoredCodes(attribute, f"stored_{_dtype(stored)}"), None
     raise Skip(f"torchao's {classes[0]} is not known to weightflip", unknown=classes[0])
 
 
