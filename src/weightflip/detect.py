@@ -108,6 +108,7 @@ def make_plan(
     *,
     strict: bool = True,
     may_be_empty: bool = False,
+    optimizer: Any = None,
 ) -> Plan:
     """Decide for each parameter whether it is tracked and with which quantizer.
 
@@ -121,6 +122,7 @@ def make_plan(
         strict: Whether a rule that leads nowhere is an error. While training goes on, a parameter that cannot be
             tracked any more is skipped with its reason instead.
         may_be_empty: Whether having nothing to track is no error, even if ``strict``.
+        optimizer: Where ``"auto"`` looks for an optimizer that quantizes the weights itself.
 
     Returns:
         The plan.
@@ -139,6 +141,7 @@ def make_plan(
         _check_globs("exclude", exclude_globs, parameters)
 
     owners = _owners(model) if model is not None else {}
+    by_optimizer = _of_optimizer(optimizer)
     if strict and model is not None and not any(id(parameter) in owners for parameter in parameters.values()):
         raise ValueError(
             f"model= ({type(model).__name__}) holds none of the optimizer's {len(parameters)} parameters; pass the "
@@ -148,7 +151,14 @@ def make_plan(
     for name, parameter in parameters.items():
         try:
             chosen, notes = _choose(
-                name, parameter, rules, include_globs, exclude_globs, owners.get(id(parameter)), strict=strict
+                name,
+                parameter,
+                rules,
+                include_globs,
+                exclude_globs,
+                owners.get(id(parameter)),
+                by_optimizer.get(id(parameter)),
+                strict=strict,
             )
         except Skip as reason:
             if strict and (reason.misfit or name in include_globs):
@@ -215,6 +225,7 @@ def _choose(
     include: Sequence[str],
     exclude: Sequence[str],
     owner: nn.Module | None,
+    of_optimizer: Quantizer | None,
     *,
     strict: bool,
 ) -> tuple[tuple[Quantizer, ...], list[str]]:
@@ -248,7 +259,13 @@ def _choose(
     chosen: dict[str, Quantizer] = {}
     notes = []
     for spec in specs:
-        quantizer, note = (_inside(parameter, spec), None) if spec != "auto" else _detect(parameter, owner)
+        note = None
+        if spec != "auto":
+            quantizer = _inside(parameter, spec)
+        elif of_optimizer is not None:
+            quantizer = of_optimizer
+        else:
+            quantizer, note = _detect(parameter, owner)
         # "auto" may come to the same as a name beside it.
         chosen.setdefault(str(quantizer), quantizer)
         notes += [note] if note else []
@@ -302,6 +319,22 @@ def _owners(model: nn.Module) -> dict[int, nn.Module]:
 def _torchao_classes(thing: object) -> list[str]:
     """Names of the torchao classes in the type's MRO. torchao is not imported to look."""
     return [cls.__name__ for cls in type(thing).__mro__ if cls.__module__.split(".")[0] == "torchao"]
+
+
+def quantizes_weights(optimizer: Any) -> bool:
+    """Whether the optimizer's step itself quantizes weights, as torchao's PARQ does."""
+    return "QuantOptimizer" in _torchao_classes(optimizer)
+
+
+def _of_optimizer(optimizer: Any) -> dict[int, Quantizer]:
+    """The quantizers of weights that the optimizer itself quantizes."""
+    if not quantizes_weights(optimizer):
+        return {}
+    return {
+        id(parameter): torchao.ParqQuantizer(optimizer, parameter, group["quant_bits"])
+        for group in optimizer.regularized_param_groups()
+        for parameter in group["params"]
+    }
 
 
 def _inside(parameter: Tensor, quantizer: Quantizer) -> Quantizer:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from weightflip.detect import make_plan, name_parameters
+from weightflip.detect import make_plan, name_parameters, quantizes_weights
 from weightflip.records import Counts, FlipRecord, RunInfo, split_variant, variant
 from weightflip.sinks import SinkGroup, TensorBoardSink, make_sink
 from weightflip.tracker import METRICS, TrackedWeight, WeightFlipTracker
@@ -164,12 +164,13 @@ class _Tracking:
         self._found_inf: Tensor | None = None
         self._is_open = False
 
-    def select(self, param_groups: Sequence[Mapping[str, Any]], *, strict: bool) -> None:
+    def select(self, optimizer: Optimizer, *, strict: bool) -> None:
         """Look at the optimizer's parameters again, if they are not the ones of the last step.
 
         They are read from the groups each time: FSDP2 under Accelerate replaces them in place, and users add groups,
         freeze and unfreeze.
         """
+        param_groups = optimizer.param_groups
         seen = tuple(
             (id(p), type(p), p.dtype, p.device.type, p.requires_grad) for group in param_groups for p in group["params"]
         )
@@ -179,7 +180,9 @@ class _Tracking:
         names = {id(parameter): name for name, parameter in parameters.items()}
         self._names = [[names[id(p)] for p in group["params"]] for group in param_groups]
         others = [source for source in self.log.sources if source is not self.source]
-        plan = make_plan(parameters, self._model, **self._selection, strict=strict, may_be_empty=bool(others))
+        plan = make_plan(
+            parameters, self._model, **self._selection, strict=strict, may_be_empty=bool(others), optimizer=optimizer
+        )
         weights = [
             TrackedWeight(name if len(quantizers) == 1 else variant(name, str(quantizer)), parameters[name], quantizer)
             for name, quantizers in plan.tracked.items()
@@ -229,7 +232,7 @@ class _Tracking:
         found_inf = vars(optimizer).get("found_inf")
         self._found_inf = found_inf if isinstance(found_inf, Tensor) else None
         if self.tracker.is_tracking:
-            self.select(optimizer.param_groups, strict=False)
+            self.select(optimizer, strict=False)
         self.tracker.before_step(self._weights)
         if has_closure:
             self.tracker.forget_gradients()
@@ -440,7 +443,7 @@ class FlipTrackingOptimizer(Optimizer):
             {"quantizer": quantizer, "include": include, "exclude": exclude},
             settings,
         )
-        tracking.select(optimizer.param_groups, strict=True)
+        tracking.select(optimizer, strict=True)
         self.__dict__.update(inner=optimizer, _tracking=tracking)
 
     @property
@@ -767,6 +770,11 @@ def track_flips(
         {'weight': 8}
     """
     tracking = FlipTrackingOptimizer(optimizer, model, **options)._tracking
+    if quantizes_weights(optimizer):
+        raise TypeError(
+            f"the hooks of {type(optimizer).__name__} run around the optimizer inside it, before the weights are "
+            "quantized; use FlipTrackingOptimizer(optimizer, model)"
+        )
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise TypeError(
             f"{type(optimizer).__name__} has no step hooks; call track_flips on the optimizer inside it, or wrap that "

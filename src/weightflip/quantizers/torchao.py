@@ -284,3 +284,50 @@ class StoredCodes:
 
     def __str__(self) -> str:
         return self.name
+
+
+class ParqQuantizer:
+    """The level that a weight is nearest to, of those that torchao's PARQ ``QuantOptimizer`` keeps for it.
+
+    After its step the parameter is the quantized value (with ``ProxHardQuant``; others approach it), and the levels
+    move with the weights. So the code is the number of the level, counted from the middle one, and not the value.
+    During the warm-up there are no levels, and nothing is counted. int8 for up to 255 levels, else int16; NaN is the
+    smallest integer of that.
+
+    Args:
+        optimizer: The ``QuantOptimizer``.
+        parameter: The weight; levels are kept for each.
+        bits: What its group has as ``quant_bits``.
+    """
+
+    has_state = True
+
+    def __init__(self, optimizer: Any, parameter: Tensor, bits: int) -> None:
+        self.optimizer = optimizer
+        self.parameter = parameter
+        self.bits = bits
+
+    @property
+    def is_active(self) -> bool:
+        return self._levels() is not None
+
+    def _levels(self) -> Tensor | None:
+        # get(): to index the state would put an entry into it.
+        levels: Tensor | None = self.optimizer.state.get(self.parameter, {}).get("quants")
+        return levels
+
+    def encode(self, weight: Tensor) -> Codes:
+        levels = self._levels()
+        if levels is None:
+            return Codes(torch.zeros_like(weight, dtype=torch.int8))
+        levels = levels.view(-1, levels.shape[-1])
+        # A row of levels for each channel or block, in the order of the weights; or one for all.
+        rows = weight.reshape(levels.shape[0], -1).to(levels.dtype)
+        halfway = (levels[:, :-1] + levels[:, 1:]) / 2
+        nearest = torch.searchsorted(halfway, rows) - levels.shape[-1] // 2
+        dtype = torch.int8 if levels.shape[-1] <= 255 else torch.int16
+        ordinals = nearest.to(dtype).masked_fill_(rows.isnan(), torch.iinfo(dtype).min)
+        return Codes(ordinals.view(weight.shape))
+
+    def __str__(self) -> str:
+        return f"parq_{self.bits}bit"
