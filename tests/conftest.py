@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, track_flips
+from weightflip.detect import Plan, make_plan, name_parameters
 
 
 @pytest.fixture(scope="session")
@@ -154,3 +156,9 @@ def same_as_bare(form, make: Callable, train: Callable, digits, build: Callable 
             brute.check(tracker)
             assert sum(brute.flips.values()) > 0
     assert_same(*results)
+
+
+def plan_of(model: nn.Module, **options) -> Plan:
+    """How the weights of a model would be tracked, with the one quantizer of each."""
+    plan = make_plan(name_parameters([{"params": list(model.parameters())}], model), model, **options)
+    return replace(plan, tracked={name: quantizer for name, (quantizer,) in plan.tracked.items()})

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import plan_of
 from torch import nn
 
 from weightflip import decode, encode
-from weightflip.detect import make_plan, name_parameters
 from weightflip.formats import E4M3, E5M2
 from weightflip.quantizers.float8 import Float8Quantizer
 
@@ -148,10 +148,6 @@ def float8_model(shapes, weight, dtype, config) -> nn.Sequential:
         for layer in model:
             layer.weight.copy_(weight(*layer.weight.shape))
     return convert_to_float8_training(model, config=config)
-
-
-def plan_of(model: nn.Module):
-    return make_plan(name_parameters([{"params": list(model.parameters())}], model), model)
 
 
 def assert_codes_are_torchaos(model, casts, columns, dtype) -> None:

@@ -7,11 +7,10 @@ import math
 
 import pytest
 import torch
-from conftest import assert_same
+from conftest import assert_same, plan_of
 from torch import nn
 
 from weightflip import FlipTrackingOptimizer
-from weightflip.detect import make_plan, name_parameters
 
 pytest.importorskip("torchao")
 
@@ -152,10 +151,6 @@ def prepared(config, weight=initial, dtype=torch.float32) -> nn.Sequential:
         model[0].weight.copy_(weight())
     quantize_(model, config)
     return model
-
-
-def plan_of(model: nn.Module, **options):
-    return make_plan(name_parameters([{"params": list(model.parameters())}], model), model, **options)
 
 
 def state_of(fake_quantizer):

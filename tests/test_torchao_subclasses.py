@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same
+from conftest import assert_same, plan_of
 from torch import nn
 
 from weightflip import FlipTrackingOptimizer, track_flips
-from weightflip.detect import make_plan, name_parameters
+from weightflip.detect import make_plan
 from weightflip.quantizers.torchao import OfMaster, StoredCodes
 
 pytest.importorskip("torchao")
@@ -99,10 +99,6 @@ def layers(convert, weight=initial, dtype=torch.float32):
         model[0].weight.copy_(weight())
         model[2].weight.copy_(gaussian(16, ROWS, seed=2) * 0.1)
     return convert(model)
-
-
-def plan_of(model, **options):
-    return make_plan(name_parameters([{"params": list(model.parameters())}], model), model, **options)
 
 
 @pytest.fixture
@@ -301,7 +297,7 @@ def test_stored_codes_of_other_subclasses_are_read():
         layer = copy.deepcopy(model)
         quantize_(layer, config)
         weight = nn.Parameter(layer.weight.detach(), requires_grad=True)
-        (quantizer,) = make_plan({"weight": weight}, None).tracked.values()
+        ((quantizer,),) = make_plan({"weight": weight}, None).tracked.values()
         assert (type(quantizer), str(quantizer)) == (StoredCodes, name)
         codes = quantizer.encode(weight.detach())
         values = codes.ordinals * codes.scale
