@@ -79,6 +79,8 @@ FLOAT8 = {
     ),
     "float8 all-gather": (float8_all_gather, "float8_e4m3"),
 }
+if not hasattr(Float8TrainingOpConfig(), "_float8_linear_config"):  # torchao 0.17: experts alone
+    del FLOAT8["float8 rowwise"], FLOAT8["float8 tensorwise"]
 INTEGER = {
     "bitnet": (quantized(bitnet_training), "ternary"),
     "int8 mixed precision": (quantized(Int8MixedPrecisionTrainingConfig), "int8_mixed_precision"),

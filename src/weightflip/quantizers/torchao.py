@@ -61,7 +61,8 @@ class FakeQuantizer:
 
     @property
     def is_active(self) -> bool:
-        return bool(self.fake_quantizer.enabled)
+        # torchao 0.17 cannot switch all of them off.
+        return bool(getattr(self.fake_quantizer, "enabled", True))
 
     def __str__(self) -> str:
         return self.name
