@@ -386,6 +386,11 @@ def _module(module: Any, classes: Sequence[str]) -> tuple[Quantizer, str | None]
         return quantizer, note
     if "Int8MixedPrecisionTrainingLinear" in classes:
         return _int8_mixed_precision(module.config), None
+    if "MXFakeQuantizedLinear" in classes:
+        config = module.weight_config
+        return _mx(config.dtype, config.scaling_mode, config.block_size), None
+    if "NVFP4FakeQuantizedLinear" in classes:
+        return resolve("nvfp4:tensor" if module.weight_config.use_per_tensor_scale else "nvfp4"), None
     raise Skip(
         f"how torchao's {classes[0]} quantizes its weight is not known to weightflip; name it in quantizer=",
         unknown=classes[0],
@@ -400,6 +405,10 @@ def _subclass(parameter: Any, classes: Sequence[str], owner: nn.Module | None) -
         if parameter.ndim != 2:
             raise Skip(f"torchao casts {parameter.ndim}-dimensional weights for its grouped_mm: not known yet")
         return torchao.OfMaster("_data", _float8_training(parameter.config._float8_linear_config)), None
+    if "MXFP8TrainingWeightWrapperTensor" in classes:
+        if parameter.ndim != 2:
+            raise Skip(f"torchao casts {parameter.ndim}-dimensional weights for its grouped_mm: not known yet")
+        return torchao.OfMaster("_data", _mx(torch.float8_e4m3fn, parameter.config.scale_calculation_mode)), None
     if "BitNetTrainingLinearWeight" in classes:
         return torchao.OfMaster("_data", resolve("ternary")), None
     if "Int8MixedPrecisionTrainingLinearWeight" in classes:
@@ -461,3 +470,15 @@ def _float8(dtype: torch.dtype, options: str = "") -> Quantizer:
     if name is None:
         raise Skip(f"torchao casts it to {dtype}: not known yet")
     return resolve(name + options)
+
+
+def _mx(dtype: torch.dtype, mode: Any, block_size: int = 32) -> Quantizer:
+    """MX with what a config of torchao's says of the scale."""
+    name = {
+        torch.float4_e2m1fn_x2: "mxfp4",
+        torch.float8_e4m3fn: "mxfp8_e4m3",
+        torch.float8_e5m2: "mxfp8_e5m2",
+    }.get(dtype)
+    if name is None or block_size != 32:
+        raise Skip(f"torchao casts it to {dtype} in blocks of {block_size}: not known yet")
+    return resolve(f"{name}:{mode.value}")

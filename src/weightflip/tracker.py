@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -521,8 +521,8 @@ class WeightFlipTracker:
         return layer
 
     def _ensure_codes(self, tracked: TrackedWeight) -> None:
-        weight = tracked.parameter.detach()
-        layer, quantizer = self._layer(tracked.name, weight), tracked.quantizer
+        weight, quantizer = _weight_and_quantizer(tracked)
+        layer = self._layer(tracked.name, weight)
         is_kept = layer.codes is not None and not self.fresh_snapshots and layer.quantizer == str(quantizer)
         is_kept = is_kept and not getattr(quantizer, "has_state", False)
         if is_kept and _is_unwritten(tracked.parameter, layer.stamp):
@@ -543,7 +543,7 @@ class WeightFlipTracker:
 
     def _count(self, tracked: TrackedWeight) -> None:
         layer = self._layers[tracked.name]
-        weight, quantizer = tracked.parameter.detach(), tracked.quantizer
+        weight, quantizer = _weight_and_quantizer(tracked)
         assert layer.codes is not None
         assert layer.ledger is not None
         # After the step, since a closure makes them in it; before the step, where a hook has taken them away in it.
@@ -703,6 +703,16 @@ def _table_row(name: str, quantizer: str, weights: int, counts: Counts) -> tuple
     per_weight = f"{counts.flips / weights:.2f}" if weights else "-"
     stall_ratio = f"{counts.stall_ratio:.1%}" if counts.updates else "-"
     return name, quantizer, f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio
+
+
+def _weight_and_quantizer(tracked: TrackedWeight) -> tuple[Tensor, Quantizer]:
+    """What is encoded, and by what: the master copy, where a subclass holds one."""
+    weight, quantizer = tracked.parameter.detach(), tracked.quantizer
+    inner: Quantizer | None = getattr(quantizer, "encodes", None)
+    if inner is None:
+        return weight, quantizer
+    plain: Callable[[Tensor], Tensor] = quantizer.plain  # type: ignore[attr-defined]
+    return plain(weight), inner
 
 
 def _scale_codes(quantizer: Quantizer, scale: Tensor | None) -> Tensor | None:

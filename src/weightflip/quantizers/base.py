@@ -52,6 +52,7 @@ class Quantizer(Protocol):
       are a baseline.
     * ``has_state``: True where codes depend on more than the weight, so that they are never kept from step to step.
     * ``plain(weight)``: a tensor of a plain type whose non-finite elements are those of the weight.
+    * ``encodes``: the quantizer of ``plain(weight)``, where that is all that ``encode`` does.
     """
 
     def encode(self, weight: Tensor) -> Codes:

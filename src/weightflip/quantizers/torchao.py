@@ -211,7 +211,7 @@ class OfMaster:
 
     def __init__(self, attribute: str, quantizer: Quantizer) -> None:
         self.attribute = attribute
-        self.quantizer = quantizer
+        self.quantizer = self.encodes = quantizer
 
     def plain(self, weight: Tensor) -> Tensor:
         """The master copy."""
