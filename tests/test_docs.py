@@ -148,7 +148,12 @@ def test_readme_has_every_family_of_quantizers():
 def test_readme_has_every_tag(tmp_path):
     model = digits_model()
     optimizer = FlipTrackingOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), model, include="0.weight", log_dir=tmp_path, log_every=1
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        quantizer="mxfp8_e4m3",
+        include="0.weight",
+        log_dir=tmp_path,
+        log_every=1,
     )
     model[0].weight.grad = torch.ones_like(model[0].weight)
     optimizer.step()

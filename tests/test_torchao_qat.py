@@ -601,3 +601,58 @@ def test_copies_of_an_optimizer_go_on():
         parameter.grad = torch.ones_like(parameter)
     twin.step()
     assert twin.tracker.get_flip_counts()["first.weight"] > optimizer.tracker.get_flip_counts()["first.weight"]
+
+
+class Mixed(nn.Module):
+    """What a model that was converted in parts looks like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(32, 64)
+        self.first = nn.Linear(64, 64)
+        self.second = nn.Linear(64, 64)
+        self.norm = nn.LayerNorm(64).bfloat16()
+        self.mixer = nn.Linear(64, 64, bias=False).bfloat16()
+        self.head = nn.Linear(64, 32, bias=False)
+        self.tied = nn.Linear(64, 32, bias=False)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        x = self.mixer(self.norm(x.bfloat16())).float()
+        return self.head(x) + self.tied(x)
+
+
+def test_a_mixed_model_is_seen_part_by_part():
+    from torchao.float8 import convert_to_float8_training
+
+    model = Mixed()
+    model = convert_to_float8_training(model, module_filter_fn=lambda module, name: name in ("first", "second"))
+    embedding = IntxFakeQuantizeConfig(torch.int4, group_size=32)
+    quantize_(
+        model, QATConfig(weight_config=embedding, step="prepare"), filter_fn=lambda m, _: isinstance(m, nn.Embedding)
+    )
+    model.tied.weight = model.head.weight
+    optimizer = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, sinks=[])
+    expected = {
+        "embedding.weight": "qat_int4:g32",
+        "first.weight": "float8_e4m3",
+        "second.weight": "float8_e4m3",
+        "mixer.weight": "native",
+        "head.weight": "float8_e4m3",
+    }
+    assert {name: quantizer for name, (_, _, quantizer) in optimizer.info.tracked.items()} == expected
+    assert set(optimizer.info.skipped) == {"first.bias", "second.bias", "norm.weight", "norm.bias"}
+    (note,) = optimizer.info.notes
+    assert "head.weight" in note
+    assert "first.weight" not in note
+    tokens = torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+    assert all(optimizer.tracker.get_flip_counts().values())
+    rows = {line.split()[0]: line.split()[1:3] for line in str(optimizer.tracker).splitlines()[2:-1]}
+    sizes = {"embedding.weight": "2,048", "head.weight": "2,048"}
+    assert rows == {name: [quantizer, sizes.get(name, "4,096")] for name, quantizer in expected.items()}

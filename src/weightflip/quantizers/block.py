@@ -133,8 +133,8 @@ class MXQuantizer(_BlockQuantizer):
         return scale.clamp(min=FP32.smallest_normal).reciprocal_()
 
     def scale_codes(self, scale: Tensor) -> Tensor:
-        """Biased exponents of E8M0, int16: 0 (``2**-127``) to 254, and 255 for NaN."""
-        return scale.to(torch.float8_e8m0fnu).view(torch.uint8).to(torch.int16)
+        """Biased exponents of E8M0, uint8: 0 (``2**-127``) to 254, and 255 for NaN."""
+        return scale.to(torch.float8_e8m0fnu).view(torch.uint8)
 
 
 class NVFP4Quantizer(_BlockQuantizer):
