@@ -79,8 +79,6 @@ FLOAT8 = {
     ),
     "float8 all-gather": (float8_all_gather, "float8_e4m3"),
 }
-if not hasattr(Float8TrainingOpConfig(), "_float8_linear_config"):  # torchao 0.17: experts alone
-    del FLOAT8["float8 rowwise"], FLOAT8["float8 tensorwise"]
 INTEGER = {
     "bitnet": (quantized(bitnet_training), "ternary"),
     "int8 mixed precision": (quantized(Int8MixedPrecisionTrainingConfig), "int8_mixed_precision"),
@@ -201,7 +199,7 @@ def stored_or_cast(model, casts):
     if hasattr(model[0].weight, "int_data"):
         return [as_integers(model[i].weight.int_data.clone()) for i in (0, 2)]
     if type(model[0].weight).__name__ == "Int8MixedPrecisionTrainingLinearWeight":
-        # torchao 0.17 and 0.18 never come to the cast that this one is for.
+        # torchao 0.18 never comes to the cast that this one is for.
         return [as_integers(quantize_int8_rowwise(model[i].weight._data)[0]) for i in (0, 2)]
     casts.clear()
     with torch.no_grad():
@@ -380,5 +378,5 @@ def test_a_torchao_without_a_name_says_which_versions_have_it(monkeypatch):
     weight = layers(MASTERS["int8 mixed precision"][0])[0].weight.detach()
     quantizer = OfMaster("_data", plan_of(layers(MASTERS["int8 mixed precision"][0])).tracked["0.weight"].quantizer)
     monkeypatch.delattr(int8, "quantize_int8_rowwise")
-    with pytest.raises(ImportError, match=r"quantize_int8_rowwise, which torchao 0\.17 to 0\.18 have"):
+    with pytest.raises(ImportError, match=r"quantize_int8_rowwise, which torchao 0\.18 has"):
         quantizer.encode(weight)

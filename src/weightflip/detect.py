@@ -413,7 +413,7 @@ def _subclass(parameter: Any, classes: Sequence[str], owner: nn.Module | None) -
         return torchao.OfMaster("_data", resolve("ternary")), None
     if "Int8MixedPrecisionTrainingLinearWeight" in classes:
         quantizer = torchao.OfMaster("_data", _int8_mixed_precision(parameter.config))
-        # torchao 0.17 and 0.18 register the layer's function where it is never looked up.
+        # torchao 0.18 registers the layer's function where it is never looked up.
         functions = getattr(type(parameter), "_TORCH_FN_TABLE", {}).values()
         if any(nn.functional.linear in table for table in functions):
             return quantizer, None

@@ -25,7 +25,7 @@ def _torchao(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"weightflip needs {module}.{name}, which torchao 0.17 to 0.18 have and the one installed has not: {error}"
+            f"weightflip needs {module}.{name}, which torchao 0.18 has and the one installed has not: {error}"
         ) from error
 
 
@@ -61,8 +61,7 @@ class FakeQuantizer:
 
     @property
     def is_active(self) -> bool:
-        # torchao 0.17 cannot switch all of them off.
-        return bool(getattr(self.fake_quantizer, "enabled", True))
+        return bool(self.fake_quantizer.enabled)
 
     def __str__(self) -> str:
         return self.name
