@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from weightflip import FlipTrackingOptimizer, WeightFlipTracker
+from weightflip import Codes, FlipTrackingOptimizer, WeightFlipTracker
 from weightflip.formats import E3M4
 
 OPTIMIZERS = {
@@ -583,4 +583,41 @@ def test_a_list_of_quantizers_names_each_once():
     optimizer = FlipTrackingOptimizer(
         torch.optim.SGD(model.parameters(), 0.1), model, quantizer=["auto", "float8_e4m3"], sinks=[]
     )
-    assert set(optimizer.info.tracked) == {"0.weight", "2.weight"}
+    # Named like any weight that a list was given for: a layer where "auto" means something else is told apart.
+    assert set(optimizer.info.tracked) == {"0.weight@float8_e4m3", "2.weight@float8_e4m3"}
+    twin = pickle.loads(pickle.dumps(optimizer))
+    backward(model, (torch.rand(64, 64), torch.randint(0, 10, (64,))), 0)
+    twin.step()
+    assert set(twin.info.tracked) == set(optimizer.info.tracked)
+
+
+def test_quantizers_without_a_name_are_called_by_their_class():
+    class Sign:
+        def encode(self, weight):
+            return Codes(weight.sign().to(torch.int8))
+
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.SGD(model.parameters(), 0.1), model, quantizer=[Sign(), "e3m4"], sinks=[]
+    )
+    assert "0.weight@Sign" in optimizer.info.tracked
+    with pytest.raises(ValueError, match="objects and functions need a name each"):
+        FlipTrackingOptimizer(
+            torch.optim.SGD(model.parameters(), 0.1), model, quantizer=[lambda w: w, lambda w: w.sign()], sinks=[]
+        )
+
+
+def test_counts_of_another_format_are_not_gone_on_with(digits):
+    model = digits_model()
+    first = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, quantizer="bfloat16", sinks=[])
+    backward(model, digits, 0)
+    first.step()
+    second = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, quantizer="e3m4", sinks=[])
+    second.load_state_dict(first.state_dict())
+    brute = BruteForce(model, e3m4_values)
+    brute.before()
+    with pytest.warns(UserWarning, match=r"'0.weight' was tracked as bfloat16 and is e3m4 now; its counts start anew"):
+        second.step()
+    brute.after()
+    brute.check(second.tracker)
+    assert second.tracker.step_count == 2

@@ -656,3 +656,52 @@ def test_a_mixed_model_is_seen_part_by_part():
     rows = {line.split()[0]: line.split()[1:3] for line in str(optimizer.tracker).splitlines()[2:-1]}
     sizes = {"embedding.weight": "2,048", "head.weight": "2,048"}
     assert rows == {name: [quantizer, sizes.get(name, "4,096")] for name, quantizer in expected.items()}
+
+
+def test_a_model_prepared_in_the_middle_is_seen_at_the_next_logging_point():
+    model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=1e-2), model, log_every=2, sinks=[lambda record: None]
+    )
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.ones(4, 64)).square().mean().backward()
+        optimizer.step()
+
+    step()
+    step()
+    quantize_(model, QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=32), step="prepare"))
+    with pytest.warns(UserWarning, match="'0.weight' was tracked as float8_e4m3 and is qat_int4:g32 now"):
+        step()
+    assert optimizer.info.tracked["0.weight"][2] == "qat_int4:g32"
+    updates = int(model[0].weight.grad.count_nonzero())
+    assert optimizer.tracker.get_update_counts() == {"0.weight": updates}
+    assert updates > 0
+
+
+def test_a_copy_leaves_out_what_the_model_said_to():
+    model = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Linear(32, 64, bias=False))
+    activations = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+    quantize_(
+        model,
+        QATConfig(activation_config=activations, step="prepare"),
+        filter_fn=lambda module, name: name == "0",
+    )
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, sinks=[])
+    assert list(optimizer.info.tracked) == ["1.weight"]
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    twin_model(torch.ones(4, 64)).square().mean().backward()
+    twin.step()
+    assert (twin.info.tracked, twin.info.skipped) == (optimizer.info.tracked, optimizer.info.skipped)
+
+
+def test_scales_of_rows_are_no_group_scales():
+    model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    quantize_(model, QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int8, "per_channel"), step="prepare"))
+    optimizer = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, sinks=[])
+    model(torch.ones(4, 64)).square().mean().backward()
+    optimizer.step()
+    (layer,) = optimizer.tracker.record().layers
+    assert layer.total.updates > 0
+    assert layer.total.scale_steps == 0

@@ -380,3 +380,36 @@ def test_a_torchao_without_a_name_says_which_versions_have_it(monkeypatch):
     monkeypatch.delattr(int8, "quantize_int8_rowwise")
     with pytest.raises(ImportError, match=r"quantize_int8_rowwise, which torchao 0\.18 has"):
         quantizer.encode(weight)
+
+
+# torch cannot copy the others: a deep copy of the bare model raises.
+@pytest.mark.parametrize("kind", [*(kind for kind in MASTERS if "wise" not in kind), *STORED])
+def test_copies_of_an_optimizer_go_on(kind):
+    convert, name = {**MASTERS, **STORED}[kind]
+    model = layers(convert)
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), model, sinks=[])
+    train(model, optimizer, 1)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    before = twin.tracker.get_update_counts()
+    train(twin_model, twin, 1)
+    assert {quantizer for _, _, quantizer in twin.info.tracked.values()} == {name}
+    after = twin.tracker.get_update_counts()
+    assert all(after[layer] > before[layer] for layer in before)
+
+
+# The module form has a plain parameter, in which a write through .data leaves no trace.
+@pytest.mark.parametrize("kind", [*(kind for kind in MASTERS if not kind.endswith("module")), *STORED])
+def test_writes_to_the_master_copy_are_no_flips(kind):
+    convert, _ = {**MASTERS, **STORED}[kind]
+    model = layers(convert)
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, sinks=[])
+    train(model, optimizer, 1)
+    for p in model.parameters():
+        p.grad = None
+    before = optimizer.tracker.get_flip_counts()["0.weight"]
+    weight = model[0].weight
+    inner = next(getattr(weight, name) for name in ("_data", "_tensor", "int_data") if hasattr(weight, name))
+    with torch.no_grad():
+        inner.mul_(-1)
+    optimizer.step()
+    assert optimizer.tracker.get_flip_counts()["0.weight"] == before

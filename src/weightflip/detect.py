@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from weightflip.quantizers import Codes, ElementwiseQuantizer, Quantizer, resolve, torchao
+from weightflip.quantizers.base import quantizer_name
 
 logger = logging.getLogger("weightflip")
 
@@ -42,6 +43,9 @@ class Skip(Exception):
         unknown: A class of torchao's that weightflip should know and does not; said once in the log.
     """
 
+    is_of_model = False
+    """Whether it is the model that says so, which a copy of an optimizer cannot ask."""
+
     def __init__(self, reason: str, *, misfit: bool = False, unknown: str | None = None) -> None:
         super().__init__(reason)
         self.misfit = misfit
@@ -54,12 +58,16 @@ class Plan:
 
     Attributes:
         tracked: Name to the quantizers it is seen through, one for most.
+        listed: Names that a list of quantizers was given for, even if it came down to one.
         skipped: Name to the reason.
+        skipped_by_model: Names of those whose reason comes from the model.
         notes: Sentences worth reading.
     """
 
     tracked: dict[str, tuple[Quantizer, ...]] = field(default_factory=dict)
+    listed: set[str] = field(default_factory=set)
     skipped: dict[str, str] = field(default_factory=dict)
+    skipped_by_model: set[str] = field(default_factory=set)
     notes: tuple[str, ...] = ()
 
 
@@ -109,6 +117,7 @@ def make_plan(
     strict: bool = True,
     may_be_empty: bool = False,
     optimizer: Any = None,
+    known: Mapping[str, tuple[Quantizer, ...] | str] | None = None,
 ) -> Plan:
     """Decide for each parameter whether it is tracked and with which quantizer.
 
@@ -123,6 +132,7 @@ def make_plan(
             tracked any more is skipped with its reason instead.
         may_be_empty: Whether having nothing to track is no error, even if ``strict``.
         optimizer: Where ``"auto"`` looks for an optimizer that quantizes the weights itself.
+        known: Name to the quantizers, or the reason for none, that a model said which is not at hand any more.
 
     Returns:
         The plan.
@@ -150,24 +160,23 @@ def make_plan(
     plan, noted, unknown = Plan(), dict[str, list[str]](), dict[str, None]()
     for name, parameter in parameters.items():
         try:
+            _check_trackable(name, parameter, include_globs, exclude_globs)
+            specs = _known(known[name]) if known and name in known else _specs_of(name, rules)
             chosen, notes = _choose(
-                name,
-                parameter,
-                rules,
-                include_globs,
-                exclude_globs,
-                owners.get(id(parameter)),
-                by_optimizer.get(id(parameter)),
-                strict=strict,
+                parameter, specs, owners.get(id(parameter)), by_optimizer.get(id(parameter)), strict=strict
             )
         except Skip as reason:
             if strict and (reason.misfit or name in include_globs):
                 raise ValueError(f"parameter {name!r} cannot be tracked as asked for: {reason}") from None
             plan.skipped[name] = str(reason)
+            if reason.is_of_model:
+                plan.skipped_by_model.add(name)
             if reason.unknown is not None:
                 unknown[reason.unknown] = None
         else:
             plan.tracked[name] = chosen
+            if len(specs) > 1:
+                plan.listed.add(name)
             for note in notes:
                 noted.setdefault(note, []).append(name)
     for cls in unknown:
@@ -179,7 +188,7 @@ def make_plan(
             "expected a floating-point weight with two dimensions, or name others with include="
         )
     sentences = (f"{note} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for note, names in noted.items())
-    return Plan(plan.tracked, plan.skipped, tuple(sentences))
+    return replace(plan, notes=tuple(sentences))
 
 
 def _rules(quantizer: Any) -> dict[str, tuple[Any, ...]]:
@@ -193,9 +202,11 @@ def _specs(specs: Any) -> tuple[Any, ...]:
         spec if isinstance(spec, str) and spec == "auto" else resolve(spec)
         for spec in (specs if isinstance(specs, (list, tuple)) else [specs])
     )
-    names = [str(spec) for spec in found]
+    names = [spec if isinstance(spec, str) else quantizer_name(spec) for spec in found]
     if not found or len(set(names)) < len(names):
-        raise ValueError(f"quantizer= takes a list of different quantizers, got {names}")
+        raise ValueError(
+            f"quantizer= takes a list of different quantizers, got {names}; objects and functions need a name each"
+        )
     return found
 
 
@@ -218,18 +229,8 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def _choose(
-    name: str,
-    parameter: Tensor,
-    rules: Mapping[str, tuple[Any, ...]],
-    include: Sequence[str],
-    exclude: Sequence[str],
-    owner: nn.Module | None,
-    of_optimizer: Quantizer | None,
-    *,
-    strict: bool,
-) -> tuple[tuple[Quantizer, ...], list[str]]:
-    """The quantizers of one parameter, and notes.
+def _check_trackable(name: str, parameter: Tensor, include: Sequence[str], exclude: Sequence[str]) -> None:
+    """What the parameter itself and its name say.
 
     Raises:
         Skip: It is not tracked.
@@ -253,9 +254,30 @@ def _choose(
     if not parameter.requires_grad:
         raise Skip("frozen (requires_grad=False)")
 
-    specs = next((specs for glob, specs in rules.items() if fnmatchcase(name, glob)), None)
-    if specs is None:
-        raise Skip("no pattern in quantizer= matches; add '*' for the rest")
+
+def _specs_of(name: str, rules: Mapping[str, tuple[Any, ...]]) -> tuple[Any, ...]:
+    for glob, specs in rules.items():
+        if fnmatchcase(name, glob):
+            return specs
+    raise Skip("no pattern in quantizer= matches; add '*' for the rest")
+
+
+def _known(known: tuple[Quantizer, ...] | str) -> tuple[Quantizer, ...]:
+    if isinstance(known, str):
+        reason = Skip(known)
+        reason.is_of_model = True
+        raise reason
+    return known
+
+
+def _choose(
+    parameter: Tensor, specs: Sequence[Any], owner: nn.Module | None, of_optimizer: Quantizer | None, *, strict: bool
+) -> tuple[tuple[Quantizer, ...], list[str]]:
+    """The quantizers of one parameter, and notes.
+
+    Raises:
+        Skip: It is not tracked.
+    """
     chosen: dict[str, Quantizer] = {}
     notes = []
     for spec in specs:
@@ -265,9 +287,13 @@ def _choose(
         elif of_optimizer is not None:
             quantizer = of_optimizer
         else:
-            quantizer, note = _detect(parameter, owner)
+            try:
+                quantizer, note = _detect(parameter, owner)
+            except Skip as reason:
+                reason.is_of_model = owner is not None
+                raise
         # "auto" may come to the same as a name beside it.
-        chosen.setdefault(str(quantizer), quantizer)
+        chosen.setdefault(quantizer_name(quantizer), quantizer)
         notes += [note] if note else []
         if strict:
             try:
@@ -344,7 +370,7 @@ def _inside(parameter: Tensor, quantizer: Quantizer) -> Quantizer:
         Skip: The subclass has none.
     """
     classes = _torchao_classes(parameter)
-    if not classes:
+    if not classes or hasattr(quantizer, "plain"):
         return quantizer
     for attribute in ("_data", "_tensor"):
         if isinstance(getattr(parameter, attribute, None), Tensor):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 import warnings
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from weightflip.detect import make_plan, name_parameters, quantizes_weights
-from weightflip.records import Counts, FlipRecord, RunInfo, split_variant, variant
+from weightflip.detect import Plan, make_plan, name_parameters, quantizes_weights
+from weightflip.quantizers.base import Quantizer, quantizer_name
+from weightflip.records import Counts, FlipRecord, RunInfo, variant
 from weightflip.sinks import SinkGroup, TensorBoardSink, make_sink
 from weightflip.tracker import METRICS, TrackedWeight, WeightFlipTracker
 
@@ -41,6 +41,7 @@ class _Source:
         self._tracker: WeightFlipTracker | None = tracker
         self._last = FlipRecord(0, ())
         self._owner: weakref.ref[_Tracking] | None = weakref.ref(owner)
+        self._first_step = 0
 
     @property
     def is_live(self) -> bool:
@@ -55,8 +56,13 @@ class _Source:
         if self._tracker is not None:
             record = self._tracker.record(may_be_empty=True)
             assert record is not None
-            self._last = record
+            self._last = replace(record, step=self._first_step + record.step)
         return self._last
+
+    def follow(self, sources: Sequence[_Source]) -> None:
+        """Count steps on from where optimizers left that have all come to their end."""
+        if not any(source.is_live for source in sources):
+            self._first_step = max((source.record().step for source in sources), default=0)
 
     def end(self) -> None:
         """Keep plain numbers, and let tensors go."""
@@ -155,10 +161,12 @@ class _Tracking:
         self._calls = 0
         self._broken = False
         self._names: list[list[str]] = []
+        self._known: dict[str, tuple[Quantizer, ...] | str] = {}
         self._start()
 
     def _start(self) -> None:
         self._weights: list[TrackedWeight] = []
+        self._plan = Plan()
         self._seen: tuple[object, ...] = ()
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._found_inf: Tensor | None = None
@@ -181,10 +189,19 @@ class _Tracking:
         self._names = [[names[id(p)] for p in group["params"]] for group in param_groups]
         others = [source for source in self.log.sources if source is not self.source]
         plan = make_plan(
-            parameters, self._model, **self._selection, strict=strict, may_be_empty=bool(others), optimizer=optimizer
+            parameters,
+            self._model,
+            **self._selection,
+            strict=strict,
+            may_be_empty=bool(others),
+            optimizer=optimizer,
+            known=self._known,
         )
+        self._plan = plan
         weights = [
-            TrackedWeight(name if len(quantizers) == 1 else variant(name, str(quantizer)), parameters[name], quantizer)
+            TrackedWeight(
+                variant(name, quantizer_name(quantizer)) if name in plan.listed else name, parameters[name], quantizer
+            )
             for name, quantizers in plan.tracked.items()
             for quantizer in quantizers
         ]
@@ -212,12 +229,13 @@ class _Tracking:
             weight.name: (
                 "x".join(str(size) for size in weight.parameter.shape) or "scalar",
                 str(weight.parameter.dtype).removeprefix("torch."),
-                str(weight.quantizer),
+                quantizer_name(weight.quantizer),
             )
             for weight in self._weights
         }
         self.source.info = RunInfo(described, skipped, self._settings, plan.notes)
         if self.source not in self.log.sources:
+            self.source.follow(self.log.sources)
             self.log.sources.append(self.source)
 
     @property
@@ -250,8 +268,11 @@ class _Tracking:
             # Also at garbage collection and at interpreter exit: a script that never calls close() loses no record. Not
             # before the first step: a copy that is thrown away writes nothing.
             self._finalizer = weakref.finalize(self, self.log.leave, self.source, os.getpid())
-        if self._calls % self._log_every == 0 and self.log.is_led_by(self.source):
-            self.log.write()
+        if self._calls % self._log_every == 0:
+            # A model that was converted meanwhile may have the very same parameters.
+            self._seen = ()
+            if self.log.is_led_by(self.source):
+                self.log.write()
 
     def end(self) -> None:
         """Write the last record, and give memory back; the numbers stay."""
@@ -315,14 +336,13 @@ class _Tracking:
         self.log.first_step = max(self.log.first_step, self.tracker.step_count)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of an optimizer has no model in it: names and quantizers stand in for what the model was asked.
-        known: dict[str, list[Any]] = {}
-        for weight in self._weights:
-            known.setdefault(glob.escape(split_variant(weight.name)[0]), []).append(weight.quantizer)
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_weights", "_seen", "_finalizer")}
-        quantizer = self._selection["quantizer"]
-        rest = quantizer if isinstance(quantizer, Mapping) else {"*": quantizer}
-        return {**state, "_model": None, "_selection": {**self._selection, "quantizer": {**known, **rest}}}
+        # A copy of an optimizer has no model in it: what the model was asked is known from here on.
+        known: dict[str, tuple[Quantizer, ...] | str] = {
+            name: self._plan.skipped[name] for name in self._plan.skipped_by_model
+        }
+        known.update({n: q for n, q in self._plan.tracked.items() if (len(q) > 1) == (n in self._plan.listed)})
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_weights", "_seen", "_finalizer", "_plan")}
+        return {**state, "_model": None, "_known": {**self._known, **known}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightflip import functional, kernels
-from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, resolve
+from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, quantizer_name, resolve
 from weightflip.records import Counts, FlipRecord, LayerRecord, split_variant
 
 METRICS = ("flips", "stalls")
@@ -55,7 +55,7 @@ class _Stamp(NamedTuple):
     # Memory that was given back may be given out again for the next storage: an address alone does not tell.
     storage: StorageWeakRef
     data_ptr: int
-    version: int
+    versions: tuple[int, int]
 
 
 @dataclass
@@ -86,7 +86,7 @@ class _Layer:
 
     name: str
     weights: int
-    quantizer: str = ""
+    quantizer: str
     base: list[int] = field(default_factory=lambda: [0] * _COLUMNS)
     """Counted before this ledger: in a loaded checkpoint, or on another device."""
     ledger: _Ledger | None = None
@@ -227,7 +227,7 @@ class WeightFlipTracker:
         codes = quantizer.encode(weight.detach()).ordinals.clone()
         updated = None if grad is None else (grad.to_dense() if grad.is_sparse else grad) != 0
         updates = None if updated is None else torch.count_nonzero(updated)
-        self._layer(name, weight).quantizer = str(quantizer)
+        self._layer(name, weight, quantizer_name(quantizer))
         self._snapshots[name] = _Snapshot(codes, updated, updates)
 
     @torch.no_grad()
@@ -263,7 +263,7 @@ class WeightFlipTracker:
                 f"the snapshot of '{name}' holds {snapshot.codes.dtype} codes, format {format} gives {codes.dtype}"
             )
         del self._snapshots[name]
-        layer = self._layer(name, weight)
+        layer = self._layers[name]
         assert layer.ledger is not None
         counts = torch.zeros(3, dtype=torch.int64, device=weight.device)
         functional.compare(snapshot.codes, codes, snapshot.updated, counts, self._scratch)
@@ -467,7 +467,13 @@ class WeightFlipTracker:
         steps, totals = self._read()
         none = [0] * _COLUMNS
         layers = [
-            [name, self._layers[name].weights, total, list(self._window_base.get(name, none))]
+            [
+                name,
+                self._layers[name].weights,
+                self._layers[name].quantizer,
+                total,
+                list(self._window_base.get(name, none)),
+            ]
             for name, total in totals.items()
         ]
         return {"version": 1, "steps": steps, "layers": layers}
@@ -487,8 +493,8 @@ class WeightFlipTracker:
                 + (f"a dictionary without {sorted(missing)}" if missing else f"version {state_dict['version']!r}")
             )
         layers, window_base = {}, {}
-        for name, weights, total, base in state_dict["layers"]:
-            layers[name] = _Layer(name, int(weights), base=[int(n) for n in total])
+        for name, weights, quantizer, total, base in state_dict["layers"]:
+            layers[name] = _Layer(name, int(weights), quantizer, base=[int(n) for n in total])
             window_base[name] = [int(n) for n in base]
         steps = int(state_dict["steps"])
         self.reset()
@@ -499,18 +505,22 @@ class WeightFlipTracker:
 
     # ------------------------------------------------------------------ inside
 
-    def _layer(self, name: str, weight: Tensor) -> _Layer:
+    def _layer(self, name: str, weight: Tensor, quantizer: str) -> _Layer:
         """The layer with a row on the weight's device."""
         layer = self._layers.get(name)
-        if layer is not None and layer.weights != weight.numel():
-            warnings.warn(
-                f"weightflip: {name!r} had {layer.weights} weights and has {weight.numel()} now; its counts start anew",
-                stacklevel=2,
+        if layer is not None and (layer.weights, layer.quantizer) != (weight.numel(), quantizer):
+            change = (
+                f"was tracked as {layer.quantizer} and is {quantizer}"
+                if layer.weights == weight.numel()
+                else f"had {layer.weights} weights and has {weight.numel()}"
             )
+            warnings.warn(f"weightflip: {name!r} {change} now; its counts start anew", stacklevel=2)
+            if layer.ledger is not None:
+                layer.ledger.step[layer.row].zero_()
             self._window_base.pop(name, None)
             layer = None
         if layer is None:
-            layer = self._layers[name] = _Layer(name, weight.numel())
+            layer = self._layers[name] = _Layer(name, weight.numel(), quantizer)
         if layer.ledger is None or layer.ledger.device != weight.device:
             if layer.ledger is not None:
                 layer.base = self._read()[1][name]
@@ -522,24 +532,23 @@ class WeightFlipTracker:
 
     def _ensure_codes(self, tracked: TrackedWeight) -> None:
         weight, quantizer = _weight_and_quantizer(tracked)
-        layer = self._layer(tracked.name, weight)
-        is_kept = layer.codes is not None and not self.fresh_snapshots and layer.quantizer == str(quantizer)
+        layer = self._layer(tracked.name, weight, quantizer_name(quantizer))
+        is_kept = layer.codes is not None and not self.fresh_snapshots
         is_kept = is_kept and not getattr(quantizer, "has_state", False)
-        if is_kept and _is_unwritten(tracked.parameter, layer.stamp):
+        if is_kept and layer.stamp is not None and layer.stamp == _stamp(tracked.parameter, weight):
             return
         layer.stamp = None
-        layer.quantizer = str(quantizer)
         if not isinstance(quantizer, ElementwiseQuantizer):
             # A copy: these codes are written to, and a quantizer may hand out a view of the weight.
             encoded = quantizer.encode(weight)
             layer.codes = encoded.ordinals.clone()
-            layer.scale_codes = _scale_codes(quantizer, encoded.scale)
+            layer.scale_codes = _scale_codes(quantizer, encoded.scale, weight.ndim)
             return
         dtype = quantizer.code_dtype(weight)
         if layer.codes is None or layer.codes.shape != weight.shape or layer.codes.dtype != dtype:
             layer.codes = torch.empty_like(weight, dtype=dtype)
         scale = functional.encode_into(weight, quantizer, layer.codes, self._scratch, self.backend)
-        layer.scale_codes = _scale_codes(quantizer, scale)
+        layer.scale_codes = _scale_codes(quantizer, scale, weight.ndim)
 
     def _count(self, tracked: TrackedWeight) -> None:
         layer = self._layers[tracked.name]
@@ -566,7 +575,7 @@ class WeightFlipTracker:
             encoded = quantizer.encode(weight)
             functional.compare(layer.codes, encoded.ordinals, dense, counts, self._scratch)
             scale = encoded.scale
-        scale_codes = _scale_codes(quantizer, scale)
+        scale_codes = _scale_codes(quantizer, scale, weight.ndim)
         if scale_codes is not None and layer.scale_codes is not None:
             row[_SCALE_CHANGES].copy_(torch.count_nonzero(scale_codes != layer.scale_codes))
             row[_SCALE_STEPS].fill_(scale_codes.numel())
@@ -576,7 +585,7 @@ class WeightFlipTracker:
             counts[kernels.UPDATES].add_(torch.count_nonzero(updated))
             counts[kernels.STALLED].add_(torch.count_nonzero(updated & (layer.codes[at] == before)))
         row[_WEIGHT_STEPS].fill_(layer.weights)
-        layer.stamp = _stamp(tracked.parameter)
+        layer.stamp = _stamp(tracked.parameter, weight)
 
     def _forget_codes(self) -> None:
         is_over = self.end_step is not None and self._steps >= self.end_step
@@ -707,33 +716,32 @@ def _table_row(name: str, quantizer: str, weights: int, counts: Counts) -> tuple
 
 def _weight_and_quantizer(tracked: TrackedWeight) -> tuple[Tensor, Quantizer]:
     """What is encoded, and by what: the master copy, where a subclass holds one."""
-    weight, quantizer = tracked.parameter.detach(), tracked.quantizer
+    quantizer = tracked.quantizer
     inner: Quantizer | None = getattr(quantizer, "encodes", None)
     if inner is None:
-        return weight, quantizer
+        return tracked.parameter.detach(), quantizer
+    # Of the parameter itself: inside a detached subclass, the copy has a version counter of its own.
     plain: Callable[[Tensor], Tensor] = quantizer.plain  # type: ignore[attr-defined]
-    return plain(weight), inner
+    return plain(tracked.parameter).detach(), inner
 
 
-def _scale_codes(quantizer: Quantizer, scale: Tensor | None) -> Tensor | None:
-    """What is stored of scales that are codes themselves: those of blocks and groups."""
+def _scale_codes(quantizer: Quantizer, scale: Tensor | None, ndim: int) -> Tensor | None:
+    """What is stored of scales that are codes themselves: those of blocks and groups, ``(..., K // group, 1)``."""
     if scale is None:
         return None
     if isinstance(quantizer, ElementwiseQuantizer):
         return None if quantizer.group is None else quantizer.scale_codes(scale)
-    return None if scale.numel() < 2 else scale.float().view(torch.int32).clone()
+    is_of_groups = scale.ndim == ndim + 1
+    return scale.float().view(torch.int32).clone() if is_of_groups else None
 
 
-def _stamp(parameter: Tensor) -> _Stamp | None:
+def _stamp(parameter: Tensor, weight: Tensor) -> _Stamp | None:
+    """Of a parameter and what is encoded of it: the same, or the master copy inside it."""
     if parameter.is_inference():
         # Inference tensors have no version counter.
         return None
-    storage = StorageWeakRef(parameter.untyped_storage())  # type: ignore[no-untyped-call]
-    return _Stamp(id(parameter), storage, parameter.data_ptr(), parameter._version)
-
-
-def _is_unwritten(parameter: Tensor, stamp: _Stamp | None) -> bool:
-    return stamp is not None and stamp == _stamp(parameter)
+    storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+    return _Stamp(id(parameter), storage, weight.data_ptr(), (parameter._version, weight._version))
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:

@@ -43,7 +43,8 @@ class Codes:
 class Quantizer(Protocol):
     """Anything that turns a weight into codes.
 
-    ``encode`` is called without gradients. It must not change the weight and must not draw random numbers.
+    ``encode`` is called without gradients. It must not change the weight and must not draw random numbers. ``name``,
+    or else ``str()``, is what it is called in tables, tags and checkpoints.
 
     What follows is for quantizers that belong to a module or a tensor subclass; the tracker asks for it where it is
     there:
@@ -58,6 +59,14 @@ class Quantizer(Protocol):
     def encode(self, weight: Tensor) -> Codes:
         """Codes of ``weight``, in its shape."""
         ...
+
+
+def quantizer_name(quantizer: Quantizer) -> str:
+    """What a quantizer is called in tables, tags and checkpoints: its ``name``, its ``str``, or that of its class."""
+    name = getattr(quantizer, "name", None)
+    if isinstance(name, str):
+        return name
+    return type(quantizer).__name__ if type(quantizer).__str__ is object.__str__ else str(quantizer)
 
 
 class Scratch(Protocol):

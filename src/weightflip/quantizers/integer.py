@@ -46,10 +46,11 @@ class IntegerQuantizer(_Integers):
     ``clamp(round(w * (1 / scale)), -2**(bits - 1), 2**(bits - 1) - 1)``, ties to even. Values are ``code * scale``.
 
     That is ``MappingType.SYMMETRIC`` of torchao 0.18 (``choose_qparams_affine`` and ``quantize_affine`` in
-    ``torchao/quantization/quant_primitives.py``), which its int8 and intx weight configurations have by default: the
-    largest magnitude meets 127.5 (7.5), half a step beyond the largest code, so that -128 (-8) is reached and the
-    largest positive weight is clamped. The scale is at least the smallest normal number of the weight's dtype, as is
-    the default there; ``Int8Tensor`` takes 2**-23 instead, which only rows below 1.5e-5 notice.
+    ``torchao/quantization/quant_primitives.py``), which its int8 and intx weight configurations have by default (the
+    intx ones keep the scale of half-precision weights in that precision, which moves some codes): the largest magnitude
+    meets 127.5 (7.5), half a step beyond the largest code, so that -128 (-8) is reached and the largest positive weight
+    is clamped. The scale is at least the smallest normal number of the weight's dtype, as is the default there;
+    ``Int8Tensor`` takes 2**-23 instead, which only rows below 1.5e-5 notice.
 
     A NaN makes its whole row or group NaN. An infinite weight is NaN, and all others beside it are 0.
 

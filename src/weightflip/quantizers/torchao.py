@@ -250,6 +250,9 @@ class StoredCodes:
         name: What it is called in reports.
     """
 
+    # Read before each step: what writes to the codes does not show on the subclass around them.
+    has_state = True
+
     def __init__(self, attribute: str, name: str) -> None:
         self.attribute = attribute
         self.name = name
