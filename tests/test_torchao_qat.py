@@ -647,11 +647,24 @@ def test_a_mixed_model_is_seen_part_by_part():
     (note,) = optimizer.info.notes
     assert "head.weight" in note
     assert "first.weight" not in note
-    tokens = torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(1))
-    for _ in range(3):
+
+    def embedded():
+        """The integers of the embedding, from what torchao's own fake quantizer gives."""
+        fake_quantizer = model.embedding.weight_fake_quantizer
+        values = fake_quantizer(model.embedding.weight.detach()).view(32, -1, 32)
+        return (values / fake_quantizer.scale.view(32, -1, 1)).round().view(32, 64)
+
+    tokens = torch.randint(0, 24, (4, 16), generator=torch.Generator().manual_seed(1))
+    flips = updates = 0
+    for _ in range(20):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+        updates += int((model.embedding.weight.grad != 0).sum())
+        before = embedded()
         optimizer.step()
+        flips += int((embedded() != before).sum())
+    assert optimizer.tracker.get_flip_counts()["embedding.weight"] == flips
+    assert optimizer.tracker.get_update_counts()["embedding.weight"] == updates < 20 * 32 * 64
     assert all(optimizer.tracker.get_flip_counts().values())
     rows = {line.split()[0]: line.split()[1:3] for line in str(optimizer.tracker).splitlines()[2:-1]}
     sizes = {"embedding.weight": "2,048", "head.weight": "2,048"}
