@@ -31,8 +31,9 @@ demo: $(VENV)/installed  ## train a small float8 network on handwritten digits, 
 tensorboard: $(VENV)/installed  ## open TensorBoard on runs/
 	$(BIN)/tensorboard --logdir $(LOG_DIR) --port $(PORT)
 
+# Two at a time, each with one thread: threads that share such small tensors mostly wait for each other.
 test: $(VENV)/installed  ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 conformance: $(VENV)/installed  ## wrapped equals bare for every input of PyTorch's own optimizer tests
 	$(BIN)/python -m pytest -m conformance tests/test_conformance.py
