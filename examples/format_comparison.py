@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> list[FlipRecord]:
     optimizer = FlipTrackingOptimizer(
         torch.optim.AdamW(model.parameters(), lr=args.lr),
         model,
-        quantizer={"head.*": "bfloat16", "*": args.formats},
+        quantizer=args.formats,
         exclude="head.*",
         log_every=len(loader),
         sinks=[SummaryWriter(args.log_dir), records.append],
