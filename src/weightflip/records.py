@@ -3,9 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+
+class Quotient(NamedTuple):
+    """A number that is summed over layers, steps and processes before it is divided.
+
+    Attributes:
+        numerator: What is counted.
+        denominator: What it is counted of.
+    """
+
+    numerator: float
+    denominator: float
+
+    @property
+    def value(self) -> float:
+        """NaN where nothing was there to count."""
+        return self.numerator / self.denominator if self.denominator else math.nan
+
+
+class Histogram(NamedTuple):
+    """How the weights of a layer are spread, at one logging point.
+
+    Attributes:
+        edges: Ascending, finite borders of the bins, one more than there are bins.
+        counts: Weights in each bin; those beyond the borders are in the first and in the last.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -19,6 +48,7 @@ class Counts:
         stalled: Weights with an update and no flip.
         scale_steps: Sum over the tracked steps of the block and group scales that were compared in each.
         scale_changes: Those of them that changed.
+        ratios: What metric groups counted, by name.
     """
 
     weight_steps: int = 0
@@ -27,9 +57,17 @@ class Counts:
     stalled: int = 0
     scale_steps: int = 0
     scale_changes: int = 0
+    ratios: Mapping[str, Quotient] = field(default_factory=dict)
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
+        return self._combined(other, 1)
+
+    def __sub__(self, other: Counts) -> Counts:
+        return self._combined(other, -1)
+
+    def _combined(self, other: Counts, sign: int) -> Counts:
+        numbers: dict[str, Any] = {name: getattr(self, name) + sign * getattr(other, name) for name in _NUMBERS}
+        return Counts(**numbers, ratios=_added(self.ratios, other.ratios, sign))
 
     @property
     def flip_rate(self) -> float:
@@ -45,6 +83,28 @@ class Counts:
     def scale_change_rate(self) -> float:
         """Mean share of the block and group scales that change in a step; NaN where there are none."""
         return self.scale_changes / self.scale_steps if self.scale_steps else math.nan
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Counts:
+        """The inverse of ``to_dict``."""
+        return cls(**{**data, "ratios": _quotients(data.get("ratios", {}))})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries and numbers."""
+        return {**vars(self), "ratios": {name: list(quotient) for name, quotient in self.ratios.items()}}
+
+
+_NUMBERS = tuple(f.name for f in fields(Counts) if f.name != "ratios")
+
+
+def _added(mine: Mapping[str, Quotient], others: Mapping[str, Quotient], sign: int = 1) -> dict[str, Quotient]:
+    zero = Quotient(0, 0)
+    pairs = {name: (mine.get(name, zero), others.get(name, zero)) for name in {**mine, **others}}
+    return {name: Quotient(*(x + sign * y for x, y in zip(a, b, strict=True))) for name, (a, b) in pairs.items()}
+
+
+def _quotients(data: Mapping[str, Sequence[float]]) -> dict[str, Quotient]:
+    return {name: Quotient(*pair) for name, pair in data.items()}
 
 
 def variant(name: str, quantizer: str) -> str:
@@ -68,6 +128,8 @@ class LayerRecord:
         window: Counted since the last logging point.
         total: Counted since tracking began.
         nonfinite: NaN and infinite weights at the logging point.
+        gauges: What metric groups found at the logging point, by name.
+        histograms: The same, of numbers that each weight has.
     """
 
     name: str
@@ -75,6 +137,8 @@ class LayerRecord:
     window: Counts
     total: Counts
     nonfinite: int = 0
+    gauges: Mapping[str, Quotient] = field(default_factory=dict)
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
 
     @property
     def flip_rate(self) -> float:
@@ -96,6 +160,42 @@ class LayerRecord:
         """Mean share of the block and group scales that changed in a step of the window; NaN where there are none."""
         return self.window.scale_change_rate
 
+    @property
+    def values(self) -> dict[str, float]:
+        """Every number of this logging point that there is, by name: what sinks write. None is NaN."""
+        values = {
+            "flip_rate": self.flip_rate,
+            "cumulative_flip_rate": self.cumulative_flip_rate,
+            "stall_ratio": self.stall_ratio,
+            "scale_changes": self.scale_change_rate,
+            **{name: quotient.value for name, quotient in {**self.window.ratios, **self.gauges}.items()},
+        }
+        return {name: value for name, value in values.items() if not math.isnan(value)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerRecord:
+        """The inverse of ``to_dict``."""
+        histograms = {
+            name: Histogram(*(tuple(numbers) for numbers in pair)) for name, pair in data.get("histograms", {}).items()
+        }
+        given = {
+            "window": Counts.from_dict(data["window"]),
+            "total": Counts.from_dict(data["total"]),
+            "gauges": _quotients(data.get("gauges", {})),
+            "histograms": histograms,
+        }
+        return cls(**{**data, **given})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers."""
+        given = {
+            "window": self.window.to_dict(),
+            "total": self.total.to_dict(),
+            "gauges": {name: list(quotient) for name, quotient in self.gauges.items()},
+            "histograms": {name: [list(numbers) for numbers in pair] for name, pair in self.histograms.items()},
+        }
+        return {**vars(self), **given}
+
 
 @dataclass(frozen=True)
 class FlipRecord:
@@ -104,10 +204,12 @@ class FlipRecord:
     Attributes:
         step: Optimizer steps so far, skipped ones not counted.
         layers: All layers that were ever tracked; the window of one that is frozen now is empty.
+        groups: Name of a group to the names of its layers.
     """
 
     step: int
     layers: tuple[LayerRecord, ...]
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def model(self) -> LayerRecord:
@@ -126,34 +228,66 @@ class FlipRecord:
             for name in variants
         }
 
+    @property
+    def group_sums(self) -> dict[str, LayerRecord]:
+        """The sum of the layers of each group; ``name@quantizer`` where they are tracked with several quantizers."""
+        sums = {}
+        for group, names in self.groups.items():
+            members = [layer for layer in self.layers if split_variant(layer.name)[0] in names]
+            for seen_as in dict.fromkeys(split_variant(layer.name)[1] for layer in members):
+                name = variant(group, seen_as) if seen_as else group
+                sums[name] = _summed(name, [layer for layer in members if split_variant(layer.name)[1] == seen_as])
+        return sums
+
     @classmethod
     def merged(cls, records: Sequence[FlipRecord]) -> FlipRecord:
         """One record of several trackers' layers, at the step of the one that is furthest."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for record in records:
+            for group, names in record.groups.items():
+                groups[group] = (*groups.get(group, ()), *names)
         return cls(
-            max(record.step for record in records), tuple(layer for record in records for layer in record.layers)
+            max(record.step for record in records),
+            tuple(layer for record in records for layer in record.layers),
+            groups,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries and numbers, as the JSONL sink writes them."""
-        return asdict(self)
+        """Plain dictionaries, lists and numbers, as the JSONL sink writes them."""
+        return {
+            "step": self.step,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "groups": {group: list(names) for group, names in self.groups.items()},
+        }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> FlipRecord:
-        """The inverse of ``to_dict``."""
-        layers = tuple(
-            LayerRecord(**{**layer, "window": Counts(**layer["window"]), "total": Counts(**layer["total"])})
-            for layer in data["layers"]
-        )
-        return cls(data["step"], layers)
+    def from_dict(cls, data: Mapping[str, Any]) -> FlipRecord:
+        """The inverse of ``to_dict``; also of what earlier versions wrote."""
+        groups = {group: tuple(names) for group, names in data.get("groups", {}).items()}
+        return cls(data["step"], tuple(LayerRecord.from_dict(layer) for layer in data["layers"]), groups)
 
 
 def _summed(name: str, layers: Sequence[LayerRecord]) -> LayerRecord:
+    gauges: dict[str, Quotient] = {}
+    histograms: dict[str, Histogram] = {}
+    for layer in layers:
+        gauges = _added(gauges, layer.gauges)
+        for of, histogram in layer.histograms.items():
+            before = histograms.get(of)
+            counts = (
+                histogram.counts
+                if before is None
+                else tuple(map(sum, zip(before.counts, histogram.counts, strict=True)))
+            )
+            histograms[of] = Histogram(histogram.edges, counts)
     return LayerRecord(
         name,
         sum(layer.weights for layer in layers),
         sum((layer.window for layer in layers), Counts()),
         sum((layer.total for layer in layers), Counts()),
         sum(layer.nonfinite for layer in layers),
+        gauges,
+        histograms,
     )
 
 
