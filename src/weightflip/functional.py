@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from weightflip import kernels
+
+Observer: TypeAlias = Callable[[kernels.Index, Tensor, Tensor], None]
 
 
 class Elementwise(Protocol):
@@ -111,6 +113,7 @@ def advance(
     counts: Tensor,
     scratch: kernels.ScratchPool,
     backend: str = "auto",
+    observe: Observer | None = None,
 ) -> Tensor | None:
     """Encode ``weight`` anew, count what changed against ``codes``, and keep the new codes there, in one go.
 
@@ -122,6 +125,8 @@ def advance(
         counts: int64 of shape (3,): flips, updates, stalled; added to.
         scratch: Where temporaries come from.
         backend: As in :func:`weightflip.kernels.check_backend`.
+        observe: Called for each slice in turn with its index and its ordinals before and after, in the shape that
+            ``quantizer.grouped`` gives.
 
     Returns:
         The quantizer's scale.
@@ -129,9 +134,30 @@ def advance(
     weight, codes = quantizer.grouped(weight), quantizer.grouped(codes)
     update = None if update is None else quantizer.grouped(update)
     scale = quantizer.scale(weight)
-    if not _in_one_pass(weight, scale, quantizer, codes, update, counts, backend):
-        kernels.count_(codes, _slice_encoder(weight, scale, quantizer, codes.dtype, scratch), update, counts, scratch)
+
+    def advance_part(index: kernels.Index) -> None:
+        part, part_codes = weight[index], codes[index]
+        part_scale = None if scale is None else kernels.take(scale, index)
+        part_update = None if update is None else update[index]
+        if not _in_one_pass(part, part_scale, quantizer, part_codes, part_update, counts, backend):
+            new = _slice_encoder(part, part_scale, quantizer, codes.dtype, scratch)
+            kernels.count_(part_codes, new, part_update, counts, scratch)
+
+    _observed(codes, advance_part, observe, scratch)
     return scale
+
+
+def _observed(
+    codes: Tensor, advance_part: Callable[[kernels.Index], None], observe: Observer | None, scratch: kernels.ScratchPool
+) -> None:
+    if observe is None:
+        advance_part((slice(None),) * codes.ndim)
+        return
+    for index in kernels.slices(codes, kernels.slice_elements(codes)):
+        part = codes[index]
+        old = scratch("old", part, codes.dtype).copy_(part)
+        advance_part(index)
+        observe(index, old, part)
 
 
 def _in_one_pass(
@@ -164,9 +190,21 @@ def _slice_encoder(
     return new
 
 
-def compare(codes: Tensor, new: Tensor, update: Tensor | None, counts: Tensor, scratch: kernels.ScratchPool) -> None:
+def compare(
+    codes: Tensor,
+    new: Tensor,
+    update: Tensor | None,
+    counts: Tensor,
+    scratch: kernels.ScratchPool,
+    observe: Observer | None = None,
+) -> None:
     """As :func:`advance`, for codes that are there already."""
-    kernels.count_(codes, new.__getitem__, update, counts, scratch)
+
+    def advance_part(index: kernels.Index) -> None:
+        part_update = None if update is None else update[index]
+        kernels.count_(codes[index], new[index].__getitem__, part_update, counts, scratch)
+
+    _observed(codes, advance_part, observe, scratch)
 
 
 def count_nonfinite(weight: Tensor, count: Tensor, scratch: kernels.ScratchPool) -> None:

@@ -20,7 +20,7 @@ from weightflip.detect import Plan, make_plan, name_parameters, quantizes_weight
 from weightflip.quantizers.base import Quantizer, quantizer_name
 from weightflip.records import Counts, FlipRecord, RunInfo, variant
 from weightflip.sinks import SinkGroup, TensorBoardSink, make_sink
-from weightflip.tracker import METRICS, TrackedWeight, WeightFlipTracker
+from weightflip.tracker import METRICS, MetricsLike, TrackedWeight, WeightFlipTracker
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -127,7 +127,8 @@ class TrackingOptions(TypedDict, total=False):
     quantizer: Any
     include: str | Sequence[str] | None
     exclude: str | Sequence[str] | None
-    metrics: Sequence[str]
+    metrics: MetricsLike
+    oscillation_ema: float | tuple[float, float] | None
     track_every: int
     start_step: int
     end_step: int | None
@@ -375,7 +376,11 @@ class FlipTrackingOptimizer(Optimizer):
             the first that matches counts.
         include: Globs over parameter names; None for every floating-point weight with two dimensions or more.
         exclude: Globs over parameter names.
-        metrics: ``"flips"`` and ``"stalls"``.
+        metrics: ``"flips"``, ``"stalls"``, and the groups ``"oscillation"``, ``"coverage"``, ``"scale"``, ``"travel"``,
+            ``"range"``, ``"rank"``; a mapping, such as ``{"flips": 1, "travel": 10}``, has a group look at every tenth
+            tracked step only.
+        oscillation_ema: Momentum of the moving average of each weight's oscillation frequency, such as 0.01, or a tuple
+            of it and the threshold above which a weight counts as oscillating.
         track_every: Track every n-th step.
         start_step: First step to track, from 0.
         end_step: Track no step from this one on.
@@ -423,7 +428,8 @@ class FlipTrackingOptimizer(Optimizer):
         quantizer: Any = "auto",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
-        metrics: Sequence[str] = METRICS,
+        metrics: MetricsLike = METRICS,
+        oscillation_ema: float | tuple[float, float] | None = None,
         track_every: int = 1,
         start_step: int = 0,
         end_step: int | None = None,
@@ -442,6 +448,7 @@ class FlipTrackingOptimizer(Optimizer):
             )
         tracker = WeightFlipTracker(
             metrics=metrics,
+            oscillation_ema=oscillation_ema,
             track_every=track_every,
             start_step=start_step,
             end_step=end_step,

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightflip import functional, kernels
+from weightflip.metrics import LayerMetric, Metric, Slice, Weight, make_metrics
+from weightflip.metrics.oscillation import Oscillation
 from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, quantizer_name, resolve
-from weightflip.records import Counts, FlipRecord, LayerRecord, split_variant
+from weightflip.records import Counts, FlipRecord, Histogram, LayerRecord, Quotient, split_variant
 
 METRICS = ("flips", "stalls")
+
+MetricsLike: TypeAlias = "Sequence[str | Metric] | Mapping[str | Metric, int | None]"
 
 # Columns of the counters on the device: what the kernels count, then what the tracker adds.
 _COUNTED = slice(0, 3)
 _WEIGHT_STEPS, _NONFINITE, _SCALE_STEPS, _SCALE_CHANGES = 3, 4, 5, 6
 _COLUMNS = 7
-_GAUGES = (_NONFINITE,)
+_VALUES = ("flip_rate", "cumulative_flip_rate", "stall_ratio", "scale_changes")
 
 
 class TrackedWeight(NamedTuple):
@@ -39,11 +43,13 @@ class MemoryUsage(NamedTuple):
         codes: The codes of the weights: a byte a weight for formats of up to 8 bits.
         counters: A few numbers a layer.
         buffers: Scratch memory, of a fixed size once every format was seen.
+        metrics: What metric groups remember of each weight.
     """
 
     codes: int
     counters: int
     buffers: int
+    metrics: int = 0
 
 
 class _Stamp(NamedTuple):
@@ -58,26 +64,104 @@ class _Stamp(NamedTuple):
     versions: tuple[int, int]
 
 
+class _Group(NamedTuple):
+    """A metric group, and its columns among those that all groups have."""
+
+    metric: Metric
+    every: int
+    sums: slice
+    gauges: slice
+    bins: slice
+
+
+def _make_groups(metrics: Any, oscillation_ema: float | tuple[float, float] | None) -> tuple[list[str], list[_Group]]:
+    """The names in ``metrics=``, and the groups beside flips and stalls."""
+    is_mapping = isinstance(metrics, Mapping)
+    asked: dict[Any, Any] = dict(metrics) if is_mapping else {} if isinstance(metrics, str) else dict.fromkeys(metrics)
+    if "flips" not in asked:
+        raise ValueError(
+            "metrics= is a sequence with 'flips' in it, or a mapping from such names to every how many steps each is "
+            f"looked at; got {metrics!r}"
+        )
+    for name in METRICS:
+        if asked.pop(name, None) not in (None, 1):
+            raise ValueError(f"metrics= counts {name!r} in every tracked step; use track_every= for fewer")
+    if oscillation_ema is not None:
+        if "oscillation" not in asked:
+            raise ValueError("oscillation_ema= belongs to the group 'oscillation'; add it to metrics=")
+        options = oscillation_ema if isinstance(oscillation_ema, tuple) else (oscillation_ema,)
+        asked = {Oscillation(*options) if name == "oscillation" else name: every for name, every in asked.items()}
+    groups, start = [], 0
+    for metric, every in make_metrics(asked):
+        sums = slice(start, start + 2 * len(metric.ratios))
+        gauges = slice(sums.stop, sums.stop + 2 * len(metric.gauges))
+        bins = slice(gauges.stop, gauges.stop + sum(len(bins.edges) - 1 for bins in metric.histograms))
+        groups.append(_Group(metric, every, sums, gauges, bins))
+        start = bins.stop
+    names = [name for name in METRICS if name in (metrics if not isinstance(metrics, str) else ())]
+    return names + [group.metric.name for group in groups], groups
+
+
 @dataclass
 class _Ledger:
     """The counters of all layers on one device: a row each."""
 
     device: torch.device
+    more: int
+    """Columns of the metric groups."""
     rows: int = 0
     total: Tensor = field(init=False)
     step: Tensor = field(init=False)
+    more_total: Tensor | None = None
+    more_step: Tensor | None = None
+    """float64, which counts exactly up to 2**53. Not there without groups: not every device has float64."""
 
     def __post_init__(self) -> None:
         self.total = torch.zeros(0, _COLUMNS, dtype=torch.int64, device=self.device)
         self.step = torch.zeros_like(self.total)
+        if self.more:
+            self.more_total = torch.zeros(0, self.more, dtype=torch.float64, device=self.device)
+            self.more_step = torch.zeros_like(self.more_total)
+
+    @property
+    def _tables(self) -> dict[str, Tensor]:
+        return {name: table for name, table in vars(self).items() if isinstance(table, Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(table.nbytes for table in self._tables.values())
 
     def add_row(self) -> int:
         if self.rows == self.total.size(0):
-            more = torch.zeros(max(16, self.rows), _COLUMNS, dtype=torch.int64, device=self.device)
-            self.total = torch.cat([self.total, more])
-            self.step = torch.cat([self.step, more])
+            for name, table in self._tables.items():
+                setattr(self, name, torch.cat([table, table.new_zeros(max(16, self.rows), table.size(1))]))
         self.rows += 1
         return self.rows - 1
+
+    def clear_row(self, row: int) -> None:
+        for table in self._tables.values():
+            table[row].zero_()
+
+    def begin_step(self) -> None:
+        self.step.zero_()
+        if self.more_step is not None:
+            self.more_step.zero_()
+
+    def end_step(self, valid: Tensor | None) -> None:
+        """Add what was counted in the step, if it was one."""
+        if valid is None:
+            self.total.add_(self.step)
+        else:
+            valid = valid.to(self.device, torch.int64, non_blocking=True)
+            self.total.addcmul_(self.step, valid)
+        if self.more_total is not None and self.more_step is not None:
+            self.more_total.add_(self.more_step if valid is None else self.more_step * valid)
+
+    def discard(self, row: int) -> None:
+        """Forget what was counted of one layer in this step."""
+        self.step[row].zero_()
+        if self.more_step is not None:
+            self.more_step[row].zero_()
 
 
 @dataclass
@@ -87,21 +171,37 @@ class _Layer:
     name: str
     weights: int
     quantizer: str
-    base: list[int] = field(default_factory=lambda: [0] * _COLUMNS)
+    base: list[float]
     """Counted before this ledger: in a loaded checkpoint, or on another device."""
     ledger: _Ledger | None = None
     row: int = -1
     codes: Tensor | None = None
     scale_codes: Tensor | None = None
     """Of block and group scales."""
+    scale: Tensor | None = None
+    """Of the codes; kept for metric groups."""
     stamp: _Stamp | None = None
+    metrics: dict[str, LayerMetric | None] | None = None
+    """Name of a group to what it keeps, once there is a baseline; None for a group without numbers for this layer."""
+    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """What groups kept in a checkpoint, or on another device."""
 
     def drop_codes(self) -> None:
-        self.codes = self.scale_codes = self.stamp = None
+        self.codes = self.scale_codes = self.scale = self.stamp = None
+
+    def close_metrics(self) -> None:
+        """Groups begin anew with the next codes, from what they kept."""
+        self.saved, self.metrics = self.metric_tensors(), None
+
+    def metric_tensors(self) -> dict[str, dict[str, Tensor]]:
+        if self.metrics is None:
+            return self.saved
+        return {group: metric.tensors for group, metric in self.metrics.items() if metric is not None and metric.state}
 
     def __getstate__(self) -> dict[str, Any]:
         # The stamp is about this process's parameter: a copy encodes its own anew.
-        return {**self.__dict__, "codes": None, "scale_codes": None, "stamp": None}
+        kept = {"saved": self.metric_tensors(), "metrics": None}
+        return {**self.__dict__, "codes": None, "scale_codes": None, "scale": None, "stamp": None, **kept}
 
 
 @dataclass
@@ -122,7 +222,12 @@ class WeightFlipTracker:
     logging points.
 
     Args:
-        metrics: ``"flips"``, ``"stalls"`` or both. Stalls need the gradients.
+        metrics: ``"flips"``, and what else is counted: ``"stalls"`` (needs the gradients), the groups of
+            :func:`weightflip.metrics.metric_names`, or ``Metric`` objects. As a mapping, every how many tracked steps
+            each group looks.
+        oscillation_ema: Momentum of the moving average of each weight's oscillation frequency, or a tuple of it and the
+            threshold above which a weight counts as oscillating; see
+            :class:`~weightflip.metrics.oscillation.Oscillation`.
         track_every: Track every n-th step.
         start_step: First step to track, from 0.
         end_step: Track no step from this one on; None for no end.
@@ -151,7 +256,8 @@ class WeightFlipTracker:
     def __init__(
         self,
         *,
-        metrics: Sequence[str] = METRICS,
+        metrics: MetricsLike = METRICS,
+        oscillation_ema: float | tuple[float, float] | None = None,
         track_every: int = 1,
         start_step: int = 0,
         end_step: int | None = None,
@@ -160,14 +266,15 @@ class WeightFlipTracker:
         backend: str = "auto",
     ) -> None:
         kernels.check_backend(backend)
-        unknown = [metric for metric in metrics if metric not in METRICS]
-        if unknown or isinstance(metrics, str) or "flips" not in metrics:
-            raise ValueError(f"metrics= is a sequence of {METRICS} with 'flips' in it, got {metrics!r}")
+        names, self._groups = _make_groups(metrics, oscillation_ema)
         _check_whole("track_every", track_every, 1)
         _check_whole("start_step", start_step, 0)
         if end_step is not None:
             _check_whole("end_step", end_step, start_step + 1)
-        self.metrics = tuple(metrics)
+        self.metrics = tuple(names)
+        self._columns = _COLUMNS + (self._groups[-1].bins.stop if self._groups else 0)
+        now = {_NONFINITE}.union(*(range(_COLUMNS + g.gauges.start, _COLUMNS + g.bins.stop) for g in self._groups))
+        self._is_gauge = [column in now for column in range(self._columns)]
         self.track_every = track_every
         self.start_step = start_step
         self.end_step = end_step
@@ -188,7 +295,14 @@ class WeightFlipTracker:
         self._failed: set[str] = set()
         self._steps = 0
         self._skipped: Tensor | None = None
-        self._window_base: dict[str, list[int]] = {}
+        self._window_base: dict[str, list[float]] = {}
+        self._gauged: dict[str, int] = {}
+
+    @property
+    def value_names(self) -> frozenset[str]:
+        """What the records' ``values`` may hold."""
+        groups = (group.metric for group in self._groups)
+        return frozenset(_VALUES).union(*((*metric.ratios, *metric.gauges) for metric in groups))
 
     # ------------------------------------------------------------------ one weight at a time
 
@@ -312,6 +426,7 @@ class WeightFlipTracker:
                 continue
             try:
                 self._ensure_codes(tracked)
+                self._before_step_of_metrics(tracked)
             except Exception as error:
                 self._give_up(tracked.name, error)
             else:
@@ -350,18 +465,15 @@ class WeightFlipTracker:
         if not tracked_step:
             return
         for ledger in self._ledgers.values():
-            ledger.step.zero_()
+            ledger.begin_step()
         for tracked in self._current:
             try:
-                self._count(tracked)
+                self._count(tracked, valid)
             except Exception as error:
                 self._give_up(tracked.name, error)
         self._current = [tracked for tracked in self._current if tracked.name not in self._failed]
         for ledger in self._ledgers.values():
-            if valid is None:
-                ledger.total.add_(ledger.step)
-            else:
-                ledger.total.addcmul_(ledger.step, valid.to(ledger.device, torch.int64, non_blocking=True))
+            ledger.end_step(valid)
         self._grads.clear()
         if self.low_memory or not self.is_tracking:
             # An untracked step changes weights, and not every optimizer's kernel moves their version counters.
@@ -384,12 +496,24 @@ class WeightFlipTracker:
             functional.count_nonfinite(
                 weight if plain is None else plain(weight), layer.ledger.total[layer.row, _NONFINITE], self._scratch
             )
+        self._gauge()
         steps, totals = self._read()
         layers = []
         for name, total in totals.items():
-            base = self._window_base.get(name, [0] * _COLUMNS)
-            window = _as_counts([now - then for now, then in zip(total, base, strict=True)])
-            layers.append(LayerRecord(name, self._layers[name].weights, window, _as_counts(total), total[_NONFINITE]))
+            base = self._window_base.get(name, self._zeros())
+            window = self._as_counts([now - then for now, then in zip(total, base, strict=True)])
+            gauges, histograms = self._as_gauges(total)
+            layers.append(
+                LayerRecord(
+                    name,
+                    self._layers[name].weights,
+                    window,
+                    self._as_counts(total),
+                    int(total[_NONFINITE]),
+                    gauges,
+                    histograms,
+                )
+            )
         self._window_base = totals
         record = FlipRecord(steps, tuple(layers))
         return record if may_be_empty or record.model.window.weight_steps else None
@@ -429,7 +553,7 @@ class WeightFlipTracker:
         rows: list[tuple[str, ...]] = [("layer", "quantizer", "weights", "flips", "flips/weight", "stall ratio")]
         sums: dict[str, tuple[int, Counts]] = {}
         for name, total in totals.items():
-            layer, counts = self._layers[name], _as_counts(total)
+            layer, counts = self._layers[name], self._as_counts(total)
             rows.append(_table_row(split_variant(name)[0], layer.quantizer, layer.weights, counts))
             # Of weights that are tracked with several quantizers, a sum for each.
             _, seen_as = split_variant(name)
@@ -450,33 +574,33 @@ class WeightFlipTracker:
         codes = sum(
             kept.nbytes
             for layer in self._layers.values()
-            for kept in (layer.codes, layer.scale_codes)
+            for kept in (layer.codes, layer.scale_codes, layer.scale)
             if kept is not None
         )
-        counters = sum(ledger.total.nbytes + ledger.step.nbytes for ledger in self._ledgers.values())
-        return MemoryUsage(codes, counters, self._scratch.nbytes)
+        counters = sum(ledger.nbytes for ledger in self._ledgers.values())
+        metrics = sum(
+            metric.nbytes for layer in self._layers.values() for metric in (layer.metrics or {}).values() if metric
+        )
+        return MemoryUsage(codes, counters, self._scratch.nbytes, metrics)
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts and step number, as plain numbers: loads with ``weights_only=True``.
+        """Counts and step number, as plain numbers, and what metric groups remember of each weight, as tensors.
 
-        Codes are not in it: those of the loaded weights are the same. Its keys are always the same ones, as
-        ``torch.distributed.checkpoint`` needs them, which loads what it finds in a fresh object's state.
+        Loads with ``weights_only=True``. Codes are not in it: those of the loaded weights are the same. But for those
+        tensors, which start anew there, its keys are always the same ones, as ``torch.distributed.checkpoint`` needs
+        them, which loads what it finds in a fresh object's state.
         """
         steps, totals = self._read()
-        none = [0] * _COLUMNS
-        layers = [
-            [
-                name,
-                self._layers[name].weights,
-                self._layers[name].quantizer,
-                total,
-                list(self._window_base.get(name, none)),
-            ]
-            for name, total in totals.items()
-        ]
-        return {"version": 1, "steps": steps, "layers": layers}
+        layers, ratios = [], []
+        for name, total in totals.items():
+            layer, base = self._layers[name], self._window_base.get(name, self._zeros())
+            layers.append([name, layer.weights, layer.quantizer, total[:_COLUMNS], base[:_COLUMNS]])
+            now, then = self._as_counts(total).ratios, self._as_counts(base).ratios
+            ratios += [[name, of, *now[of], *then[of]] for of in now]
+        weights = {name: kept for name, layer in self._layers.items() if (kept := layer.metric_tensors())}
+        return {"version": 1, "steps": steps, "layers": layers, "ratios": ratios, "weights": weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from ``state_dict``. The next step's first snapshot is a baseline.
@@ -494,8 +618,19 @@ class WeightFlipTracker:
             )
         layers, window_base = {}, {}
         for name, weights, quantizer, total, base in state_dict["layers"]:
-            layers[name] = _Layer(name, int(weights), quantizer, base=[int(n) for n in total])
-            window_base[name] = [int(n) for n in base]
+            layers[name] = _Layer(name, int(weights), quantizer, [*map(int, total), *self._zeros()[_COLUMNS:]])
+            window_base[name] = [*map(int, base), *self._zeros()[_COLUMNS:]]
+        columns = {
+            ratio: _COLUMNS + group.sums.start + 2 * i
+            for group in self._groups
+            for i, ratio in enumerate(group.metric.ratios)
+        }
+        for name, ratio, *numbers in state_dict.get("ratios", []):
+            if ratio in columns:
+                at = slice(columns[ratio], columns[ratio] + 2)
+                layers[name].base[at], window_base[name][at] = numbers[:2], numbers[2:]
+        for name, kept in state_dict.get("weights", {}).items():
+            layers[name].saved = {group: dict(tensors) for group, tensors in kept.items()}
         steps = int(state_dict["steps"])
         self.reset()
         self._layers, self._window_base, self._steps = layers, window_base, steps
@@ -516,19 +651,23 @@ class WeightFlipTracker:
             )
             warnings.warn(f"weightflip: {name!r} {change} now; its counts start anew", stacklevel=2)
             if layer.ledger is not None:
-                layer.ledger.step[layer.row].zero_()
+                layer.ledger.discard(layer.row)
             self._window_base.pop(name, None)
             layer = None
         if layer is None:
-            layer = self._layers[name] = _Layer(name, weight.numel(), quantizer)
+            layer = self._layers[name] = _Layer(name, weight.numel(), quantizer, self._zeros())
         if layer.ledger is None or layer.ledger.device != weight.device:
             if layer.ledger is not None:
                 layer.base = self._read()[1][name]
-                layer.ledger.total[layer.row].zero_()
-            layer.ledger = self._ledgers.setdefault(weight.device, _Ledger(weight.device))
+                layer.ledger.clear_row(layer.row)
+            layer.ledger = self._ledgers.setdefault(weight.device, _Ledger(weight.device, self._columns - _COLUMNS))
             layer.row = layer.ledger.add_row()
             layer.drop_codes()
+            layer.close_metrics()
         return layer
+
+    def _zeros(self) -> list[float]:
+        return [0] * self._columns
 
     def _ensure_codes(self, tracked: TrackedWeight) -> None:
         weight, quantizer = _weight_and_quantizer(tracked)
@@ -543,14 +682,16 @@ class WeightFlipTracker:
             encoded = quantizer.encode(weight)
             layer.codes = encoded.ordinals.clone()
             layer.scale_codes = _scale_codes(quantizer, encoded.scale, weight.ndim)
+            layer.scale = encoded.scale if self._groups else None
             return
         dtype = quantizer.code_dtype(weight)
         if layer.codes is None or layer.codes.shape != weight.shape or layer.codes.dtype != dtype:
             layer.codes = torch.empty_like(weight, dtype=dtype)
         scale = functional.encode_into(weight, quantizer, layer.codes, self._scratch, self.backend)
         layer.scale_codes = _scale_codes(quantizer, scale, weight.ndim)
+        layer.scale = scale if self._groups else None
 
-    def _count(self, tracked: TrackedWeight) -> None:
+    def _count(self, tracked: TrackedWeight, valid: Tensor | None) -> None:
         layer = self._layers[tracked.name]
         weight, quantizer = _weight_and_quantizer(tracked)
         assert layer.codes is not None
@@ -569,12 +710,18 @@ class WeightFlipTracker:
             before = layer.codes[at]
         dense = None if grad is None or sparse is not None else grad.detach()
 
+        observe = self._observer(layer, weight, quantizer, valid)
         if isinstance(quantizer, ElementwiseQuantizer):
-            scale = functional.advance(weight, quantizer, layer.codes, dense, counts, self._scratch, self.backend)
+            scale = functional.advance(
+                weight, quantizer, layer.codes, dense, counts, self._scratch, self.backend, observe
+            )
         else:
             encoded = quantizer.encode(weight)
-            functional.compare(layer.codes, encoded.ordinals, dense, counts, self._scratch)
+            functional.compare(layer.codes, encoded.ordinals, dense, counts, self._scratch, observe)
             scale = encoded.scale
+        layer.scale = scale if self._groups else None
+        for group, metric in self._due(layer):
+            self._ask(layer, group, metric.after, _seen(layer, weight, quantizer), self._sums(layer, group))
         scale_codes = _scale_codes(quantizer, scale, weight.ndim)
         if scale_codes is not None and layer.scale_codes is not None:
             row[_SCALE_CHANGES].copy_(torch.count_nonzero(scale_codes != layer.scale_codes))
@@ -598,39 +745,182 @@ class WeightFlipTracker:
         self._failed.add(name)
         layer = self._layers.get(name)
         if layer is not None and layer.ledger is not None:
-            layer.ledger.step[layer.row].zero_()
+            layer.ledger.discard(layer.row)
             layer.drop_codes()
+            layer.close_metrics()
         warnings.warn(
             f"weightflip: {name!r} is not tracked any more, training goes on: {type(error).__name__}: {error}",
             stacklevel=2,
         )
 
-    def _read(self) -> tuple[int, dict[str, list[int]]]:
+    # ------------------------------------------------------------------ metric groups
+
+    def _before_step_of_metrics(self, tracked: TrackedWeight) -> None:
+        """Open the groups of a layer that has its baseline now, and let them see the weight before the step."""
+        if not self._groups:
+            return
+        layer = self._layers[tracked.name]
+        seen = _seen(layer, *_weight_and_quantizer(tracked))
+        if layer.metrics is None:
+            layer.metrics = {}
+            for group in self._groups:
+                self._ask(layer, group, self._open, layer, group, seen)
+        for group, metric in self._due(layer):
+            self._ask(layer, group, metric.before, seen)
+
+    @staticmethod
+    def _open(layer: _Layer, group: _Group, seen: Weight) -> None:
+        assert layer.metrics is not None
+        metric = layer.metrics[group.metric.name] = group.metric.open(layer.name, seen)
+        saved = layer.saved.pop(group.metric.name, {})
+        if metric is None or {name: tensor.shape for name, tensor in saved.items()} != {
+            name: tensor.shape for name, tensor in metric.tensors.items()
+        }:
+            return
+        for name, tensor in saved.items():
+            metric.tensors[name].copy_(tensor)
+
+    def _due(self, layer: _Layer) -> list[tuple[_Group, LayerMetric]]:
+        """The groups that look at this step, with what they keep of the layer."""
+        if layer.metrics is None:
+            return []
+        # Asked before the step, and after it with the step counted already.
+        tracked_steps = (self._steps - (not self._in_step) - self.start_step) // self.track_every
+        return [
+            (group, metric)
+            for group in self._groups
+            if tracked_steps % group.every == 0 and (metric := layer.metrics.get(group.metric.name)) is not None
+        ]
+
+    def _ask(self, layer: _Layer, group: _Group, action: Callable[..., None], *args: Any) -> None:
+        """A group that fails on a layer is warned about once; everything else goes on."""
+        try:
+            action(*args)
+        except Exception as error:
+            assert layer.metrics is not None
+            layer.metrics[group.metric.name] = None
+            warnings.warn(
+                f"weightflip: {layer.name!r} has no numbers of {group.metric.name!r} any more, all else goes on: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+
+    def _sums(self, layer: _Layer, group: _Group) -> Tensor:
+        assert layer.ledger is not None
+        assert layer.ledger.more_step is not None
+        return layer.ledger.more_step[layer.row, group.sums].view(-1, 2)
+
+    def _observer(
+        self, layer: _Layer, weight: Tensor, quantizer: Quantizer, valid: Tensor | None
+    ) -> functional.Observer | None:
+        """What shows each slice of a weight to the groups; None if none wants to see it."""
+        due = [(group, metric) for group, metric in self._due(layer) if type(metric).slice is not LayerMetric.slice]
+        if not due:
+            return None
+        values = quantizer.grouped(weight) if isinstance(quantizer, ElementwiseQuantizer) else weight
+
+        def observe(index: kernels.Index, old: Tensor, new: Tensor) -> None:
+            part = Slice(index, values[index], old, new, valid, self._scratch)
+            for group, metric in due:
+                self._ask(layer, group, metric.slice, part, self._sums(layer, group))
+
+        return observe
+
+    def _gauge(self) -> None:
+        """Let the groups look at the weights of the last step, at a logging point."""
+        for ledger in self._ledgers.values():
+            if ledger.more_total is not None:
+                for group in self._groups:
+                    ledger.more_total[:, group.gauges.start : group.bins.stop].zero_()
+        due = [
+            group
+            for group in self._groups
+            if group.gauges.start < group.bins.stop
+            and self._steps - self._gauged.get(group.metric.name, -group.every) >= group.every
+        ]
+        if not due or not self._current:
+            return
+        self._gauged.update({group.metric.name: self._steps for group in due})
+        for tracked in self._current:
+            layer = self._layers[tracked.name]
+            try:
+                self._ensure_codes(tracked)
+            except Exception as error:
+                self._give_up(tracked.name, error)
+                continue
+            seen = _seen(layer, *_weight_and_quantizer(tracked))
+            assert layer.ledger is not None
+            assert layer.ledger.more_total is not None
+            row = layer.ledger.more_total[layer.row]
+            for group in due:
+                metric = (layer.metrics or {}).get(group.metric.name)
+                if metric is not None:
+                    self._ask(layer, group, metric.gauge, seen, row[group.gauges].view(-1, 2), row[group.bins])
+            if self.low_memory:
+                layer.drop_codes()
+
+    # ------------------------------------------------------------------ reading the counters
+
+    def _read(self) -> tuple[int, dict[str, list[float]]]:
         """Steps and the totals of all layers: one transfer from each device."""
         skipped = 0
-        tables: dict[torch.device, list[list[int]]] = {}
+        tables: dict[torch.device, list[list[float]]] = {}
         pending = self._skipped
         for device, ledger in self._ledgers.items():
-            flat = ledger.total[: ledger.rows].flatten()
+            table = ledger.total[: ledger.rows]
+            if ledger.more_total is not None:
+                table = torch.cat([table, ledger.more_total[: ledger.rows].view(torch.int64)], dim=1)
+            flat = table.flatten()
             if pending is not None and pending.device == device:
-                numbers = torch.cat([flat, pending.view(1)]).tolist()
-                skipped, pending = numbers.pop(), None
+                host = torch.cat([flat, pending.view(1)]).cpu()
+                skipped, pending = int(host[-1]), None
             else:
-                numbers = flat.tolist()
-            tables[device] = [numbers[i : i + _COLUMNS] for i in range(0, len(numbers), _COLUMNS)]
+                host = flat.cpu()
+            host = host[: flat.numel()].view(table.shape)
+            more = host[:, _COLUMNS:].view(torch.float64) if ledger.more else host[:, _COLUMNS:]
+            tables[device] = [
+                [*row, *numbers] for row, numbers in zip(host[:, :_COLUMNS].tolist(), more.tolist(), strict=True)
+            ]
         if pending is not None:
             skipped = int(pending.item())
         totals = {}
         for name, layer in self._layers.items():
-            row = [0] * _COLUMNS if layer.ledger is None else tables[layer.ledger.device][layer.row]
+            row = self._zeros() if layer.ledger is None else tables[layer.ledger.device][layer.row]
             totals[name] = [
-                now if column in _GAUGES else then + now
+                now if self._is_gauge[column] else then + now
                 for column, (then, now) in enumerate(zip(layer.base, row, strict=True))
             ]
         return self._steps - skipped, totals
 
     def _totals(self) -> dict[str, Counts]:
-        return {name: _as_counts(row) for name, row in self._read()[1].items()}
+        return {name: self._as_counts(row) for name, row in self._read()[1].items()}
+
+    def _as_counts(self, row: Sequence[float]) -> Counts:
+        more = row[_COLUMNS:]
+        return Counts(
+            weight_steps=int(row[_WEIGHT_STEPS]),
+            flips=int(row[kernels.FLIPS]),
+            updates=int(row[kernels.UPDATES]),
+            stalled=int(row[kernels.STALLED]),
+            scale_steps=int(row[_SCALE_STEPS]),
+            scale_changes=int(row[_SCALE_CHANGES]),
+            ratios={
+                name: pair for group in self._groups for name, pair in _pairs(group.metric.ratios, more[group.sums])
+            },
+        )
+
+    def _as_gauges(self, row: Sequence[float]) -> tuple[dict[str, Quotient], dict[str, Histogram]]:
+        more = row[_COLUMNS:]
+        gauges, histograms = {}, {}
+        for group in self._groups:
+            # Without a denominator it was not looked at now.
+            gauges.update({name: q for name, q in _pairs(group.metric.gauges, more[group.gauges]) if q.denominator})
+            counts = [int(count) for count in more[group.bins]]
+            for bins in group.metric.histograms:
+                own, counts = tuple(counts[: len(bins.edges) - 1]), counts[len(bins.edges) - 1 :]
+                if any(own):
+                    histograms[bins.name] = Histogram(bins.edges, own)
+        return gauges, histograms
 
 
 class BitStallDetector:
@@ -697,15 +987,16 @@ class BitStallDetector:
         return self.stall_count / self.total_count if self.total_count else 0.0
 
 
-def _as_counts(row: Sequence[int]) -> Counts:
-    return Counts(
-        weight_steps=row[_WEIGHT_STEPS],
-        flips=row[kernels.FLIPS],
-        updates=row[kernels.UPDATES],
-        stalled=row[kernels.STALLED],
-        scale_steps=row[_SCALE_STEPS],
-        scale_changes=row[_SCALE_CHANGES],
-    )
+def _pairs(names: Sequence[str], numbers: Sequence[float]) -> list[tuple[str, Quotient]]:
+    return [(name, Quotient(*numbers[2 * i : 2 * i + 2])) for i, name in enumerate(names)]
+
+
+def _seen(layer: _Layer, weight: Tensor, quantizer: Quantizer) -> Weight:
+    """A weight as metric groups see it."""
+    assert layer.codes is not None
+    if isinstance(quantizer, ElementwiseQuantizer):
+        return Weight(quantizer.grouped(weight), quantizer.grouped(layer.codes), layer.scale, quantizer)
+    return Weight(weight, layer.codes, layer.scale, quantizer)
 
 
 def _table_row(name: str, quantizer: str, weights: int, counts: Counts) -> tuple[str, ...]:

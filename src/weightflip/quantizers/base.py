@@ -140,6 +140,10 @@ class ElementwiseQuantizer(ABC):
             scratch: Where temporaries come from.
         """
 
+    def encode_under(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
+        """As ``encode_into``, for a scale that need not be the weight's own: what lies beyond the format saturates."""
+        self.encode_into(weight, scale, out, scratch)
+
     def rounding(self, weight: Tensor) -> Rounding | None:
         """What ``encode_into`` does to ``weight``, as data, for kernels that do more in one pass; None: ask it.
 
@@ -152,8 +156,16 @@ class ElementwiseQuantizer(ABC):
         return scale
 
     @abstractmethod
+    def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
+        """What ordinals stand for under a scale that broadcasts to them: float32, or float64 where that needs it."""
+
+    def ordinal_range(self, weight: Tensor) -> tuple[int, int] | None:
+        """The smallest and the largest ordinal of a finite number; None where not every one between has a number."""
+        return None
+
     def decode(self, codes: Codes) -> Tensor:
         """The quantized values, float32 (float64 for float64 weights and formats beyond float32)."""
+        return self.values(self.grouped(codes.ordinals), codes.scale).view(codes.ordinals.shape)
 
     @torch.no_grad()
     def encode(self, weight: Tensor) -> Codes:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import E2M1, E2M3, E3M2, E4M3, E5M2, FP32, FloatFormat, Rounding
-from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Scratch, register
+from weightflip.quantizers.base import ElementwiseQuantizer, Scratch, register
 from weightflip.quantizers.floatx import amax, cast_to_float8, ordinals_to_values, round_to_ordinals
 
 ScaleMode: TypeAlias = Literal["floor", "rceil", "ceil", "even"]
@@ -64,11 +64,12 @@ class _BlockQuantizer(ElementwiseQuantizer):
     def rounding(self, weight: Tensor) -> Rounding:
         return Rounding(self.format, self.format.max_ordinal)
 
-    def decode(self, codes: Codes) -> Tensor:
-        assert codes.scale is not None
-        values = ordinals_to_values(codes.ordinals, self.format, torch.float32)
-        self.grouped(values).mul_(self._decoding_scale(codes.scale))
-        return values
+    def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
+        assert scale is not None
+        return ordinals_to_values(ordinals, self.format, torch.float32) * self._decoding_scale(scale)
+
+    def ordinal_range(self, weight: Tensor) -> tuple[int, int]:
+        return -self.format.max_ordinal, self.format.max_ordinal
 
     def _decoding_scale(self, scale: Tensor) -> Tensor:
         return scale

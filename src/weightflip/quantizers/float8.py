@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import E4M3, E5M2, FloatFormat, Rounding
-from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Scratch, register
+from weightflip.quantizers.base import ElementwiseQuantizer, Scratch, register
 from weightflip.quantizers.floatx import amax, cast_to_float8, ordinals_to_values
 
 # torchao.float8.float8_utils.EPS: the smallest amax that it divides by.
@@ -76,12 +76,21 @@ class Float8Quantizer(ElementwiseQuantizer):
         # Only a scale that is NaN (of a NaN weight) or 0 (of an infinite one) makes NaN, and then nothing else but 0.
         cast_to_float8(values, self.format, out, scratch, has_number=scale > 0)
 
+    def encode_under(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
+        assert scale is not None
+        values = scratch("values", weight, torch.float32).copy_(weight)
+        values.mul_(scale).clamp_(-self.format.max, self.format.max)
+        cast_to_float8(values, self.format, out, scratch)
+
     def rounding(self, weight: Tensor) -> Rounding:
         return Rounding(self.format, self.format.max_ordinal)
 
-    def decode(self, codes: Codes) -> Tensor:
-        values = ordinals_to_values(codes.ordinals, self.format, torch.float32)
-        return values if codes.scale is None else values / codes.scale
+    def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
+        values = ordinals_to_values(ordinals, self.format, torch.float32)
+        return values if scale is None else values / scale
+
+    def ordinal_range(self, weight: Tensor) -> tuple[int, int]:
+        return -self.format.max_ordinal, self.format.max_ordinal
 
 
 @register("float8_(e4m3|e5m2)", examples=("float8_e4m3", "float8_e5m2"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import E4M3, E5M2, FP32, FP64, FloatFormat, Rounding, exmy
-from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Scratch, register
+from weightflip.quantizers.base import ElementwiseQuantizer, Scratch, register
 from weightflip.quantizers.native import ORDINAL_DTYPES, bits_to_ordinals_
 
 Granularity: TypeAlias = Literal["tensor", "row", "none"]
@@ -225,10 +225,13 @@ class FloatxQuantizer(ElementwiseQuantizer):
             return None
         return Rounding(self.format, self.format.max_ordinal, divides=True)
 
-    def decode(self, codes: Codes) -> Tensor:
-        dtype = codes.scale.dtype if codes.scale is not None else self._compute_dtype(torch.float32)
-        values = ordinals_to_values(codes.ordinals, self.format, dtype, exponent_shift=self._exponent_shift)
-        return values if codes.scale is None else values * codes.scale
+    def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
+        dtype = scale.dtype if scale is not None else self._compute_dtype(torch.float32)
+        values = ordinals_to_values(ordinals, self.format, dtype, exponent_shift=self._exponent_shift)
+        return values if scale is None else values * scale
+
+    def ordinal_range(self, weight: Tensor) -> tuple[int, int]:
+        return -self.format.max_ordinal, self.format.max_ordinal
 
 
 @register(r"e\d+m\d+", examples=("e3m4",))

@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor
 
-from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Scratch, register
+from weightflip.quantizers.base import ElementwiseQuantizer, Scratch, register
 from weightflip.quantizers.floatx import amax
 
 NAN_ORDINAL = -128
@@ -29,14 +29,12 @@ class _Integers(ElementwiseQuantizer):
         if not weight.is_floating_point():
             raise ValueError(f"quantizer {self.name!r} rounds floating-point weights, got {weight.dtype}")
 
-    def decode(self, codes: Codes) -> Tensor:
-        values = self.grouped(codes.ordinals).float()
+    def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
+        values = ordinals.float()
         if self.largest < 127:
-            values.masked_fill_(values == NAN_ORDINAL, torch.nan)
-        if codes.scale is not None:
-            # NaN and infinite weights make their scale so: with it goes every number that it was for.
-            values = torch.where(codes.scale.isfinite(), values * codes.scale, torch.nan)
-        return values.view(codes.ordinals.shape)
+            values.masked_fill_(ordinals == NAN_ORDINAL, torch.nan)
+        # NaN and infinite weights make their scale so: with it goes every number that it was for.
+        return values if scale is None else torch.where(scale.isfinite(), values * scale, torch.nan)
 
 
 class IntegerQuantizer(_Integers):
@@ -72,6 +70,9 @@ class IntegerQuantizer(_Integers):
         self.largest = 2 ** (bits - 1) - 1
         self.name = f"int{bits}" + (f":g{group}" if group is not None else "")
 
+    def ordinal_range(self, weight: Tensor) -> tuple[int, int]:
+        return -self.largest - 1, self.largest
+
     def scale(self, weight: Tensor) -> Tensor:
         self._check(weight)
         smallest = max(torch.finfo(weight.dtype).smallest_normal, torch.finfo(torch.float32).smallest_normal)
@@ -94,6 +95,9 @@ class TernaryQuantizer(_Integers):
     """
 
     name = "ternary"
+
+    def ordinal_range(self, weight: Tensor) -> tuple[int, int]:
+        return -1, 1
 
     def scale(self, weight: Tensor) -> Tensor:
         self._check(weight)

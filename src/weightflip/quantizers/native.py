@@ -98,8 +98,12 @@ class NativeQuantizer(ElementwiseQuantizer):
         format = STORED_FORMATS[self.stored_dtype(weight)]
         return Rounding(format, format.max_ordinal if format.inf_ordinal is None else format.inf_ordinal)
 
-    def decode(self, codes: Codes) -> Tensor:
-        return _bits_as_values(codes.ordinals, _format_of_width(codes.ordinals.element_size() * 8))
+    def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
+        return _bits_as_values(ordinals, _format_of_width(ordinals.element_size() * 8))
+
+    def ordinal_range(self, weight: Tensor) -> tuple[int, int]:
+        largest = STORED_FORMATS[self.stored_dtype(weight)].max_ordinal
+        return -largest, largest
 
 
 def _format_of_width(bits: int) -> FloatFormat:
@@ -129,8 +133,8 @@ class CastQuantizer(NativeQuantizer):
             raise ValueError(f"quantizer {self.name!r} casts floating-point weights, got {weight.dtype}")
         return self.dtype
 
-    def decode(self, codes: Codes) -> Tensor:
-        return _bits_as_values(codes.ordinals, self.format)
+    def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
+        return _bits_as_values(ordinals, self.format)
 
 
 class FunctionQuantizer:

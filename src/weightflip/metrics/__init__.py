@@ -1,0 +1,7 @@
+"""Groups of numbers beside flips and stalls: one file a group, found by name."""
+
+from __future__ import annotations
+
+from weightflip.metrics.base import Bins, LayerMetric, Metric, Slice, Weight, make_metrics, metric_names, register
+
+__all__ = ["Bins", "LayerMetric", "Metric", "Slice", "Weight", "make_metrics", "metric_names", "register"]

@@ -1,0 +1,218 @@
+"""What a metric group is, and how one is found by name.
+
+A new group is one new file in this folder: a class with :class:`Metric`'s attributes and methods under ``@register``.
+Every module of the folder is imported when the first name is looked up.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from weightflip.kernels import Index
+from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, Scratch
+
+
+class Bins(NamedTuple):
+    """A histogram that a group keeps.
+
+    Attributes:
+        name: What it is called in records and tags.
+        edges: Ascending, finite borders, one more than there are bins.
+    """
+
+    name: str
+    edges: tuple[float, ...]
+
+
+class Weight(NamedTuple):
+    """A weight at one moment, as a group sees it.
+
+    Attributes:
+        values: The weight; of formats with a scale for each group of ``g`` neighbours with its last dimension split,
+            ``(..., K // g, g)``.
+        codes: Its ordinals, in that shape.
+        scale: What the format shares, broadcastable to them; None where it has none.
+        quantizer: What made the codes.
+    """
+
+    values: Tensor
+    codes: Tensor
+    scale: Tensor | None
+    quantizer: Quantizer
+
+    @property
+    def elementwise(self) -> ElementwiseQuantizer | None:
+        """The quantizer, where any part of the weight can be encoded and decoded by itself."""
+        return self.quantizer if isinstance(self.quantizer, ElementwiseQuantizer) else None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of a weight, just after the optimizer's step.
+
+    Attributes:
+        index: Which part.
+        values: The weights there.
+        old: Their ordinals before the step; a buffer that the next slice takes back.
+        new: Their ordinals after it.
+        valid: 0-dim bool on the device: whether the step was one at all; None: it was. What is added to sums in a step
+            that was none is dropped by the caller, and codes are the same before and after.
+        scratch: Where temporaries come from.
+    """
+
+    index: Index
+    values: Tensor
+    old: Tensor
+    new: Tensor
+    valid: Tensor | None
+    scratch: Scratch
+
+
+class LayerMetric:
+    """What a group keeps of one weight, and how it counts. All of it runs without gradients and never waits.
+
+    ``sums`` and ``gauges`` are float64 and hold a numerator and a denominator for each name, in the group's order.
+    """
+
+    state: tuple[str, ...] = ()
+    """Attributes with one tensor element a weight: saved in checkpoints, counted as memory."""
+
+    def before(self, weight: Weight) -> None:
+        """Just before the optimizer's step."""
+
+    def slice(self, part: Slice, sums: Tensor) -> None:
+        """Just after it, for each part of the weight in turn.
+
+        Args:
+            part: The part.
+            sums: Added to, float64 of shape (ratios, 2).
+        """
+
+    def after(self, weight: Weight, sums: Tensor) -> None:
+        """Once all parts are done.
+
+        Args:
+            weight: The whole weight.
+            sums: As in ``slice``.
+        """
+
+    def gauge(self, weight: Weight, gauges: Tensor, bins: Tensor) -> None:
+        """At a logging point.
+
+        Args:
+            weight: The whole weight.
+            gauges: Written to, float64 of shape (gauges, 2); zeros so far.
+            bins: Written to, float64 of shape (all bins,); zeros so far.
+        """
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, by name."""
+        return {name: getattr(self, name) for name in self.state}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held between steps."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+
+
+class Metric(ABC):
+    """A group of numbers that ``metrics=`` asks for by ``name``.
+
+    A number is a numerator and a denominator, each of which is summed over layers, steps and processes before they are
+    divided. ``ratios`` are counted in steps, ``gauges`` and ``histograms`` are found at logging points.
+    """
+
+    name: ClassVar[str]
+    ratios: tuple[str, ...] = ()
+    gauges: tuple[str, ...] = ()
+    histograms: tuple[Bins, ...] = ()
+    every: int = 1
+    """Steps, or steps between logging points, from one look to the next, unless the user says otherwise."""
+
+    @abstractmethod
+    def open(self, name: str, weight: Weight) -> LayerMetric | None:
+        """What is kept of one weight from here on.
+
+        Args:
+            name: The layer's.
+            weight: As it is now: the baseline.
+
+        Returns:
+            None for a weight, or a quantizer, that this group has no numbers for.
+        """
+
+
+_registry: dict[str, type[Metric]] = {}
+
+MetricType = TypeVar("MetricType", bound=type[Metric])
+
+
+def register(metric: MetricType) -> MetricType:
+    """Make a group available by its ``name``. Its class is called without arguments."""
+    _registry[metric.name] = metric
+    return metric
+
+
+def _load_rooms() -> None:
+    package = importlib.import_module(__package__ or "")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def metric_names() -> list[str]:
+    """The names of all groups.
+
+    Example:
+        >>> "oscillation" in metric_names()
+        True
+    """
+    _load_rooms()
+    return sorted(_registry)
+
+
+def make_metrics(groups: Mapping[Any, int | None]) -> list[tuple[Metric, int]]:
+    """The groups that were asked for, and how often each looks.
+
+    Args:
+        groups: Names or :class:`Metric` objects, to the number of steps from one look to the next; None for the group's
+            own default.
+
+    Raises:
+        ValueError: An unknown name, two groups that give the same number, or a number of steps below 1.
+    """
+    made: list[tuple[Metric, int]] = []
+    taken: set[str] = set()
+    for spec, every in groups.items():
+        metric = spec if isinstance(spec, Metric) else _by_name(spec)
+        every = metric.every if every is None else every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(
+                f"metrics={{{metric.name!r}: n}} looks every n steps, a whole number of at least 1; got {every!r}"
+            )
+        numbers = {*metric.ratios, *metric.gauges, *(bins.name for bins in metric.histograms)}
+        if taken & numbers:
+            raise ValueError(f"two groups in metrics= give {sorted(taken & numbers)}; leave one out")
+        taken |= numbers
+        made.append((metric, every))
+    return made
+
+
+def _by_name(name: Any) -> Metric:
+    known = metric_names()
+    if not isinstance(name, str) or name not in known:
+        close = difflib.get_close_matches(str(name), ["flips", "stalls", *known], n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"unknown group {name!r} in metrics=; {hint}Expected 'flips', 'stalls', {', '.join(map(repr, known))}, or "
+            "a Metric object"
+        )
+    return _registry[name]()

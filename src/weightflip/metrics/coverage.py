@@ -1,0 +1,39 @@
+"""How much of a weight has moved at all, and how much has got anywhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weightflip.metrics.base import LayerMetric, Metric, Slice, Weight, register
+
+
+@register
+class Coverage(Metric):
+    """``metrics=("flips", "coverage")``: ``ever_flipped`` and ``net_flipped``, since tracking began.
+
+    ``ever_flipped`` is the share of the weights that have flipped at least once, ``net_flipped`` the share whose code
+    differs from their code when tracking began: 1 - C2I of Liu et al. 2021 (arXiv:2106.11890).
+    """
+
+    name = "coverage"
+    gauges = ("ever_flipped", "net_flipped")
+
+    def open(self, name: str, weight: Weight) -> LayerMetric:
+        return _LayerCoverage(weight)
+
+
+class _LayerCoverage(LayerMetric):
+    state = ("first_codes", "has_flipped")
+
+    def __init__(self, weight: Weight) -> None:
+        self.first_codes = weight.codes.clone()
+        self.has_flipped = torch.zeros_like(weight.codes, dtype=torch.bool)
+
+    def slice(self, part: Slice, sums: Tensor) -> None:
+        self.has_flipped[part.index].logical_or_(part.old != part.new)
+
+    def gauge(self, weight: Weight, gauges: Tensor, bins: Tensor) -> None:
+        gauges[0, 0] = torch.count_nonzero(self.has_flipped)
+        gauges[1, 0] = torch.count_nonzero(self.first_codes != weight.codes)
+        gauges[:, 1] = weight.codes.numel()

@@ -1,0 +1,76 @@
+"""Weights that flip back and forth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weightflip.metrics.base import LayerMetric, Metric, Slice, Weight, register
+
+# The share that Nagel et al. call oscillating in their tables.
+_THRESHOLD = 0.005
+
+
+@register
+class Oscillation(Metric):
+    """``metrics=("flips", "oscillation")``: ``oscillation_ratio`` = oscillations / flips.
+
+    An oscillation is a flip in the direction opposite to that weight's previous flip (Nagel et al. 2022,
+    arXiv:2203.11086, section 4.1). The direction is that of the code: up where the number grew in units of its scale.
+    One byte a weight remembers it.
+
+    With ``ema``, four bytes a weight more: each weight's oscillation frequency as an exponential moving average,
+    ``f = ema * o + (1 - ema) * f`` with ``o`` 1 in a step in which it oscillates (their equation 4), and
+    ``oscillating_fraction``, the share of the weights with ``f > threshold``.
+
+    Args:
+        ema: The momentum, in (0, 1]; None for no average. Nagel et al. take 0.01.
+        threshold: 0.005, as there.
+
+    Raises:
+        ValueError: A momentum or a threshold that makes no sense.
+    """
+
+    name = "oscillation"
+    ratios = ("oscillation_ratio",)
+
+    def __init__(self, ema: float | None = None, threshold: float = _THRESHOLD) -> None:
+        if ema is not None and not 0 < ema <= 1:
+            raise ValueError(f"oscillation_ema= is a momentum above 0 and at most 1, such as 0.01; got {ema!r}")
+        if not 0 <= threshold < 1:
+            raise ValueError(f"the threshold of the oscillation frequency lies in [0, 1), got {threshold!r}")
+        self.ema = ema
+        self.threshold = threshold
+        if ema is not None:
+            self.gauges = ("oscillating_fraction",)
+
+    def open(self, name: str, weight: Weight) -> LayerMetric:
+        return _LayerOscillation(weight, self.ema, self.threshold)
+
+
+class _LayerOscillation(LayerMetric):
+    def __init__(self, weight: Weight, ema: float | None, threshold: float) -> None:
+        self.directions = torch.zeros_like(weight.codes, dtype=torch.int8)
+        """Of the last flip: 1, -1, or 0 before the first."""
+        self.state = ("directions",)
+        self.ema, self.threshold = ema, threshold
+        if ema is not None:
+            self.frequencies = torch.zeros_like(weight.codes, dtype=torch.float32)
+            self.state = ("directions", "frequencies")
+
+    def slice(self, part: Slice, sums: Tensor) -> None:
+        last = self.directions[part.index]
+        direction = (part.new > part.old).to(torch.int8) - (part.new < part.old).to(torch.int8)
+        oscillates = direction * last == -1
+        sums[0, 0].add_(torch.count_nonzero(oscillates))
+        sums[0, 1].add_(torch.count_nonzero(direction))
+        last.copy_(torch.where(direction == 0, last, direction))
+        if self.ema is not None:
+            momentum = self.ema if part.valid is None else part.valid * self.ema
+            frequency = self.frequencies[part.index]
+            frequency.add_(momentum * (oscillates.to(torch.float32) - frequency))
+
+    def gauge(self, weight: Weight, gauges: Tensor, bins: Tensor) -> None:
+        if self.ema is not None:
+            gauges[0, 0] = torch.count_nonzero(self.frequencies > self.threshold)
+            gauges[0, 1] = weight.codes.numel()

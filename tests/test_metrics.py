@@ -1,0 +1,287 @@
+"""Metric groups against brute force that keeps everything, on real trainings."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+
+import pytest
+import torch
+from conftest import backward, digits_model
+from torch import Tensor, nn
+
+from weightflip import FlipTrackingOptimizer, quantize
+from weightflip.metrics import LayerMetric, Metric, metric_names, register
+
+FORMATS = ["float8_e4m3", "int4:g16", "mxfp4"]
+
+
+class History:
+    """The values of every weight in a format after each step, in units of its scale, and nothing but that."""
+
+    def __init__(self, model: nn.Module, format: str) -> None:
+        self.parameters = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
+        self.format = format
+        self.codes: dict[str, list[Tensor]] = {name: [] for name in self.parameters}
+        self.take()
+
+    def take(self) -> None:
+        for name, p in self.parameters.items():
+            self.codes[name].append(self.numbers(p.detach()))
+
+    def numbers(self, weight: Tensor) -> Tensor:
+        from weightflip.quantizers import resolve
+
+        # Ordinals are checked against their oracles elsewhere; here they are only compared with each other.
+        return resolve(self.format).encode(weight).ordinals.clone().long()
+
+    def flips(self, name: str) -> list[Tensor]:
+        codes = self.codes[name]
+        return [(b - a).sign() for a, b in itertools.pairwise(codes)]
+
+
+def train(format, metrics, digits, steps=40, lr=0.05, **options):
+    model = digits_model(width=64)
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
+        model,
+        quantizer=format,
+        metrics=metrics,
+        sinks=[],
+        **options,
+    )
+    history = History(model, format)
+    for step in range(steps):
+        backward(model, digits, step)
+        optimizer.step()
+        history.take()
+    return optimizer, history
+
+
+def oscillations(flips: list[Tensor]) -> list[Tensor]:
+    """By the definition, one weight after the other: its flips alone, each compared with the one before it."""
+    directions = torch.stack(flips).flatten(1)
+    flags = torch.zeros_like(directions, dtype=torch.bool)
+    for i, of_weight in enumerate(directions.T):
+        (steps,) = of_weight.nonzero(as_tuple=True)
+        flags[steps[1:], i] = of_weight[steps[1:]] == -of_weight[steps[:-1]]
+    return list(flags.view(-1, *flips[0].shape))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_oscillations_equal_the_definition(format, digits):
+    optimizer, history = train(format, ("flips", "oscillation"), digits)
+    record = optimizer.tracker.record()
+    for layer in record.layers:
+        flips = history.flips(layer.name)
+        expected = sum(int(step.sum()) for step in oscillations(flips))
+        assert layer.total.ratios["oscillation_ratio"] == (expected, sum(int((f != 0).sum()) for f in flips))
+    assert record.model.values["oscillation_ratio"] > 0
+
+
+def test_oscillation_frequency_is_nagels_moving_average(digits):
+    ema, threshold = 0.1, 0.15
+    optimizer, history = train("int4:g16", ("flips", "oscillation"), digits, oscillation_ema=(ema, threshold))
+    for layer in optimizer.tracker.record().layers:
+        flags = oscillations(history.flips(layer.name))
+        frequency = torch.zeros(flags[0].shape, dtype=torch.float64)
+        for oscillates in flags:
+            frequency = ema * oscillates.double() + (1 - ema) * frequency
+        far = (frequency - threshold).abs() > 1e-5
+        assert far.all(), "a frequency on the threshold: float32 may count it on the other side"
+        assert layer.gauges["oscillating_fraction"] == (int((frequency > threshold).sum()), frequency.numel())
+        assert 0 < layer.values["oscillating_fraction"] < 1
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_coverage_equals_the_definition(format, digits):
+    optimizer, history = train(format, ("flips", "coverage"), digits, steps=12)
+    for layer in optimizer.tracker.record().layers:
+        flips, codes = history.flips(layer.name), history.codes[layer.name]
+        ever = torch.stack([flip != 0 for flip in flips]).any(0)
+        net = codes[0] != codes[-1]
+        assert layer.gauges["ever_flipped"] == (int(ever.sum()), ever.numel())
+        assert layer.gauges["net_flipped"] == (int(net.sum()), net.numel())
+        assert 0 < net.sum() < ever.sum() < ever.numel()
+
+
+@pytest.mark.parametrize("backend", ["eager", "numba"])
+def test_groups_leave_flips_stalls_and_training_alone(digits, backend):
+    alone, _ = train("float8_e4m3", ("flips", "stalls"), digits, backend="eager")
+    every = metric_names()
+    together, _ = train("float8_e4m3", ("flips", "stalls", *every), digits, oscillation_ema=0.01, backend=backend)
+    for getter in ("get_flip_counts", "get_update_counts", "get_stall_counts"):
+        assert getattr(alone.tracker, getter)() == getattr(together.tracker, getter)()
+    for a, b in zip(alone.param_groups[0]["params"], together.param_groups[0]["params"], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_of_several_slices_and_strides(monkeypatch):
+    monkeypatch.setattr(sys.modules["weightflip.kernels.slices"], "_CPU_ELEMENTS", 64)
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(24, 32, generator=generator).t())
+    assert not weight.is_contiguous()
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.SGD([weight], lr=0.1), quantizer="e3m4", metrics=("flips", "oscillation", "coverage"), sinks=[]
+    )
+    codes = [quantize(weight.detach(), "e3m4")]
+    first_scale = weight.detach().abs().max()
+    for _ in range(6):
+        weight.grad = torch.randn(32, 24, generator=generator)
+        # The largest weight stays, and with it the scale: values are then as good as codes.
+        weight.grad[weight.detach().abs() == first_scale] = 0
+        optimizer.step()
+        codes.append(quantize(weight.detach(), "e3m4"))
+    flips = [(b - a).sign() for a, b in itertools.pairwise(codes)]
+    layer = optimizer.tracker.record().layers[0]
+    assert layer.total.ratios["oscillation_ratio"].numerator == sum(int(o.sum()) for o in oscillations(flips))
+    assert layer.gauges["net_flipped"].numerator == int((codes[0] != codes[-1]).sum())
+
+
+def test_a_group_can_look_at_some_steps_only(digits):
+    optimizer, history = train("float8_e4m3", {"flips": 1, "oscillation": 4}, digits)
+    for layer in optimizer.tracker.record().layers:
+        flips = history.flips(layer.name)[::4]
+        assert layer.total.flips == sum(int((f != 0).sum()) for f in history.flips(layer.name))
+        expected = (sum(int(o.sum()) for o in oscillations(flips)), sum(int((f != 0).sum()) for f in flips))
+        assert layer.total.ratios["oscillation_ratio"] == expected
+
+
+def test_a_skipped_step_is_no_step_for_groups_either(digits):
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.5, fused=True),
+        model,
+        metrics=("flips", "oscillation", "coverage"),
+        oscillation_ema=0.5,
+        sinks=[],
+    )
+    backward(model, digits, 0)
+    optimizer.step()
+    states = copy.deepcopy(optimizer.tracker.state_dict()["weights"])
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.step()
+    for name, groups in optimizer.tracker.state_dict()["weights"].items():
+        for group, tensors in groups.items():
+            for kind, tensor in tensors.items():
+                assert torch.equal(tensor, states[name][group][kind]), (name, group, kind)
+
+
+def test_a_resumed_run_goes_on(digits, tmp_path):
+    def build():
+        model = digits_model()
+        optimizer = FlipTrackingOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+            model,
+            metrics=("flips", "oscillation", "coverage"),
+            oscillation_ema=0.1,
+            sinks=[],
+        )
+        return model, optimizer
+
+    def steps(model, optimizer, start, stop):
+        for step in range(start, stop):
+            backward(model, digits, step)
+            optimizer.step()
+
+    model, optimizer = build()
+    steps(model, optimizer, 0, 15)
+    optimizer.tracker.record()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    steps(model, optimizer, 15, 30)
+    expected = optimizer.tracker.record()
+
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    model, optimizer = build()
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    steps(model, optimizer, 15, 30)
+    assert optimizer.tracker.record() == expected
+
+
+def test_a_checkpoint_of_a_run_without_groups_is_loaded(digits):
+    plain, _ = train("float8_e4m3", ("flips", "stalls"), digits, steps=3)
+    grouped, _ = train("float8_e4m3", ("flips", "oscillation"), digits, steps=1)
+    grouped.load_state_dict(plain.state_dict())
+    assert grouped.tracker.get_flip_counts() == plain.tracker.get_flip_counts()
+    plain.load_state_dict(grouped.state_dict())
+
+
+@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy])
+def test_copies_go_on_by_themselves(digits, twin):
+    optimizer, _ = train("float8_e4m3", ("flips", "coverage"), digits, steps=5)
+    copied = copy.deepcopy(optimizer.tracker)
+    weights = copied.state_dict()["weights"]
+    assert weights.keys() == optimizer.tracker.state_dict()["weights"].keys()
+
+
+def test_memory_is_what_the_documents_say(digits):
+    for metrics, ema, bytes_a_weight in (
+        (("flips", "oscillation"), None, 1),
+        (("flips", "oscillation"), 0.01, 5),
+        (("flips", "coverage"), None, 2),
+    ):
+        optimizer, _ = train("float8_e4m3", metrics, digits, steps=2, oscillation_ema=ema)
+        weights = sum(layer.weights for layer in optimizer.tracker.record().layers)
+        assert optimizer.tracker.memory_usage().metrics == bytes_a_weight * weights
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metrics": ("flips", "oscilation")}, "did you mean 'oscillation'"),
+        ({"metrics": ("stalls",)}, "'flips' in it"),
+        ({"metrics": "flips"}, "'flips' in it"),
+        ({"metrics": {"flips": 2}}, "track_every="),
+        ({"metrics": {"flips": 1, "coverage": 0}}, "whole number of at least 1"),
+        ({"oscillation_ema": 0.1}, "add it to metrics="),
+        ({"metrics": ("flips", "oscillation"), "oscillation_ema": 2}, "momentum above 0"),
+        ({"metrics": ("flips", "oscillation"), "oscillation_ema": (0.1, 3)}, r"lies in \[0, 1\)"),
+    ],
+)
+def test_mistakes_raise_at_once(options, message):
+    model = digits_model()
+    with pytest.raises(ValueError, match=message):
+        FlipTrackingOptimizer(torch.optim.SGD(model.parameters()), model, sinks=[], **options)
+
+
+class _LargestWeight(LayerMetric):
+    def gauge(self, weight, gauges, bins):
+        gauges[0, 0] = weight.values.abs().max()
+        gauges[0, 1] = 1
+
+
+def test_a_group_of_ones_own(digits):
+    @register
+    class Largest(Metric):
+        name = "largest"
+        gauges = ("largest_weight",)
+
+        def open(self, name, weight):
+            return _LargestWeight()
+
+    optimizer, _ = train("float8_e4m3", ("flips", "largest"), digits, steps=3)
+    record = optimizer.tracker.record()
+    weights = optimizer.param_groups[0]["params"]
+    assert record.layers[0].values["largest_weight"] == pytest.approx(weights[0].abs().max().item())
+    assert "largest_weight" in optimizer.tracker.value_names
+
+
+def test_a_group_that_fails_is_dropped_with_a_warning_and_all_else_goes_on(digits):
+    class Broken(Metric):
+        name = "broken"
+        ratios = ("broken_ratio",)
+
+        def open(self, name, weight):
+            return Failing()
+
+    class Failing(LayerMetric):
+        def slice(self, part, sums):
+            raise RuntimeError("no such thing")
+
+    with pytest.warns(UserWarning, match=r"has no numbers of 'broken' any more.*no such thing") as warned:
+        optimizer, history = train("float8_e4m3", ("flips", Broken()), digits, steps=5)
+    assert len([w for w in warned if "broken" in str(w.message)]) == 2, "once a layer"
+    for name, flips in optimizer.tracker.get_flip_counts().items():
+        assert flips == sum(int((f != 0).sum()) for f in history.flips(name))
