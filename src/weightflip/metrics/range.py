@@ -1,0 +1,44 @@
+"""Where in the format's range the weights lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weightflip.kernels import slice_elements, slices
+from weightflip.metrics.base import LayerMetric, Metric, Weight, register
+
+
+@register
+class Range(Metric):
+    """``metrics=("flips", "range")``: ``zero_fraction``, ``saturated_fraction`` and ``underflow_fraction`` now.
+
+    Of all weights, those whose code stands for 0, and those with one of the two outermost codes: under a scale that
+    follows the largest weight, that weight is always among them. Underflows are the weights other than 0 whose code
+    stands for 0, of the weights other than 0. Quantizers that encode the whole weight at once have no such numbers, nor
+    has ``binary``, which has no 0.
+    """
+
+    name = "range"
+    gauges = ("zero_fraction", "saturated_fraction", "underflow_fraction")
+
+    def open(self, name: str, weight: Weight) -> LayerMetric | None:
+        quantizer = weight.elementwise
+        outermost = None if quantizer is None else quantizer.ordinal_range(weight.values)
+        return None if outermost is None else _LayerRange(*outermost)
+
+
+class _LayerRange(LayerMetric):
+    def __init__(self, smallest: int, largest: int) -> None:
+        self.smallest, self.largest = smallest, largest
+
+    def gauge(self, weight: Weight, gauges: Tensor, bins: Tensor) -> None:
+        zeros, saturated, underflows = gauges
+        for index in slices(weight.codes, slice_elements(weight.codes)):
+            codes, is_something = weight.codes[index], weight.values[index] != 0
+            is_zero = codes == 0
+            zeros[0] += torch.count_nonzero(is_zero)
+            saturated[0] += torch.count_nonzero((codes == self.smallest) | (codes == self.largest))
+            underflows[0] += torch.count_nonzero(is_zero & is_something)
+            underflows[1] += torch.count_nonzero(is_something)
+        gauges[:2, 1] = weight.codes.numel()

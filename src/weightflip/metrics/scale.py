@@ -1,0 +1,46 @@
+"""Flips that the weight made by itself, and flips that came with a new scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weightflip.kernels import take
+from weightflip.metrics.base import LayerMetric, Metric, Slice, Weight, register
+from weightflip.quantizers.base import ElementwiseQuantizer
+
+
+@register
+class Scale(Metric):
+    """``metrics=("flips", "scale")``: ``weight_driven_fraction`` = weight-driven flips / flips.
+
+    A flip is weight-driven if it is there also when the new weight is encoded with the old scale; the rest are
+    scale-driven. Formats without a scale, and quantizers that encode the whole weight at once, have no such number.
+    """
+
+    name = "scale"
+    ratios = ("weight_driven_fraction",)
+
+    def open(self, name: str, weight: Weight) -> LayerMetric | None:
+        quantizer = weight.elementwise
+        return None if quantizer is None or weight.scale is None else _LayerScale(quantizer)
+
+
+class _LayerScale(LayerMetric):
+    def __init__(self, quantizer: ElementwiseQuantizer) -> None:
+        self.quantizer = quantizer
+        self.scale: Tensor | None = None
+
+    def before(self, weight: Weight) -> None:
+        self.scale = weight.scale
+
+    def slice(self, part: Slice, sums: Tensor) -> None:
+        assert self.scale is not None
+        under_old = part.scratch("under_old", part.old, part.old.dtype)
+        self.quantizer.encode_under(part.values, take(self.scale, part.index), under_old, part.scratch)
+        flipped = part.new != part.old
+        sums[0, 0].add_(torch.count_nonzero(flipped & (under_old != part.old)))
+        sums[0, 1].add_(torch.count_nonzero(flipped))
+
+    def after(self, weight: Weight, sums: Tensor) -> None:
+        self.scale = None

@@ -1,0 +1,137 @@
+"""How far quantized weights travel, for how far the weights do."""
+
+from __future__ import annotations
+
+import zlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weightflip.metrics.base import Bins, LayerMetric, Metric, Weight, register
+from weightflip.quantizers.base import ElementwiseQuantizer
+
+# Weights of a layer that are looked at: errors of about a percent from 10,000 flips on.
+_SAMPLE = 1 << 14
+_HIGH = 16.0
+
+
+@register
+class Travel(Metric):
+    """``metrics=("flips", "travel")``: ``travel_ratio``, ``flip_excess`` and ``travel_high_fraction``.
+
+    * ``travel_ratio``: the sum of ``abs(dQ(w))`` / the sum of ``abs(dw)`` over the steps since the last point, dQ on
+      dequantized values: R_w of Chen et al. 2025 (TetraJet, arXiv:2502.20853), aggregated. About 1 when weights are
+      spread evenly in their cells; far above: oscillating; far below: resting.
+    * ``flip_excess``: flips / the sum of ``min(1, abs(dw) / cell width)``. 1 for weights spread evenly in their cells,
+      however large the steps are. A cell is what rounds to one code: half way to the neighbours on both sides. The two
+      outermost ones are taken to reach as far out as in.
+    * ``travel_high_fraction``: of the weights that moved since the last point, the share whose own ratio is above 16.
+      ``log2_travel_ratio`` is the histogram of these ratios; weights whose code rested are in its first bin.
+
+    Looks at up to 16,384 weights of each layer, always the same ones, drawn at random; layers count in the model's
+    numbers as if all their weights had been looked at. ``native`` weights are their own quantized values, and
+    quantizers that encode the whole weight at once do not say what a code stands for: neither has such numbers, nor has
+    ``binary``.
+    """
+
+    name = "travel"
+    ratios = ("travel_ratio", "flip_excess")
+    gauges = ("travel_high_fraction",)
+    histograms = (Bins("log2_travel_ratio", tuple(range(-7, 9))),)
+
+    def open(self, name: str, weight: Weight) -> LayerMetric | None:
+        quantizer = weight.elementwise
+        if quantizer is None or quantizer.name == "native" or weight.values.numel() == 0:
+            return None
+        outermost = quantizer.ordinal_range(weight.values)
+        return None if outermost is None else _LayerTravel(name, weight, quantizer, outermost)
+
+
+class _Moment(NamedTuple):
+    """The sample at one moment."""
+
+    weights: Tensor
+    codes: Tensor
+    scale: Tensor | None
+    values: Tensor
+
+
+class _LayerTravel(LayerMetric):
+    state = ("travelled", "quantized_travelled")
+
+    def __init__(self, name: str, weight: Weight, quantizer: ElementwiseQuantizer, outermost: tuple[int, int]) -> None:
+        self.quantizer, self.outermost = quantizer, outermost
+        sample = _sample(weight.values.numel(), name).to(weight.values.device)
+        self.at = torch.unravel_index(sample, weight.values.shape)
+        self.of_each = weight.values.numel() / sample.numel()
+        """Weights that each one of the sample stands for."""
+        self.old: _Moment | None = None
+        self.travelled = torch.zeros(sample.shape, dtype=torch.float64, device=sample.device)
+        self.quantized_travelled = torch.zeros_like(self.travelled)
+
+    def before(self, weight: Weight) -> None:
+        self.old = self._look(weight)
+
+    def after(self, weight: Weight, sums: Tensor) -> None:
+        assert self.old is not None
+        old, new = self.old, self._look(weight)
+        self.old = None
+        moved = (new.weights - old.weights).abs_()
+        quantized_moved = (new.values - old.values).abs_()
+        # NaN, infinite weights and what shares a scale with them have not moved any distance.
+        is_finite = moved.isfinite() & quantized_moved.isfinite()
+        moved, quantized_moved = moved.where(is_finite, 0.0), quantized_moved.where(is_finite, 0.0)
+        expected = (moved / self._cells(old)).clamp_(max=1).nan_to_num_(nan=0.0)
+        sums[0, 0].add_(quantized_moved.sum(), alpha=self.of_each)
+        sums[0, 1].add_(moved.sum(), alpha=self.of_each)
+        sums[1, 0].add_(torch.count_nonzero((new.codes != old.codes) & is_finite), alpha=self.of_each)
+        sums[1, 1].add_(expected.sum(), alpha=self.of_each)
+        self.travelled.add_(moved)
+        self.quantized_travelled.add_(quantized_moved)
+
+    def gauge(self, weight: Weight, gauges: Tensor, bins: Tensor) -> None:
+        has_moved = self.travelled > 0
+        ratios = self.quantized_travelled / self.travelled
+        gauges[0, 0] = torch.count_nonzero(has_moved & (ratios > _HIGH)) * self.of_each
+        gauges[0, 1] = torch.count_nonzero(has_moved) * self.of_each
+        lowest, highest = Travel.histograms[0].edges[0], Travel.histograms[0].edges[-1]
+        found = ratios.log2().floor().clamp_(lowest, highest - 1).sub_(lowest)
+        bins.copy_(((found[:, None] == torch.arange(len(bins), device=found.device)) & has_moved[:, None]).sum(0))
+        self.travelled.zero_()
+        self.quantized_travelled.zero_()
+
+    def _look(self, weight: Weight) -> _Moment:
+        scale = None if weight.scale is None else weight.scale.expand(weight.codes.shape)[self.at]
+        codes = weight.codes[self.at]
+        return _Moment(weight.values[self.at].double(), codes, scale, self._values(codes, scale))
+
+    def _values(self, codes: Tensor, scale: Tensor | None) -> Tensor:
+        return self.quantizer.values(codes, scale).double()
+
+    def _cells(self, moment: _Moment) -> Tensor:
+        """Widths of the cells that the weights lie in."""
+        smallest, largest = self.outermost
+        codes = moment.codes.long().clamp_(smallest, largest)
+
+        def value(shifted: Tensor) -> Tensor:
+            return self._values(shifted.clamp(smallest, largest).to(moment.codes.dtype), moment.scale)
+
+        here = value(codes)
+        below, above = here - value(codes - 1), value(codes + 1) - here
+        return torch.where(codes == smallest, above, torch.where(codes == largest, below, (below + above) / 2))
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + sum(index.nbytes for index in self.at)
+
+
+def _sample(numel: int, name: str) -> Tensor:
+    """Flat indices: one at random out of each of so many equal parts, the same ones in every run."""
+    if numel <= _SAMPLE:
+        return torch.arange(numel)
+    borders = torch.arange(_SAMPLE + 1, dtype=torch.float64).mul_(numel / _SAMPLE).long()
+    # A generator of its own: training must not see a difference.
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    shares = torch.rand(_SAMPLE, generator=generator, dtype=torch.float64)
+    return borders[:-1] + (shares * (borders[1:] - borders[:-1])).long()
