@@ -115,3 +115,17 @@ def test_format_comparison(tmp_path: Path) -> None:
         assert events.Scalars(f"flip_rate/hidden.weight@{name}")
     assert [scalar.step for scalar in events.Scalars("scale_changes/hidden.weight@mxfp4")] == [22, 44]
     assert events.Scalars("scale_changes/hidden.weight@int4:g32")[0].value > 0.9
+
+
+def test_gallery(tmp_path):
+    output = run_example(
+        "gallery.py", f"--log-dir={tmp_path}", "--epochs=3", "--runs", "stuck", "oscillating", bar="100%"
+    )
+    lines = [line.split(": ") for line in output.splitlines() if line.startswith("  ")]
+    layers = [(name.strip(), dict(pair.split() for pair in values.split(", "))) for name, values in lines]
+    assert [name for name, _ in layers] == ["input.weight", "hidden.weight"] * 2
+    (_, moving), (_, stuck), (_, oscillating), _ = layers
+    assert float(stuck["stall_ratio"]) > 0.99 > float(moving["stall_ratio"])
+    assert float(stuck["ever_flipped"]) < 0.1 < float(moving["ever_flipped"])
+    assert float(oscillating["oscillation_ratio"]) > 2 * float(moving["oscillation_ratio"])
+    assert (tmp_path / "gallery.png").stat().st_size > 1000
