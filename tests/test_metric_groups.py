@@ -213,7 +213,7 @@ def test_scaling_all_weights_flips_none_under_a_tensorwise_scale():
 
 
 def test_scaling_all_weights_flips_with_the_power_of_two():
-    """On e2m1's grid 0.9 is less than half a cell: only the scale, which halves with the largest weight, flips codes."""
+    """On e2m1's grid 0.9 is less than half a cell: only the scale, halved with the largest weight, flips codes."""
     numbers = torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0, -0.5, -1.0, -1.5, -2.0, -3.0, 4.0])
     weight = numbers[torch.randint(11, (64, 64), generator=torch.Generator().manual_seed(3))]
     weight[:, ::32] = 4.0
