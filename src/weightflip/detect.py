@@ -23,6 +23,12 @@ _ORDINALS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 _STORED_CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
+_FLAT_NOTE = (
+    "Flat parameters and shards (FSDP1, DeepSpeed ZeRO-3) have no rows or channels: per-tensor formats only, since a "
+    "scale for each row, group or block would be one of wrong neighbours. A scale serves all layers that are in the "
+    "tensor, and is that of this process's part alone"
+)
+
 _FLOAT32_DEFAULT = "float8_e4m3"
 _DTYPE_DEFAULTS = {
     torch.float32: _FLOAT32_DEFAULT,
@@ -45,6 +51,9 @@ class Skip(Exception):
 
     is_of_model = False
     """Whether it is the model that says so, which a copy of an optimizer cannot ask."""
+
+    is_elsewhere = False
+    """Whether other processes, or later steps, have the weights: no fault of the call."""
 
     def __init__(self, reason: str, *, misfit: bool = False, unknown: str | None = None) -> None:
         super().__init__(reason)
@@ -78,7 +87,8 @@ def name_parameters(
 
     Names come from the model; else from the groups' ``param_names``; else from what was at this place before
     (``earlier``, a list a group); else from the place, as ``group0.param3``. A parameter that the model holds under
-    several names (tied weights) has the first.
+    several names (tied weights) has the first. A partition of ZeRO-3, which takes the place of a group, is called after
+    the first and the last parameter in it, as ``group0.partition0_3``.
     """
     of_model = _model_names(model) if model is not None else {}
     names: dict[int, str] = {}
@@ -89,6 +99,8 @@ def name_parameters(
             if id(parameter) in names:
                 continue
             name = of_model.get(id(parameter)) or (given[j] if j < len(given) else f"group{i}.param{j}")
+            if _is_partition(parameter):
+                name = f"group{i}.partition{parameter.ds_id}"
             if name in result:
                 name = f"group{i}.param{j}"
             names[id(parameter)] = name
@@ -105,6 +117,30 @@ def _model_names(model: nn.Module) -> dict[int, str]:
             name = name.replace(prefix, "")
         names.setdefault(id(parameter), name)
     return names
+
+
+def _is_partition(parameter: Any) -> bool:
+    """Whether DeepSpeed ZeRO-3 made it of parameters, whose own ``ds_id`` are numbers."""
+    return isinstance(getattr(parameter, "ds_id", None), str)
+
+
+def _flattened(parameters: Iterable[Tensor], model: nn.Module | None) -> dict[int, int]:
+    """How many dimensions the parameters had that have no rows any more, by id; 2 where several are in one."""
+    found = {}
+    for parameter in cast(Iterable[Any], parameters):
+        if getattr(parameter, "_is_flat_param", False) or _is_partition(parameter):
+            found[id(parameter)] = 2
+        elif hasattr(parameter, "ds_shape"):
+            # ZeRO-3 leaves an empty tensor in the model.
+            found[id(parameter)] = len(parameter.ds_shape)
+    for module in model.modules() if model is not None else ():
+        # FSDP1 with use_orig_params=True: 1-dimensional pieces, cut anywhere, and empty on most ranks.
+        handle = getattr(module, "_handle", None)
+        if getattr(handle, "uses_sharded_strategy", False):
+            flat = cast(Any, handle).flat_param
+            for parameter, shape in zip(flat._params or (), flat._shapes, strict=False):
+                found[id(parameter)] = len(shape)
+    return found
 
 
 def make_plan(
@@ -126,7 +162,8 @@ def make_plan(
         model: Where ``"auto"`` looks for the module that quantizes a weight; None leaves it the dtype alone.
         quantizer: ``"auto"``, a name, an object, a function, a list of these, or a mapping from globs over names to
             any of them, of which the first that matches counts.
-        include: Globs over names; None for every floating-point weight with two dimensions or more.
+        include: Globs over names; None for every floating-point weight that has two dimensions or more, or had them
+            before it was made flat.
         exclude: Globs over names.
         strict: Whether a rule that leads nowhere is an error. While training goes on, a parameter that cannot be
             tracked any more is skipped with its reason instead.
@@ -152,6 +189,9 @@ def make_plan(
 
     owners = _owners(model) if model is not None else {}
     by_optimizer = _of_optimizer(optimizer)
+    flat = _flattened(parameters.values(), model)
+    # Ranks have different shards of FSDP1, and must not come to different ends; ZeRO-3's partitions are yet to come.
+    may_be_empty |= any(id(p) in flat and not getattr(p, "_is_flat_param", False) for p in parameters.values())
     if strict and model is not None and not any(id(parameter) in owners for parameter in parameters.values()):
         raise ValueError(
             f"model= ({type(model).__name__}) holds none of the optimizer's {len(parameters)} parameters; pass the "
@@ -160,13 +200,19 @@ def make_plan(
     plan, noted, unknown = Plan(), dict[str, list[str]](), dict[str, None]()
     for name, parameter in parameters.items():
         try:
-            _check_trackable(name, parameter, include_globs, exclude_globs)
+            _check_trackable(name, parameter, flat.get(id(parameter)), include_globs, exclude_globs)
             specs = _known(known[name]) if known and name in known else _specs_of(name, rules)
+            if id(parameter) in flat:
+                noted.setdefault(_FLAT_NOTE, []).append(name)
+                _check_flat(parameter, [spec for spec in specs if spec != "auto"])
             chosen, notes = _choose(
                 parameter, specs, owners.get(id(parameter)), by_optimizer.get(id(parameter)), strict=strict
             )
+            if id(parameter) in flat:
+                found = [quantizer for quantizer in chosen if not any(quantizer is spec for spec in specs)]
+                _check_formats_of_flat(parameter, found, named=False)
         except Skip as reason:
-            if strict and (reason.misfit or name in include_globs):
+            if strict and (reason.misfit or (name in include_globs and not reason.is_elsewhere)):
                 raise ValueError(f"parameter {name!r} cannot be tracked as asked for: {reason}") from None
             plan.skipped[name] = str(reason)
             if reason.is_of_model:
@@ -229,8 +275,10 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def _check_trackable(name: str, parameter: Tensor, include: Sequence[str], exclude: Sequence[str]) -> None:
-    """What the parameter itself and its name say.
+def _check_trackable(
+    name: str, parameter: Tensor, ndim_before: int | None, include: Sequence[str], exclude: Sequence[str]
+) -> None:
+    """What the parameter itself and its name say; and its dimensions before it was made flat, if it was.
 
     Raises:
         Skip: It is not tracked.
@@ -241,18 +289,68 @@ def _check_trackable(name: str, parameter: Tensor, include: Sequence[str], exclu
         raise Skip("not included")
     if nn.parameter.is_lazy(parameter):
         raise Skip("not initialised yet")
-    if not include and parameter.ndim < 2:
-        raise Skip(f"{parameter.ndim}-dimensional (name it in include= to track it)")
+    ndim = parameter.ndim if ndim_before is None else ndim_before
+    if not include and ndim < 2:
+        raise Skip(f"{ndim}-dimensional (name it in include= to track it)")
     if not parameter.is_floating_point():
         raise Skip(f"dtype {_dtype(parameter)} is not floating-point")
     if parameter.is_meta:
         raise Skip("on the meta device, without data")
-    if parameter.numel() == 0:
+    if parameter.numel() == 0 and ndim_before is None:
         raise Skip("empty")
     if parameter.layout is not torch.strided:
         raise Skip(f"layout {parameter.layout} is not strided")
     if not parameter.requires_grad:
         raise Skip("frozen (requires_grad=False)")
+
+
+def _check_flat(parameter: Tensor, named: Sequence[Quantizer]) -> None:
+    """What is known of a flat parameter before its data: on each rank the same.
+
+    Raises:
+        Skip: A format asked for by name does not fit; or there is no data here.
+    """
+    _check_formats_of_flat(parameter, named, named=True)
+    if parameter.numel() == 0:
+        reason = Skip(
+            "ZeRO-3 keeps it in partitions, which are tracked once DeepSpeed gives them to the optimizer"
+            if hasattr(parameter, "ds_shape")
+            else "none of it is on this rank"
+        )
+        reason.is_elsewhere = True
+        raise reason
+
+
+def _check_formats_of_flat(parameter: Tensor, quantizers: Iterable[Quantizer], *, named: bool) -> None:
+    """Only formats without rows, groups and blocks fit a flat parameter.
+
+    Raises:
+        Skip: One does not fit.
+    """
+    for quantizer in quantizers:
+        if not _has_at_most_one_scale(quantizer, parameter, otherwise=named):
+            raise Skip(
+                f"it is a flat parameter or a shard of one, without rows or channels, and {quantizer_name(quantizer)} "
+                "has a scale for each row, group or block; name a format with at most one scale a tensor, such as "
+                "'float8_e4m3', 'e3m4' or 'bfloat16'",
+                misfit=named,
+            )
+
+
+def _has_at_most_one_scale(quantizer: Quantizer, weight: Tensor, *, otherwise: bool) -> bool:
+    """Whether all weights share what scale there is; ``otherwise`` where only the quantizer itself could know."""
+    quantizer = getattr(quantizer, "encodes", quantizer)
+    if not isinstance(quantizer, ElementwiseQuantizer):
+        return otherwise
+    if quantizer.group is not None:
+        return False
+    try:
+        # Of a single row, a scale a row and a scale a tensor look alike.
+        scale = quantizer.scale(torch.ones(2, 2, dtype=weight.dtype, device=weight.device))
+    except ValueError:
+        # A scale of the user's own, for weights of another shape.
+        return False
+    return scale is None or scale.numel() == 1
 
 
 def _specs_of(name: str, rules: Mapping[str, tuple[Any, ...]]) -> tuple[Any, ...]:

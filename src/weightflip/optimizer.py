@@ -162,6 +162,7 @@ class _Tracking:
         self._calls = 0
         self._broken = False
         self._names: list[list[str]] = []
+        self._noted: set[str] = set()
         self._known: dict[str, tuple[Quantizer, ...] | str] = {}
         self._start()
 
@@ -221,7 +222,10 @@ class _Tracking:
             if not source.is_live:
                 source.give_up_names({weight.name for weight in weights})
         for note in plan.notes:
-            if note not in self.info.notes:
+            # Whatever the names behind it: under ZeRO-3 they may be others in each step.
+            sentence = note.rpartition(" (")[0]
+            if sentence not in self._noted:
+                self._noted.add(sentence)
                 logger.warning("weightflip: %s", note)
         # Again at the first step: until then a model may still be converted, which leaves its parameters what they are.
         self._seen = () if strict else seen
@@ -374,7 +378,8 @@ class FlipTrackingOptimizer(Optimizer):
             object with ``encode(weight)``, a function from a weight to its quantized values, a list of these to see the
             same weights through several formats, or a mapping from globs over parameter names to any of them, of which
             the first that matches counts.
-        include: Globs over parameter names; None for every floating-point weight with two dimensions or more.
+        include: Globs over parameter names; None for every floating-point weight with two dimensions or more, and
+            for the flat parameters of FSDP1 and the partitions of ZeRO-3.
         exclude: Globs over parameter names.
         metrics: ``"flips"``, ``"stalls"``, and the groups ``"oscillation"``, ``"coverage"``, ``"scale"``, ``"travel"``,
             ``"range"``, ``"rank"``; a mapping, such as ``{"flips": 1, "travel": 10}``, has a group look at every tenth
