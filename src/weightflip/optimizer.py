@@ -161,6 +161,7 @@ class _Tracking:
         self._settings = dict(settings)
         self._calls = 0
         self._broken = False
+        self._saw_capture = False
         self._names: list[list[str]] = []
         self._noted: set[str] = set()
         self._known: dict[str, tuple[Quantizer, ...] | str] = {}
@@ -250,6 +251,9 @@ class _Tracking:
     def before(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Have the codes at hand."""
         self._is_open = False
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            self._leave_out_capture()
+            return
         if _is_phantom_step(optimizer):
             return
         found_inf = vars(optimizer).get("found_inf")
@@ -260,6 +264,18 @@ class _Tracking:
         if has_closure:
             self.tracker.forget_gradients()
         self._is_open = True
+
+    def _leave_out_capture(self) -> None:
+        """Do nothing in a step that a CUDA graph records: host code does not run again when the graph is replayed."""
+        if not self._saw_capture:
+            self._saw_capture = True
+            # Replays write weights without a trace.
+            self.tracker.fresh_snapshots = True
+            warnings.warn(
+                "weightflip: a step that is captured in a CUDA graph, and its replays, are not tracked; to track them, "
+                "leave optimizer.step() outside the graph",
+                stacklevel=6,
+            )
 
     def after(self) -> None:
         """Count; at a logging point, write."""

@@ -1,0 +1,84 @@
+"""A step that a CUDA graph captures is left alone: host code does not run again when the graph is replayed."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from conftest import FORMS, BruteForce, assert_same, backward, digits_model
+
+from weightflip import FlipTrackingOptimizer
+
+
+def test_steps_on_the_cpu_do_not_ask_for_a_capture(monkeypatch, digits):
+    def ask() -> bool:
+        raise AssertionError("asked a driver that nobody has loaded")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", ask)
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
+    backward(model, digits, 0)
+    optimizer.step()
+    assert sum(optimizer.tracker.get_flip_counts().values()) > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_that_torch_calls_captured_is_not_looked_at(monkeypatch, digits, form):
+    """What follows from torch's answer; that it answers so in a capture, only the test below sees."""
+    model = digits_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer, tracker = FORMS[form](inner, model)
+    backward(model, digits, 0)
+    optimizer.step()
+    counted = tracker.get_flip_counts()
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for name in ("before_step", "after_step", "record"):
+        monkeypatch.setattr(tracker, name, lambda *_, name=name: pytest.fail(name))
+    backward(model, digits, 1)
+    with pytest.warns(UserWarning, match=r"captured in a CUDA graph.* leave optimizer.step\(\) outside"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert (tracker.get_flip_counts(), tracker.step_count) == (counted, 1)
+    monkeypatch.undo()
+
+    brute = BruteForce(model)
+    for step in (2, 3):
+        # As a replay would write: without moving a version counter. That is no flip of the next step.
+        model[0].weight.data.mul_(-1)
+        backward(model, digits, step)
+        brute.before()
+        optimizer.step()
+        brute.after()
+    assert tracker.get_flip_counts() == {name: counted[name] + brute.flips[name] for name in counted}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_on_a_gpu(digits):
+    device_digits = tuple(array.cuda() for array in digits)
+    results = []
+    for is_tracked in (False, True):
+        model = digits_model().cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
+        if is_tracked:
+            optimizer = FlipTrackingOptimizer(optimizer, model, sinks=[])
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for step in range(3):
+                backward(model, device_digits, step)
+                optimizer.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with warnings.catch_warnings(record=True) as caught, torch.cuda.graph(graph):
+            warnings.simplefilter("always")
+            optimizer.step()
+        for _ in range(3):
+            graph.replay()
+        assert sum("captured in a CUDA graph" in str(warning.message) for warning in caught) == is_tracked
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert_same(*results)
+    assert optimizer.tracker.step_count == 3
