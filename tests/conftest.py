@@ -38,6 +38,16 @@ def backward(model: nn.Module, digits: tuple[Tensor, Tensor], step: int, batch: 
     return loss
 
 
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_outliers(weight: Tensor) -> Tensor:
+    """Every 500th weight is made so large that it alone sets the scale of what it shares one with."""
+    weight.view(-1)[::500] *= 1e4
+    return weight
+
+
 def float8_values(weight: Tensor) -> Tensor:
     """The weight in tensorwise float8_e4m3, in the plainest words."""
     weight = weight.detach().float()

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_same, plan_of
+from conftest import assert_same, gaussian, plan_of, with_outliers
 from torch import nn
 
 from weightflip import FlipTrackingOptimizer
@@ -45,18 +45,12 @@ from torchao.quantization.utils import get_block_size
 ROWS, COLUMNS = 24, 64
 
 
-def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def initial() -> torch.Tensor:
     return gaussian(ROWS, COLUMNS) * 0.02
 
 
 def outliers() -> torch.Tensor:
-    weight = initial()
-    weight.view(-1)[::500] *= 1e4
-    return weight
+    return with_outliers(initial())
 
 
 def mixed() -> torch.Tensor:

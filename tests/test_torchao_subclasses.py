@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, plan_of
+from conftest import assert_same, gaussian, plan_of, with_outliers
 from torch import nn
 
 from weightflip import FlipTrackingOptimizer, track_flips
@@ -35,18 +35,12 @@ from torchao.utils import TorchAOBaseTensor
 ROWS, COLUMNS = 48, 32
 
 
-def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def initial() -> torch.Tensor:
     return gaussian(ROWS, COLUMNS) * 0.02
 
 
 def outliers() -> torch.Tensor:
-    weight = initial()
-    weight.view(-1)[::500] *= 1e4
-    return weight
+    return with_outliers(initial())
 
 
 def mixed() -> torch.Tensor:
