@@ -15,7 +15,7 @@ import torch
 
 from weightflip import WeightFlipTracker, functional, kernels
 from weightflip.formats import FloatFormat
-from weightflip.kernels import cpu
+from weightflip.kernels import compiled, cpu
 from weightflip.quantizers import resolve
 from weightflip.quantizers.floatx import FloatxQuantizer
 
@@ -248,22 +248,22 @@ def fresh_count():
 
 def test_without_a_place_for_the_cache_it_compiles_all_the_same(monkeypatch):
     # Numba finds no place for a function that is in no file.
-    scope = dict(vars(cpu))
-    exec(inspect.getsource(cpu._count_range), scope)
+    scope = dict(vars(compiled))
+    exec(inspect.getsource(compiled._count_range), scope)
     with pytest.raises(RuntimeError, match="no locator"):
         numba.njit(cache=True)(scope["_count_range"])
-    monkeypatch.setattr(cpu, "_count_range", scope["_count_range"])
-    monkeypatch.setattr(cpu, "_kernels", {})
+    monkeypatch.setattr(compiled, "_count_range", scope["_count_range"])
+    monkeypatch.setattr(compiled, "_kernels", {})
     assert fresh_count() == []
-    assert [kernel is not None for kernel in cpu._kernels.values()] == [True]
+    assert [kernel is not None for kernel in compiled._kernels.values()] == [True]
 
 
 def test_a_numba_that_cannot_compile_is_warned_about_once(monkeypatch):
     def broken(start, *rest):
         return rest.nothing
 
-    monkeypatch.setattr(cpu, "_count_range", broken)
-    monkeypatch.setattr(cpu, "_kernels", {})
+    monkeypatch.setattr(compiled, "_count_range", broken)
+    monkeypatch.setattr(compiled, "_kernels", {})
     (message,) = fresh_count()
     assert message.startswith("weightflip: Numba cannot compile, counting goes on without it: TypingError: ")
     assert fresh_count() == []

@@ -1,4 +1,4 @@
-"""One pass over weights on the CPU, compiled by Numba: encode, compare, count and store, with nothing in between.
+"""One pass over weights on the CPU: encode, compare, count and store, with nothing in between.
 
 Equal to :mod:`weightflip.kernels.eager` bit for bit, and about three times as fast. Imported only where Numba is.
 """
@@ -6,30 +6,20 @@ Equal to :mod:`weightflip.kernels.eager` bit for bit, and about three times as f
 from __future__ import annotations
 
 import functools
-import hashlib
-import math
 import os
-import types
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
-import llvmlite.binding  # type: ignore[import-untyped]
-import numba
 import numpy as np
 import torch
-from numba.extending import overload
 from torch import Tensor
 
-from weightflip.formats import FP32, Rounding
-
-_INT32, _FLOAT32 = np.int32, np.float32
+from weightflip.formats import Rounding
+from weightflip.kernels import compiled
 
 # Weights with fewer elements than this are done before a second thread has woken up.
 _ELEMENTS_PER_THREAD = 1 << 16
-# Few enough for int32 counters, and, going backwards in such steps, for what an amax has left in the cache.
-_ELEMENTS_PER_CHUNK = 1 << 16
 
 # What NumPy, which has no bfloat16, sees each dtype as.
 _STORED = {torch.float32: torch.float32, torch.bfloat16: torch.int16}
@@ -37,11 +27,6 @@ _CODES = {torch.int8: torch.int8, torch.int16: torch.int16}
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.bool: torch.uint8}
 _MAGNITUDE = {torch.int32: np.int32(0x7FFFFFFF), torch.int16: np.int32(0x7FFF), torch.uint8: np.int32(0xFF)}
 _NO_SCALE = np.ones(1, dtype=np.float32)
-
-if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
-    raise ImportError("NUMBA_DISABLE_JIT is set")
-
-_compile = functools.partial(numba.njit, nogil=True, error_model="numpy")
 
 
 @functools.lru_cache(maxsize=1)
@@ -54,128 +39,149 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
-def _to_float32(stored):  # type: ignore[no-untyped-def]
-    """A stored weight as a number: float32 as it is, bfloat16 from the upper half of one."""
+class Stretch(NamedTuple):
+    """Memory of one weight, or of a part of one.
+
+    Attributes:
+        weight: Address of the first element.
+        codes: Address of its code.
+        numel: Elements, at least one.
+        group: How many neighbours share a scale; ``numel`` where all do, or where there is none.
+    """
+
+    weight: int
+    codes: int
+    numel: int
+    group: int
 
 
-@overload(_to_float32)
-def _implementation(stored):  # type: ignore[no-untyped-def]
-    if stored is numba.types.float32:
-        return lambda stored: stored
-    return lambda stored: _INT32(_INT32(stored) << _INT32(16)).view(_FLOAT32)
+class Kind(NamedTuple):
+    """What weights have in common that one call can count.
+
+    Attributes:
+        weight: float32 or bfloat16.
+        update: dtype of the updates; None where none are counted.
+        codes: int8 or int16.
+        rounding: How a weight becomes an ordinal.
+    """
+
+    weight: torch.dtype
+    update: torch.dtype | None
+    codes: torch.dtype
+    rounding: Rounding
 
 
-@_compile()
-def _count_chunk(weight, scale, divide, update, update_mask, codes, cut, offset, first_normal, adder, overflow, nan):  # type: ignore[no-untyped-def]
-    # Numba computes int32 with int32 in int64, which halves the width of the vectors: hence the casts.
-    one, magnitude_mask, infinity = _INT32(1), _INT32(0x7FFFFFFF), _INT32(0x7F800000)
-    just_under_half = _INT32((1 << (cut - 1)) - 1)
-    adder_bits = _FLOAT32(adder).view(_INT32)
-    flips, updates, stalled = _INT32(0), _INT32(0), _INT32(0)
-    for i in range(weight.size):
-        number = _to_float32(weight[i])  # type: ignore[no-untyped-call]
-        scaled = number / scale if divide else number * scale
-        bits = _FLOAT32(scaled).view(_INT32)
-        magnitude = _INT32(bits & magnitude_mask)
-        # As weightflip.quantizers.floatx.round_to_ordinals, which explains it.
-        is_odd = _INT32(_INT32(_INT32(magnitude >> cut) - offset) & one)
-        normal = _INT32(_INT32(_INT32(_INT32(magnitude + just_under_half) + is_odd) >> cut) - offset)
-        subnormal = _INT32(_FLOAT32(magnitude.view(_FLOAT32) + adder).view(_INT32) - adder_bits)
-        code = min(subnormal if magnitude < first_normal else normal, overflow)
-        code = _INT32(-code) if bits < 0 else code
-        code = nan if magnitude > infinity else code
-        stored = codes.dtype.type(code)
-        flipped = _INT32(stored != codes[i])
-        codes[i] = stored
-        flips = _INT32(flips + flipped)
-        if update is not None:
-            updated = _INT32(_INT32(update[i] & update_mask) != 0)
-            updates = _INT32(updates + updated)
-            stalled = _INT32(stalled + _INT32(updated & _INT32(one ^ flipped)))
-    return flips, updates, stalled
+class Run:
+    """Stretches of memory of one kind that are counted together, by threads that share the elements evenly.
 
+    Nothing here keeps the memory alive or looks at it again: who calls vouches for the addresses.
+    """
 
-def _count_range(start, stop, group, weight, scale, divide, update, update_mask, codes, counts, rounding):  # type: ignore[no-untyped-def]
-    while stop > start:
-        index = (stop - 1) // group
-        first = max(start, index * group, stop - _ELEMENTS_PER_CHUNK)
-        part = slice(first, stop)
-        flips, updates, stalled = _count_chunk(
-            weight[part],
-            scale[index],
-            divide,
-            None if update is None else update[part],
-            update_mask,
-            codes[part],
-            *rounding,
+    def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
+        self.kind = kind
+        self._constants = compiled.constants(kind.rounding)
+        self._places = places = np.zeros((len(stretches), compiled.COLUMNS), dtype=np.int64)
+        table = np.array(stretches, dtype=np.int64)
+        places[:, compiled.WEIGHT], places[:, compiled.CODES] = table[:, 0], table[:, 1]
+        places[:, compiled.NUMEL], places[:, compiled.GROUP] = table[:, 2], table[:, 3]
+        self.scales = -(-table[:, 2] // table[:, 3])
+        """How many scales each stretch has."""
+        places[1:, compiled.START] = table[:-1, 2].cumsum()
+        places[1:, compiled.SCALE] = self.scales[:-1].cumsum()
+        self._numel = int(table[:, 2].sum())
+        self._likes = tuple(
+            None if dtype is None else torch.zeros(1, dtype=views[dtype]).numpy()
+            for dtype, views in ((kind.weight, _STORED), (kind.update, _BITS), (kind.codes, _CODES))
         )
-        counts[0] += flips
-        counts[1] += updates
-        counts[2] += stalled
-        stop = first
 
+    @staticmethod
+    def can_do(kind: Kind, *, scaled: bool) -> bool:
+        """Whether there are compiled loops for weights of this kind; compiles them."""
+        constants = compiled.constants(kind.rounding)
+        if constants is None or kind.weight not in _STORED or kind.codes not in _CODES:
+            return False
+        if kind.update is not None and kind.update not in _BITS:
+            return False
+        if scaled and compiled.largest_range(_BITS[kind.weight]) is None:
+            return False
+        return _count_range(kind, constants) is not None
 
-_kernels: dict[tuple[torch.dtype, torch.dtype | None, torch.dtype], Any] = {}
+    def largest(self) -> Tensor:
+        """The largest magnitude under each scale, float32, stretch after stretch; NaN where there is one."""
+        bits = _BITS[self.kind.weight]
+        kernel, like = compiled.largest_range(bits), torch.zeros(1, dtype=bits).numpy()
+        largest = np.zeros(int(self.scales.sum()), dtype=np.int32)
+        bounds = self._bounds()
+        shared = np.full((len(bounds) - 1, 2), -1, dtype=np.int64)
 
+        def work(part: int) -> None:
+            kernel(bounds[part], bounds[part + 1], self._places, like, _MAGNITUDE[bits], largest, shared[part])
 
-def _kernel(weight: torch.dtype, update: torch.dtype | None, codes: torch.dtype, constants: tuple[Any, ...]) -> Any:
-    """``_count_range`` for these dtypes, compiled and loaded: it raises here or not at all. None if it cannot be."""
-    key = weight, update, codes
-    if key not in _kernels:
-        try:
-            _kernels[key] = _compiled(key, constants)
-        except Exception as error:
-            _kernels[key] = None
-            message = str(error).strip().splitlines()[:1]
-            warnings.warn(
-                "weightflip: Numba cannot compile, counting goes on without it: "
-                f"{type(error).__name__}: {' '.join(message)}",
-                stacklevel=2,
+        _in_threads(work, len(bounds) - 1)
+        for index, found in shared:
+            if index >= 0:
+                largest[index] = max(largest[index], found)
+        if bits is torch.int16:
+            largest <<= 16
+        return torch.from_numpy(largest.view(np.float32))
+
+    def count_(self, scale: Tensor | None, updates: Sequence[int] | Any | None) -> Any:
+        """Encode, compare, count, and store the new codes.
+
+        Args:
+            scale: float32, one for each element of :meth:`largest`; None where weights are rounded as they are.
+            updates: Addresses of the updates, a stretch each; 0 for one that has none. None where none are counted.
+
+        Returns:
+            NumPy int64 of shape (stretches, 3): flips, updates, stalled.
+        """
+        places = self._places
+        if updates is not None:
+            given = np.asarray(updates, dtype=np.int64)
+            has_update = given != 0
+            assert self.kind.update is not None
+            # Where there is no update, the weight takes its place, and no bit of it counts.
+            places[:, compiled.UPDATE] = np.where(has_update, given, places[:, compiled.WEIGHT])
+            places[:, compiled.MASK] = np.where(has_update, _MAGNITUDE[_BITS[self.kind.update]], 0)
+        if scale is None:
+            places[:, compiled.SCALE] = 0
+            places[:, compiled.GROUP] = places[:, compiled.NUMEL]
+        scales = _NO_SCALE if scale is None else scale.numpy()
+        assert self._constants is not None
+        kernel = _count_range(self.kind, self._constants)
+        bounds = self._bounds()
+        found = np.zeros((len(bounds) - 1, len(places), 3), dtype=np.int64)
+
+        def work(part: int) -> None:
+            kernel(
+                bounds[part],
+                bounds[part + 1],
+                places,
+                scales,
+                self.kind.rounding.divides,
+                *self._likes,
+                found[part],
+                self._constants,
             )
-    return _kernels[key]
+
+        _in_threads(work, len(bounds) - 1)
+        return found.sum(0)
+
+    def _bounds(self) -> list[int]:
+        parts = max(1, min(torch.get_num_threads(), self._numel // _ELEMENTS_PER_THREAD))
+        return [self._numel * part // parts for part in range(parts + 1)]
 
 
-def _compiled(key: tuple[torch.dtype | None, ...], constants: tuple[Any, ...]) -> Any:
-    # A function of its own for each signature and processor: Numba's cache holds one file of a name for all of a
-    # function's signatures, and processes that start together can mix them up. Here they write the same.
-    processor = f"{llvmlite.binding.get_host_cpu_name()} {llvmlite.binding.get_host_cpu_features().flatten()}"
-    names = ["none" if dtype is None else str(dtype).removeprefix("torch.") for dtype in key]
-    name = f"_count_range_{'_'.join(names)}_{hashlib.sha256(processor.encode()).hexdigest()[:12]}"
-    function = types.FunctionType(_count_range.__code__, _count_range.__globals__, name)
-    function.__qualname__ = name
-    weight, update, codes = (None if dtype is None else torch.zeros(1, dtype=dtype).numpy() for dtype in key)
-    for cache in (True, False):
-        try:
-            kernel = _compile(cache=cache)(function)
-            kernel(0, 0, 1, weight, _NO_SCALE, False, update, np.int32(0), codes, np.zeros(3, np.int64), constants)
-        except Exception:
-            # Mostly a cache that has no place, or cannot be written or read.
-            if not cache:
-                raise
-        else:
-            break
-    return kernel
+def _count_range(kind: Kind, constants: tuple[np.generic, ...]) -> Any:
+    update = None if kind.update is None else _BITS[kind.update]
+    return compiled.count_range(_STORED[kind.weight], update, _CODES[kind.codes], constants)
 
 
-@functools.lru_cache(maxsize=64)
-def _constants(rounding: Rounding) -> tuple[np.generic, ...] | None:
-    """What ``_count_chunk`` needs to know of a format; None for one that it cannot round to in float32."""
-    format = rounding.format
-    cut = FP32.mantissa_bits - format.mantissa_bits
-    adder_exponent = format.min_exponent + cut
-    if cut < 1 or format.min_exponent < FP32.min_exponent or adder_exponent > FP32.max_exponent:
-        return None
-    offset = (FP32.bias - format.bias) << format.mantissa_bits
-    first_normal = np.float32(math.inf if format.exponent_bits == 0 else format.smallest_normal).view(np.int32)
-    adder = np.float32(math.ldexp(1.0, adder_exponent))
-    return (
-        np.int32(cut),
-        np.int32(offset),
-        first_normal,
-        adder,
-        np.int32(rounding.overflow),
-        np.int32(format.nan_ordinal),
-    )
+def _in_threads(work: Callable[[int], None], parts: int) -> None:
+    others = [_threads().submit(work, part) for part in range(1, parts)]
+    work(0)
+    for other in others:
+        other.result()
 
 
 def count_(
@@ -195,55 +201,30 @@ def count_(
     Returns:
         Whether it was done; False leaves everything as it was.
     """
-    constants = _constants(rounding)
     group = _group(weight, scale)
-    flat_weight = _flat(weight, weight, _STORED) if torch.ops.aten.is_non_overlapping_and_dense(weight) else None
-    flat_codes = _flat(codes, weight, _CODES)
-    flat_update = None if update is None else _flat(update, weight, _BITS)
-    if constants is None or group is None or flat_weight is None or flat_codes is None:
+    if group is None or not torch.ops.aten.is_non_overlapping_and_dense(weight):
         return False
-    if update is not None and flat_update is None:
+    if not (_is_laid_out(weight, weight, _STORED) and _is_laid_out(codes, weight, _CODES)):
         return False
-    kernel = _kernel(_STORED[weight.dtype], None if update is None else _BITS[update.dtype], codes.dtype, constants)
-    if kernel is None:
+    if update is not None and not _is_laid_out(update, weight, _BITS):
         return False
-    flat_scale = _NO_SCALE if scale is None else scale.detach().reshape(-1).contiguous().numpy()
-    mask = np.int32(0) if update is None else _MAGNITUDE[_BITS[update.dtype]]
-
-    numel = weight.numel()
-    parts = max(1, min(torch.get_num_threads(), numel // _ELEMENTS_PER_THREAD))
-    found = np.zeros((parts, 3), dtype=np.int64)
-
-    def work(part: int) -> None:
-        kernel(
-            numel * part // parts,
-            numel * (part + 1) // parts,
-            group,
-            flat_weight,
-            flat_scale,
-            rounding.divides,
-            flat_update,
-            mask,
-            flat_codes,
-            found[part],
-            constants,
-        )
-
-    others = [_threads().submit(work, part) for part in range(1, parts)]
-    work(0)
-    for other in others:
-        other.result()
-    counts.add_(torch.from_numpy(found.sum(0)))
+    kind = Kind(weight.dtype, None if update is None else update.dtype, codes.dtype, rounding)
+    if not Run.can_do(kind, scaled=False):
+        return False
+    if weight.numel() == 0:
+        return True
+    run = Run([Stretch(weight.data_ptr(), codes.data_ptr(), weight.numel(), group)], kind)
+    flat_scale = None if scale is None else scale.detach().reshape(-1).contiguous()
+    found = run.count_(flat_scale, None if update is None else [update.data_ptr()])
+    counts.add_(torch.from_numpy(found[0]))
     return True
 
 
-def _flat(tensor: Tensor, like: Tensor, views: Mapping[torch.dtype, torch.dtype]) -> Any:
-    """The tensor's memory as a NumPy array, if it is laid out as ``like``."""
-    if tensor.dtype not in views or tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
-        return None
-    if tensor.shape != like.shape or tensor.stride() != like.stride():
-        return None
-    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(views[tensor.dtype]).numpy()
+def _is_laid_out(tensor: Tensor, like: Tensor, dtypes: Mapping[torch.dtype, torch.dtype]) -> bool:
+    """Whether a tensor's memory can be read beside that of ``like``."""
+    if tensor.dtype not in dtypes or tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    return tensor.shape == like.shape and tensor.stride() == like.stride() and not tensor.is_neg()
 
 
 def _group(weight: Tensor, scale: Tensor | None) -> int | None:
