@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from weightflip.formats import Rounding
-from weightflip.kernels.backend import check_backend, one_pass
+from weightflip.kernels.backend import check_backend, one_pass, run
 from weightflip.kernels.eager import count_
+from weightflip.kernels.runs import Kind, Run, Stretch
 from weightflip.kernels.scratch import ScratchPool
 from weightflip.kernels.slices import Index, slice_elements, slices, take
 
@@ -19,11 +20,15 @@ __all__ = [
     "STALLED",
     "UPDATES",
     "Index",
+    "Kind",
     "Rounding",
+    "Run",
     "ScratchPool",
+    "Stretch",
     "check_backend",
     "count_",
     "one_pass",
+    "run",
     "slice_elements",
     "slices",
     "take",

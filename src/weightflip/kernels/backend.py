@@ -5,27 +5,34 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from weightflip.formats import Rounding
+from weightflip.kernels.runs import Run
 
 OnePass: TypeAlias = Callable[[Tensor, "Tensor | None", Rounding, Tensor, "Tensor | None", Tensor], bool]
+
+
+class _Compiled(NamedTuple):
+    count_: OnePass
+    run: type[Run]
+
 
 BACKENDS = ("auto", "eager", "numba")
 
 
 @functools.cache
-def _numba() -> OnePass | str:
-    """The kernel, or why there is none. Never the exception itself: its traceback holds the caller's whole stack."""
+def _numba() -> _Compiled | str:
+    """The kernels, or why there is none. Never the exception itself: its traceback holds the caller's whole stack."""
     try:
-        count_: OnePass = importlib.import_module("weightflip.kernels.cpu").count_
+        cpu = importlib.import_module("weightflip.kernels.cpu")
     except Exception as error:
         # Also an llvmlite that cannot be loaded, or a NumPy that Numba does not know.
         return f"{type(error).__name__}: {error}"
-    return count_
+    return _Compiled(cpu.count_, cpu.Run)
 
 
 def check_backend(backend: str) -> None:
@@ -43,7 +50,18 @@ def check_backend(backend: str) -> None:
 
 def one_pass(backend: str, device: torch.device) -> OnePass | None:
     """The kernel that encodes, compares, counts and stores at once on this device; None where eager torch has to."""
+    kernels = _for_device(backend, device)
+    return None if kernels is None else kernels.count_
+
+
+def run(backend: str, device: torch.device) -> type[Run] | None:
+    """The kernel that does so for many weights in one call; None where each has to go by itself."""
+    kernels = _for_device(backend, device)
+    return None if kernels is None else kernels.run
+
+
+def _for_device(backend: str, device: torch.device) -> _Compiled | None:
     if backend == "eager" or device.type != "cpu":
         return None
-    kernel = _numba()
-    return None if isinstance(kernel, str) else kernel
+    kernels = _numba()
+    return None if isinstance(kernels, str) else kernels

@@ -18,6 +18,7 @@ import llvmlite.binding  # type: ignore[import-untyped]
 import numba
 import numpy as np
 import torch
+from numba import carray  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
@@ -42,10 +43,10 @@ _compile = functools.partial(numba.njit, nogil=True, error_model="numpy")
 
 
 @intrinsic
-def _pointer(typing_context, address):  # type: ignore[no-untyped-def]
-    """An address as something that ``numba.carray`` takes."""
+def _pointer(typing_context: Any, address: Any) -> Any:
+    """An address as something that ``carray`` takes."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return numba.types.voidptr(numba.types.int64), generate
@@ -120,12 +121,12 @@ def _count_range(start, stop, places, scale, divide, weight_like, update_like, c
                 until = min((index + 1) * group, high)
                 scales[at - low : until - low] = scale[first_scale + index]
                 at, index = until, index + 1
-        weight = numba.carray(_pointer(places[row, WEIGHT]), (numel,), weight_like.dtype)
-        codes = numba.carray(_pointer(places[row, CODES]), (numel,), codes_like.dtype)
+        weight = carray(_pointer(places[row, WEIGHT]), (numel,), weight_like.dtype)  # type: ignore[call-arg]
+        codes = carray(_pointer(places[row, CODES]), (numel,), codes_like.dtype)
         if update_like is None:
             update = None
         else:
-            update = numba.carray(_pointer(places[row, UPDATE]), (numel,), update_like.dtype)[low:high]
+            update = carray(_pointer(places[row, UPDATE]), (numel,), update_like.dtype)[low:high]
         flips, updates, stalled = _count_chunk(
             weight[low:high],
             scales[: high - low],
@@ -152,7 +153,7 @@ def _largest_range(start, stop, places, weight_like, mask, largest, shared):  # 
             places[row, GROUP],
             places[row, SCALE],
         )
-        weight = numba.carray(_pointer(places[row, WEIGHT]), (numel,), weight_like.dtype)
+        weight = carray(_pointer(places[row, WEIGHT]), (numel,), weight_like.dtype)  # type: ignore[call-arg]
         low, high = start - begin, min(stop - begin, numel)
         index = low // group
         while low < high:

@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from weightflip.formats import Rounding
 from weightflip.kernels import compiled
+from weightflip.kernels.runs import Kind, Stretch
 
 # Weights with fewer elements than this are done before a second thread has woken up.
 _ELEMENTS_PER_THREAD = 1 << 16
@@ -39,43 +40,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
-class Stretch(NamedTuple):
-    """Memory of one weight, or of a part of one.
-
-    Attributes:
-        weight: Address of the first element.
-        codes: Address of its code.
-        numel: Elements, at least one.
-        group: How many neighbours share a scale; ``numel`` where all do, or where there is none.
-    """
-
-    weight: int
-    codes: int
-    numel: int
-    group: int
-
-
-class Kind(NamedTuple):
-    """What weights have in common that one call can count.
-
-    Attributes:
-        weight: float32 or bfloat16.
-        update: dtype of the updates; None where none are counted.
-        codes: int8 or int16.
-        rounding: How a weight becomes an ordinal.
-    """
-
-    weight: torch.dtype
-    update: torch.dtype | None
-    codes: torch.dtype
-    rounding: Rounding
-
-
 class Run:
-    """Stretches of memory of one kind that are counted together, by threads that share the elements evenly.
-
-    Nothing here keeps the memory alive or looks at it again: who calls vouches for the addresses.
-    """
+    """A :class:`weightflip.kernels.runs.Run` for the CPU: threads share the elements evenly."""
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind = kind
@@ -84,10 +50,10 @@ class Run:
         table = np.array(stretches, dtype=np.int64)
         places[:, compiled.WEIGHT], places[:, compiled.CODES] = table[:, 0], table[:, 1]
         places[:, compiled.NUMEL], places[:, compiled.GROUP] = table[:, 2], table[:, 3]
-        self.scales = -(-table[:, 2] // table[:, 3])
-        """How many scales each stretch has."""
+        scales = -(-table[:, 2] // table[:, 3])
         places[1:, compiled.START] = table[:-1, 2].cumsum()
-        places[1:, compiled.SCALE] = self.scales[:-1].cumsum()
+        places[1:, compiled.SCALE] = scales[:-1].cumsum()
+        self._scales = int(scales.sum())
         self._numel = int(table[:, 2].sum())
         self._likes = tuple(
             None if dtype is None else torch.zeros(1, dtype=views[dtype]).numpy()
@@ -96,7 +62,6 @@ class Run:
 
     @staticmethod
     def can_do(kind: Kind, *, scaled: bool) -> bool:
-        """Whether there are compiled loops for weights of this kind; compiles them."""
         constants = compiled.constants(kind.rounding)
         if constants is None or kind.weight not in _STORED or kind.codes not in _CODES:
             return False
@@ -107,10 +72,9 @@ class Run:
         return _count_range(kind, constants) is not None
 
     def largest(self) -> Tensor:
-        """The largest magnitude under each scale, float32, stretch after stretch; NaN where there is one."""
         bits = _BITS[self.kind.weight]
         kernel, like = compiled.largest_range(bits), torch.zeros(1, dtype=bits).numpy()
-        largest = np.zeros(int(self.scales.sum()), dtype=np.int32)
+        largest = np.zeros(self._scales, dtype=np.int32)
         bounds = self._bounds()
         shared = np.full((len(bounds) - 1, 2), -1, dtype=np.int64)
 
@@ -125,19 +89,10 @@ class Run:
             largest <<= 16
         return torch.from_numpy(largest.view(np.float32))
 
-    def count_(self, scale: Tensor | None, updates: Sequence[int] | Any | None) -> Any:
-        """Encode, compare, count, and store the new codes.
-
-        Args:
-            scale: float32, one for each element of :meth:`largest`; None where weights are rounded as they are.
-            updates: Addresses of the updates, a stretch each; 0 for one that has none. None where none are counted.
-
-        Returns:
-            NumPy int64 of shape (stretches, 3): flips, updates, stalled.
-        """
+    def count_(self, scale: Tensor | None, updates: Tensor | None) -> Tensor:
         places = self._places
         if updates is not None:
-            given = np.asarray(updates, dtype=np.int64)
+            given = updates.numpy()
             has_update = given != 0
             assert self.kind.update is not None
             # Where there is no update, the weight takes its place, and no bit of it counts.
@@ -165,7 +120,7 @@ class Run:
             )
 
         _in_threads(work, len(bounds) - 1)
-        return found.sum(0)
+        return torch.from_numpy(found.sum(0))
 
     def _bounds(self) -> list[int]:
         parts = max(1, min(torch.get_num_threads(), self._numel // _ELEMENTS_PER_THREAD))
@@ -215,8 +170,7 @@ def count_(
         return True
     run = Run([Stretch(weight.data_ptr(), codes.data_ptr(), weight.numel(), group)], kind)
     flat_scale = None if scale is None else scale.detach().reshape(-1).contiguous()
-    found = run.count_(flat_scale, None if update is None else [update.data_ptr()])
-    counts.add_(torch.from_numpy(found[0]))
+    counts.add_(run.count_(flat_scale, None if update is None else torch.tensor([update.data_ptr()]))[0])
     return True
 
 

@@ -13,12 +13,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from weightflip.formats import FloatFormat, Rounding
+
+ScaleOver: TypeAlias = Literal["nothing", "tensor", "row", "group"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def _fresh(slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
 class ElementwiseQuantizer(ABC):
     """A quantizer that needs at most a scale of the whole weight and then looks at each element by itself.
 
-    So the tracker can encode in slices that fit the cache. ``name`` is what people write to get it. Where a scale
+    So the tracker can encode in slices that fit the cache. ``name`` is what people write to get it; two quantizers of
+    one class that have the same ``name`` and ``rounding`` make the same codes. Where a scale
     belongs to a group (a block) of ``group`` neighbours along the last dimension, the other methods get the weight, and
     anything as large, with that dimension split: ``(..., K // group, group)``.
     """
@@ -97,6 +100,9 @@ class ElementwiseQuantizer(ABC):
         if "encode_into" in vars(cls) and "rounding" not in vars(cls):
             # Another encode_into is not what an inherited rounding says.
             cls.rounding = ElementwiseQuantizer.rounding  # type: ignore[method-assign]
+        if "scale" in vars(cls) and "scale_over" not in vars(cls):
+            # Nor is another scale what an inherited scale_of gives.
+            cls.scale_over = ElementwiseQuantizer.scale_over  # type: ignore[method-assign]
 
     def grouped(self, tensor: Tensor) -> Tensor:
         """A view of the weight, or of anything as large, as the other methods take it.
@@ -150,6 +156,21 @@ class ElementwiseQuantizer(ABC):
         The scale that a :class:`Rounding` speaks of is ``applied_scale``.
         """
         return None
+
+    def scale_over(self, weight: Tensor) -> ScaleOver | None:
+        """What has a scale of its own, where :meth:`scale_of` the largest magnitude in it is that scale.
+
+        With this and ``rounding`` many weights are counted in one call. ``"nothing"``: weights are rounded as they are.
+        None: ask ``scale``, one weight at a time.
+        """
+        return None
+
+    def scale_of(self, largest: Tensor) -> Tensor:
+        """The scales, from the largest magnitudes under each: element by element, whichever weights they are of.
+
+        The largest magnitudes are in the weight's dtype or in float32, and NaN where there is one.
+        """
+        raise NotImplementedError(f"quantizer {self.name!r} takes its scales from whole weights")
 
     def applied_scale(self, scale: Tensor | None) -> Tensor | None:
         """What the weight is multiplied or divided by: the scale, unless the format computes with another number."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import E2M1, E2M3, E3M2, E4M3, E5M2, FP32, FloatFormat, Rounding
-from weightflip.quantizers.base import ElementwiseQuantizer, Scratch, register
+from weightflip.quantizers.base import ElementwiseQuantizer, ScaleOver, Scratch, register
 from weightflip.quantizers.floatx import amax, cast_to_float8, ordinals_to_values, round_to_ordinals
 
 ScaleMode: TypeAlias = Literal["floor", "rceil", "ceil", "even"]
@@ -34,11 +34,14 @@ class _BlockQuantizer(ElementwiseQuantizer):
     def scale(self, weight: Tensor) -> Tensor:
         if not weight.is_floating_point():
             raise ValueError(f"quantizer {self.name!r} rounds floating-point weights, got {weight.dtype}")
-        return self._scale_of(amax(weight, "row").to(torch.float32))
+        return self.scale_of(amax(weight, "row").to(torch.float32))
+
+    def scale_over(self, weight: Tensor) -> ScaleOver | None:
+        return "group"
 
     @abstractmethod
-    def _scale_of(self, largest: Tensor) -> Tensor:
-        """The scales, from the largest magnitude of each block: float32, ``(..., K // group, 1)``."""
+    def scale_of(self, largest: Tensor) -> Tensor:
+        """The scales, from the largest magnitude of each block: float32, in its shape."""
 
     @abstractmethod
     def applied_scale(self, scale: Tensor | None) -> Tensor:
@@ -110,7 +113,7 @@ class MXQuantizer(_BlockQuantizer):
         self.mode: ScaleMode = mode
         self.name = name if mode == "floor" else f"{name}:{mode}"
 
-    def _scale_of(self, largest: Tensor) -> Tensor:
+    def scale_of(self, largest: Tensor) -> Tensor:
         if self.mode == "rceil":
             # The logarithm as torchao takes it: in float32 it rounds amax just above a power of two down to it.
             exponent = (largest / self.format.max).log2_().ceil_().add_(_E8M0_BIAS)
@@ -162,7 +165,10 @@ class NVFP4Quantizer(_BlockQuantizer):
         self.per_tensor_scale = per_tensor_scale
         self.name = "nvfp4:tensor" if per_tensor_scale else "nvfp4"
 
-    def _scale_of(self, largest: Tensor) -> Tensor:
+    def scale_over(self, weight: Tensor) -> ScaleOver | None:
+        return None if self.per_tensor_scale else "group"
+
+    def scale_of(self, largest: Tensor) -> Tensor:
         per_block = largest / E2M1.max
         if not self.per_tensor_scale:
             return self._rounded(per_block)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import E4M3, E5M2, FloatFormat, Rounding
-from weightflip.quantizers.base import ElementwiseQuantizer, Scratch, register
+from weightflip.quantizers.base import ElementwiseQuantizer, ScaleOver, Scratch, register
 from weightflip.quantizers.floatx import amax, cast_to_float8, ordinals_to_values
 
 # torchao.float8.float8_utils.EPS: the smallest amax that it divides by.
@@ -56,9 +56,14 @@ class Float8Quantizer(ElementwiseQuantizer):
     def scale(self, weight: Tensor) -> Tensor:
         if not weight.is_floating_point():
             raise ValueError(f"quantizer {self.name!r} casts floating-point weights, got {weight.dtype}")
+        return self.scale_of(amax(weight, self.granularity))
+
+    def scale_over(self, weight: Tensor) -> ScaleOver:
+        return self.granularity
+
+    def scale_of(self, largest: Tensor) -> Tensor:
         # float64, as torchao divides: 1.0 / float32 differs between eager and compiled code.
-        largest = amax(weight, self.granularity).to(torch.float64)
-        scale = (self.format.max / largest.clamp_(min=_EPS)).to(torch.float32)
+        scale = (self.format.max / largest.to(torch.float64).clamp(min=_EPS)).to(torch.float32)
         if self.round_scales_to_power_of_2:
             scale = torch.exp2(torch.floor(torch.log2(scale)))
         return scale

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import E4M3, E5M2, FP32, FP64, FloatFormat, Rounding, exmy
-from weightflip.quantizers.base import ElementwiseQuantizer, Scratch, register
+from weightflip.quantizers.base import ElementwiseQuantizer, ScaleOver, Scratch, register
 from weightflip.quantizers.native import ORDINAL_DTYPES, bits_to_ordinals_
 
 Granularity: TypeAlias = Literal["tensor", "row", "none"]
@@ -201,9 +201,17 @@ class FloatxQuantizer(ElementwiseQuantizer):
             return scale
         if self.granularity == "none":
             return None
-        largest = self.format.value(self.format.max_ordinal, exponent_shift=self._exponent_shift)
+        return self.scale_of(amax(weight, self.granularity).to(dtype))
+
+    def scale_over(self, weight: Tensor) -> ScaleOver | None:
+        if self.fixed_scale is not None:
+            return None
+        return "nothing" if self.granularity == "none" else self.granularity
+
+    def scale_of(self, largest: Tensor) -> Tensor:
+        meets = self.format.value(self.format.max_ordinal, exponent_shift=self._exponent_shift)
         # The smallest normal number stands in for the scale of an all-zero tensor: 0 / 0 would be NaN.
-        return (amax(weight, self.granularity).to(dtype) / largest).clamp_(min=torch.finfo(dtype).tiny)
+        return (largest / meets).clamp_(min=torch.finfo(largest.dtype).tiny)
 
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
         dtype = self._compute_dtype(weight.dtype)

@@ -1,0 +1,232 @@
+"""Many weights at once: a few calls for all of them, where each alone would cost more in calls than in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from weightflip import functional, kernels
+
+# A run's elements: so few that they are still in the caches when they are counted, after their largest magnitudes were
+# looked for, and so many that a run's calls do not show.
+_ELEMENTS_PER_RUN = 1 << 21
+
+
+class Shared(functional.Elementwise, Protocol):
+    """What is needed here of an elementwise quantizer; those of one class and name make the same codes."""
+
+    name: str
+    group: int | None
+
+    def scale_over(self, weight: Tensor) -> Literal["nothing", "tensor", "row", "group"] | None: ...
+
+    def scale_of(self, largest: Tensor) -> Tensor: ...
+
+    def scale_codes(self, scale: Tensor) -> Tensor: ...
+
+
+@dataclass(eq=False)
+class Member:
+    """One weight of a batch, as addresses: whoever counts has made sure that they are still right.
+
+    Attributes:
+        address: Of the weight.
+        numel: Its elements.
+        dtype: Its dtype; an update has the same.
+        codes: Ordinals, laid out as the weight; written to.
+        scale_codes: Of block scales, in their shape; written to. None for formats without.
+        quantizer: What makes the codes.
+        rounding: Its rounding of this weight.
+        group: How many neighbours share a scale; 0 where there is none.
+        run: What counts it.
+    """
+
+    address: int
+    numel: int
+    dtype: torch.dtype
+    codes: Tensor
+    scale_codes: Tensor | None
+    quantizer: Shared
+    rounding: kernels.Rounding
+    group: int
+    run: type[kernels.Run]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What members have in common that are counted in one call."""
+        return (type(self.quantizer), self.quantizer.name, self.rounding, self.dtype, self.codes.dtype, self.group == 0)
+
+    def describes(self, weight: Tensor, quantizer: object, codes: Tensor) -> bool:
+        """Whether this is still the same memory, encoded in the same way."""
+        return (
+            self.address == weight.data_ptr()
+            and self.dtype is weight.dtype
+            and self.codes is codes
+            and codes.shape == weight.shape
+            and weight.is_contiguous()
+            and self.quantizer is quantizer
+        )
+
+
+def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, *, with_updates: bool) -> Member | None:
+    """The weight as a member of a batch, if it can be one: on the CPU, contiguous, of a format that the kernel knows.
+
+    Args:
+        weight: Detached.
+        quantizer: What makes its codes.
+        codes: Of the weight's shape.
+        backend: As in :func:`weightflip.kernels.check_backend`.
+        with_updates: Whether its updates will be counted.
+    """
+    run, rounding, over = kernels.run(backend, weight.device), quantizer.rounding(weight), quantizer.scale_over(weight)
+    if run is None or rounding is None or over is None or type(weight) is not Tensor or weight.numel() == 0:
+        return None
+    is_plain = weight.is_contiguous() and codes.is_contiguous() and not weight.is_neg()
+    if not is_plain or weight.data_ptr() == 0 or weight.data_ptr() % weight.element_size():
+        return None
+    for update in (None, weight.dtype) if with_updates else (None,):
+        if not run.can_do(kernels.Kind(weight.dtype, update, codes.dtype, rounding), scaled=over != "nothing"):
+            return None
+    scale_codes, group = None, 0
+    if over == "group":
+        assert quantizer.group is not None
+        scale_codes = quantizer.scale_codes(weight.new_ones((), dtype=torch.float32))
+        shape = quantizer.grouped(weight).shape
+        scale_codes, group = scale_codes.new_zeros((*shape[:-1], 1)), quantizer.group
+    elif over == "row":
+        group = weight.shape[-1] if weight.ndim else 1
+    elif over == "tensor":
+        group = weight.numel()
+    return Member(weight.data_ptr(), weight.numel(), weight.dtype, codes, scale_codes, quantizer, rounding, group, run)
+
+
+class Counted(NamedTuple):
+    """What became of a batch, a row for each member, on the CPU.
+
+    Attributes:
+        counts: int64 of shape (members, 3): flips, updates, stalled.
+        scale_changes: int64 of shape (members,): block scales whose stored value changed.
+        failed: Members that could not be counted, and why.
+    """
+
+    counts: Tensor
+    scale_changes: Tensor
+    failed: list[tuple[int, Exception]]
+
+
+class Batch:
+    """Weights that are counted together. Holds their codes, and not the weights.
+
+    Args:
+        members: The weights.
+        with_updates: Whether updates are counted.
+    """
+
+    def __init__(self, members: Sequence[Member], *, with_updates: bool) -> None:
+        self.members = list(members)
+        self.with_updates = with_updates
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for index, member in enumerate(self.members):
+            kinds.setdefault(member.kind, []).append(index)
+        self._groups = [
+            (indices, [_Part(run, self.members, with_updates) for run in _runs(indices, self.members)])
+            for indices in kinds.values()
+        ]
+
+    def advance(self, updates: Sequence[int]) -> Counted:
+        """Encode all weights anew, count what changed against their codes, and keep the new codes there.
+
+        Args:
+            updates: Addresses of the gradients, laid out as the weights and of their dtypes; 0 for one without.
+                Not looked at where updates are not counted.
+        """
+        counts = torch.zeros(len(self.members), 3, dtype=torch.int64)
+        scale_changes = torch.zeros(len(self.members), dtype=torch.int64)
+        addresses = torch.tensor(updates, dtype=torch.int64) if self.with_updates else None
+        failed: list[tuple[int, Exception]] = []
+        for indices, parts in self._groups:
+            try:
+                for part in parts:
+                    part.advance(addresses, counts, scale_changes)
+            except Exception as error:
+                failed += [(index, error) for index in indices]
+        return Counted(counts, scale_changes, failed)
+
+
+class _Piece(NamedTuple):
+    """A part of a member, or all of it."""
+
+    member: int
+    first: int
+    numel: int
+
+
+def _runs(indices: Sequence[int], members: Sequence[Member]) -> Iterator[list[_Piece]]:
+    """Pieces of members of one kind, cut between scales where they are large."""
+    run: list[_Piece] = []
+    room = _ELEMENTS_PER_RUN
+    for index in indices:
+        numel, group = members[index].numel, members[index].group or 1
+        first = 0
+        while first < numel:
+            whole = max(1, room // group) * group
+            if whole > room and run:
+                whole = 0
+            piece = _Piece(index, first, min(whole, numel - first))
+            if piece.numel:
+                run.append(piece)
+            first, room = first + piece.numel, room - piece.numel
+            if first < numel or room <= 0:
+                yield run
+                run, room = [], _ELEMENTS_PER_RUN
+    if run:
+        yield run
+
+
+class _Part:
+    """A run, and how it lies in the members."""
+
+    def __init__(self, pieces: Sequence[_Piece], members: Sequence[Member], with_updates: bool) -> None:
+        first = members[pieces[0].member]
+        self.quantizer = first.quantizer
+        self.is_scaled = first.group != 0
+        kind = kernels.Kind(first.dtype, first.dtype if with_updates else None, first.codes.dtype, first.rounding)
+        item, code = first.dtype.itemsize, first.codes.dtype.itemsize
+        self.run = first.run(
+            [
+                kernels.Stretch(
+                    members[at].address + start * item,
+                    members[at].codes.data_ptr() + start * code,
+                    numel,
+                    members[at].group or numel,
+                )
+                for at, start, numel in pieces
+            ],
+            kind,
+        )
+        self.members = [piece.member for piece in pieces]
+        self.owners = torch.tensor(self.members)
+        self.offsets = torch.tensor([piece.first * item for piece in pieces])
+        self.scale_codes = [
+            stored.view(-1)[piece.first // member.group :][: piece.numel // member.group]
+            for piece, member, stored in ((p, members[p.member], members[p.member].scale_codes) for p in pieces)
+            if stored is not None
+        ]
+
+    def advance(self, updates: Tensor | None, counts: Tensor, scale_changes: Tensor) -> None:
+        scale = self.quantizer.scale_of(self.run.largest()) if self.is_scaled else None
+        addresses = None
+        if updates is not None:
+            of_pieces = updates[self.owners]
+            addresses = torch.where(of_pieces == 0, 0, of_pieces + self.offsets)
+        found = self.run.count_(self.quantizer.applied_scale(scale), addresses)
+        counts.index_add_(0, self.owners, found)
+        if scale is not None and self.scale_codes:
+            changed = torch.split(self.quantizer.scale_codes(scale), [codes.numel() for codes in self.scale_codes])
+            for owner, new, old in zip(self.members, changed, self.scale_codes, strict=True):
+                scale_changes[owner] += torch.count_nonzero(new != old)
+                old.copy_(new)

@@ -1,0 +1,177 @@
+"""Many weights counted in one call: each as it is counted alone, in plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_cpu_kernel import QUANTIZERS, weights
+
+from weightflip import batch, functional, kernels
+from weightflip.formats import FloatFormat
+from weightflip.kernels import cpu
+from weightflip.quantizers import resolve
+from weightflip.quantizers.block import MX_NAMES, MXQuantizer
+from weightflip.quantizers.floatx import FloatxQuantizer
+
+NAN, INF = float("nan"), float("inf")
+BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("floor", "rceil", "ceil", "even")),
+          "nvfp4"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, params=[(1, 1 << 21), (3, 1 << 21), (3, 700)], ids=["1", "3", "3 in short runs"])
+def threads_and_runs(request, monkeypatch):
+    threads, elements = request.param
+    monkeypatch.setattr(cpu, "_ELEMENTS_PER_THREAD", 100)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(batch, "_ELEMENTS_PER_RUN", elements)
+
+
+def many_weights(generator):
+    """Shapes that fill runs badly, numbers that are hard, next to each other."""
+    shapes = [(1,), (), (3, 32), (65, 96), (1, 4096), (40, 32), (7, 5, 64), (2, 352), (500, 32)]
+    plain = [torch.randn(shape, generator=generator) * 10.0 ** (i - 4) for i, shape in enumerate(shapes)]
+    special = torch.randn(64, 64, generator=generator)
+    special[0, :6] = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0])
+    others = [weight for name, weight in weights().items() if name not in ("empty", "transposed", "channels_last")]
+    return [*plain, special, torch.zeros(4, 64), torch.full((2, 32), 1e-45), *others]
+
+
+def expected(weight, quantizer, old, update):
+    codes, counts = old.clone(), torch.zeros(3, dtype=torch.int64)
+    scale = functional.advance(weight, quantizer, codes, update, counts, kernels.ScratchPool(), backend="eager")
+    return codes, counts, scale
+
+
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, *BLOCKS], ids=str)
+def test_equals_each_alone(quantizer):
+    generator = torch.Generator().manual_seed(0)
+    quantizer = resolve(quantizer)
+    found, wanted, updates = [], [], []
+    for i, weight in enumerate(many_weights(generator)):
+        if quantizer.group and (weight.ndim == 0 or weight.shape[-1] % quantizer.group):
+            continue
+        old = torch.empty_like(weight, dtype=quantizer.code_dtype(weight))
+        old_scale = functional.encode_into(weight, quantizer, old, kernels.ScratchPool(), backend="eager")
+        member = batch.make_member(weight, quantizer, old.clone(), "auto", with_updates=True)
+        if quantizer.group:
+            member.scale_codes.copy_(quantizer.scale_codes(old_scale))
+        weight.mul_(torch.rand(weight.shape, generator=generator) + 0.5)
+        update = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+        update[torch.rand(weight.shape, generator=generator) < 0.3] = 0.0
+        update[torch.rand(weight.shape, generator=generator) < 0.1] = -0.0
+        update[torch.rand(weight.shape, generator=generator) < 0.1] = NAN
+        update = None if i % 4 == 1 else update
+        codes, counts, scale = expected(weight, quantizer, old, update)
+        changes = torch.zeros(())
+        if quantizer.group:
+            changes = torch.count_nonzero(quantizer.scale_codes(scale) != quantizer.scale_codes(old_scale))
+        found.append((member, weight))
+        wanted.append((codes, counts, scale, changes))
+        updates.append(update)
+    assert len(found) >= 8
+    together = batch.Batch([member for member, _ in found], with_updates=True)
+    counted = together.advance([0 if update is None else update.data_ptr() for update in updates])
+    assert counted.failed == []
+    for (member, _), (codes, _, scale, _) in zip(found, wanted, strict=True):
+        assert torch.equal(member.codes, codes)
+        if quantizer.group:
+            assert torch.equal(member.scale_codes, quantizer.scale_codes(scale))
+    assert counted.counts.tolist() == [counts.tolist() for _, counts, _, _ in wanted]
+    assert counted.scale_changes.tolist() == [int(changes) for *_, changes in wanted]
+    assert counted.counts[:, 0].count_nonzero() > 4
+
+
+def test_formats_side_by_side_and_without_updates():
+    generator = torch.Generator().manual_seed(1)
+    found, wanted = [], []
+    for name in ("float8_e4m3", "e3m4:row", "float8_e4m3", "bfloat16", "mxfp4", "e2m1:none"):
+        weight, quantizer = torch.randn(30, 64, generator=generator), resolve(name)
+        old = torch.zeros(weight.shape, dtype=quantizer.code_dtype(weight))
+        found.append((batch.make_member(weight, quantizer, old.clone(), "auto", with_updates=False), weight))
+        wanted.append(expected(weight, quantizer, old, None))
+    counted = batch.Batch([member for member, _ in found], with_updates=False).advance([0] * 6)
+    assert counted.counts.tolist() == [counts.tolist() for _, counts, _ in wanted]
+    assert all(torch.equal(member.codes, codes) for (member, _), (codes, *_) in zip(found, wanted, strict=True))
+
+
+def powers_of_two_and_their_neighbours():
+    exponents = torch.arange(-126, 128, dtype=torch.float64)
+    around = torch.exp2(exponents).float().view(torch.int32).view(-1, 1) + torch.arange(-40, 41, dtype=torch.int32)
+    return around.view(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3:pow2", "float8_e5m2", "e3m4", "mxfp8_e4m3:rceil", "mxfp4", "nvfp4"])
+def test_many_scales_at_once_are_each_the_quantizers_own(name):
+    # Logarithms decide between two powers of two: they must not depend on how many are taken at once.
+    quantizer = resolve(name)
+    largest = powers_of_two_and_their_neighbours().flatten()
+    width = quantizer.group or 32
+    together = quantizer.scale_of(largest)
+    for i in range(0, largest.numel(), 97):
+        weight = torch.zeros(1, width)
+        weight[0, 3] = -largest[i]
+        alone = quantizer.scale(quantizer.grouped(weight)).flatten()
+        assert torch.equal(alone, together[i : i + 1]), (largest[i], alone, together[i])
+
+
+class OwnScale(FloatxQuantizer):
+    def scale(self, weight):
+        return weight.flatten()[0].abs()
+
+
+class OwnEncoding(FloatxQuantizer):
+    def encode_into(self, weight, scale, out, scratch):
+        out.zero_()
+
+
+E3M4 = FloatFormat("e3m4", 3, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "weight"),
+    [
+        ("float8_e4m3", torch.ones(8, 4).T),
+        ("float8_e4m3", torch.ones(8, 8)[:, ::2]),
+        ("float8_e4m3", torch.ones(8, 4, dtype=torch.float64)),
+        ("float8_e4m3", torch.ones(0, 4)),
+        ("float8_e4m3", torch.ones(8, 4).as_subclass(type("Subclass", (torch.Tensor,), {}))),
+        ("float8_e4m3", torch._neg_view(torch.ones(8, 4))),
+        ("float8_e4m3", torch.zeros(17, dtype=torch.uint8)[1:].view(-1)[:16]),
+        ("nvfp4:tensor", torch.ones(8, 32)),
+        ("int8", torch.ones(8, 4)),
+        ("ternary", torch.ones(8, 4)),
+        ("e6m1", torch.ones(8, 4)),
+        ("native", torch.ones(8, 4)),
+        (FloatxQuantizer(E3M4, fixed_scale=2.0), torch.ones(8, 4)),
+        (OwnScale(E3M4, "tensor"), torch.ones(8, 4)),
+        (OwnEncoding(E3M4, "tensor"), torch.ones(8, 4)),
+    ],
+    ids=str,
+)
+def test_what_is_counted_alone(quantizer, weight):
+    quantizer = resolve(quantizer)
+    codes = torch.zeros(weight.shape, dtype=torch.int8)
+    assert batch.make_member(weight, quantizer, codes, "auto", with_updates=True) is None
+
+
+def test_eager_is_eager():
+    weight, codes = torch.ones(8, 4), torch.zeros(8, 4, dtype=torch.int8)
+    assert batch.make_member(weight, resolve("float8_e4m3"), codes, "eager", with_updates=True) is None
+
+
+def test_a_fault_is_of_the_weights_that_share_it():
+    class Broken(FloatxQuantizer):
+        def scale_of(self, largest):
+            raise RuntimeError("no scale today")
+
+    def member(quantizer):
+        weight = torch.ones(8, 4)
+        keep.append(weight)
+        return batch.make_member(weight, quantizer, torch.zeros(8, 4, dtype=torch.int8), "auto", with_updates=False)
+
+    keep = []
+    broken = Broken(E3M4, "tensor")
+    members = [member(broken), member(resolve("float8_e4m3")), member(broken)]
+    counted = batch.Batch(members, with_updates=False).advance([])
+    assert [(index, str(error)) for index, error in counted.failed] == [(0, "no scale today"), (2, "no scale today")]
+    assert counted.counts[:, 0].tolist() == [0, 32, 0]
