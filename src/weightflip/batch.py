@@ -60,15 +60,19 @@ class Member:
         """What members have in common that are counted in one call."""
         return (type(self.quantizer), self.quantizer.name, self.rounding, self.dtype, self.codes.dtype, self.group == 0)
 
-    def describes(self, weight: Tensor, quantizer: object, codes: Tensor) -> bool:
+    def describes(self, weight: Tensor, quantizer: Any, codes: Tensor | None) -> bool:
         """Whether this is still the same memory, encoded in the same way."""
-        return (
+        is_same_quantizer = self.quantizer is quantizer or (
+            type(self.quantizer) is type(quantizer)
+            and self.quantizer.name == quantizer.name
+            and self.rounding == quantizer.rounding(weight)
+        )
+        return is_same_quantizer and (
             self.address == weight.data_ptr()
             and self.dtype is weight.dtype
             and self.codes is codes
-            and codes.shape == weight.shape
+            and self.codes.shape == weight.shape
             and weight.is_contiguous()
-            and self.quantizer is quantizer
         )
 
 

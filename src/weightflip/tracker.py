@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightflip import functional, kernels
+from weightflip.batch import Batch, Member, make_member
 from weightflip.metrics import LayerMetric, Metric, Slice, Weight, make_metrics
 from weightflip.metrics.oscillation import Oscillation
 from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, quantizer_name, resolve
@@ -26,6 +27,9 @@ _COUNTED = slice(0, 3)
 _WEIGHT_STEPS, _NONFINITE, _SCALE_STEPS, _SCALE_CHANGES = 3, 4, 5, 6
 _COLUMNS = 7
 _VALUES = ("flip_rate", "cumulative_flip_rate", "stall_ratio", "scale_changes")
+
+
+_storage_has_expired: Callable[[int], bool] = torch.UntypedStorage._expired  # type: ignore[assignment]
 
 
 class TrackedWeight(NamedTuple):
@@ -52,7 +56,8 @@ class MemoryUsage(NamedTuple):
     metrics: int = 0
 
 
-class _Stamp(NamedTuple):
+@dataclass
+class _Stamp:
     """Tells whether a parameter was written, replaced or moved since."""
 
     # Not a weak reference: torch.utils.swap_tensors, and with it Module.to(), refuses tensors that have one. The
@@ -62,6 +67,11 @@ class _Stamp(NamedTuple):
     storage: StorageWeakRef
     data_ptr: int
     versions: tuple[int, int]
+
+    def is_of(self, address: int) -> bool:
+        """Whether a parameter at this address is still in the memory that it was in."""
+        # As StorageWeakRef.expired() asks, which takes six times as long.
+        return address == self.data_ptr and not _storage_has_expired(self.storage.cdata)
 
 
 class _Group(NamedTuple):
@@ -181,13 +191,16 @@ class _Layer:
     scale: Tensor | None = None
     """Of the codes; kept for metric groups."""
     stamp: _Stamp | None = None
+    tracked: TrackedWeight | None = None
+    """What the codes are of, where it is counted together with others."""
+    member: Member | None = None
     metrics: dict[str, LayerMetric | None] | None = None
     """Name of a group to what it keeps, once there is a baseline; None for a group without numbers for this layer."""
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """What groups kept in a checkpoint, or on another device."""
 
     def drop_codes(self) -> None:
-        self.codes = self.scale_codes = self.scale = self.stamp = None
+        self.codes = self.scale_codes = self.scale = self.stamp = self.tracked = self.member = None
 
     def close_metrics(self) -> None:
         """Groups begin anew with the next codes, from what they kept."""
@@ -200,8 +213,8 @@ class _Layer:
 
     def __getstate__(self) -> dict[str, Any]:
         # The stamp is about this process's parameter: a copy encodes its own anew.
-        kept = {"saved": self.metric_tensors(), "metrics": None}
-        return {**self.__dict__, "codes": None, "scale_codes": None, "scale": None, "stamp": None, **kept}
+        dropped = dict.fromkeys(("codes", "scale_codes", "scale", "stamp", "tracked", "member", "metrics"))
+        return {**self.__dict__, **dropped, "saved": self.metric_tensors()}
 
 
 @dataclass
@@ -297,6 +310,7 @@ class WeightFlipTracker:
         self._skipped: Tensor | None = None
         self._window_base: dict[str, list[float]] = {}
         self._gauged: dict[str, int] = {}
+        self._together: _Together | None = None
 
     @property
     def value_names(self) -> frozenset[str]:
@@ -417,7 +431,13 @@ class WeightFlipTracker:
         if not self.is_tracking:
             return
         self._current, self._grads = [], {}
+        stale: list[TrackedWeight] = []
         for tracked in weights:
+            if self._is_untouched(tracked):
+                self._current.append(tracked)
+                if "stalls" in self.metrics:
+                    self._grads[tracked.name] = tracked.parameter.grad
+                continue
             if tracked.name in self._failed:
                 continue
             if not getattr(tracked.quantizer, "is_active", True):
@@ -425,14 +445,18 @@ class WeightFlipTracker:
                     self._layers[tracked.name].stamp = None
                 continue
             try:
-                self._ensure_codes(tracked)
-                self._before_step_of_metrics(tracked)
+                if self._ensure_codes(tracked, may_wait=True):
+                    self._before_step_of_metrics(tracked)
+                else:
+                    stale.append(tracked)
             except Exception as error:
                 self._give_up(tracked.name, error)
             else:
                 self._current.append(tracked)
                 if "stalls" in self.metrics:
                     self._grads[tracked.name] = tracked.parameter.grad
+        if stale:
+            self._encode_together(stale)
 
     def forget_gradients(self) -> None:
         """Let go of the gradients of ``before_step``: a closure makes the step's own.
@@ -446,6 +470,7 @@ class WeightFlipTracker:
         for layer in self._layers.values():
             layer.drop_codes()
         self._current, self._scratch = [], kernels.ScratchPool()
+        self._together = None
         self._grads.clear()
 
     @torch.no_grad()
@@ -466,7 +491,7 @@ class WeightFlipTracker:
             return
         for ledger in self._ledgers.values():
             ledger.begin_step()
-        for tracked in self._current:
+        for tracked in self._count_together():
             try:
                 self._count(tracked, valid)
             except Exception as error:
@@ -636,7 +661,7 @@ class WeightFlipTracker:
         self._layers, self._window_base, self._steps = layers, window_base, steps
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_current": [], "_grads": {}, "_scratch": kernels.ScratchPool()}
+        return {**self.__dict__, "_current": [], "_grads": {}, "_scratch": kernels.ScratchPool(), "_together": None}
 
     # ------------------------------------------------------------------ inside
 
@@ -669,13 +694,18 @@ class WeightFlipTracker:
     def _zeros(self) -> list[float]:
         return [0] * self._columns
 
-    def _ensure_codes(self, tracked: TrackedWeight) -> None:
+    def _ensure_codes(self, tracked: TrackedWeight, *, may_wait: bool = False) -> bool:
+        """Have the codes of a weight at hand; False where they wait for others, to be made together."""
         weight, quantizer = _weight_and_quantizer(tracked)
         layer = self._layer(tracked.name, weight, quantizer_name(quantizer))
         is_kept = layer.codes is not None and not self.fresh_snapshots
         is_kept = is_kept and not getattr(quantizer, "has_state", False)
         if is_kept and layer.stamp is not None and layer.stamp == _stamp(tracked.parameter, weight):
-            return
+            if layer.member is not None:
+                # Another object for the same weight: the model was looked at again.
+                is_same = layer.member.describes(weight, quantizer, layer.codes)
+                layer.tracked, layer.member = (tracked, layer.member) if is_same else (None, None)
+            return True
         layer.stamp = None
         if not isinstance(quantizer, ElementwiseQuantizer):
             # A copy: these codes are written to, and a quantizer may hand out a view of the weight.
@@ -683,13 +713,16 @@ class WeightFlipTracker:
             layer.codes = encoded.ordinals.clone()
             layer.scale_codes = _scale_codes(quantizer, encoded.scale, weight.ndim)
             layer.scale = encoded.scale if self._groups else None
-            return
+            return True
         dtype = quantizer.code_dtype(weight)
         if layer.codes is None or layer.codes.shape != weight.shape or layer.codes.dtype != dtype:
             layer.codes = torch.empty_like(weight, dtype=dtype)
+        if may_wait and self._is_member(layer, tracked, weight):
+            return False
         scale = functional.encode_into(weight, quantizer, layer.codes, self._scratch, self.backend)
         layer.scale_codes = _scale_codes(quantizer, scale, weight.ndim)
         layer.scale = scale if self._groups else None
+        return True
 
     def _count(self, tracked: TrackedWeight, valid: Tensor | None) -> None:
         layer = self._layers[tracked.name]
@@ -727,6 +760,7 @@ class WeightFlipTracker:
             row[_SCALE_CHANGES].copy_(torch.count_nonzero(scale_codes != layer.scale_codes))
             row[_SCALE_STEPS].fill_(scale_codes.numel())
         layer.scale_codes = scale_codes
+        layer.tracked = layer.member = None
         if sparse is not None:
             updated = sparse.values() != 0
             counts[kernels.UPDATES].add_(torch.count_nonzero(updated))
@@ -740,6 +774,8 @@ class WeightFlipTracker:
             layer.stamp = None
             if self.low_memory or is_over:
                 layer.drop_codes()
+        if self.low_memory or is_over:
+            self._together = None
 
     def _give_up(self, name: str, error: Exception) -> None:
         self._failed.add(name)
@@ -748,10 +784,94 @@ class WeightFlipTracker:
             layer.ledger.discard(layer.row)
             layer.drop_codes()
             layer.close_metrics()
+        self._together = None
         warnings.warn(
             f"weightflip: {name!r} is not tracked any more, training goes on: {type(error).__name__}: {error}",
             stacklevel=2,
         )
+
+    # ------------------------------------------------------------------ many weights in one call
+
+    def _is_member(self, layer: _Layer, tracked: TrackedWeight, weight: Tensor) -> bool:
+        """Whether a layer is encoded and counted together with others. Metric groups look at each weight by itself."""
+        quantizer, codes = tracked.quantizer, layer.codes
+        assert codes is not None
+        if layer.member is not None and layer.member.describes(weight, quantizer, codes):
+            layer.tracked = tracked
+            return True
+        layer.tracked = layer.member = None
+        if not isinstance(quantizer, ElementwiseQuantizer) or self._groups or tracked.parameter.is_inference():
+            return False
+        if not any(hasattr(quantizer, name) for name in ("encodes", "is_active", "has_state")):
+            layer.member = make_member(weight, quantizer, codes, self.backend, with_updates="stalls" in self.metrics)
+        if layer.member is None:
+            return False
+        layer.tracked, layer.scale_codes = tracked, layer.member.scale_codes
+        return True
+
+    def _is_untouched(self, tracked: TrackedWeight) -> bool:
+        """What ``_ensure_codes`` finds out of a member that has its codes, asked as cheaply as can be."""
+        layer = self._layers.get(tracked.name)
+        if layer is None or layer.tracked is not tracked or layer.stamp is None or self.fresh_snapshots:
+            return False
+        parameter, stamp = tracked.parameter, layer.stamp
+        return (
+            parameter._version == stamp.versions[0]
+            and parameter.numel() == layer.weights
+            and stamp.is_of(parameter.data_ptr())
+        )
+
+    def _encode_together(self, stale: Sequence[TrackedWeight]) -> None:
+        layers = [self._layers[tracked.name] for tracked in stale]
+        members = [layer.member for layer in layers if layer.member is not None]
+        for index, error in Batch(members, with_updates=False).advance([]).failed:
+            self._give_up(stale[index].name, error)
+        self._current = [tracked for tracked in self._current if tracked.name not in self._failed]
+
+    def _count_together(self) -> list[TrackedWeight]:
+        """Count the weights of this step that are members, in one call; the others are left to be counted alone."""
+        alone: list[TrackedWeight] = []
+        layers: list[_Layer] = []
+        members: list[Member] = []
+        updates: list[int] = []
+        with_updates = "stalls" in self.metrics
+        for tracked in self._current:
+            layer = self._layers[tracked.name]
+            member, parameter, update = layer.member, tracked.parameter, 0
+            if member is None:
+                alone.append(tracked)
+                continue
+            if with_updates:
+                # As in _count, which says why.
+                grad = parameter.grad
+                grad = self._grads.get(tracked.name) if grad is None else grad
+                if grad is not None:
+                    update = _address_beside(grad, member)
+                    if not update:
+                        alone.append(tracked)
+                        continue
+            stamp = layer.stamp
+            if stamp is None:
+                weight = parameter.detach()
+                is_there = member.describes(weight, tracked.quantizer, member.codes)
+                layer.stamp = _stamp(parameter, weight)
+            else:
+                is_there = stamp.is_of(parameter.data_ptr()) and parameter.numel() == member.numel
+                version = parameter._version
+                stamp.versions = (version, version)
+            if not is_there:
+                alone.append(tracked)
+                continue
+            layers.append(layer)
+            members.append(member)
+            updates.append(update)
+        if not members:
+            return alone
+        if self._together is None or self._together.batch.members != members:
+            self._together = _Together(layers, Batch(members, with_updates=with_updates))
+        for index, error in self._together.count(updates):
+            self._give_up(layers[index].name, error)
+        return alone
 
     # ------------------------------------------------------------------ metric groups
 
@@ -923,6 +1043,31 @@ class WeightFlipTracker:
         return gauges, histograms
 
 
+class _Together:
+    """A batch, and where its layers are counted."""
+
+    def __init__(self, layers: Sequence[_Layer], batch: Batch) -> None:
+        self.batch = batch
+        # All members are on the CPU.
+        assert layers[0].ledger is not None
+        self._ledger = layers[0].ledger
+        self._rows = torch.tensor([layer.row for layer in layers])
+        self._weights = torch.tensor([layer.weights for layer in layers])
+        scales = [0 if layer.scale_codes is None else layer.scale_codes.numel() for layer in layers]
+        self._scales = torch.tensor(scales) if any(scales) else None
+
+    def count(self, updates: Sequence[int]) -> list[tuple[int, Exception]]:
+        """Count a step; the layers that could not be counted, and why."""
+        counted = self.batch.advance(updates)
+        step = self._ledger.step
+        step[:, _COUNTED].index_copy_(0, self._rows, counted.counts)
+        step[:, _WEIGHT_STEPS].index_copy_(0, self._rows, self._weights)
+        if self._scales is not None:
+            step[:, _SCALE_STEPS].index_copy_(0, self._rows, self._scales)
+            step[:, _SCALE_CHANGES].index_copy_(0, self._rows, counted.scale_changes)
+        return counted.failed
+
+
 class BitStallDetector:
     """Predicts stalls: would this update change the code at all?
 
@@ -1033,6 +1178,18 @@ def _stamp(parameter: Tensor, weight: Tensor) -> _Stamp | None:
         return None
     storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
     return _Stamp(id(parameter), storage, weight.data_ptr(), (parameter._version, weight._version))
+
+
+def _address_beside(grad: Tensor, member: Member) -> int:
+    """Where a gradient lies, if it can be read as the member's weight is; else 0."""
+    fits = (
+        type(grad) is Tensor
+        and grad.dtype is member.dtype
+        and grad.layout is torch.strided
+        and grad.is_contiguous()
+        and grad.numel() == member.numel
+    )
+    return grad.data_ptr() if fits else 0
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:
