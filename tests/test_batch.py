@@ -6,12 +6,13 @@ import pytest
 import torch
 from test_cpu_kernel import QUANTIZERS, weights
 
-from weightflip import batch, functional, kernels
+from weightflip import WeightFlipTracker, batch, functional, kernels
 from weightflip.formats import FloatFormat
 from weightflip.kernels import cpu
 from weightflip.quantizers import resolve
 from weightflip.quantizers.block import MX_NAMES, MXQuantizer
 from weightflip.quantizers.floatx import FloatxQuantizer
+from weightflip.tracker import TrackedWeight
 
 NAN, INF = float("nan"), float("inf")
 BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("floor", "rceil", "ceil", "even")),
@@ -175,3 +176,140 @@ def test_a_fault_is_of_the_weights_that_share_it():
     counted = batch.Batch(members, with_updates=False).advance([])
     assert [(index, str(error)) for index, error in counted.failed] == [(0, "no scale today"), (2, "no scale today")]
     assert counted.counts[:, 0].tolist() == [0, 32, 0]
+
+
+# ---------------------------------------------------------------------- in the tracker
+
+
+def parameters(generator):
+    shapes = [(40, 32), (3, 32), (65, 96), (1, 4096), (7, 5, 64), (500, 32), (16, 32), (8, 32)]
+    result = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    result.append(torch.nn.Parameter(torch.randn(64, 32, generator=generator).bfloat16()))
+    result.append(torch.nn.Parameter(torch.randn(32, 64, generator=generator).T))
+    return result
+
+
+def live(backend, quantizer, **options):
+    """Everything that happens to weights and gradients in a life; the records of it."""
+    generator = torch.Generator().manual_seed(2)
+    weights = [
+        TrackedWeight(f"w{i}", parameter, resolve(quantizer)) for i, parameter in enumerate(parameters(generator))
+    ]
+    tracker = WeightFlipTracker(backend=backend, **options)
+    records = []
+    for step in range(12):
+        for tracked in weights:
+            grad = torch.randn(tracked.parameter.shape, generator=generator).to(tracked.parameter.dtype)
+            tracked.parameter.grad = grad * (torch.rand(grad.shape, generator=generator) < 0.7)
+        third, fourth, fifth, sixth = (weights[i].parameter for i in (2, 3, 4, 5))
+        if step % 3 == 1:
+            third.grad = None
+            fourth.grad = fourth.grad.to_sparse()
+            fifth.grad = torch.stack([fifth.grad, fifth.grad], dim=-1)[..., 0]
+        if step == 4:
+            with torch.no_grad():
+                third.mul_(1.5)  # between two steps: no flip
+            fourth.data = fourth.data * 1.5
+            fifth.data = fifth.data.clone()
+        if step == 5:
+            # The same values of another quantizer object, as after a second look at the model.
+            weights = [tracked._replace(quantizer=resolve(quantizer)) for tracked in weights]
+        if step == 6:
+            weights[6] = weights[6]._replace(parameter=torch.nn.Parameter(weights[6].parameter.detach() * 2))
+        seen = weights[:7] if step in (7, 8) else weights
+        tracker.before_step(seen)
+        if step == 9:
+            tracker.before_step(seen)  # the step raised
+        for tracked in seen:
+            change = torch.randn(tracked.parameter.shape, generator=generator).to(tracked.parameter.dtype) * 0.02
+            tracked.parameter.data.add_(change)
+        if step == 10:
+            sixth.data = sixth.data.clone()
+            third.data = third.data.double().float()
+        if step == 11:
+            for tracked in seen[:3]:
+                tracked.parameter.grad = None  # by a hook, in the step
+        tracker.after_step(torch.tensor(step != 8) if step > 6 else None)
+        if step % 4 == 3:
+            records.append(tracker.record())
+    return records
+
+
+@pytest.mark.parametrize("options", [{}, {"low_memory": True}, {"fresh_snapshots": True}, {"track_every": 2},
+                                     {"metrics": ("flips",)}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("quantizer", ["float8_e4m3", "e3m4:row", "mxfp4", "nvfp4", "bfloat16", "native", "int8"])
+def test_a_life_is_counted_as_in_plain_torch(quantizer, options):
+    assert live("auto", quantizer, **options) == live("eager", quantizer, **options)
+
+
+def together(tracker):
+    return [member.numel for member in tracker._together.batch.members]
+
+
+def test_what_goes_together_in_the_tracker():
+    weights = [TrackedWeight(f"w{i}", p, resolve("float8_e4m3")) for i, p in enumerate(parameters(torch.Generator()))]
+    tracker = WeightFlipTracker()
+    built = set()
+    for step in range(4):
+        for tracked in weights:
+            tracked.parameter.grad = torch.ones_like(tracked.parameter)
+        if step == 3:
+            weights[0].parameter.grad = torch.ones(40, 32).to_sparse()
+        tracker.before_step(weights)
+        tracker.after_step()
+        assert together(tracker) == [w.parameter.numel() for w in weights[step == 3 : 9]]
+        if step < 3:
+            built.add(id(tracker._together))
+    # Built once while nothing changes, though gradients are new in each step.
+    assert len(built) == 1
+    tracker.drop_codes()
+    assert tracker._together is None
+    grouped = WeightFlipTracker(metrics=("flips", "oscillation"))
+    grouped.before_step(weights)
+    grouped.after_step()
+    assert grouped._together is None
+
+
+def test_memory_given_out_again_is_not_taken_for_the_weight():
+    weight = TrackedWeight("w", torch.nn.Parameter(torch.ones(64, 64)), resolve("e3m4:none"))
+    tracker = WeightFlipTracker()
+    address = weight.parameter.data_ptr()
+    for _ in range(20):
+        tracker.before_step([weight])
+        tracker.after_step()
+        weight.parameter.data = torch.zeros(1)
+        weight.parameter.data = torch.full((64, 64), 3.0)
+        if weight.parameter.data_ptr() == address:
+            break
+    else:
+        pytest.skip("this allocator does not give memory out again")
+    tracker.before_step([weight])
+    tracker.after_step()
+    assert tracker.get_flip_counts() == {"w": 0}
+
+
+def test_a_fault_of_a_scale_gives_up_its_layers_and_no_others():
+    class BreaksLater(FloatxQuantizer):
+        steps = 0
+
+        def scale_of(self, largest):
+            BreaksLater.steps += 1
+            if BreaksLater.steps > 3:
+                raise RuntimeError("no scale today")
+            return super().scale_of(largest)
+
+    def of(name, quantizer):
+        return TrackedWeight(name, torch.nn.Parameter(torch.ones(4, 4)), quantizer)
+
+    weights = [of("good", resolve("float8_e4m3:row")), of("bad", BreaksLater(E3M4, "tensor"))]
+    tracker = WeightFlipTracker()
+    for step in range(4):
+        tracker.before_step(weights)
+        for weight in weights:
+            weight.parameter.data[0, 0] *= 2
+        if step == 2:
+            with pytest.warns(UserWarning, match="'bad' is not tracked any more, training goes on: RuntimeError: no"):
+                tracker.after_step()
+        else:
+            tracker.after_step()
+    assert tracker.get_flip_counts() == {"good": 4 * 3, "bad": 2 * 15}
