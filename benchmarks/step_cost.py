@@ -1,99 +1,242 @@
 """What tracking costs beside an optimizer's step: both in one run, in turns, medians, as a ratio.
 
-``python benchmarks/step_cost.py`` prints a table. Times vary with the machine and with what else runs there; the ratio
+``python benchmarks/step_cost.py`` prints tables. Times vary with the machine and with what else runs there; the ratio
 is what to compare.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import platform
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from statistics import median
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from chart import draw
+from measure import in_turns, peak_bytes
+from workloads import GPT2, ONE, SMALL, Weights, byte_gpt, naive_step
 
 from weightflip import FlipTrackingOptimizer
+from weightflip.metrics import metric_names
+
+FORMATS = (
+    "float8_e4m3", "float8_e4m3:row", "float8_e4m3:row:pow2", "float8_e5m2", "e3m4", "e3m4:row", "e2m1:none",
+    "mxfp8_e4m3", "mxfp6_e2m3", "mxfp4", "nvfp4", "nvfp4:tensor", "int8", "int4:g32", "ternary", "binary",
+    "bfloat16", "float16", "native",
+)  # fmt: skip
+DEFAULT = "flips + stalls"
+Row = dict[str, Any]
 
 
-def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+def wrapped(weights: Weights, **options: Any) -> FlipTrackingOptimizer:
+    return FlipTrackingOptimizer(weights.adamw(), sinks=[], **{"quantizer": "float8_e4m3", **options})
 
 
-def adamw(size: int) -> torch.optim.AdamW:
-    weight = torch.nn.Parameter(torch.randn(size, size) * 0.02)
-    weight.grad = torch.randn(size, size)
-    return torch.optim.AdamW([weight], lr=1e-4, fused=True)
+def against_bare(name: str, weights: Weights, cases: Mapping[str, Mapping[str, Any]], repeats: int) -> list[Row]:
+    """Each case as wrapped against bare, one after the other, so that two sets of weights are alive at a time."""
+    rows = []
+    for case, options in cases.items():
+        bare = weights.adamw()
+        if case == "naive":
+            plain = weights.adamw()
+            actions: dict[str, Callable[[], object]] = {"bare": bare.step, "tracked": lambda o=plain: naive_step(o)}
+            memory = None
+        else:
+            tracked = wrapped(weights, **options)
+            actions = {"bare": bare.step, "tracked": tracked.step}
+            memory = tracked
+        times = in_turns(actions, max(3, repeats // 3) if case == "naive" else repeats)
+        extra = times["tracked"] - times["bare"]
+        row = {
+            "weights": name,
+            "case": case,
+            "bare_ms": times["bare"] * 1e3,
+            "tracking_ms": extra * 1e3,
+            "ratio": extra / times["bare"],
+            "persistent_bytes_per_weight": None,
+            "peak_temporary_bytes": peak_bytes(actions["tracked"]),
+        }
+        if memory is not None:
+            row["persistent_bytes_per_weight"] = sum(memory.tracker.memory_usage()) / weights.numel_tracked
+        rows.append(row)
+    return rows
 
 
-def naive_step(optimizer: torch.optim.Optimizer) -> int:
-    """The way of research code: clone and quantize everything before and after, compare, read the number."""
+BASIC: dict[str, dict[str, Any]] = {"flips": {"metrics": ("flips",)}, DEFAULT: {}}
 
-    def quantized(weight: Tensor) -> Tensor:
-        scale = (448.0 / weight.abs().max().double().clamp(min=1e-12)).float()
-        return (weight * scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
 
-    (weight,) = optimizer.param_groups[0]["params"]
-    before = quantized(weight.detach().clone())
-    optimizer.step()
-    flipped = quantized(weight.detach().clone()) != before
-    updated = weight.grad != 0
-    return int(flipped.sum().item()) + int((updated & ~flipped).sum().item())
+def one(repeats: int) -> list[Row]:
+    """One large weight."""
+    cases = {
+        **BASIC,
+        f"{DEFAULT}, by row": {"quantizer": "float8_e4m3:row"},
+        f"{DEFAULT}, low_memory": {"low_memory": True},
+        f"{DEFAULT}, backend='eager'": {"backend": "eager"},
+        "naive": {},
+    }
+    return against_bare("one weight of 4096 x 4096", Weights(ONE), cases, repeats)
+
+
+def gpt2(repeats: int) -> list[Row]:
+    """The parameters of GPT-2 small."""
+    return against_bare("GPT-2 small, 148 tensors", Weights(GPT2), {**BASIC, "naive": {}}, max(5, repeats // 2))
+
+
+def small(repeats: int) -> list[Row]:
+    """Many small weights."""
+    return against_bare("1,000 weights of 64 x 64", Weights(SMALL), {**BASIC, "naive": {}}, repeats)
+
+
+def formats(repeats: int) -> list[Row]:
+    """Each format."""
+    cases = {name: {"quantizer": name} for name in FORMATS}
+    return against_bare("formats, 4096 x 4096", Weights(ONE), cases, max(3, repeats // 3))
+
+
+def groups(repeats: int) -> list[Row]:
+    """Each metric group, and all of them."""
+    names = metric_names()
+    cases: dict[str, dict[str, Any]] = {f"flips + {name}": {"metrics": ("flips", name)} for name in names}
+    cases["all groups"] = {"metrics": ("flips", "stalls", *names)}
+    return against_bare("metric groups, 4096 x 4096", Weights(ONE), cases, max(3, repeats // 3))
+
+
+def every(repeats: int) -> list[Row]:
+    """Every n-th step: means over n steps, of which one is tracked."""
+    weights = Weights(ONE)
+    bare = weights.adamw()
+    rows = []
+    for n in (1, 2, 5, 10):
+        tracked = wrapped(weights, track_every=n)
+
+        def steps(optimizer: Any, n: int = n) -> Callable[[], None]:
+            def some() -> None:
+                for _ in range(n):
+                    optimizer.step()
+
+            return some
+
+        times = in_turns({"bare": steps(bare), "tracked": steps(tracked)}, max(5, repeats // n))
+        extra = (times["tracked"] - times["bare"]) / n
+        rows.append(
+            {
+                "weights": "every n-th step, 4096 x 4096",
+                "case": f"track_every={n}",
+                "bare_ms": times["bare"] / n * 1e3,
+                "tracking_ms": extra * 1e3,
+                "ratio": extra * n / times["bare"],
+            }
+        )
+    return rows
+
+
+def bytes_gpt(repeats: int) -> list[Row]:
+    """The byte GPT end to end, with TensorBoard: blocks of ten steps, each with one logging point.
+
+    What the optimizer's step takes longer is set against the whole training step: the difference of two whole steps
+    would drown in the noise of forward and backward.
+    """
+    spent = {"bare": 0.0, "tracked": 0.0}
+
+    def timed(name: str, optimizer: Any) -> None:
+        step = optimizer.step
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = step(*args, **kwargs)
+            spent[name] += time.perf_counter() - start
+            return result
+
+        optimizer.step = watched
+
+    with tempfile.TemporaryDirectory() as log_dir:
+        bare_step, bare = byte_gpt(lambda optimizer, model: optimizer)
+        tracked_step, tracked = byte_gpt(
+            lambda optimizer, model: FlipTrackingOptimizer(
+                optimizer, model, exclude="*embedding.weight", log_dir=log_dir
+            )
+        )
+        timed("bare", bare)
+        timed("tracked", tracked)
+        blocks: list[Row] = []
+        for _ in range(max(3, repeats // 2) + 1):
+            spent.update(bare=0.0, tracked=0.0)
+            whole = 0.0
+            for _ in range(10):
+                start = time.perf_counter()
+                bare_step()
+                whole += time.perf_counter() - start
+                tracked_step()
+            blocks.append({"bare": whole, "extra": spent["tracked"] - spent["bare"]})
+        tracked.close()
+    del blocks[0]
+    extra, base = (sorted(block[key] for block in blocks)[len(blocks) // 2] for key in ("extra", "bare"))
+    return [
+        {
+            "weights": "byte GPT, a whole training step",
+            "case": f"{DEFAULT}, TensorBoard",
+            "bare_ms": base * 100,
+            "tracking_ms": extra * 100,
+            "ratio": extra / base,
+        }
+    ]
+
+
+PARTS = {part.__name__: part for part in (one, gpt2, small, formats, groups, every, bytes_gpt)}
+
+
+def machine() -> dict[str, Any]:
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ())
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": len(names) or None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def show(rows: list[Row]) -> None:
+    print(f"\n{rows[0]['weights']}")
+    print(f"  {'':<34}{'bare ms':>9}{'tracking ms':>13}{'ratio':>8}{'bytes/weight':>14}{'peak MiB':>10}")
+    for row in rows:
+        held, peak = row.get("persistent_bytes_per_weight"), row.get("peak_temporary_bytes")
+        memory = f"{'' if held is None else f'{held:.3f}':>14}{'' if peak is None else f'{peak / 2**20:.1f}':>10}"
+        print(f"  {row['case']:<34}{row['bare_ms']:>9.1f}{row['tracking_ms']:>13.1f}{row['ratio']:>8.2f}{memory}")
+    sys.stdout.flush()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the one weight")
-    parser.add_argument("--repeats", type=int, default=21)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"what to measure, of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="where the numbers go")
+    parser.add_argument("--chart", type=Path, help="where the picture goes (.svg, .png)")
     options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"expected some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
 
-    # One optimizer each, over weights of the same distribution: the tracked ones must not see each other's writes.
-    bare = adamw(options.size)
-    cases: dict[str, Callable[[], object]] = {"fused AdamW, bare": bare.step}
-    trackers = {}
-    for label, extra in {
-        "flips": {"metrics": ("flips",)},
-        "flips + stalls (default)": {},
-        "default, low_memory": {"low_memory": True},
-        "default, backend='eager'": {"backend": "eager"},
-    }.items():
-        wrapped = FlipTrackingOptimizer(adamw(options.size), quantizer="float8_e4m3", sinks=[], **extra)
-        cases[f"wrapped: {label}"] = wrapped.step
-        trackers[label] = wrapped.tracker
-    plain = adamw(options.size)
-    cases["naive: clone, quantize, compare, twice"] = lambda: naive_step(plain)
-
-    times: dict[str, list[float]] = {label: [] for label in cases}
-    for repeat in range(options.repeats + 2):
-        for label, action in cases.items():
-            elapsed = seconds(action)
-            if repeat >= 2:
-                times[label].append(elapsed)
-
-    base = median(times["fused AdamW, bare"])
-    print(
-        f"one {options.size} x {options.size} float32 weight, float8_e4m3 tensorwise; torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}\n"
-    )
-    print(f"{'':<42}{'ms a step':>10}{'tracking alone':>18}")
-    for label, samples in times.items():
-        extra_cost = median(samples) - base
-        ratio = "" if label == "fused AdamW, bare" else f"{extra_cost / base:.2f} x AdamW"
-        print(f"{label:<42}{median(samples) * 1e3:>10.1f}{ratio:>18}")
-
-    weights = options.size**2
-    for label in ("flips + stalls (default)", "default, backend='eager'"):
-        memory = trackers[label].memory_usage()
-        print(
-            f"\nmemory, {label}: {memory.codes / weights:.3f} bytes of codes a weight, "
-            f"{memory.buffers / 2**20:.1f} MiB of buffers whatever the weight",
-            end="",
-        )
-    print()
+    about = machine()
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    rows: list[Row] = []
+    for part in options.parts or PARTS:
+        rows += (found := PARTS[part](options.repeats))
+        show(found)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    if options.chart:
+        draw(rows, options.chart)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""Time and memory. Times of one run stand beside each other: only their ratios mean something on a shared machine."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+
+def in_turns(cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each case, all of them once in each turn.
+
+    Args:
+        cases: What to do, by name.
+        repeats: Turns that count.
+        warmup: Turns before them: the first ones make optimizer states and compile.
+    """
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(warmup + repeats):
+        for name, action in cases.items():
+            start = time.perf_counter()
+            action()
+            elapsed = time.perf_counter() - start
+            if turn >= warmup:
+                times[name].append(elapsed)
+    return {name: median(samples) for name, samples in times.items()}
+
+
+def peak_bytes(action: Callable[[], object]) -> int | None:
+    """How far the process's memory rises above where it was, while something runs; None where Linux does not tell."""
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    gc.collect()
+    # 5 sets the high-water mark back to what is held now.
+    reset.write_text("5")
+    before = _status("VmRSS")
+    action()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
