@@ -60,7 +60,7 @@ def test_imports_follow_the_table(path):
 
 
 def test_import_is_light():
-    heavy = ["torchao", "tensorboard", "matplotlib", "sklearn", "numba"]
+    heavy = ["torchao", "tensorboard", "matplotlib", "sklearn", "numba", "rich", "weightflip.report"]
     code = f"import sys, weightflip; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

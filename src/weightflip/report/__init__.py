@@ -1,0 +1,8 @@
+"""What the numbers of finished or running trainings say: ``weightflip report RUN_DIR [RUN_DIR ...]``."""
+
+from __future__ import annotations
+
+from weightflip.report.findings import Finding, Severity, find
+from weightflip.report.read import Layer, ReportError, Run, Series, read_runs
+
+__all__ = ["Finding", "Layer", "ReportError", "Run", "Series", "Severity", "find", "read_runs"]

@@ -1,0 +1,72 @@
+"""The command line: ``weightflip report RUN_DIR [RUN_DIR ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from weightflip.report.findings import find
+from weightflip.report.read import ReportError, read_runs
+from weightflip.report.table import write_csv
+from weightflip.report.terminal import print_report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program ``weightflip``.
+
+    Args:
+        argv: Its arguments; None for those of the process.
+
+    Returns:
+        0, or 1 where nothing could be reported; the reason is on standard error.
+    """
+    parser = argparse.ArgumentParser(
+        prog="weightflip", description="How quantized weights move while a network trains."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    report = commands.add_parser(
+        "report",
+        help="what the event files or JSONL files of trainings say, layer by layer",
+        description="Read event files or JSONL files, during or after training, and say what stands out: on the "
+        "terminal, as one page of HTML, or as a table for other programs. Several runs are compared.",
+    )
+    report.add_argument(
+        "runs", nargs="+", metavar="RUN_DIR", help="a run's directory, one with runs below it, or a .jsonl file"
+    )
+    report.add_argument("--html", metavar="FILE", help="write a page with plots; it needs no network")
+    report.add_argument("--csv", metavar="FILE", help="write every number: run, step, layer, quantizer, value, number")
+    args = parser.parse_args(argv)
+    try:
+        _report(args.runs, args.html, args.csv)
+    except ReportError as error:
+        print(f"weightflip: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # `weightflip report ... | head`: nobody reads on. The interpreter would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"weightflip: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _report(paths: Sequence[str], html: str | None, csv: str | None) -> None:
+    runs = read_runs(paths)
+    findings = find(runs)
+    if html is not None:
+        from weightflip.report.html import write_html
+
+        write_html(runs, findings, html)
+    if csv is not None:
+        write_csv(read_runs(paths, every_record=True) if any(run.notes for run in runs) else runs, csv)
+    print_report(runs, findings)
+    for file in (html, csv):
+        if file is not None:
+            print(f"Wrote {file}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Findings and tables on a terminal, or in a file or pipe: rich leaves the colours out there by itself."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from weightflip.report.findings import Finding, Severity
+from weightflip.report.read import Layer, ReportError, Run, Series
+from weightflip.report.table import cell, columns, concerns, formats, model_series, ranked
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_STYLES = {
+    Severity.SERIOUS: ("bold red", "serious"),
+    Severity.WARNING: ("yellow", "warning"),
+    Severity.NOTE: ("cyan", "note"),
+    Severity.INFO: ("green", "info"),
+}
+_TEXT_WIDTH = 110
+# Of a pipe or a file, whose reader scrolls.
+_PIPE_WIDTH = 200
+_LAYERS_SHOWN = 40
+_SIDE_BY_SIDE = 4
+_BARS = "▁▂▃▄▅▆▇█"
+_SPARKS = 12
+_NAME_WIDTH = 24
+# Columns that a narrow terminal loses last.
+_KEEP = {"flip_rate": 10, "stall_ratio": 9}
+
+
+def print_report(runs: Sequence[Run], findings: Sequence[Finding], file: IO[str] | None = None) -> None:
+    """Print what was found, and the layers, the worst first.
+
+    Args:
+        runs: At least one.
+        findings: Of these runs, the worst first.
+        file: Where to; None for standard output.
+
+    Raises:
+        ReportError: rich is missing.
+    """
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise ReportError(
+            "the table on the terminal needs rich: pip install 'weightflip[report]' (or pip install rich)"
+        ) from error
+    console = Console(file=file, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(file=file, highlight=False, width=_PIPE_WIDTH)
+    _print_runs(console, runs)
+    _print_findings(console, runs, findings)
+    console.print()
+    if 1 < len(runs) <= _SIDE_BY_SIDE and _share_layers(runs):
+        _print_side_by_side(console, runs, findings)
+    elif len(runs) <= _SIDE_BY_SIDE:
+        for run in runs:
+            _print_layers(console, run, findings, titled=len(runs) > 1)
+    else:
+        console.print(f"Layers are listed for up to {_SIDE_BY_SIDE} runs; --html has those of all.")
+
+
+def _share_layers(runs: Sequence[Run]) -> bool:
+    return all(not set(run.layers).isdisjoint(runs[0].layers) for run in runs)
+
+
+def _is_unicode(console: Console) -> bool:
+    return console.encoding.lower().startswith("utf")
+
+
+def _table(console: Console, **options: Any) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD if _is_unicode(console) else box.ASCII, pad_edge=False, **options)
+
+
+def _print_runs(console: Console, runs: Sequence[Run]) -> None:
+    from rich.text import Text
+
+    rows = []
+    for run in runs:
+        for variant in run.models:
+            layers = [layer for layer in run.layers.values() if layer.variant == variant]
+            weights = sum(layer.weights for layer in layers)
+            rates = [cell(value, model_series(run, variant, value.name), run.late) for value in columns([])]
+            optimizer = run.info.settings.get("optimizer", "")
+            rows.append(
+                (f"{run.end:,}", f"{len(layers):,}", f"{weights:,}", variant or formats(run), optimizer, *rates)
+            )
+    titles = ("steps", "layers", "weights", "format", "optimizer", "flip rate", "stall ratio")
+    others = [
+        _Column(title, cells, keep, left=title in ("format", "optimizer"))
+        for title, cells, keep in zip(titles, zip(*rows, strict=True), (5, 1, 3, 4, 2, 7, 6), strict=True)
+    ]
+    names = [run.name for run in runs for _ in run.models]
+    shown = _fitting(console, names, others)
+    table = _table(console)
+    table.add_column("run", overflow="fold")
+    for column in shown:
+        table.add_column(column.title, justify="left" if column.left else "right", overflow="fold")
+    for at, name in enumerate(names):
+        table.add_row(Text(name), *(Text(column.cells[at]) for column in shown))
+    console.print(table)
+    for run in runs:
+        for note in run.notes:
+            console.print(Text(f"{run.name}: {note}" if len(runs) > 1 else note, style="dim"))
+
+
+def _print_findings(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        style, word = _STYLES[finding.severity]
+        whose = f"{finding.runs[0]}: " if len(runs) > 1 and len(finding.runs) == 1 else ""
+        table.add_row(Text(word, style=style), Text(whose + finding.text + "."))
+    console.print(table, width=min(console.width, _TEXT_WIDTH))
+
+
+def _mark(run: Run, findings: Sequence[Finding], layer: str) -> tuple[str, str]:
+    worst = max((finding.severity for finding in findings if concerns(finding, run, layer)), default=Severity.INFO)
+    return {Severity.SERIOUS: "!!", Severity.WARNING: "!", Severity.NOTE: "*"}.get(worst, ""), _STYLES[worst][0]
+
+
+def sparkline(series: Series, begin: int, end: int) -> str:
+    """The course of a number, one bar for each twelfth of the run, or for each point; a space where there is none.
+
+    Example:
+        >>> steps = np.arange(1, 13)
+        >>> sparkline(Series(steps, steps.astype(float), np.ones(12)), 0, 12)
+        '▂▂▃▃▄▅▅▆▆▇▇█'
+    """
+    borders = np.linspace(begin, end, min(_SPARKS, max(1, len(series))) + 1)
+    parts = [series.part(after, to).summary for after, to in itertools.pairwise(borders)]
+    top = np.nanmax([*parts, 0.0])
+    if not top > 0:
+        return "".join(" " if np.isnan(part) else _BARS[0] for part in parts)
+    return "".join(" " if np.isnan(part) else _BARS[round(part / top * (len(_BARS) - 1))] for part in parts)
+
+
+class _Column:
+    """A column of a table that may have to leave something out."""
+
+    def __init__(self, title: str, cells: Sequence[str], keep: int, left: bool = False, letter: str = "") -> None:
+        self.title = f"{title} {letter}" if letter else title
+        self.value = title
+        self.cells = list(cells)
+        self.keep = keep
+        self.left = left
+
+    @property
+    def width(self) -> int:
+        return max(len(text) for text in (self.title, *self.cells)) + 3
+
+
+def _fitting(console: Console, names: Sequence[str], others: Sequence[_Column]) -> list[_Column]:
+    """As many columns as fit beside the names, those with the lowest ``keep`` left out first."""
+    shown = list(others)
+    name = min(_NAME_WIDTH, max(map(len, names), default=0)) + 8
+    while name + sum(column.width for column in shown) > console.width:
+        # The columns of a number stay or go for all runs together.
+        least = min(column.keep for column in shown)
+        fewer = [column for column in shown if column.keep > least]
+        if not fewer:
+            break
+        shown = fewer
+    return shown
+
+
+def _print_layers(console: Console, run: Run, findings: Sequence[Finding], titled: bool) -> None:
+    layers = ranked(run, findings)
+    shown = layers[:_LAYERS_SHOWN]
+    values = columns(shown)
+    others = [_Column("weights", [f"{layer.weights:,}" if layer.weights else "" for layer in shown], 3)]
+    if len({layer.quantizer for layer in run.layers.values()}) > 1:
+        others.append(_Column("format", [layer.quantizer for layer in shown], 5, left=True))
+    for at, value in enumerate(values):
+        cells = [cell(value, layer.get(value.name), run.late) for layer in shown]
+        others.append(_Column(value.title, cells, _KEEP.get(value.name, -at)))
+        if value.name == "flip_rate" and _is_unicode(console):
+            sparks = [sparkline(layer.get("flip_rate"), run.begin, run.end) for layer in shown]
+            others.append(_Column("over time", sparks, 4, left=True))
+    _print_table(console, run if titled else None, [run], shown, len(layers), findings, others)
+
+
+def _print_side_by_side(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> None:
+    """One table, with a column of each run for each number."""
+    from rich.text import Text
+
+    def worst(name: str) -> int:
+        return max(
+            (finding.severity for run in runs for finding in findings if concerns(finding, run, name)), default=0
+        )
+
+    names = sorted({layer.name: None for run in runs for layer in ranked(run, findings)}, key=worst, reverse=True)
+    shown = [next(run.layers[name] for run in runs if name in run.layers) for name in names[:_LAYERS_SHOWN]]
+    letters = "ABCDEFGH"
+    for letter, run in zip(letters, runs, strict=False):
+        console.print(Text(f"{letter} = {run.name}: {formats(run)}", style="bold"))
+    others = []
+    for at, value in enumerate(columns(layer for run in runs for layer in run.layers.values())):
+        for letter, run in zip(letters, runs, strict=False):
+            cells = [
+                cell(value, run.layers[layer.name].get(value.name), run.late) if layer.name in run.layers else ""
+                for layer in shown
+            ]
+            others.append(_Column(value.title, cells, _KEEP.get(value.name, -at), letter=letter))
+    _print_table(console, None, runs, shown, len(names), findings, others)
+
+
+def _print_table(
+    console: Console,
+    titled: Run | None,
+    runs: Sequence[Run],
+    layers: Sequence[Layer],
+    of: int,
+    findings: Sequence[Finding],
+    others: Sequence[_Column],
+) -> None:
+    from rich.text import Text
+
+    shown = _fitting(console, [layer.name for layer in layers], others)
+    table = _table(console)
+    table.add_column("")
+    table.add_column("layer", overflow="fold", min_width=12)
+    for column in shown:
+        table.add_column(column.title, justify="left" if column.left else "right", no_wrap=True)
+    for at, layer in enumerate(layers):
+        marks = [_mark(run, findings, layer.name) for run in runs if layer.name in run.layers]
+        mark, style = max(marks, key=lambda pair: ["", "*", "!", "!!"].index(pair[0]))
+        cells = [Text(column.cells[at]) for column in shown]
+        table.add_row(Text(mark, style=style), Text(layer.name, style=style if mark else ""), *cells)
+    if titled is not None:
+        console.print(Text(f"{titled.name}: {formats(titled)}", style="bold"))
+    console.print(table)
+    late = " and ".join(dict.fromkeys(f"{max(0, int(run.late)):,} to {run.end:,}" for run in runs))
+    console.print(Text(f"Means of the last quarter, steps {late}; shares of weights at its end.", style="dim"))
+    if of > len(layers):
+        console.print(Text(f"{of - len(layers):,} more layers: --html and --csv have all.", style="dim"))
+    hidden = list(dict.fromkeys(column.value for column in others if column not in shown))
+    if hidden:
+        console.print(Text(f"Left out in this width: {', '.join(hidden)}.", style="dim"))
