@@ -2,6 +2,13 @@
 
 python examples/bytes_gpt.py                    # linear layers that really multiply in float8
 python examples/bytes_gpt.py --quantizer e3m4   # a plain model, and what a format would see of it
+
+Pure bfloat16 against float32, each seen as its stored bits: docs/report.md shows what the report says about the two.
+
+small="--layers 8 --width 64 --context 64 --batch 8 --device cpu --quantizer native"
+python examples/bytes_gpt.py $small --log-dir runs/gpt/float32
+python examples/bytes_gpt.py $small --log-dir runs/gpt/bfloat16 --dtype bfloat16
+weightflip report runs/gpt
 """
 
 from __future__ import annotations
@@ -112,11 +119,11 @@ def get_windows(data: Tensor, starts: Tensor, context: int, device: str) -> tupl
 
 
 def compute_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten())
 
 
 def make_model(args: argparse.Namespace) -> nn.Module:
-    model = GPT(args.layers, args.width, args.heads, args.context).to(args.device)
+    model = GPT(args.layers, args.width, args.heads, args.context).to(args.device, getattr(torch, args.dtype))
     if args.quantizer != "auto":
         return model
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -136,7 +143,14 @@ def main(argv: list[str] | None = None) -> Result:
         "--quantizer",
         default="auto",
         help="auto: linear layers in float8, through torchao; a name such as e3m4, bfloat16 or float8_e4m3:row: the "
-        "model trains in float32, and the flips are those that its weights would have in this format",
+        "model stays plain, and the flips are those that its weights would have in this format; native: the bits as "
+        "stored",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of the weights, and with them of AdamW's state; bfloat16: no float32 copy is kept anywhere",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", type=int, default=4)

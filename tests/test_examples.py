@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from weightflip.report import find, read_runs
+
 ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(
@@ -97,6 +99,21 @@ def test_bytes_gpt(tmp_path: Path, quantizer: str) -> None:
     assert last_loss < first_loss - 0.5
     check_table(output, GPT_LAYERS, quantizer)
     check_events(tmp_path, GPT_LAYERS, steps=30)
+
+
+def test_the_report_names_what_pure_bfloat16_loses(tmp_path: Path) -> None:
+    stalls = {}
+    for dtype in ("float32", "bfloat16"):
+        output = run_example(
+            "bytes_gpt.py", f"--log-dir={tmp_path / dtype}", f"--dtype={dtype}", "--quantizer=native", *GPT_SMALL
+        )
+        stalls[dtype] = numbers_after("all ", output)[-1]
+    comparison = next(finding.text for finding in find(read_runs([tmp_path])) if finding.rule == "comparison")
+    assert comparison.startswith("In bfloat16 (stored bfloat16 weights)")
+    bfloat16, float32 = (float(number) for number in re.findall(r"([\d.]+) %", comparison)[:2])
+    assert bfloat16 == pytest.approx(stalls["bfloat16"], abs=1)
+    assert float32 == pytest.approx(stalls["float32"], abs=0.1)
+    assert bfloat16 > 5 > float32
 
 
 def test_format_comparison(tmp_path: Path) -> None:
