@@ -486,7 +486,7 @@ def total(weight):
         ),
         (
             ValueError,
-            r"ends in .jsonl, got 'flips.txt'",
+            r"ends in .jsonl or .csv, got 'flips.txt'",
             lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=["flips.txt"]),
         ),
         (TypeError, "put it in brackets", lambda m: FlipTrackingOptimizer(sgd(m), m, sinks="flips.jsonl")),

@@ -172,6 +172,30 @@ class LayerRecord:
         }
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
+    @property
+    def news(self) -> dict[str, float]:
+        """Those of ``values`` that this logging point adds: without a tracked step in the window, gauges alone."""
+        if self.window.weight_steps:
+            return self.values
+        return {name: value for name, value in self.values.items() if name in self.gauges}
+
+    def window_quotient(self, name: str) -> Quotient:
+        """What a value of the window is made of, so that windows can be added before they are divided.
+
+        Args:
+            name: ``"flip_rate"``, ``"stall_ratio"``, ``"scale_changes"``, or one of ``window.ratios``.
+
+        Returns:
+            0 / 0 where there is no such value.
+        """
+        window = self.window
+        counted = {
+            "flip_rate": Quotient(window.flips, window.weight_steps),
+            "stall_ratio": Quotient(window.stalled, window.updates),
+            "scale_changes": Quotient(window.scale_changes, window.scale_steps),
+        }
+        return counted.get(name) or window.ratios.get(name, Quotient(0, 0))
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerRecord:
         """The inverse of ``to_dict``."""
@@ -267,6 +291,27 @@ class FlipRecord:
         return cls(data["step"], tuple(LayerRecord.from_dict(layer) for layer in data["layers"]), groups)
 
 
+@dataclass(frozen=True)
+class AlertEvent:
+    """A rule that came true, of one layer.
+
+    Attributes:
+        step: Optimizer steps at the record at which it did.
+        layer: The layer's name, or ``"model"``.
+        rule: The rule, as it was given.
+        value: The value at that record.
+        since: The step of the first record from which on the rule's condition held.
+        message: All of it as a sentence.
+    """
+
+    step: int
+    layer: str
+    rule: str
+    value: float
+    since: int
+    message: str
+
+
 def _summed(name: str, layers: Sequence[LayerRecord]) -> LayerRecord:
     gauges: dict[str, Quotient] = {}
     histograms: dict[str, Histogram] = {}
@@ -300,12 +345,14 @@ class RunInfo:
         skipped: Parameter name to the reason.
         settings: Name to value, as text.
         notes: Sentences worth reading, such as which format was assumed.
+        groups: Name of a group to the names of its tracked parameters.
     """
 
     tracked: dict[str, tuple[str, str, str]]
     skipped: dict[str, str]
     settings: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def merged(cls, infos: Sequence[RunInfo]) -> RunInfo:
@@ -316,11 +363,16 @@ class RunInfo:
                 values = settings.setdefault(name, [])
                 if value not in values:
                     values.append(value)
+        groups: dict[str, tuple[str, ...]] = {}
+        for info in infos:
+            for group, names in info.groups.items():
+                groups[group] = (*groups.get(group, ()), *names)
         return cls(
             {name: row for info in infos for name, row in info.tracked.items()},
             {name: reason for info in infos for name, reason in info.skipped.items()},
             {name: " and ".join(values) for name, values in settings.items()},
             tuple(dict.fromkeys(note for info in infos for note in info.notes)),
+            groups,
         )
 
     def to_markdown(self) -> str:
@@ -332,6 +384,9 @@ class RunInfo:
         if self.skipped:
             lines += ["", "| skipped | why |", "|---|---|"]
             lines += [f"| `{name}` | {reason} |" for name, reason in self.skipped.items()]
+        if self.groups:
+            lines += ["", "| group | weights |", "|---|---|"]
+            lines += [f"| {group} | {', '.join(f'`{n}`' for n in names)} |" for group, names in self.groups.items()]
         lines += ["", ", ".join(f"{name}={value}" for name, value in self.settings.items())]
         return "\n".join(lines)
 
@@ -343,5 +398,6 @@ class RunInfo:
             for name, (shape, dtype, quantizer) in self.tracked.items()
         ]
         lines += [f"  {name:<{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"  group {group}: {', '.join(names)}" for group, names in self.groups.items()]
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from weightflip.sinks.base import CallableSink, Sink, SinkGroup, make_sink
+from weightflip.sinks.csv import CSVSink
 from weightflip.sinks.jsonl import JSONLSink
 from weightflip.sinks.tensorboard import TensorBoardSink
+from weightflip.sinks.wandb import WandbSink
 
-__all__ = ["CallableSink", "JSONLSink", "Sink", "SinkGroup", "TensorBoardSink", "make_sink"]
+__all__ = ["CSVSink", "CallableSink", "JSONLSink", "Sink", "SinkGroup", "TensorBoardSink", "WandbSink", "make_sink"]

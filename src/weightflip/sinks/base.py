@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from weightflip.records import FlipRecord, RunInfo
+from weightflip.records import AlertEvent, FlipRecord, RunInfo
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes records as they come. May raise: the error is warned about once, and the sink gets no more of them."""
+    """Takes records as they come. May raise: the error is warned about once, and the sink gets no more of them.
+
+    A sink that also has a method ``alert(event)`` gets each :class:`~weightflip.AlertEvent`, after its record.
+    """
 
     def start(self, info: RunInfo, first_step: int) -> None:
         """Called before the first record, and again when what is tracked changes.
@@ -78,21 +81,28 @@ def make_sink(spec: SinkLike) -> Sink:
     """The sink for one element of ``sinks=``.
 
     Args:
-        spec: A ``Sink``, a ``SummaryWriter``, a path that ends in ``.jsonl``, or a function of a ``FlipRecord``.
+        spec: A ``Sink``, a ``SummaryWriter``, a ``wandb`` run, a path that ends in ``.jsonl`` or ``.csv``, or a
+            function of a ``FlipRecord``.
 
     Raises:
         TypeError: Nothing of the above.
-        ValueError: A path with another ending.
+        ValueError: A path with another ending, or to a ``.csv`` file with other columns.
         OSError: A path that cannot be written.
     """
+    from weightflip.sinks.csv import CSVSink
     from weightflip.sinks.jsonl import JSONLSink
     from weightflip.sinks.tensorboard import TensorBoardSink
+    from weightflip.sinks.wandb import WandbSink
 
     if isinstance(spec, (str, PathLike)):
         path = fspath(spec)
         if path.endswith(".jsonl"):
             return JSONLSink(path)
-        raise ValueError(f"a path in sinks= ends in .jsonl, got {path!r}; for a TensorBoard directory use log_dir=")
+        if path.endswith(".csv"):
+            return CSVSink(path)
+        raise ValueError(
+            f"a path in sinks= ends in .jsonl or .csv, got {path!r}; for a TensorBoard directory use log_dir="
+        )
     if isinstance(spec, type):
         raise TypeError(f"sinks= takes instances, got the class {spec.__name__}; call it")
     if isinstance(spec, Sink):
@@ -100,11 +110,14 @@ def make_sink(spec: SinkLike) -> Sink:
     if hasattr(spec, "add_scalar"):
         writer: Any = spec
         return TensorBoardSink(writer=writer)
+    if hasattr(spec, "define_metric") and hasattr(spec, "step"):
+        run: Any = spec
+        return WandbSink(run)
     if callable(spec):
         return CallableSink(spec)
     raise TypeError(
-        "sinks= takes SummaryWriters, paths that end in .jsonl, functions of a FlipRecord, or objects with start, "
-        f"write, flush and close; got {type(spec).__name__}"
+        "sinks= takes SummaryWriters, wandb runs, paths that end in .jsonl or .csv, functions of a FlipRecord, or "
+        f"objects with start, write, flush and close; got {type(spec).__name__}"
     )
 
 
@@ -125,6 +138,10 @@ class SinkGroup:
             self._each("start", info, first_step)
         self._each("write", record)
 
+    def alert(self, event: AlertEvent) -> None:
+        """Hand an event to each sink that takes them."""
+        self._each("alert", event)
+
     def flush(self) -> None:
         """Flush each sink."""
         self._each("flush")
@@ -141,6 +158,8 @@ class SinkGroup:
 
     def _each(self, method: str, *args: Any) -> None:
         for sink in list(self._sinks):
+            if method == "alert" and not hasattr(sink, method):
+                continue
             try:
                 getattr(sink, method)(*args)
             except Exception as error:

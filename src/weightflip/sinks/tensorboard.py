@@ -1,38 +1,76 @@
-"""Records as TensorBoard scalars, with a text panel and a layout of charts."""
+"""Records as TensorBoard scalars, histograms and pictures, with a text panel and a layout of charts."""
 
 from __future__ import annotations
 
-import math
+import itertools
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from weightflip.records import FlipRecord, RunInfo
+from weightflip.records import AlertEvent, FlipRecord, Histogram, RunInfo
 from weightflip.sinks.files import check_writable
+from weightflip.sinks.heatmap import History, draw
+from weightflip.sinks.tags import has_histograms, tagged_values
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# Of the model, then of each layer, in the order in which they are written.
-_MODEL_TAGS = ("flips/rate", "flips/cumulative_rate", "flips/stall_ratio")
-_LAYER_TAGS = ("flip_rate", "cumulative_flip_rate", "stall_ratio")
 _SUFFIX = ".weightflip"
-_LAYOUT = {
+
+# Charts of all layers, and of all groups of layers, by what they show; in the order of the page.
+_CHARTS = {
     "weightflip": {
-        "share of weights that flip in a step, by layer": ["Multiline", [r"^flip_rate/.*"]],
-        "share of updates swallowed by rounding, by layer": ["Multiline", [r"^stall_ratio/.*"]],
-        "flips since the start / weights, by layer": ["Multiline", [r"^cumulative_flip_rate/.*"]],
-        "model": ["Multiline", [r"^flips/rate", r"^flips/stall_ratio"]],
-    }
+        "flip_rate": "share of weights that flip in a step",
+        "stall_ratio": "share of updates swallowed by rounding",
+        "cumulative_flip_rate": "flips since the start / weights",
+    },
+    "weightflip: oscillation": {
+        "oscillation_ratio": "share of flips that go back, against the weight's flip before",
+        "oscillating_fraction": "share of weights that oscillate often",
+    },
+    "weightflip: coverage": {
+        "ever_flipped": "share of weights that have flipped since the start",
+        "net_flipped": "share of weights with another code than at the start",
+    },
+    "weightflip: scale": {
+        "weight_driven_fraction": "share of flips made by the weight, not by its scale",
+        "scale_changes": "share of block or group scales that change in a step",
+    },
+    "weightflip: travel": {
+        "travel_ratio": "distance the quantized weights went / distance the weights went",
+        "travel_high_fraction": "share of moving weights with a travel ratio above 16",
+        "flip_excess": "flips / flips that the sizes of the steps account for",
+    },
+    "weightflip: range": {
+        "zero_fraction": "share of codes that stand for 0",
+        "saturated_fraction": "share of codes at the format's two ends",
+        "underflow_fraction": "share of weights other than 0 with the code of 0",
+    },
+    "weightflip: rank": {
+        "stable_rank": "stable rank",
+        "effective_rank": "effective rank",
+    },
+}
+_Charts: TypeAlias = "dict[str, list[str | list[str]]]"
+_MODEL_CHART: _Charts = {"model": ["Multiline", [r"^flips/rate", r"^flips/stall_ratio"]]}
+_HEAT_MAPS = {
+    "flip_rate": _CHARTS["weightflip"]["flip_rate"],
+    "stall_ratio": _CHARTS["weightflip"]["stall_ratio"],
+    "oscillation_ratio": _CHARTS["weightflip: oscillation"]["oscillation_ratio"],
 }
 
 
 class TensorBoardSink:
-    """Writes a few scalars for the model and for each layer; x axis: optimizer steps.
+    """Writes the numbers of the model, the layers and the groups; x axis: optimizer steps.
 
-    ``flips/rate``, ``flips/cumulative_rate`` and ``flips/stall_ratio`` for the model; ``flip_rate/<layer>``,
-    ``cumulative_flip_rate/<layer>`` and ``stall_ratio/<layer>`` for the layers; ``scale_changes/<layer>`` for layers
-    with block or group scales; ``nonfinite_weights/<layer>`` for layers that hold NaN or infinities. Of weights tracked
-    with several quantizers, each has its own series, ``@<quantizer>``.
+    ``flips/rate``, ``flips/cumulative_rate``, ``flips/stall_ratio`` and ``flips/<value>`` for the model;
+    ``<value>/<layer>``, such as ``flip_rate/<layer>``, for the layers; ``<value>_by_group/<group>`` for groups;
+    ``nonfinite_weights/<layer>`` for layers that hold NaN or infinities. Of weights tracked with several quantizers,
+    each has its own series, ``@<quantizer>``. Histograms, where records have them, are ``<name>/<layer>``.
+
+    Beside them, pictures of all layers over time, ``weightflip/flip_rate``, ``weightflip/stall_ratio`` and
+    ``weightflip/oscillation_ratio``, drawn at the 1st, 2nd, 4th, 8th, ... record, when flushed after an eighth more of
+    them, and at the end. They begin with this object's first record: a resumed run has pictures from where it resumed.
 
     Args:
         log_dir: Where a ``SummaryWriter`` is opened when the first record comes; None for its own default place.
@@ -51,6 +89,15 @@ class TensorBoardSink:
         self._owned = writer is None
         self._writer = writer
         self._purged = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._points = 0
+        self._drawn = 0
+        self._last_step = 0
+        self._charted: set[str] = set()
+        self._alerts: list[AlertEvent] = []
+        self._histories = {value: History(value) for value in _HEAT_MAPS}
 
     def start(self, info: RunInfo, first_step: int) -> None:
         if self._writer is None:
@@ -58,10 +105,9 @@ class TensorBoardSink:
                 self.log_dir, purge_step=self._purge_step(first_step), filename_suffix=_SUFFIX
             )
             self.log_dir = self._writer.log_dir
+        if not self._points:
+            self._last_step = first_step
         self._writer.add_text("weightflip/tracking", info.to_markdown(), first_step)
-        if self._owned:
-            # TensorBoard shows one layout a run: in a user's writer it would stand in the way of the user's own.
-            self._writer.add_custom_scalars(_LAYOUT)
 
     def _purge_step(self, first_step: int) -> int | None:
         """The step from which on TensorBoard hides what the directory holds; None to hide nothing.
@@ -76,41 +122,122 @@ class TensorBoardSink:
         return first_step + 1 if all(file.name.endswith(_SUFFIX) for file in files) else None
 
     def write(self, record: FlipRecord) -> None:
-        for quantizer, model in record.models.items():
-            tags = tuple(f"{tag}@{quantizer}" if quantizer else tag for tag in _MODEL_TAGS)
-            self._scalars(tags, (model.flip_rate, model.cumulative_flip_rate, model.stall_ratio), record.step)
-        for layer in record.layers:
-            if not layer.window.weight_steps:
-                continue
-            tags = tuple(f"{tag}/{layer.name}" for tag in _LAYER_TAGS)
-            self._scalars(tags, (layer.flip_rate, layer.cumulative_flip_rate, layer.stall_ratio), record.step)
-            self._scalars((f"scale_changes/{layer.name}",), (layer.scale_change_rate,), record.step)
-            if layer.nonfinite:
-                self._scalars((f"nonfinite_weights/{layer.name}",), (layer.nonfinite,), record.step)
+        assert self._writer is not None
+        self._write_alerts()
+        self._lay_out(record)
+        for tag, value in tagged_values(record).items():
+            self._writer.add_scalar(tag, value, record.step)
+        self._points += 1
+        if has_histograms(self._points):
+            for layer in record.layers:
+                for name, histogram in layer.histograms.items():
+                    self._histogram(f"{name}/{layer.name}", histogram, record.step)
+        for history in self._histories.values():
+            history.add(record, self._last_step)
+        self._last_step = record.step
+        if self._points & (self._points - 1) == 0:
+            self._draw()
+
+    def alert(self, event: AlertEvent) -> None:
+        """The message, in the text panel: with the next record, since TensorBoard shows one text a step."""
+        self._alerts.append(event)
+
+    def _write_alerts(self) -> None:
+        assert self._writer is not None
+        for step, events in itertools.groupby(self._alerts, lambda event: event.step):
+            self._writer.add_text("weightflip/alerts", "\n".join(f"- {event.message}" for event in events), step)
+        self._alerts = []
 
     def flush(self) -> None:
         if self._writer is not None:
+            self._write_alerts()
+            # Not for each point of a script that flushes after each.
+            if self._points >= self._drawn * 9 / 8:
+                self._draw()
             self._writer.flush()
 
     def close(self) -> None:
         if self._writer is None:
             return
+        self._write_alerts()
+        self._draw()
         if self._owned:
             self._writer.close()
             self._writer = None
         else:
             self._writer.flush()
 
-    def _scalars(self, tags: tuple[str, ...], values: tuple[float, ...], step: int) -> None:
+    def _lay_out(self, record: FlipRecord) -> None:
+        """Charts of all layers, for the values that there are. TensorBoard shows the last layout of a run."""
+        if not self._owned:
+            # TensorBoard shows one layout a run: in a user's writer it would stand in the way of the user's own.
+            return
         assert self._writer is not None
-        for tag, value in zip(tags, values, strict=True):
-            if not math.isnan(value):
-                self._writer.add_scalar(tag, value, step)
+        values = {name for layer in record.layers for name in (*layer.values, *layer.window.ratios, *layer.gauges)}
+        charted = {f"^{name}/.*" for name in values}
+        charted |= {f"^{name}_by_group/.*" for name in values if record.groups}
+        if charted <= self._charted:
+            return
+        self._charted |= charted
+        layout: dict[str, _Charts] = {}
+        for kind, by_whom in (("", "by layer"), ("_by_group", "by group of layers")):
+            for category, titles in _CHARTS.items():
+                charts: _Charts = {
+                    f"{title}, {by_whom}": ["Multiline", [tags]]
+                    for name, title in titles.items()
+                    if (tags := f"^{name}{kind}/.*") in self._charted
+                }
+                if charts:
+                    layout.setdefault("weightflip: groups of layers" if kind else category, {}).update(charts)
+        layout.setdefault("weightflip", {}).update(_MODEL_CHART)
+        self._writer.add_custom_scalars(layout)
+
+    def _histogram(self, tag: str, histogram: Histogram, step: int) -> None:
+        filled = [i for i, count in enumerate(histogram.counts) if count]
+        if not filled:
+            return
+        assert self._writer is not None
+        edges, counts = histogram.edges, histogram.counts
+        middles = [(left + right) / 2 for left, right in itertools.pairwise(edges)]
+        self._writer.add_histogram_raw(
+            tag,
+            # TensorBoard leaves out empty bins at both ends, and takes these for the borders of what remains.
+            min=edges[filled[0]],
+            max=edges[filled[-1] + 1],
+            num=sum(counts),
+            sum=sum(count * middle for count, middle in zip(counts, middles, strict=True)),
+            sum_squares=sum(count * middle**2 for count, middle in zip(counts, middles, strict=True)),
+            bucket_limits=list(edges[1:]),
+            bucket_counts=list(counts),
+            global_step=step,
+        )
+
+    def _draw(self) -> None:
+        """The pictures, if there is anything new in them."""
+        if self._points == self._drawn:
+            return
+        assert self._writer is not None
+        self._drawn = self._points
+        try:
+            pictures = {name: draw(history, _HEAT_MAPS[name]) for name, history in self._histories.items() if history}
+        except Exception as error:
+            # Not worth the loss of the scalars.
+            self._histories = {}
+            warnings.warn(
+                f"weightflip: no pictures of the layers over time: {type(error).__name__}: {error}", stacklevel=2
+            )
+            return
+        for name, picture in pictures.items():
+            self._writer.add_image(f"weightflip/{name}", picture, self._last_step, dataformats="HWC")
 
     def __getstate__(self) -> dict[str, Any]:
         # A SummaryWriter cannot be copied or pickled: a copy opens its own, in the same place, if it ever writes.
-        log_dir = self.log_dir if self._writer is None else self._writer.log_dir
-        return {"log_dir": log_dir, "_owned": True, "_writer": None, "_purged": True}
+        return {"log_dir": self.log_dir if self._writer is None else self._writer.log_dir}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.log_dir = state["log_dir"]
+        self._owned, self._writer, self._purged = True, None, True
+        self._begin()
 
 
 def _import_summary_writer() -> type[SummaryWriter]:
