@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from weightflip import formats
+from weightflip.alerts import Alert
 from weightflip.functional import compute_flip_rate, compute_stall_ratio
 from weightflip.optimizer import FlipTrackingHandle, FlipTrackingOptimizer, track_flips
 from weightflip.quantizers import Codes, Quantizer, decode, encode, quantize, quantizer_names
-from weightflip.records import FlipRecord, LayerRecord, RunInfo
+from weightflip.records import AlertEvent, FlipRecord, LayerRecord, RunInfo
 from weightflip.sinks import Sink
 from weightflip.tracker import BitStallDetector, WeightFlipTracker
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alert",
+    "AlertEvent",
     "BitStallDetector",
     "Codes",
     "FlipRecord",

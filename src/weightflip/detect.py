@@ -237,6 +237,55 @@ def make_plan(
     return replace(plan, notes=tuple(sentences))
 
 
+def owner_types(parameters: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, str]:
+    """Name to the type of the module that holds the parameter, of those that the model has."""
+    owners = _owners(model) if model is not None else {}
+    return {name: type(owners[id(p)]).__name__ for name, p in parameters.items() if id(p) in owners}
+
+
+def make_groups(
+    groups: Mapping[str, str | Sequence[str]] | str | None,
+    names: Sequence[str],
+    types: Mapping[str, str],
+    *,
+    strict: bool = True,
+) -> dict[str, tuple[str, ...]]:
+    """Name of each group of layers to the parameters in it.
+
+    Args:
+        groups: Name to globs over parameter names, or ``"type"`` for a group of each type; None for none.
+        names: Of the parameters.
+        types: Name to the type of the module that holds the parameter; what has none is in no group.
+        strict: Whether a glob that matches nothing is an error.
+
+    Returns:
+        The groups, in the order in which they were given, or first met.
+
+    Raises:
+        TypeError: Something else than names and globs.
+        ValueError: If ``strict``: a glob that matches nothing, or ``"type"`` without types.
+    """
+    if groups is None:
+        return {}
+    if isinstance(groups, str) and groups == "type":
+        if strict and not types:
+            raise ValueError("groups='type' looks at the model's modules; pass model=, or globs over parameter names")
+        found: dict[str, tuple[str, ...]] = {}
+        for name in names:
+            if name in types:
+                found[types[name]] = (*found.get(types[name], ()), name)
+        return found
+    if not isinstance(groups, Mapping) or not all(isinstance(group, str) and group for group in groups):
+        raise TypeError(
+            f"groups= is 'type' or a mapping from names to globs, such as {{'attention': '*.attn.*'}}; got {groups!r}"
+        )
+    globs = {group: _globs(f"groups[{group!r}]", matching) for group, matching in groups.items()}
+    if strict:
+        for matching in globs.values():
+            _check_globs("groups", matching, names)
+    return {group: tuple(name for name in names if _matches(name, matching)) for group, matching in globs.items()}
+
+
 def _rules(quantizer: Any) -> dict[str, tuple[Any, ...]]:
     """Glob to quantizers, each resolved or "auto"."""
     rules = dict(quantizer) if isinstance(quantizer, Mapping) else {"*": quantizer}

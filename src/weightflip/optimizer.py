@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import warnings
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from weightflip.detect import Plan, make_plan, name_parameters, quantizes_weights
+from weightflip.alerts import Alert, AlertWatch
+from weightflip.detect import Plan, make_groups, make_plan, name_parameters, owner_types, quantizes_weights
 from weightflip.quantizers.base import Quantizer, quantizer_name
-from weightflip.records import Counts, FlipRecord, RunInfo, variant
+from weightflip.records import Counts, FlipRecord, RunInfo, split_variant, variant
 from weightflip.sinks import SinkGroup, TensorBoardSink, make_sink
 from weightflip.tracker import METRICS, MetricsLike, TrackedWeight, WeightFlipTracker
 
@@ -38,6 +40,7 @@ class _Source:
 
     def __init__(self, tracker: WeightFlipTracker, owner: _Tracking) -> None:
         self.info = RunInfo({}, {})
+        self.groups: dict[str, tuple[str, ...]] = {}
         self._tracker: WeightFlipTracker | None = tracker
         self._last = FlipRecord(0, ())
         self._owner: weakref.ref[_Tracking] | None = weakref.ref(owner)
@@ -56,7 +59,8 @@ class _Source:
         if self._tracker is not None:
             record = self._tracker.record(may_be_empty=True)
             assert record is not None
-            self._last = replace(record, step=self._first_step + record.step)
+            names = {split_variant(layer.name)[0] for layer in record.layers}
+            self._last = replace(record, step=self._first_step + record.step, groups=_restricted(self.groups, names))
         return self._last
 
     def follow(self, sources: Sequence[_Source]) -> None:
@@ -66,13 +70,13 @@ class _Source:
 
     def end(self) -> None:
         """Keep plain numbers, and let tensors go."""
-        layers = (replace(layer, window=Counts(), nonfinite=0) for layer in self._last.layers)
-        self._last = FlipRecord(self._last.step, tuple(layers))
+        layers = (replace(layer, window=Counts(), nonfinite=0, gauges={}, histograms={}) for layer in self._last.layers)
+        self._last = replace(self._last, layers=tuple(layers))
         self._tracker = self._owner = None
 
     def give_up_names(self, names: Set[str]) -> None:
         """After the end: another optimizer goes on with these weights."""
-        self._last = FlipRecord(self._last.step, tuple(x for x in self._last.layers if x.name not in names))
+        self._last = replace(self._last, layers=tuple(x for x in self._last.layers if x.name not in names))
         self.info = replace(self.info, tracked={k: v for k, v in self.info.tracked.items() if k not in names})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,6 +88,7 @@ class _Log:
 
     def __init__(self, sinks: SinkGroup) -> None:
         self.sinks = sinks
+        self.alerts = AlertWatch()
         self.sources: list[_Source] = []
         self.first_step = 0
 
@@ -93,11 +98,13 @@ class _Log:
 
     def write(self) -> None:
         """Write what was counted since the last record, if anything."""
-        if not self.sinks:
+        if not self.sinks and not self.alerts:
             return
         merged = FlipRecord.merged([source.record() for source in self.sources])
         if merged.model.window.weight_steps:
             self.sinks.write(merged, RunInfo.merged([source.info for source in self.sources]), self.first_step)
+            for event in self.alerts.check(merged):
+                self.sinks.alert(event)
 
     def close(self) -> None:
         """Write the last record and let the sinks go."""
@@ -121,12 +128,19 @@ class _Log:
             warnings.warn(f"weightflip: the last record is lost: {type(error).__name__}: {error}", stacklevel=3)
 
 
+def _restricted(groups: Mapping[str, tuple[str, ...]], names: Set[str]) -> dict[str, tuple[str, ...]]:
+    """What of the groups is among these names."""
+    found = {group: tuple(name for name in members if name in names) for group, members in groups.items()}
+    return {group: members for group, members in found.items() if members}
+
+
 class TrackingOptions(TypedDict, total=False):
     """The keyword arguments of :class:`FlipTrackingOptimizer`."""
 
     quantizer: Any
     include: str | Sequence[str] | None
     exclude: str | Sequence[str] | None
+    groups: Mapping[str, str | Sequence[str]] | str | None
     metrics: MetricsLike
     oscillation_ema: float | tuple[float, float] | None
     track_every: int
@@ -135,6 +149,7 @@ class TrackingOptions(TypedDict, total=False):
     log_dir: str | PathLike[str] | None
     log_every: int
     sinks: Any
+    alerts: Sequence[str | Alert] | None
     low_memory: bool
     fresh_snapshots: bool
     backend: str
@@ -150,6 +165,7 @@ class _Tracking:
         log_every: int,
         model: nn.Module | None,
         selection: Mapping[str, Any],
+        groups: Mapping[str, str | Sequence[str]] | str | None,
         settings: Mapping[str, str],
     ) -> None:
         self.tracker = tracker
@@ -158,6 +174,7 @@ class _Tracking:
         self._log_every = log_every
         self._model = model
         self._selection = dict(selection)
+        self._groups = groups
         self._settings = dict(settings)
         self._calls = 0
         self._broken = False
@@ -165,6 +182,7 @@ class _Tracking:
         self._names: list[list[str]] = []
         self._noted: set[str] = set()
         self._known: dict[str, tuple[Quantizer, ...] | str] = {}
+        self._types: dict[str, str] = {}
         self._start()
 
     def _start(self) -> None:
@@ -174,6 +192,7 @@ class _Tracking:
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._found_inf: Tensor | None = None
         self._is_open = False
+        self._has_logged = False
 
     def select(self, optimizer: Optimizer, *, strict: bool) -> None:
         """Look at the optimizer's parameters again, if they are not the ones of the last step.
@@ -239,7 +258,11 @@ class _Tracking:
             )
             for weight in self._weights
         }
-        self.source.info = RunInfo(described, skipped, self._settings, plan.notes)
+        # Kept, because a copy of an optimizer has no model in it.
+        self._types.update(owner_types(parameters, self._model))
+        self.source.groups = make_groups(self._groups, list(parameters), self._types, strict=strict)
+        groups = _restricted(self.source.groups, {split_variant(weight.name)[0] for weight in weights})
+        self.source.info = RunInfo(described, skipped, self._settings, plan.notes, groups)
         if self.source not in self.log.sources:
             self.source.follow(self.log.sources)
             self.log.sources.append(self.source)
@@ -289,11 +312,24 @@ class _Tracking:
             # Also at garbage collection and at interpreter exit: a script that never calls close() loses no record. Not
             # before the first step: a copy that is thrown away writes nothing.
             self._finalizer = weakref.finalize(self, self.log.leave, self.source, os.getpid())
+            self._write_before_others_exit()
         if self._calls % self._log_every == 0:
             # A model that was converted meanwhile may have the very same parameters.
             self._seen = ()
             if self.log.is_led_by(self.source):
                 self.log.write()
+                if not self._has_logged:
+                    self._has_logged = True
+                    self._write_before_others_exit()
+
+    def _write_before_others_exit(self) -> None:
+        """At exit, what was registered last runs first, and finalizers come where the first of all was made.
+
+        So the last record is written before wandb closes its runs, be they begun before the first step or with the
+        first record.
+        """
+        assert self._finalizer is not None
+        atexit.register(self._finalizer)
 
     def end(self) -> None:
         """Write the last record, and give memory back; the numbers stay."""
@@ -397,6 +433,9 @@ class FlipTrackingOptimizer(Optimizer):
         include: Globs over parameter names; None for every floating-point weight with two dimensions or more, and
             for the flat parameters of FSDP1 and the partitions of ZeRO-3.
         exclude: Globs over parameter names.
+        groups: Layers whose sums are shown beside the single ones: name to globs over parameter names, such as
+            ``{"attention": "*.attn.*", "mlp": ["*.fc1.*", "*.fc2.*"]}``, or ``"type"`` for a group of each type of
+            module.
         metrics: ``"flips"``, ``"stalls"``, and the groups ``"oscillation"``, ``"coverage"``, ``"scale"``, ``"travel"``,
             ``"range"``, ``"rank"``; a mapping, such as ``{"flips": 1, "travel": 10}``, has a group look at every tenth
             tracked step only.
@@ -407,10 +446,12 @@ class FlipTrackingOptimizer(Optimizer):
         end_step: Track no step from this one on.
         log_dir: Where TensorBoard files go; None for ``SummaryWriter``'s own default place. Made at the first record.
         log_every: Steps between two records.
-        sinks: Instead of TensorBoard in ``log_dir``: ``SummaryWriter`` objects, paths that end in ``.jsonl``, functions
-            of a :class:`FlipRecord`, ``Sink`` objects. An empty list keeps the numbers and writes nothing. Another
-            tracked optimizer, or its handle, instead of a list: the two are parts of one run and written as one record,
-            at the logging points of the first.
+        sinks: Instead of TensorBoard in ``log_dir``: ``SummaryWriter`` objects, ``wandb`` runs, paths that end in
+            ``.jsonl`` or ``.csv``, functions of a :class:`FlipRecord`, ``Sink`` objects. An empty list keeps the
+            numbers and writes nothing. Another tracked optimizer, or its handle, instead of a list: the two are parts
+            of one run and written as one record, at the logging points of the first.
+        alerts: Rules over the numbers, as text such as ``"stall_ratio > 0.99 for 200 steps"`` or :class:`Alert`. Of
+            several optimizers that are one run, all rules watch all layers.
         low_memory: Drop the codes after each step; a second encoding instead of a byte a weight.
         fresh_snapshots: Encode anew before each step, for scripts that write weights through ``.data``.
         backend: ``"auto"``, ``"eager"`` or ``"numba"``, as in :class:`WeightFlipTracker`.
@@ -422,7 +463,7 @@ class FlipTrackingOptimizer(Optimizer):
     Raises:
         TypeError: ``optimizer`` is no optimizer, or ``model`` no module.
         ValueError: An unknown quantizer or metric, a pattern that matches nothing, a format that a weight does not fit,
-            nothing to track, or a step number that makes no sense.
+            nothing to track, a rule that cannot be read, or a step number that makes no sense.
         OSError: ``log_dir``, or a file of ``sinks``, cannot be written.
         ImportError: ``backend="numba"`` without Numba.
 
@@ -449,6 +490,7 @@ class FlipTrackingOptimizer(Optimizer):
         quantizer: Any = "auto",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        groups: Mapping[str, str | Sequence[str]] | str | None = None,
         metrics: MetricsLike = METRICS,
         oscillation_ema: float | tuple[float, float] | None = None,
         track_every: int = 1,
@@ -457,6 +499,7 @@ class FlipTrackingOptimizer(Optimizer):
         log_dir: str | PathLike[str] | None = None,
         log_every: int = 10,
         sinks: Sequence[Any] | FlipTrackingOptimizer | FlipTrackingHandle | None = None,
+        alerts: Sequence[str | Alert] | None = None,
         low_memory: bool = False,
         fresh_snapshots: bool = False,
         backend: str = "auto",
@@ -489,9 +532,13 @@ class FlipTrackingOptimizer(Optimizer):
             log_every,
             model,
             {"quantizer": quantizer, "include": include, "exclude": exclude},
+            groups,
             settings,
         )
+        watch = AlertWatch(alerts, tracker.value_names)
         tracking.select(optimizer, strict=True)
+        watch.check_layers([*tracking.info.tracked, *tracking.info.skipped])
+        tracking.log.alerts.extend(watch)
         self.__dict__.update(inner=optimizer, _tracking=tracking)
 
     @property

@@ -1,0 +1,190 @@
+"""Groups of layers: by globs, by type of module; sums that brute force gives."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import BruteForce, backward, digits_model
+from test_sinks import train
+from torch import nn
+
+from weightflip import FlipTrackingOptimizer, track_flips
+
+
+class Mixed(nn.Module):
+    """An embedding, a convolution and linear layers with names as in a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(16, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"attn": nn.Linear(8, 8), "mlp": nn.Linear(8, 8), "norm": nn.LayerNorm(8)}) for _ in range(2)
+        )
+        self.token = nn.Parameter(torch.randn(1, 8))
+
+    def forward(self, at):
+        x = self.conv(self.embed(at).transpose(1, 2)).transpose(1, 2) + self.token
+        for block in self.blocks:
+            x = block["norm"](x + block["mlp"](block["attn"](x).relu()))
+        return x
+
+
+def make(**options):
+    model, records = Mixed(), []
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=1e-2), model, sinks=[records.append], log_every=1, **options
+    )
+    return model, optimizer, records
+
+
+def steps(model, optimizer, count=3):
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(torch.arange(16).view(2, 8)).square().mean().backward()
+        optimizer.step()
+
+
+ATTN = ("blocks.0.attn.weight", "blocks.1.attn.weight")
+BY_TYPE = {
+    "Mixed": ("token",),
+    "Embedding": ("embed.weight",),
+    "Conv1d": ("conv.weight",),
+    "Linear": ("blocks.0.attn.weight", "blocks.0.mlp.weight", "blocks.1.attn.weight", "blocks.1.mlp.weight"),
+}
+
+
+def test_sums_are_those_of_brute_force():
+    groups = {"attention": "*.attn.*", "blocks": ["*.attn.*", "*.mlp.*"], "rest": ["embed.*", "conv.*", "token"]}
+    model, optimizer, records = make(groups=groups)
+    brute = BruteForce(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.arange(16).view(2, 8)).square().mean().backward()
+        brute.before()
+        optimizer.step()
+        brute.after()
+    sums = records[-1].group_sums
+    assert list(sums) == ["attention", "blocks", "rest"]
+    assert records[-1].groups["attention"] == ATTN
+    assert sums["attention"].total.flips == sum(brute.flips[name] for name in ATTN) > 0
+    assert sums["blocks"].total.flips + sums["rest"].total.flips == sum(brute.flips.values())
+    assert sums["attention"].weights == 2 * 64
+
+
+@pytest.mark.parametrize("form", ["wrapper", "hooks"])
+def test_by_type_of_the_module(form):
+    model, records = Mixed(), []
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    options = {"sinks": [records.append], "log_every": 1, "groups": "type"}
+    track = FlipTrackingOptimizer if form == "wrapper" else track_flips
+    tracked = track(inner, model, **options)
+    steps(model, tracked if form == "wrapper" else inner)
+    assert records[-1].groups == BY_TYPE == tracked.info.groups
+    assert "| Embedding | `embed.weight` |" in tracked.info.to_markdown()
+    assert f"group Linear: {', '.join(BY_TYPE['Linear'])}" in str(tracked.info)
+
+
+def test_none_by_default():
+    model, optimizer, records = make()
+    steps(model, optimizer, 1)
+    assert records[0].groups == optimizer.info.groups == {}
+    assert "group" not in optimizer.info.to_markdown()
+
+
+def test_what_is_not_tracked_is_in_no_group():
+    model, optimizer, records = make(groups={"norms": "*.norm.*", "attention": "*.attn.*"})
+    model.blocks[1]["attn"].weight.requires_grad_(False)
+    steps(model, optimizer, 1)
+    assert records[0].groups == {"attention": ATTN[:1]}
+    model.blocks[1]["attn"].weight.requires_grad_(True)
+    steps(model, optimizer, 1)
+    assert records[1].groups == {"attention": ATTN}
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "message"),
+    [
+        ({"attention": "*.attention.*"}, ValueError, r"the pattern '\*\.attention\.\*' in groups= matches none of the"),
+        ({"attention": ["*.attn.*", "nope"]}, ValueError, "the pattern 'nope' in groups= matches none"),
+        ("types", TypeError, "groups= is 'type' or a mapping from names to globs"),
+        (["*.attn.*"], TypeError, "groups= is 'type' or a mapping from names to globs"),
+        ({"attention": 3}, TypeError, "not iterable|is a glob"),
+        ({3: "*"}, TypeError, "groups= is 'type' or a mapping"),
+    ],
+)
+def test_mistakes_raise_at_construction(groups, error, message):
+    with pytest.raises(error, match=message):
+        make(groups=groups)
+
+
+def test_types_need_a_model():
+    with pytest.raises(ValueError, match="groups='type' looks at the model's modules; pass model="):
+        FlipTrackingOptimizer(torch.optim.SGD(Mixed().parameters(), lr=1), sinks=[], groups="type")
+
+
+def test_globs_need_none():
+    model, records = digits_model(), []
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.SGD(model.named_parameters(), lr=0.1),
+        sinks=[records.append],
+        log_every=1,
+        groups={"first": "0.*"},
+    )
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert records[0].groups == {"first": ("0.weight",)}
+
+
+def test_layers_that_come_later_join():
+    model, optimizer, records = make(groups="type")
+    more = nn.Linear(8, 8)
+    model.add_module("head", more)
+    optimizer.add_param_group({"params": list(more.parameters())})
+    steps(model, optimizer, 1)
+    assert records[0].groups["Linear"] == (*BY_TYPE["Linear"], "head.weight")
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_copies_know_the_types_without_a_model(tmp_path, duplicate):
+    model = Mixed()
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=1e-2), model, sinks=[tmp_path / "flips.jsonl"], groups="type"
+    )
+    steps(model, optimizer, 1)
+    twin = duplicate(optimizer)
+    for group in twin.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    twin.step()
+    assert twin.info.groups == BY_TYPE
+
+
+def test_optimizers_of_one_run_have_common_groups(digits):
+    model, records = digits_model(), []
+    options = {"groups": "type"}
+    first = FlipTrackingOptimizer(
+        torch.optim.SGD(model[0].parameters(), lr=0.1), model, sinks=[records.append], log_every=1, **options
+    )
+    second = FlipTrackingOptimizer(torch.optim.SGD(model[2].parameters(), lr=0.1), model, sinks=first, **options)
+    for step in range(2):
+        backward(model, digits, step)
+        second.step()
+        first.step()
+    assert records[-1].groups == {"Linear": ("0.weight", "2.weight")}
+    (linear,) = records[-1].group_sums.values()
+    assert linear.total == records[-1].model.total
+
+
+def test_training_is_what_it_was(digits):
+    results = []
+    for groups in (None, "type"):
+        model = digits_model()
+        train(digits, model=model, sinks=[], groups=groups)
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
