@@ -67,7 +67,9 @@ def _implementation(stored):  # type: ignore[no-untyped-def]
 def _count_chunk(weight, scale, divide, update, update_mask, codes, cut, offset, first_normal, adder, overflow, nan):  # type: ignore[no-untyped-def]
     # Numba computes int32 with int32 in int64, which halves the width of the vectors: hence the casts.
     one, magnitude_mask, infinity = _INT32(1), _INT32(0x7FFFFFFF), _INT32(0x7F800000)
-    just_under_half = _INT32((1 << (cut - 1)) - 1)
+    # Just under half of what is cut off, and the difference of the biases, in one number.
+    rebias = _INT32(_INT32(offset << cut) - _INT32((1 << (cut - 1)) - 1))
+    parity = _INT32(offset & one)
     adder_bits = _FLOAT32(adder).view(_INT32)
     flips, updates, stalled = _INT32(0), _INT32(0), _INT32(0)
     for i in range(weight.size):
@@ -76,8 +78,8 @@ def _count_chunk(weight, scale, divide, update, update_mask, codes, cut, offset,
         bits = _FLOAT32(scaled).view(_INT32)
         magnitude = _INT32(bits & magnitude_mask)
         # As weightflip.quantizers.floatx.round_to_ordinals, which explains it.
-        is_odd = _INT32(_INT32(_INT32(magnitude >> cut) - offset) & one)
-        normal = _INT32(_INT32(_INT32(_INT32(magnitude + just_under_half) + is_odd) >> cut) - offset)
+        is_odd = _INT32(_INT32(_INT32(magnitude >> cut) ^ parity) & one)
+        normal = _INT32(_INT32(_INT32(magnitude - rebias) + is_odd) >> cut)
         subnormal = _INT32(_FLOAT32(magnitude.view(_FLOAT32) + adder).view(_INT32) - adder_bits)
         code = min(subnormal if magnitude < first_normal else normal, overflow)
         code = _INT32(-code) if bits < 0 else code
@@ -142,6 +144,15 @@ def _count_range(start, stop, places, scale, divide, weight_like, update_like, c
         stop = begin + low
 
 
+@_compile()
+def _largest_of(weight, mask):  # type: ignore[no-untyped-def]
+    found = _INT32(0)
+    for i in range(weight.size):
+        # Of numbers without a sign the bit patterns have the numbers' order, and NaN is above them all.
+        found = max(found, _INT32(weight[i] & mask))
+    return found
+
+
 def _largest_range(start, stop, places, weight_like, mask, largest, shared):  # type: ignore[no-untyped-def]
     row = 0
     while row + 1 < places.shape[0] and places[row + 1, START] <= start:
@@ -158,10 +169,7 @@ def _largest_range(start, stop, places, weight_like, mask, largest, shared):  # 
         index = low // group
         while low < high:
             until = min((index + 1) * group, high)
-            found = _INT32(0)
-            for i in range(low, until):
-                # Of numbers without a sign the bit patterns have the numbers' order, and NaN is above them all.
-                found = max(found, _INT32(weight[i] & mask))
+            found = _largest_of(weight[low:until], mask)
             if low > index * group:
                 shared[0], shared[1] = first_scale + index, found
             else:
