@@ -44,8 +44,9 @@ check: $(VENV)/installed  ## ruff, mypy --strict, and the table of allowed impor
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
 
-bench: $(VENV)/installed  ## measure what tracking costs
-	$(BIN)/python benchmarks/step_cost.py
+bench: $(VENV)/installed  ## measure what tracking costs, in a few minutes: tables, runs/bench.json and runs/bench.svg
+	mkdir -p runs
+	$(BIN)/python benchmarks/step_cost.py --json runs/bench.json --chart runs/bench.svg
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
