@@ -19,6 +19,9 @@ from torch import Tensor
 from weightflip.kernels import Index
 from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, Scratch
 
+CORE_VALUES = ("flip_rate", "cumulative_flip_rate", "stall_ratio", "scale_changes", "nonfinite_weights")
+"""What records have without any group."""
+
 
 class Bins(NamedTuple):
     """A histogram that a group keeps.
@@ -49,6 +52,12 @@ class Weight(NamedTuple):
     quantizer: Quantizer
 
     @property
+    def ndim(self) -> int:
+        """Dimensions of the weight itself."""
+        is_split = self.elementwise is not None and self.elementwise.group is not None
+        return self.values.ndim - is_split
+
+    @property
     def elementwise(self) -> ElementwiseQuantizer | None:
         """The quantizer, where any part of the weight can be encoded and decoded by itself."""
         return self.quantizer if isinstance(self.quantizer, ElementwiseQuantizer) else None
@@ -77,7 +86,9 @@ class Slice:
 
 
 class LayerMetric:
-    """What a group keeps of one weight, and how it counts. All of it runs without gradients and never waits.
+    """What a group keeps of one weight, and how it counts, without gradients.
+
+    ``before``, ``slice`` and ``after`` must not wait for the device.
 
     ``sums`` and ``gauges`` are float64 and hold a numerator and a denominator for each name, in the group's order.
     """
@@ -190,7 +201,7 @@ def make_metrics(groups: Mapping[Any, int | None]) -> list[tuple[Metric, int]]:
         ValueError: An unknown name, two groups that give the same number, or a number of steps below 1.
     """
     made: list[tuple[Metric, int]] = []
-    taken: set[str] = set()
+    taken = {"flips", "stalls", *CORE_VALUES}
     for spec, every in groups.items():
         metric = spec if isinstance(spec, Metric) else _by_name(spec)
         every = metric.every if every is None else every
@@ -198,10 +209,12 @@ def make_metrics(groups: Mapping[Any, int | None]) -> list[tuple[Metric, int]]:
             raise ValueError(
                 f"metrics={{{metric.name!r}: n}} looks every n steps, a whole number of at least 1; got {every!r}"
             )
-        numbers = {*metric.ratios, *metric.gauges, *(bins.name for bins in metric.histograms)}
-        if taken & numbers:
-            raise ValueError(f"two groups in metrics= give {sorted(taken & numbers)}; leave one out")
-        taken |= numbers
+        names = {metric.name, *metric.ratios, *metric.gauges, *(bins.name for bins in metric.histograms)}
+        if taken & names:
+            raise ValueError(
+                f"two in metrics= are called, or give, {sorted(taken & names)}; leave one out or rename it"
+            )
+        taken |= names
         made.append((metric, every))
     return made
 
@@ -211,6 +224,8 @@ def _by_name(name: Any) -> Metric:
     if not isinstance(name, str) or name not in known:
         close = difflib.get_close_matches(str(name), ["flips", "stalls", *known], n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
+        if isinstance(name, type) and issubclass(name, Metric):
+            hint = f"call it: {name.__name__}(). "
         raise ValueError(
             f"unknown group {name!r} in metrics=; {hint}Expected 'flips', 'stalls', {', '.join(map(repr, known))}, or "
             "a Metric object"

@@ -35,9 +35,9 @@ class Oscillation(Metric):
     ratios = ("oscillation_ratio",)
 
     def __init__(self, ema: float | None = None, threshold: float = _THRESHOLD) -> None:
-        if ema is not None and not 0 < ema <= 1:
+        if ema is not None and not (isinstance(ema, (int, float)) and 0 < ema <= 1):
             raise ValueError(f"oscillation_ema= is a momentum above 0 and at most 1, such as 0.01; got {ema!r}")
-        if not 0 <= threshold < 1:
+        if not (isinstance(threshold, (int, float)) and 0 <= threshold < 1):
             raise ValueError(f"the threshold of the oscillation frequency lies in [0, 1), got {threshold!r}")
         self.ema = ema
         self.threshold = threshold

@@ -15,7 +15,8 @@ class Rank(Metric):
     With ``s`` the singular values of the weight in float32 (its dimensions but the first flattened): the stable rank is
     ``sum(s**2) / max(s)**2``; the effective rank is ``exp(-sum(p * log(p)))`` with ``p = s / sum(s)`` (Roy & Vetterli
     2007, "The effective rank", equation 4). Both lie between 1 and ``min(rows, columns)``. Of the model and of groups:
-    the mean over their layers. A weight of one dimension, of zeros, or with NaN or infinities has none.
+    the mean over their layers. A weight of one dimension, of zeros, or with NaN or infinities has none. The SVD waits
+    for the device.
     """
 
     name = "rank"
@@ -23,7 +24,7 @@ class Rank(Metric):
     every = 500
 
     def open(self, name: str, weight: Weight) -> LayerMetric | None:
-        return _LayerRank() if weight.values.ndim >= 2 else None
+        return _LayerRank() if weight.ndim >= 2 else None
 
 
 class _LayerRank(LayerMetric):

@@ -22,10 +22,11 @@ class Travel(Metric):
 
     * ``travel_ratio``: the sum of ``abs(dQ(w))`` / the sum of ``abs(dw)`` over the steps since the last point, dQ on
       dequantized values: R_w of Chen et al. 2025 (TetraJet, arXiv:2502.20853), aggregated. About 1 when weights are
-      spread evenly in their cells; far above: oscillating; far below: resting.
-    * ``flip_excess``: flips / the sum of ``min(1, abs(dw) / cell width)``. 1 for weights spread evenly in their cells,
-      however large the steps are. A cell is what rounds to one code: half way to the neighbours on both sides. The two
-      outermost ones are taken to reach as far out as in.
+      spread evenly in their cells and the scale rests; far above: oscillating, or carried along by a scale that moves;
+      far below: resting.
+    * ``flip_excess``: flips / the sum of ``min(1, abs(dw) / cell width)``. 1 for weights spread evenly in their cells
+      under a scale that rests, however large the steps are. A cell is what rounds to one code: half way to the
+      neighbours on both sides. The two outermost ones are taken to reach as far out as in.
     * ``travel_high_fraction``: of the weights that moved since the last point, the share whose own ratio is above 16.
       ``log2_travel_ratio`` is the histogram of these ratios; weights whose code rested are in its first bin.
 
@@ -97,14 +98,16 @@ class _LayerTravel(LayerMetric):
         gauges[0, 1] = torch.count_nonzero(has_moved) * self.of_each
         lowest, highest = Travel.histograms[0].edges[0], Travel.histograms[0].edges[-1]
         found = ratios.log2().floor().clamp_(lowest, highest - 1).sub_(lowest)
-        bins.copy_(((found[:, None] == torch.arange(len(bins), device=found.device)) & has_moved[:, None]).sum(0))
+        found = (found[:, None] == torch.arange(len(bins), device=found.device)) & has_moved[:, None]
+        bins.copy_((found.sum(0) * self.of_each).round_())
         self.travelled.zero_()
         self.quantized_travelled.zero_()
 
     def _look(self, weight: Weight) -> _Moment:
         scale = None if weight.scale is None else weight.scale.expand(weight.codes.shape)[self.at]
-        codes = weight.codes[self.at]
-        return _Moment(weight.values[self.at].double(), codes, scale, self._values(codes, scale))
+        # A 0-dim weight has no index, and what it gives would be a view.
+        codes = weight.codes[self.at].clone()
+        return _Moment(weight.values[self.at].to(torch.float64, copy=True), codes, scale, self._values(codes, scale))
 
     def _values(self, codes: Tensor, scale: Tensor | None) -> Tensor:
         return self.quantizer.values(codes, scale).double()

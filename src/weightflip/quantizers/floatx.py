@@ -125,19 +125,22 @@ def _bits_of(power_of_two: float, source: FloatFormat) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _value_table(format: FloatFormat, exponent_shift: int) -> Tensor:
-    """Value of every ordinal of the storage, float64, from its smallest integer on; NaN where there is no number."""
+def _value_table(format: FloatFormat, exponent_shift: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Value of every ordinal of the storage, from its smallest integer on; NaN where there is no number.
+
+    Kept where it is used: to copy it to a device waits for that device.
+    """
     half = 1 << (format.storage_bits - 1)
     last = format.max_ordinal if format.inf_ordinal is None else format.inf_ordinal
     values = [format.value(ordinal, exponent_shift=exponent_shift) for ordinal in range(-last, last + 1)]
     table = torch.full((2 * half,), math.nan, dtype=torch.float64)
     table[half - last : half + last + 1] = torch.tensor(values, dtype=torch.float64)
-    return table
+    return table.to(device=device, dtype=dtype)
 
 
 def ordinals_to_values(ordinals: Tensor, format: FloatFormat, dtype: torch.dtype, *, exponent_shift: int = 0) -> Tensor:
     """What the ordinals stand for, divided by ``2**exponent_shift``."""
-    table = _value_table(format, exponent_shift).to(device=ordinals.device, dtype=dtype)
+    table = _value_table(format, exponent_shift, dtype, ordinals.device)
     return table[ordinals.long() + (1 << (format.storage_bits - 1))]
 
 
@@ -194,6 +197,8 @@ class FloatxQuantizer(ElementwiseQuantizer):
         dtype = self._compute_dtype(weight.dtype)
         if self.fixed_scale is not None:
             scale = torch.as_tensor(self.fixed_scale, dtype=dtype, device=weight.device)
+            # What the user does to a tensor of his own must not reach codes that are kept.
+            scale = scale.clone() if isinstance(self.fixed_scale, Tensor) else scale
             if not _broadcasts(scale.shape, weight.shape):
                 raise ValueError(
                     f"scale of shape {tuple(scale.shape)} does not broadcast to a weight of shape {tuple(weight.shape)}"
