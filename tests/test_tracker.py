@@ -427,7 +427,7 @@ def test_a_failing_layer_is_dropped_with_one_warning():
 
 
 def test_nothing_reads_the_device_between_records(monkeypatch):
-    weights = [weight_of(torch.randn(30, 20).tolist(), q, name=q) for q in ("float8_e4m3", "e3m4", "bfloat16")]
+    weights = [weight_of(torch.randn(30, 32).tolist(), q, name=q) for q in ("float8_e4m3", "e3m4", "mxfp4", "bfloat16")]
     tracker = WeightFlipTracker()
     step(tracker, weights)
 
