@@ -33,7 +33,7 @@ tensorboard: $(VENV)/installed  ## open TensorBoard on runs/
 
 # Two at a time, each with one thread: threads that share such small tensors mostly wait for each other.
 test: $(VENV)/installed  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 conformance: $(VENV)/installed  ## wrapped equals bare for every input of PyTorch's own optimizer tests
 	$(BIN)/python -m pytest -m conformance tests/test_conformance.py

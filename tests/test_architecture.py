@@ -21,13 +21,13 @@ ALLOWED = {
     "kernels": {"formats"},
     "functional": {"kernels"},
     "metrics": {"functional", "kernels", "quantizers.base"},
-    "detect": {"quantizers"},
+    "detect": {"quantizers", "distributed"},
     "distributed": set(),
     "batch": {"functional", "kernels"},
     "tracker": {"batch", "functional", "kernels", "metrics", "quantizers.base", "distributed", "records"},
     "sinks": {"records"},
     "alerts": {"records"},
-    "optimizer": {"alerts", "tracker", "detect", "sinks", "quantizers", "records"},
+    "optimizer": {"alerts", "tracker", "detect", "distributed", "sinks", "quantizers", "records"},
     "report": {"records"},
 }
 

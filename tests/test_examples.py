@@ -146,3 +146,17 @@ def test_gallery(tmp_path):
     assert float(stuck["ever_flipped"]) < 0.1 < float(moving["ever_flipped"])
     assert float(oscillating["oscillation_ratio"]) > 2 * float(moving["oscillation_ratio"])
     assert (tmp_path / "gallery.png").stat().st_size > 1000
+
+
+def test_fsdp2_float8(tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["examples/fsdp2_float8.py", f"--log-dir={tmp_path}/log", f"--checkpoint={tmp_path}/saved", "--steps=30"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "weightflip: tracking has stopped" not in done.stderr
+    first_loss, last_loss = numbers_after("Training loss:", done.stdout)
+    assert last_loss < first_loss
+    check_table(done.stdout, ["0.weight", "2.weight"], "float8_e4m3")
+    check_events(tmp_path / "log", ["0.weight", "2.weight"], steps=30)
+    assert (tmp_path / "saved" / ".metadata").is_file()

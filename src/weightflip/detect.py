@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from weightflip import distributed
 from weightflip.quantizers import Codes, ElementwiseQuantizer, Quantizer, resolve, torchao
 from weightflip.quantizers.base import quantizer_name
 
@@ -442,9 +443,15 @@ def _choose(
         # "auto" may come to the same as a name beside it.
         chosen.setdefault(quantizer_name(quantizer), quantizer)
         notes += [note] if note else []
+        layout = distributed.layout(parameter)
+        if layout is not None:
+            try:
+                distributed.span(layout, getattr(quantizer, "encodes", quantizer))
+            except ValueError as error:
+                raise Skip(str(error), misfit=spec != "auto") from None
         if strict:
             try:
-                _try(quantizer, parameter.detach())
+                _try(quantizer, distributed.local(parameter).detach())
             except Exception as error:
                 # Whatever it is that a format, or a tensor subclass, does not support.
                 raise Skip(f"shape {tuple(parameter.shape)}: {error}", misfit=spec != "auto") from None
@@ -516,6 +523,7 @@ def _inside(parameter: Tensor, quantizer: Quantizer) -> Quantizer:
     Raises:
         Skip: The subclass has none.
     """
+    parameter = distributed.local(parameter)
     classes = _torchao_classes(parameter)
     if not classes or hasattr(quantizer, "plain"):
         return quantizer
@@ -529,9 +537,10 @@ def _inside(parameter: Tensor, quantizer: Quantizer) -> Quantizer:
 
 
 def _detect(parameter: Tensor, owner: nn.Module | None) -> tuple[Quantizer, str | None]:
-    classes = _torchao_classes(parameter)
+    shard = distributed.local(parameter)
+    classes = _torchao_classes(shard)
     if classes:
-        return _subclass(parameter, classes, owner)
+        return _subclass(shard, classes, owner)
     modules = [] if owner is None else _torchao_classes(owner)
     if any(name.endswith("FakeQuantizer") for name in modules):
         raise Skip(f"a scale or zero point that torchao's {modules[0]} learns, no weight")

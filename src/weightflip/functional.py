@@ -18,7 +18,7 @@ class Elementwise(Protocol):
 
     def grouped(self, tensor: Tensor) -> Tensor: ...
 
-    def scale(self, weight: Tensor) -> Tensor | None: ...
+    def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor | None: ...
 
     def rounding(self, weight: Tensor) -> kernels.Rounding | None: ...
 
@@ -81,7 +81,12 @@ def compute_stall_ratio(flips: int, updates: int) -> float:
 
 
 def encode_into(
-    weight: Tensor, quantizer: Elementwise, codes: Tensor, scratch: kernels.ScratchPool, backend: str = "auto"
+    weight: Tensor,
+    quantizer: Elementwise,
+    codes: Tensor,
+    scratch: kernels.ScratchPool,
+    backend: str = "auto",
+    statistic: Tensor | None = None,
 ) -> Tensor | None:
     """Write the ordinals of ``weight`` into ``codes``.
 
@@ -91,12 +96,13 @@ def encode_into(
         codes: Of the weight's shape.
         scratch: Where temporaries come from.
         backend: As in :func:`weightflip.kernels.check_backend`.
+        statistic: What the quantizer has to know of the whole weight, where this is a shard.
 
     Returns:
         The quantizer's scale.
     """
     weight, codes = quantizer.grouped(weight), quantizer.grouped(codes)
-    scale = quantizer.scale(weight)
+    scale = _scale(quantizer, weight, statistic)
     if _in_one_pass(weight, scale, quantizer, codes, None, codes.new_zeros(3, dtype=torch.int64), backend):
         return scale
     new = _slice_encoder(weight, scale, quantizer, codes.dtype, scratch)
@@ -114,6 +120,7 @@ def advance(
     scratch: kernels.ScratchPool,
     backend: str = "auto",
     observe: Observer | None = None,
+    statistic: Tensor | None = None,
 ) -> Tensor | None:
     """Encode ``weight`` anew, count what changed against ``codes``, and keep the new codes there, in one go.
 
@@ -127,13 +134,14 @@ def advance(
         backend: As in :func:`weightflip.kernels.check_backend`.
         observe: Called for each slice in turn with its index and its ordinals before and after, in the shape that
             ``quantizer.grouped`` gives.
+        statistic: What the quantizer has to know of the whole weight, where this is a shard.
 
     Returns:
         The quantizer's scale.
     """
     weight, codes = quantizer.grouped(weight), quantizer.grouped(codes)
     update = None if update is None else quantizer.grouped(update)
-    scale = quantizer.scale(weight)
+    scale = _scale(quantizer, weight, statistic)
 
     def advance_part(index: kernels.Index) -> None:
         part, part_codes = weight[index], codes[index]
@@ -158,6 +166,11 @@ def _observed(
         old = scratch("old", part, codes.dtype).copy_(part)
         advance_part(index)
         observe(index, old, part)
+
+
+def _scale(quantizer: Elementwise, weight: Tensor, statistic: Tensor | None) -> Tensor | None:
+    # A quantizer of a user's own may know of no statistics.
+    return quantizer.scale(weight) if statistic is None else quantizer.scale(weight, statistic)
 
 
 def _in_one_pass(

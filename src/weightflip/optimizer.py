@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from weightflip import distributed
 from weightflip.alerts import Alert, AlertWatch
 from weightflip.detect import Plan, make_groups, make_plan, name_parameters, owner_types, quantizes_weights
 from weightflip.quantizers.base import Quantizer, quantizer_name
@@ -63,6 +64,16 @@ class _Source:
             self._last = replace(record, step=self._first_step + record.step, groups=_restricted(self.groups, names))
         return self._last
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a record needs all processes."""
+        return self._tracker is not None and self._tracker.is_sharded
+
+    def synchronize(self) -> None:
+        """Take part in a record that this process does not write."""
+        if self._tracker is not None:
+            self._tracker.synchronize()
+
     def follow(self, sources: Sequence[_Source]) -> None:
         """Count steps on from where optimizers left that have all come to their end."""
         if not any(source.is_live for source in sources):
@@ -86,42 +97,66 @@ class _Source:
 class _Log:
     """Takes records to the sinks: those of one optimizer, or of several that are one run, as one record."""
 
-    def __init__(self, sinks: SinkGroup) -> None:
+    def __init__(self, sinks: SinkGroup, *, is_wanted: bool) -> None:
         self.sinks = sinks
         self.alerts = AlertWatch()
         self.sources: list[_Source] = []
         self.first_step = 0
+        self._is_wanted = is_wanted
+        self._is_writer = True
+
+    def find_writer(self) -> bool:
+        """Whether this process writes: of several, one does. Known from then on, also when they have parted."""
+        self._is_writer = self._is_writer and distributed.is_writer()
+        return self._is_writer
 
     def is_led_by(self, source: _Source) -> bool:
         """Whether this optimizer's steps say when to write: the first one's that is still at work."""
         return next((candidate for candidate in self.sources if candidate.is_live), None) is source
 
     def write(self) -> None:
-        """Write what was counted since the last record, if anything."""
-        if not self.sinks and not self.alerts:
+        """Write what was counted since the last record, if anything.
+
+        Where weights are sharded, every process comes here at the same steps, whether it writes or not, and takes part
+        in exactly one collective for each optimizer.
+        """
+        is_writer = self.find_writer()
+        is_used = bool(self.sinks) or bool(self.alerts)
+        if not any(source.is_sharded for source in self.sources) and not (is_writer and is_used):
+            return
+        if not self._is_wanted and not self.alerts:
+            for source in self.sources:
+                source.synchronize()
             return
         merged = FlipRecord.merged([source.record() for source in self.sources])
-        if merged.model.window.weight_steps:
+        if merged.model.window.weight_steps and is_writer:
             self.sinks.write(merged, RunInfo.merged([source.info for source in self.sources]), self.first_step)
             for event in self.alerts.check(merged):
                 self.sinks.alert(event)
 
-    def close(self) -> None:
-        """Write the last record and let the sinks go."""
-        self._write_last()
+    def close(self, *, together: bool = True) -> None:
+        """Write the last record and let the sinks go.
+
+        Args:
+            together: Whether all processes do so now. If not, what a sharded run has counted since its last record is
+                not written: the others would be waited for.
+        """
+        self._write_last(together)
         self.sinks.close()
 
-    def leave(self, source: _Source, process: int) -> None:
+    def leave(self, source: _Source, process: int, *, together: bool = False) -> None:
         """The end of one optimizer's part; with the last one, the sinks are closed."""
         if os.getpid() != process:
             # A forked process that ends: the record, and the threads that write it, are the parent's.
             return
-        self._write_last()
+        self._write_last(together)
         source.end()
         if not any(source.is_live for source in self.sources):
             self.sinks.close()
 
-    def _write_last(self) -> None:
+    def _write_last(self, together: bool) -> None:
+        if not together and any(source.is_sharded for source in self.sources):
+            return
         try:
             self.write()
         except Exception as error:
@@ -313,6 +348,8 @@ class _Tracking:
             # before the first step: a copy that is thrown away writes nothing.
             self._finalizer = weakref.finalize(self, self.log.leave, self.source, os.getpid())
             self._write_before_others_exit()
+            # Asked now, since processes may part before they write.
+            self.log.find_writer()
         if self._calls % self._log_every == 0:
             # A model that was converted meanwhile may have the very same parameters.
             self._seen = ()
@@ -331,9 +368,9 @@ class _Tracking:
         assert self._finalizer is not None
         atexit.register(self._finalizer)
 
-    def end(self) -> None:
+    def end(self, *, together: bool = True) -> None:
         """Write the last record, and give memory back; the numbers stay."""
-        self.log.leave(self.source, os.getpid())
+        self.log.leave(self.source, os.getpid(), together=together)
         if self._finalizer is not None:
             self._finalizer.detach()
         self.tracker.drop_codes()
@@ -350,15 +387,19 @@ class _Tracking:
             self._guarded(action, *args)
 
     def _guarded(self, action: Callable[..., None], *args: Any) -> None:
-        if self._broken:
+        if self._broken and not self.tracker.is_sharded:
             return
         try:
             action(*args)
         except Exception as error:
+            if not self._broken:
+                warnings.warn(
+                    f"weightflip: tracking has stopped, training goes on: {type(error).__name__}: {error}", stacklevel=4
+                )
             self._broken = True
-            warnings.warn(
-                f"weightflip: tracking has stopped, training goes on: {type(error).__name__}: {error}", stacklevel=4
-            )
+            if self.tracker.is_sharded:
+                # Other processes count on, and wait for this one in each step.
+                self.tracker.abandon()
 
     def flush(self) -> None:
         self.guarded(self.log.write)
@@ -591,7 +632,8 @@ class FlipTrackingOptimizer(Optimizer):
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
+        # After an error, the other processes of a sharded run may not come here.
+        self._tracking.log.close(together=exc_info[0] is None)
 
     # ------------------------------------------------------------------ the inner optimizer's
 
@@ -730,8 +772,11 @@ def _check_optimizer(optimizer: Any, model: Any) -> None:
 
 
 def _make_log(log_dir: str | PathLike[str] | None, sinks: Any) -> _Log:
+    # Other processes do not even look at the place.
+    is_writer = distributed.is_writer()
     if sinks is None:
-        return _Log(SinkGroup([TensorBoardSink(None if log_dir is None else fspath(log_dir))]))
+        place = None if log_dir is None else fspath(log_dir)
+        return _Log(SinkGroup([TensorBoardSink(place)] if is_writer else []), is_wanted=True)
     if log_dir is not None:
         raise ValueError("log_dir= says where the default sink writes; with sinks= give SummaryWriter(log_dir) there")
     if isinstance(sinks, (FlipTrackingOptimizer, FlipTrackingHandle)):
@@ -740,7 +785,7 @@ def _make_log(log_dir: str | PathLike[str] | None, sinks: Any) -> _Log:
         raise TypeError(f"sinks= is a list, got {type(sinks).__name__}; put it in brackets: sinks=[...]")
     if any(isinstance(sink, (FlipTrackingOptimizer, FlipTrackingHandle)) for sink in sinks):
         raise TypeError("another tracked optimizer stands alone, not in a list: sinks=first")
-    return _Log(SinkGroup([make_sink(spec) for spec in sinks]))
+    return _Log(SinkGroup([make_sink(spec) for spec in sinks] if is_writer else []), is_wanted=bool(sinks))
 
 
 def _is_phantom_step(optimizer: Optimizer) -> bool:
@@ -755,7 +800,14 @@ def _is_phantom_step(optimizer: Optimizer) -> bool:
     if not rates or any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates) or any(rates):
         return False
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return bool(grads) and not any(grad.layout is not torch.strided or bool(grad.any()) for grad in grads)
+    is_phantom = bool(grads) and not any(
+        grad.layout is not torch.strided or bool(distributed.local(grad).any()) for grad in grads
+    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    layouts = [layout for parameter in parameters if (layout := distributed.layout(parameter)) is not None]
+    # A shard of zeros tells nothing about the others.
+    others = [distributed.is_true_anywhere(not is_phantom, team) for team in dict.fromkeys(distributed.teams(layouts))]
+    return is_phantom and not any(others)
 
 
 class FlipTrackingHandle:
@@ -818,16 +870,19 @@ class FlipTrackingHandle:
 
     def remove(self) -> None:
         """Stop tracking, write the last record and close the sinks; the numbers stay, memory is given back."""
+        self._remove(together=True)
+
+    def _remove(self, *, together: bool) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._tracking.end()
+        self._tracking.end(together=together)
 
     def __enter__(self) -> FlipTrackingHandle:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.remove()
+        self._remove(together=exc_info[0] is None)
 
 
 def track_flips(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from weightflip import functional, kernels
+from weightflip import distributed, functional, kernels
 from weightflip.batch import Batch, Member, make_member
 from weightflip.metrics import LayerMetric, Metric, Slice, Weight, make_metrics
 from weightflip.metrics.oscillation import Oscillation
@@ -167,6 +167,19 @@ class _Ledger:
         if self.more_total is not None and self.more_step is not None:
             self.more_total.add_(self.more_step if valid is None else self.more_step * valid)
 
+    def keep(self, rows: list[int], wanted: Tensor) -> None:
+        """Forget what was counted in this step of those of the layers that are not wanted.
+
+        Args:
+            rows: The rows of layers.
+            wanted: bool, one for each.
+        """
+        unwanted = torch.zeros(self.step.size(0), dtype=torch.bool, device=self.device)
+        unwanted[rows] = ~wanted.to(self.device)
+        self.step.masked_fill_(unwanted.unsqueeze(1), 0)
+        if self.more_step is not None:
+            self.more_step.masked_fill_(unwanted.unsqueeze(1), 0)
+
     def discard(self, row: int) -> None:
         """Forget what was counted of one layer in this step."""
         self.step[row].zero_()
@@ -182,12 +195,19 @@ class _Layer:
     weights: int
     quantizer: str
     base: list[float]
-    """Counted before this ledger: in a loaded checkpoint, or on another device."""
+    """Counted before this ledger: in a loaded checkpoint, or on another device. Of a sharded weight, what all
+    processes have counted up to their last synchronization."""
+    own: list[float] = field(default_factory=list)
+    """Of a sharded weight, what this process has counted before this ledger."""
+    given: list[float] = field(default_factory=list)
+    """And what of all it has counted is in ``base``."""
     ledger: _Ledger | None = None
     row: int = -1
     codes: Tensor | None = None
     scale_codes: Tensor | None = None
     """Of block and group scales."""
+    statistic: Tensor | None = None
+    """What the quantizer has to know of the whole of a sharded weight, as of the last collective."""
     scale: Tensor | None = None
     """Of the codes; kept for metric groups."""
     stamp: _Stamp | None = None
@@ -199,8 +219,10 @@ class _Layer:
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """What groups kept in a checkpoint, or on another device."""
 
-    def drop_codes(self) -> None:
-        self.codes = self.scale_codes = self.scale = self.stamp = self.tracked = self.member = None
+    def drop_codes(self, *, stamp: bool = True) -> None:
+        self.codes = self.scale_codes = self.scale = self.tracked = self.member = None
+        if stamp:
+            self.stamp = None
 
     def close_metrics(self) -> None:
         """Groups begin anew with the next codes, from what they kept."""
@@ -213,8 +235,8 @@ class _Layer:
 
     def __getstate__(self) -> dict[str, Any]:
         # The stamp is about this process's parameter: a copy encodes its own anew.
-        dropped = dict.fromkeys(("codes", "scale_codes", "scale", "stamp", "tracked", "member", "metrics"))
-        return {**self.__dict__, **dropped, "saved": self.metric_tensors()}
+        names = ("codes", "scale_codes", "scale", "statistic", "stamp", "tracked", "member", "metrics")
+        return {**self.__dict__, **dict.fromkeys(names), "saved": self.metric_tensors()}
 
 
 @dataclass
@@ -311,6 +333,17 @@ class WeightFlipTracker:
         self._window_base: dict[str, list[float]] = {}
         self._gauged: dict[str, int] = {}
         self._together: _Together | None = None
+        self._sharded = distributed.ShardedWeights()
+        self._added_up: tuple[int, dict[str, list[float]]] | None = None
+        self._unsure: set[str] = set()
+        self._is_told = False
+        self._forget_list()
+
+    def _forget_list(self) -> None:
+        self._listed: list[tuple[str, int, int]] = []
+        self._listed_weights: list[TrackedWeight] = []
+        self._asked: dict[str, TrackedWeight] = {}
+        self._marks: list[tuple[int, int | None]] | None = None
 
     @property
     def value_names(self) -> frozenset[str]:
@@ -351,11 +384,16 @@ class WeightFlipTracker:
                 f"gradient of {name!r} has shape {tuple(grad.shape)}, its weight {tuple(weight.shape)}; "
                 "pass the gradient of this weight"
             )
+        if distributed.layout(weight) is not None:
+            raise ValueError(
+                f"{name!r} is sharded over processes, which have to count it together; use FlipTrackingOptimizer, or "
+                "before_step and after_step"
+            )
         quantizer = resolve(format, scale)
         codes = quantizer.encode(weight.detach()).ordinals.clone()
         updated = None if grad is None else (grad.to_dense() if grad.is_sparse else grad) != 0
         updates = None if updated is None else torch.count_nonzero(updated)
-        self._layer(name, weight, quantizer_name(quantizer))
+        self._layer(TrackedWeight(name, weight, quantizer), weight, quantizer)
         self._snapshots[name] = _Snapshot(codes, updated, updates)
 
     @torch.no_grad()
@@ -432,6 +470,8 @@ class WeightFlipTracker:
             return
         self._current, self._grads = [], {}
         stale: list[TrackedWeight] = []
+        weights = list(weights)
+        self._begin_sharded(weights)
         for tracked in weights:
             if self._is_untouched(tracked):
                 self._current.append(tracked)
@@ -472,6 +512,7 @@ class WeightFlipTracker:
         self._current, self._scratch = [], kernels.ScratchPool()
         self._together = None
         self._grads.clear()
+        self._forget_list()
 
     @torch.no_grad()
     def after_step(self, valid: Tensor | None = None) -> None:
@@ -481,7 +522,7 @@ class WeightFlipTracker:
             valid: 0-dim, on any device: whether the step was one at all (a fused optimizer under a gradient scaler
                 skips steps without telling the host). None: it was.
         """
-        self._in_step = False
+        self._in_step = self._is_told = False
         tracked_step = self.is_tracking
         self._steps += 1
         if valid is not None:
@@ -491,22 +532,32 @@ class WeightFlipTracker:
             return
         for ledger in self._ledgers.values():
             ledger.begin_step()
+        self._bring_together()
         for tracked in self._count_together():
+            if tracked.name in self._failed:
+                continue
             try:
                 self._count(tracked, valid)
             except Exception as error:
                 self._give_up(tracked.name, error)
         self._current = [tracked for tracked in self._current if tracked.name not in self._failed]
+        self._end_sharded()
         for ledger in self._ledgers.values():
             ledger.end_step(valid)
         self._grads.clear()
-        if self.low_memory or not self.is_tracking:
+        if not self.is_tracking:
             # An untracked step changes weights, and not every optimizer's kernel moves their version counters.
             self._forget_codes()
+        elif self.low_memory:
+            for layer in self._layers.values():
+                layer.drop_codes(stamp=False)
+            self._together = None
 
     @torch.no_grad()
     def record(self, *, may_be_empty: bool = False) -> FlipRecord | None:
         """What was counted since the last record, and altogether. One transfer from each device.
+
+        Where weights are sharded over processes, all of them have to call it: see :meth:`synchronize`.
 
         Args:
             may_be_empty: Give a record also when no step was tracked since the last one.
@@ -514,14 +565,8 @@ class WeightFlipTracker:
         Returns:
             The record; None when no step was tracked since the last one.
         """
-        for tracked in self._current:
-            layer = self._layers[tracked.name]
-            assert layer.ledger is not None
-            weight, plain = tracked.parameter.detach(), getattr(tracked.quantizer, "plain", None)
-            functional.count_nonfinite(
-                weight if plain is None else plain(weight), layer.ledger.total[layer.row, _NONFINITE], self._scratch
-            )
-        self._gauge()
+        self._look()
+        self._add_up()
         steps, totals = self._read()
         layers = []
         for name, total in totals.items():
@@ -543,6 +588,167 @@ class WeightFlipTracker:
         record = FlipRecord(steps, tuple(layers))
         return record if may_be_empty or record.model.window.weight_steps else None
 
+    # ------------------------------------------------------------------ many processes
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights lie in parts on several processes, so that their counts have to be added up."""
+        return bool(self._sharded)
+
+    def _look(self) -> None:
+        """Find what is found at logging points."""
+        for tracked in self._current:
+            layer = self._layers[tracked.name]
+            assert layer.ledger is not None
+            weight = distributed.local(tracked.parameter).detach()
+            plain = getattr(tracked.quantizer, "plain", None)
+            functional.count_nonfinite(
+                weight if plain is None else plain(weight), layer.ledger.total[layer.row, _NONFINITE], self._scratch
+            )
+        self._gauge()
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Add up what the processes have counted of weights that are sharded over them.
+
+        One collective (for each group of processes, where there are several); none where nothing is sharded. All
+        processes have to call it. Between two such calls, all numbers of a sharded run are those of the first one, on
+        each process the same.
+        """
+        if self._sharded:
+            self._look()
+            self._add_up()
+
+    def _add_up(self) -> None:
+        if not self._sharded:
+            return
+        steps, rows = self._read_rows()
+        totals = {name: self._added(layer.base, rows[name]) for name, layer in self._layers.items()}
+        for team, members in self._sharded.teams:
+            numbers: list[float] = []
+            for member in members:
+                own = self._own(member.name, rows)
+                given = self._layers[member.name].given if member.name in self._layers else []
+                is_counted = team.counts(member.layout)
+                numbers += [
+                    (now if self._is_gauge[column] else now - then) if is_counted else 0
+                    for column, (now, then) in enumerate(zip(own, given or self._zeros(), strict=True))
+                ]
+                numbers.append(member.name in self._failed)
+            sums = distributed.add_up(numbers, team)
+            for i, member in enumerate(members):
+                *news, failures = sums[i * (self._columns + 1) : (i + 1) * (self._columns + 1)]
+                totals[member.name] = self._take(member, news, self._own(member.name, rows))
+                if failures and member.name not in self._failed:
+                    self._give_up(member.name, RuntimeError("it is not on another process"))
+        self._added_up = steps, totals
+
+    def _own(self, name: str, rows: Mapping[str, list[float]]) -> list[float]:
+        """What this process has counted of a sharded weight."""
+        if name not in rows:
+            return self._zeros()
+        before = self._layers[name].own or self._zeros()
+        return self._added(before, rows[name])
+
+    def _take(self, member: distributed.Member, news: Sequence[float], own: list[float]) -> list[float]:
+        """Add what all processes have counted to a layer's totals."""
+        layer = self._layers.get(member.name)
+        if layer is None:
+            # It has failed here before anything was counted.
+            layer = _Layer(member.name, member.weights, member.quantizer, self._zeros())
+            self._layers[member.name] = layer
+        news = [int(number) if column < _COLUMNS else number for column, number in enumerate(news)]
+        totals = self._added(layer.base, news)
+        layer.base = [0 if self._is_gauge[column] else total for column, total in enumerate(totals)]
+        layer.given = own
+        return totals
+
+    def abandon(self) -> None:
+        """Count nothing more, and go on taking part in what other processes wait for."""
+        self._failed.update(self._layers, *(names for _, names in self._sharded.tables))
+        self._current = []
+        for layer in self._layers.values():
+            layer.drop_codes()
+
+    def _begin_sharded(self, weights: list[TrackedWeight]) -> None:
+        """Find the sharded weights, and have at hand what their codes before the step need.
+
+        Whether there is a collective must not depend on what this process alone can see, or it would wait for ever.
+        So it depends on the list of weights, the number of steps, and on what a program has to do to a DTensor on all
+        processes: replace it, or write to it as a whole.
+        """
+        listed = [(tracked.name, id(tracked.parameter), id(tracked.quantizer)) for tracked in weights]
+        if listed != self._listed:
+            is_news = self._sharded.follow(
+                (tracked.name, tracked.parameter, quantizer, quantizer_name(quantizer))
+                for tracked in weights
+                for quantizer in [getattr(tracked.quantizer, "encodes", tracked.quantizer)]
+            )
+            # Held, so that their ids are not given to others.
+            self._listed, self._listed_weights = listed, weights
+            if is_news:
+                self._marks = None
+                for name, reason in self._sharded.refused.items():
+                    if name not in self._failed:
+                        self._give_up(name, ValueError(reason))
+                self._open_layers(weights)
+        self._unsure = set()
+        asked = {name for _, names in self._sharded.tables for name in names}
+        self._asked = {tracked.name: tracked for tracked in weights if tracked.name in asked}
+        self._is_told = False
+        if self._asked and (self.fresh_snapshots or self._marks != self._marks_now()):
+            self._bring_together()
+            self._is_told = True
+
+    def _open_layers(self, weights: list[TrackedWeight]) -> None:
+        """Have all layers there in the order of the weights, which those with a statistic would else be ahead of."""
+        for tracked in weights:
+            if tracked.name not in self._failed and getattr(tracked.quantizer, "is_active", True):
+                try:
+                    self._layer(tracked, *_weight_and_quantizer(tracked))
+                except Exception as error:
+                    self._give_up(tracked.name, error)
+
+    def _marks_now(self) -> list[tuple[int, int | None]]:
+        parameters = [tracked.parameter for tracked in self._asked.values()]
+        return [(id(p), None if p.is_inference() else p._version) for p in parameters]
+
+    def _bring_together(self) -> None:
+        """What quantizers have to know of whole weights, of which each process holds a part. One collective."""
+        for table, names in self._sharded.tables:
+            table.clear()
+            handed: dict[int, Tensor] = {}
+            for index, name in enumerate(names):
+                if name not in self._failed:
+                    try:
+                        weight, quantizer = _weight_and_quantizer(self._asked[name])
+                        statistic: Tensor = quantizer.statistic(weight)  # type: ignore[attr-defined]
+                        table.put(index, statistic, weight.numel())
+                        handed[index] = statistic
+                        self._layer(self._asked[name], weight, quantizer)
+                    except Exception as error:
+                        self._give_up(name, error)
+                if name in self._failed or name in self._unsure:
+                    table.flag(index, 2 if name in self._failed else 1)
+            table.reduce()
+            for index, statistic in handed.items():
+                if (layer := self._layers.get(names[index])) is not None:
+                    layer.statistic = table.get(index, statistic)
+
+    def _end_sharded(self) -> None:
+        """Count nothing of a weight that any process is not sure of."""
+        for table, names in self._sharded.tables:
+            is_counted = table.is_counted
+            for ledger in self._ledgers.values():
+                rows = {
+                    index: layer.row
+                    for index, name in enumerate(names)
+                    if (layer := self._layers.get(name)) is not None and layer.ledger is ledger
+                }
+                if rows:
+                    ledger.keep(list(rows.values()), is_counted[list(rows)])
+        self._marks = self._marks_now() if self._asked else None
+
     # ------------------------------------------------------------------ totals
 
     def get_flip_counts(self) -> dict[str, int]:
@@ -561,7 +767,7 @@ class WeightFlipTracker:
         updates = {name: counts.updates for name, counts in self._totals().items()}
         for name, snapshot in self._snapshots.items():
             if snapshot.updates is not None:
-                updates[name] += int(snapshot.updates.item())
+                updates[name] = updates.get(name, 0) + int(snapshot.updates.item())
         return updates
 
     def get_stall_counts(self) -> dict[str, int]:
@@ -616,7 +822,11 @@ class WeightFlipTracker:
         Loads with ``weights_only=True``. Codes are not in it: those of the loaded weights are the same. But for those
         tensors, which start anew there, its keys are always the same ones, as ``torch.distributed.checkpoint`` needs
         them, which loads what it finds in a fresh object's state.
+
+        Where weights are sharded over processes, all of them have to call it, and get the same; it loads on any number
+        of processes. What metric groups remember of each weight of a shard is not in it.
         """
+        self.synchronize()
         steps, totals = self._read()
         layers, ratios = [], []
         for name, total in totals.items():
@@ -624,7 +834,11 @@ class WeightFlipTracker:
             layers.append([name, layer.weights, layer.quantizer, total[:_COLUMNS], base[:_COLUMNS]])
             now, then = self._as_counts(total).ratios, self._as_counts(base).ratios
             ratios += [[name, of, *now[of], *then[of]] for of in now]
-        weights = {name: kept for name, layer in self._layers.items() if (kept := layer.metric_tensors())}
+        weights = {
+            name: kept
+            for name, layer in self._layers.items()
+            if name not in self._sharded and (kept := layer.metric_tensors())
+        }
         return {"version": 1, "steps": steps, "layers": layers, "ratios": ratios, "weights": weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -661,18 +875,21 @@ class WeightFlipTracker:
         self._layers, self._window_base, self._steps = layers, window_base, steps
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_current": [], "_grads": {}, "_scratch": kernels.ScratchPool(), "_together": None}
+        passing: dict[str, Any] = {"_current": [], "_grads": {}, "_asked": {}, "_marks": None, "_together": None}
+        passing.update(_listed=[], _listed_weights=[])
+        return {**self.__dict__, **passing, "_scratch": kernels.ScratchPool()}
 
     # ------------------------------------------------------------------ inside
 
-    def _layer(self, name: str, weight: Tensor, quantizer: str) -> _Layer:
+    def _layer(self, tracked: TrackedWeight, weight: Tensor, seen_by: Quantizer) -> _Layer:
         """The layer with a row on the weight's device."""
+        name, quantizer, weights = tracked.name, quantizer_name(seen_by), tracked.parameter.numel()
         layer = self._layers.get(name)
-        if layer is not None and (layer.weights, layer.quantizer) != (weight.numel(), quantizer):
+        if layer is not None and (layer.weights, layer.quantizer) != (weights, quantizer):
             change = (
                 f"was tracked as {layer.quantizer} and is {quantizer}"
-                if layer.weights == weight.numel()
-                else f"had {layer.weights} weights and has {weight.numel()}"
+                if layer.weights == weights
+                else f"had {layer.weights} weights and has {weights}"
             )
             warnings.warn(f"weightflip: {name!r} {change} now; its counts start anew", stacklevel=2)
             if layer.ledger is not None:
@@ -680,10 +897,14 @@ class WeightFlipTracker:
             self._window_base.pop(name, None)
             layer = None
         if layer is None:
-            layer = self._layers[name] = _Layer(name, weight.numel(), quantizer, self._zeros())
+            layer = self._layers[name] = _Layer(name, weights, quantizer, self._zeros())
         if layer.ledger is None or layer.ledger.device != weight.device:
             if layer.ledger is not None:
-                layer.base = self._read()[1][name]
+                row = self._read_rows()[1][name]
+                if name in self._sharded:
+                    layer.own = self._own(name, {name: row})
+                else:
+                    layer.base = self._added(layer.base, row)
                 layer.ledger.clear_row(layer.row)
             layer.ledger = self._ledgers.setdefault(weight.device, _Ledger(weight.device, self._columns - _COLUMNS))
             layer.row = layer.ledger.add_row()
@@ -697,10 +918,15 @@ class WeightFlipTracker:
     def _ensure_codes(self, tracked: TrackedWeight, *, may_wait: bool = False) -> bool:
         """Have the codes of a weight at hand; False where they wait for others, to be made together."""
         weight, quantizer = _weight_and_quantizer(tracked)
-        layer = self._layer(tracked.name, weight, quantizer_name(quantizer))
-        is_kept = layer.codes is not None and not self.fresh_snapshots
+        layer = self._layer(tracked, weight, quantizer)
+        is_unwritten = layer.stamp is not None and layer.stamp == _stamp(tracked.parameter, weight)
+        is_told = tracked.name in self._asked and self._is_told
+        if tracked.name in self._asked and not is_told and not is_unwritten:
+            # Written, but not by what all processes do: the scale of now is not known.
+            self._unsure.add(tracked.name)
+        is_kept = layer.codes is not None and not self.fresh_snapshots and not is_told
         is_kept = is_kept and not getattr(quantizer, "has_state", False)
-        if is_kept and layer.stamp is not None and layer.stamp == _stamp(tracked.parameter, weight):
+        if is_kept and is_unwritten:
             if layer.member is not None:
                 # Another object for the same weight: the model was looked at again.
                 is_same = layer.member.describes(weight, quantizer, layer.codes)
@@ -719,10 +945,15 @@ class WeightFlipTracker:
             layer.codes = torch.empty_like(weight, dtype=dtype)
         if may_wait and self._is_member(layer, tracked, weight):
             return False
-        scale = functional.encode_into(weight, quantizer, layer.codes, self._scratch, self.backend)
+        scale = functional.encode_into(
+            weight, quantizer, layer.codes, self._scratch, self.backend, self._statistic(layer)
+        )
         layer.scale_codes = _scale_codes(quantizer, scale, weight.ndim)
         layer.scale = scale if self._groups else None
         return True
+
+    def _statistic(self, layer: _Layer) -> Tensor | None:
+        return layer.statistic if layer.name in self._asked else None
 
     def _count(self, tracked: TrackedWeight, valid: Tensor | None) -> None:
         layer = self._layers[tracked.name]
@@ -733,6 +964,7 @@ class WeightFlipTracker:
         grad = self._grads.pop(tracked.name, None)
         if "stalls" in self.metrics and tracked.parameter.grad is not None:
             grad = tracked.parameter.grad
+        grad = None if grad is None else distributed.local_gradient(grad, tracked.parameter)
         row = layer.ledger.step[layer.row]
         counts = row[_COUNTED]
 
@@ -746,7 +978,15 @@ class WeightFlipTracker:
         observe = self._observer(layer, weight, quantizer, valid)
         if isinstance(quantizer, ElementwiseQuantizer):
             scale = functional.advance(
-                weight, quantizer, layer.codes, dense, counts, self._scratch, self.backend, observe
+                weight,
+                quantizer,
+                layer.codes,
+                dense,
+                counts,
+                self._scratch,
+                self.backend,
+                observe,
+                self._statistic(layer),
             )
         else:
             encoded = quantizer.encode(weight)
@@ -765,10 +1005,11 @@ class WeightFlipTracker:
             updated = sparse.values() != 0
             counts[kernels.UPDATES].add_(torch.count_nonzero(updated))
             counts[kernels.STALLED].add_(torch.count_nonzero(updated & (layer.codes[at] == before)))
-        row[_WEIGHT_STEPS].fill_(layer.weights)
+        row[_WEIGHT_STEPS].fill_(weight.numel())
         layer.stamp = _stamp(tracked.parameter, weight)
 
     def _forget_codes(self) -> None:
+        self._marks = None
         is_over = self.end_step is not None and self._steps >= self.end_step
         for layer in self._layers.values():
             layer.stamp = None
@@ -801,6 +1042,8 @@ class WeightFlipTracker:
             return True
         layer.tracked = layer.member = None
         if not isinstance(quantizer, ElementwiseQuantizer) or self._groups or tracked.parameter.is_inference():
+            return False
+        if distributed.local(tracked.parameter) is not tracked.parameter:
             return False
         if not any(hasattr(quantizer, name) for name in ("encodes", "is_active", "has_state")):
             layer.member = make_member(weight, quantizer, codes, self.backend, with_updates="stalls" in self.metrics)
@@ -888,9 +1131,11 @@ class WeightFlipTracker:
         for group, metric in self._due(layer):
             self._ask(layer, group, metric.before, seen)
 
-    @staticmethod
-    def _open(layer: _Layer, group: _Group, seen: Weight) -> None:
+    def _open(self, layer: _Layer, group: _Group, seen: Weight) -> None:
         assert layer.metrics is not None
+        if layer.name in self._sharded and not group.metric.of_shards:
+            layer.metrics[group.metric.name] = None
+            return
         metric = layer.metrics[group.metric.name] = group.metric.open(layer.name, seen)
         saved = layer.saved.pop(group.metric.name, {})
         if metric is None or {name: tensor.shape for name, tensor in saved.items()} != {
@@ -977,12 +1222,26 @@ class WeightFlipTracker:
                 if metric is not None:
                     self._ask(layer, group, metric.gauge, seen, row[group.gauges].view(-1, 2), row[group.bins])
             if self.low_memory:
-                layer.drop_codes()
+                layer.drop_codes(stamp=False)
 
     # ------------------------------------------------------------------ reading the counters
 
     def _read(self) -> tuple[int, dict[str, list[float]]]:
-        """Steps and the totals of all layers: one transfer from each device."""
+        """Steps and the totals of all layers: one transfer from each device, or none in a sharded run."""
+        if self._sharded:
+            # What every process can answer alike, without asking the others.
+            return self._added_up or (self._steps, {name: layer.base for name, layer in self._layers.items()})
+        steps, rows = self._read_rows()
+        return steps, {name: self._added(layer.base, rows[name]) for name, layer in self._layers.items()}
+
+    def _added(self, before: Sequence[float], row: Sequence[float]) -> list[float]:
+        return [
+            now if self._is_gauge[column] else then + now
+            for column, (then, now) in enumerate(zip(before, row, strict=True))
+        ]
+
+    def _read_rows(self) -> tuple[int, dict[str, list[float]]]:
+        """Steps, and what this process has counted of all layers since they have their rows."""
         skipped = 0
         tables: dict[torch.device, list[list[float]]] = {}
         pending = self._skipped
@@ -1003,14 +1262,11 @@ class WeightFlipTracker:
             ]
         if pending is not None:
             skipped = int(pending.item())
-        totals = {}
-        for name, layer in self._layers.items():
-            row = self._zeros() if layer.ledger is None else tables[layer.ledger.device][layer.row]
-            totals[name] = [
-                now if self._is_gauge[column] else then + now
-                for column, (then, now) in enumerate(zip(layer.base, row, strict=True))
-            ]
-        return self._steps - skipped, totals
+        rows = {
+            name: self._zeros() if layer.ledger is None else tables[layer.ledger.device][layer.row]
+            for name, layer in self._layers.items()
+        }
+        return self._steps - skipped, rows
 
     def _totals(self) -> dict[str, Counts]:
         return {name: self._as_counts(row) for name, row in self._read()[1].items()}
@@ -1154,11 +1410,12 @@ def _weight_and_quantizer(tracked: TrackedWeight) -> tuple[Tensor, Quantizer]:
     """What is encoded, and by what: the master copy, where a subclass holds one."""
     quantizer = tracked.quantizer
     inner: Quantizer | None = getattr(quantizer, "encodes", None)
+    weight = distributed.local(tracked.parameter)
     if inner is None:
-        return tracked.parameter.detach(), quantizer
-    # Of the parameter itself: inside a detached subclass, the copy has a version counter of its own.
+        return weight.detach(), quantizer
+    # Not of a detached subclass: the copy inside it has a version counter of its own.
     plain: Callable[[Tensor], Tensor] = quantizer.plain  # type: ignore[attr-defined]
-    return plain(tracked.parameter).detach(), inner
+    return plain(weight).detach(), inner
 
 
 def _scale_codes(quantizer: Quantizer, scale: Tensor | None, ndim: int) -> Tensor | None:

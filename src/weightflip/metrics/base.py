@@ -148,6 +148,8 @@ class Metric(ABC):
     histograms: tuple[Bins, ...] = ()
     every: int = 1
     """Steps, or steps between logging points, from one look to the next, unless the user says otherwise."""
+    of_shards: bool = True
+    """Whether the sums over the shards of a weight are those of the whole; else sharded weights have no numbers."""
 
     @abstractmethod
     def open(self, name: str, weight: Weight) -> LayerMetric | None:

@@ -15,13 +15,14 @@ class Rank(Metric):
     With ``s`` the singular values of the weight in float32 (its dimensions but the first flattened): the stable rank is
     ``sum(s**2) / max(s)**2``; the effective rank is ``exp(-sum(p * log(p)))`` with ``p = s / sum(s)`` (Roy & Vetterli
     2007, "The effective rank", equation 4). Both lie between 1 and ``min(rows, columns)``. Of the model and of groups:
-    the mean over their layers. A weight of one dimension, of zeros, or with NaN or infinities has none. The SVD waits
-    for the device.
+    the mean over their layers. A weight of one dimension, of zeros, with NaN or infinities, or that is sharded over
+    processes has none. The SVD waits for the device.
     """
 
     name = "rank"
     gauges = ("stable_rank", "effective_rank")
     every = 500
+    of_shards = False
 
     def open(self, name: str, weight: Weight) -> LayerMetric | None:
         return _LayerRank() if weight.ndim >= 2 else None

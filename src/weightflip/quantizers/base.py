@@ -21,6 +21,8 @@ from torch import Tensor
 from weightflip.formats import FloatFormat, Rounding
 
 ScaleOver: TypeAlias = Literal["nothing", "tensor", "row", "group"]
+Scope: TypeAlias = Literal["element", "group", "row", "tensor"]
+Reduction: TypeAlias = Literal["max", "mean"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ class Quantizer(Protocol):
     * ``has_state``: True where codes depend on more than the weight, so that they are never kept from step to step.
     * ``plain(weight)``: a tensor of a plain type whose non-finite elements are those of the weight.
     * ``encodes``: the quantizer of ``plain(weight)``, where that is all that ``encode`` does.
+
+    And of any quantizer, for weights that are sharded over processes:
+
+    * ``scope``: how much of a weight one code depends on, ``"element"``, ``"group"`` (of ``group`` neighbours in the
+      last dimension), ``"row"`` (the last dimension) or ``"tensor"``. Without it no shard is encoded, since its codes
+      may not be those of the whole weight.
     """
 
     def encode(self, weight: Tensor) -> Codes:
@@ -90,10 +98,17 @@ class ElementwiseQuantizer(ABC):
     one class that have the same ``name`` and ``rounding`` make the same codes. Where a scale
     belongs to a group (a block) of ``group`` neighbours along the last dimension, the other methods get the weight, and
     anything as large, with that dimension split: ``(..., K // group, group)``.
+
+    A weight may be sharded over processes. Where ``scope``, of which :class:`Quantizer` tells, is ``"tensor"``, or
+    ``"row"`` and rows are cut, no process can make the scale alone. A quantizer with a method ``statistic`` takes part
+    even so: the statistics of all shards are brought together, and handed to ``scale``.
     """
 
     name: str
     group: int | None = None
+    scope: Scope | None = None
+    reduction: Reduction = "max"
+    """How ``statistic`` comes from those of a weight's parts."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -124,8 +139,14 @@ class ElementwiseQuantizer(ABC):
         """Integer dtype of the ordinals."""
 
     @abstractmethod
-    def scale(self, weight: Tensor) -> Tensor | None:
+    def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor | None:
         """The scale of ``weight``, 0-dim or broadcastable to it (one a group: ``(..., K // group, 1)``); None if none.
+
+        Args:
+            weight: The weight, or a shard of it.
+            statistic: That of the whole weight, where ``weight`` is a shard; None to take the weight's own. Only
+                quantizers that have a method ``statistic(weight)`` get one: it returns a 0-dim tensor, or one of shape
+                ``(..., 1)`` where ``scope`` is ``"row"``, of magnitudes.
 
         Raises:
             ValueError: The weight's shape or dtype does not fit the format.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import E2M1, E2M3, E3M2, E4M3, E5M2, FP32, FloatFormat, Rounding
-from weightflip.quantizers.base import ElementwiseQuantizer, ScaleOver, Scratch, register
+from weightflip.quantizers.base import ElementwiseQuantizer, ScaleOver, Scope, Scratch, register
 from weightflip.quantizers.floatx import amax, cast_to_float8, ordinals_to_values, round_to_ordinals
 
 ScaleMode: TypeAlias = Literal["floor", "rceil", "ceil", "even"]
@@ -27,21 +27,27 @@ class _BlockQuantizer(ElementwiseQuantizer):
     """
 
     format: FloatFormat
+    scope: Scope = "group"
 
     def code_dtype(self, weight: Tensor) -> torch.dtype:
         return torch.int8
 
-    def scale(self, weight: Tensor) -> Tensor:
+    def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor:
         if not weight.is_floating_point():
             raise ValueError(f"quantizer {self.name!r} rounds floating-point weights, got {weight.dtype}")
-        return self.scale_of(amax(weight, "row").to(torch.float32))
+        return self.scale_of(amax(weight, "row").to(torch.float32), statistic)
 
     def scale_over(self, weight: Tensor) -> ScaleOver | None:
         return "group"
 
     @abstractmethod
-    def scale_of(self, largest: Tensor) -> Tensor:
-        """The scales, from the largest magnitude of each block: float32, in its shape."""
+    def scale_of(self, largest: Tensor, of_tensor: Tensor | None = None) -> Tensor:
+        """The scales, from the largest magnitude of each block: float32, in its shape.
+
+        Args:
+            largest: The largest magnitude of each block.
+            of_tensor: That of the tensor; None for the largest of these.
+        """
 
     @abstractmethod
     def applied_scale(self, scale: Tensor | None) -> Tensor:
@@ -113,7 +119,7 @@ class MXQuantizer(_BlockQuantizer):
         self.mode: ScaleMode = mode
         self.name = name if mode == "floor" else f"{name}:{mode}"
 
-    def scale_of(self, largest: Tensor) -> Tensor:
+    def scale_of(self, largest: Tensor, of_tensor: Tensor | None = None) -> Tensor:
         if self.mode == "rceil":
             # The logarithm as torchao takes it: in float32 it rounds amax just above a power of two down to it.
             exponent = (largest / self.format.max).log2_().ceil_().add_(_E8M0_BIAS)
@@ -163,16 +169,22 @@ class NVFP4Quantizer(_BlockQuantizer):
 
     def __init__(self, per_tensor_scale: bool = False) -> None:
         self.per_tensor_scale = per_tensor_scale
+        self.scope = "tensor" if per_tensor_scale else "group"
         self.name = "nvfp4:tensor" if per_tensor_scale else "nvfp4"
 
     def scale_over(self, weight: Tensor) -> ScaleOver | None:
         return None if self.per_tensor_scale else "group"
 
-    def scale_of(self, largest: Tensor) -> Tensor:
+    def statistic(self, weight: Tensor) -> Tensor:
+        """The largest magnitude of the weight: exact in shards."""
+        return amax(weight, "tensor")
+
+    def scale_of(self, largest: Tensor, of_tensor: Tensor | None = None) -> Tensor:
         per_block = largest / E2M1.max
         if not self.per_tensor_scale:
             return self._rounded(per_block)
-        per_tensor = amax(largest, "tensor") / (E4M3.max * E2M1.max)
+        of_tensor = amax(largest, "tensor") if of_tensor is None else of_tensor.to(torch.float32)
+        per_tensor = of_tensor / (E4M3.max * E2M1.max)
         per_block = self._rounded(per_block / per_tensor)
         return torch.complex(per_block, per_tensor.expand_as(per_block))
 

@@ -43,6 +43,7 @@ class Float8Quantizer(ElementwiseQuantizer):
             raise ValueError(f"float8 is E4M3 or E5M2, got {format}")
         self.format = format
         self.granularity: Literal["tensor", "row"] = granularity
+        self.scope = granularity
         self.round_scales_to_power_of_2 = round_scales_to_power_of_2
         self.name = (
             f"float8_{format.name}"
@@ -53,10 +54,14 @@ class Float8Quantizer(ElementwiseQuantizer):
     def code_dtype(self, weight: Tensor) -> torch.dtype:
         return torch.int8
 
-    def scale(self, weight: Tensor) -> Tensor:
+    def statistic(self, weight: Tensor) -> Tensor:
+        """The largest magnitude of the weight, or of each row: exact in shards."""
         if not weight.is_floating_point():
             raise ValueError(f"quantizer {self.name!r} casts floating-point weights, got {weight.dtype}")
-        return self.scale_of(amax(weight, self.granularity))
+        return amax(weight, self.granularity)
+
+    def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor:
+        return self.scale_of(self.statistic(weight) if statistic is None else statistic)
 
     def scale_over(self, weight: Tensor) -> ScaleOver:
         return self.granularity

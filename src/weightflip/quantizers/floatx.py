@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import E4M3, E5M2, FP32, FP64, FloatFormat, Rounding, exmy
-from weightflip.quantizers.base import ElementwiseQuantizer, ScaleOver, Scratch, register
+from weightflip.quantizers.base import ElementwiseQuantizer, ScaleOver, Scope, Scratch, register
 from weightflip.quantizers.native import ORDINAL_DTYPES, bits_to_ordinals_
 
 Granularity: TypeAlias = Literal["tensor", "row", "none"]
@@ -191,7 +191,18 @@ class FloatxQuantizer(ElementwiseQuantizer):
         wide = weight_dtype is torch.float64 or self.format.exponent_bits > 5
         return torch.float64 if wide else torch.float32
 
-    def scale(self, weight: Tensor) -> Tensor | None:
+    @property
+    def scope(self) -> Scope | None:  # type: ignore[override]
+        if self.fixed_scale is None:
+            return "element" if self.granularity == "none" else self.granularity
+        # Which part of many scales belongs to a shard is not known here.
+        return "element" if not isinstance(self.fixed_scale, Tensor) or self.fixed_scale.numel() == 1 else None
+
+    def statistic(self, weight: Tensor) -> Tensor:
+        """The largest magnitude of the weight, or of each row: exact in shards."""
+        return amax(weight, self.granularity)
+
+    def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor | None:
         if not weight.is_floating_point():
             raise ValueError(f"quantizer {self.name!r} rounds floating-point weights, got {weight.dtype}")
         dtype = self._compute_dtype(weight.dtype)
@@ -206,7 +217,7 @@ class FloatxQuantizer(ElementwiseQuantizer):
             return scale
         if self.granularity == "none":
             return None
-        return self.scale_of(amax(weight, self.granularity).to(dtype))
+        return self.scale_of((self.statistic(weight) if statistic is None else statistic).to(dtype))
 
     def scale_over(self, weight: Tensor) -> ScaleOver | None:
         if self.fixed_scale is not None:

@@ -68,15 +68,21 @@ class IntegerQuantizer(_Integers):
         self.bits = bits
         self.group = group
         self.largest = 2 ** (bits - 1) - 1
+        self.scope = "row" if group is None else "group"
         self.name = f"int{bits}" + (f":g{group}" if group is not None else "")
 
     def ordinal_range(self, weight: Tensor) -> tuple[int, int]:
         return -self.largest - 1, self.largest
 
-    def scale(self, weight: Tensor) -> Tensor:
+    def statistic(self, weight: Tensor) -> Tensor:
+        """The largest magnitude of each row or group: exact in shards."""
         self._check(weight)
+        return amax(weight, "row")
+
+    def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor:
+        largest = self.statistic(weight) if statistic is None else statistic
         smallest = max(torch.finfo(weight.dtype).smallest_normal, torch.finfo(torch.float32).smallest_normal)
-        return (amax(weight, "row") / (self.largest + 0.5)).clamp_(min=smallest).float()
+        return (largest / (self.largest + 0.5)).clamp_(min=smallest).float()
 
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
         assert scale is not None
@@ -92,15 +98,26 @@ class TernaryQuantizer(_Integers):
     ``scale = mean(|w|)`` in float32; the code is that of ``clamp(round(w / max(scale, 1e-5)), -1, 1)``, ties to even,
     so 0 reaches up to half the mean magnitude. Source: Ma et al. 2024 (arXiv:2402.17764, equations 1 to 3), with the
     guard of torchao's ``BitNetTrainingLinearWeight``. Values are ``code * scale``. A NaN makes the whole tensor NaN.
+
+    A float32 sum depends on the order of its summands. The mean of a sharded weight is taken in float64, so that it is
+    the same for any number of shards, and may differ from that of the whole weight in its last bits.
     """
 
     name = "ternary"
+    scope = "tensor"
+    reduction = "mean"
 
     def ordinal_range(self, weight: Tensor) -> tuple[int, int]:
         return -1, 1
 
-    def scale(self, weight: Tensor) -> Tensor:
+    def statistic(self, weight: Tensor) -> Tensor:
+        """The mean magnitude, float64."""
+        return weight.float().abs().mean(dtype=torch.float64)
+
+    def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor:
         self._check(weight)
+        if statistic is not None:
+            return statistic.float()
         if weight.numel() == 0:
             return weight.new_zeros((), dtype=torch.float32)
         # In this order the sum is torchao's, bit for bit.
@@ -120,8 +137,9 @@ class BinaryQuantizer(_Integers):
     """
 
     name = "binary"
+    scope = "element"
 
-    def scale(self, weight: Tensor) -> None:
+    def scale(self, weight: Tensor, statistic: Tensor | None = None) -> None:
         self._check(weight)
 
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import BF16, E4M3, E5M2, FP16, FP32, FP64, FloatFormat, Rounding
-from weightflip.quantizers.base import Codes, ElementwiseQuantizer, ScaleOver, Scratch, register
+from weightflip.quantizers.base import Codes, ElementwiseQuantizer, ScaleOver, Scope, Scratch, register
 
 STORED_FORMATS: dict[torch.dtype, FloatFormat] = {
     torch.float8_e4m3fn: E4M3,
@@ -65,6 +65,7 @@ class NativeQuantizer(ElementwiseQuantizer):
     """
 
     name = "native"
+    scope = "element"
 
     def stored_dtype(self, weight: Tensor) -> torch.dtype:
         """The dtype whose bits are the codes.
@@ -80,7 +81,7 @@ class NativeQuantizer(ElementwiseQuantizer):
     def code_dtype(self, weight: Tensor) -> torch.dtype:
         return ORDINAL_DTYPES[STORED_FORMATS[self.stored_dtype(weight)].storage_bits]
 
-    def scale(self, weight: Tensor) -> Tensor | None:
+    def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor | None:
         self.stored_dtype(weight)
         return None
 
@@ -144,12 +145,14 @@ class FunctionQuantizer:
     """Codes of whatever a function from a weight to its quantized values returns: the bits of those values.
 
     The function sees the whole weight, detached; its result is as large as the weight, and the codes are as wide as its
-    dtype. Return bfloat16 where its 8 bits of significand hold the values.
+    dtype. Return bfloat16 where its 8 bits of significand hold the values. Of a weight that is sharded over processes
+    it sees a shard, and only where it has an attribute ``scope`` that allows this: see :class:`Quantizer`.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
         self.name = getattr(function, "__name__", type(function).__name__)
+        self.scope: Scope | None = getattr(function, "scope", None)
         self._native = NativeQuantizer()
 
     def encode(self, weight: Tensor) -> Codes:

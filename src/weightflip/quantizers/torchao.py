@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import FloatFormat
-from weightflip.quantizers.base import Codes, Quantizer, _fresh
+from weightflip.quantizers.base import Codes, Quantizer, Scope, _fresh
 from weightflip.quantizers.integer import NAN_ORDINAL
 from weightflip.quantizers.native import STORED_FORMATS, bits_to_ordinals_
 
@@ -52,6 +52,7 @@ class FakeQuantizer:
     """
 
     name: str
+    scope: Scope | None = "row"
 
     def __init__(self, fake_quantizer: Any) -> None:
         self.fake_quantizer = fake_quantizer
@@ -96,6 +97,11 @@ class IntxFakeQuantizer(FakeQuantizer):
     def has_state(self) -> bool:
         """Scales that are learned, or kept from the first forward, are not the weight's."""
         return not self.fake_quantizer.config.is_dynamic
+
+    @property
+    def scope(self) -> Scope | None:  # type: ignore[override]
+        """Scales that are kept are those of the whole weight."""
+        return None if self.has_state else "row"
 
     def encode(self, weight: Tensor) -> Codes:
         quantize = _torchao(_PRIMITIVES, "_do_fake_quantize_affine")
@@ -180,6 +186,7 @@ class Float8FakeQuantizer(FakeQuantizer):
         super().__init__(fake_quantizer)
         config = fake_quantizer.config
         by = {"PerTensor": "", "PerRow": ":row"}.get(type(config.granularity).__name__, ":block")
+        self.scope = "row" if by == ":row" else "tensor"
         self.format: FloatFormat = STORED_FORMATS[config.dtype]
         self.name = f"qat_float8_{self.format.name}{by}"
 
@@ -211,6 +218,7 @@ class OfMaster:
     def __init__(self, attribute: str, quantizer: Quantizer) -> None:
         self.attribute = attribute
         self.quantizer = self.encodes = quantizer
+        self.scope: Scope | None = getattr(quantizer, "scope", None)
 
     def plain(self, weight: Tensor) -> Tensor:
         """The master copy."""
@@ -229,6 +237,8 @@ class Int8RowwiseQuantizer:
 
     The codes are those of ``quantize_int8_rowwise``, -127 to 127; NaN is -128.
     """
+
+    scope = "row"
 
     def encode(self, weight: Tensor) -> Codes:
         cast = _torchao("torchao.prototype.quantized_training.int8", "quantize_int8_rowwise")
@@ -252,6 +262,7 @@ class StoredCodes:
 
     # Read before each step: what writes to the codes does not show on the subclass around them.
     has_state = True
+    scope = "element"
 
     def __init__(self, attribute: str, name: str) -> None:
         self.attribute = attribute

@@ -1,0 +1,491 @@
+"""Many processes: how a weight lies on them, and every collective there is.
+
+Works where ``torch.distributed`` is not initialised, or not built: then there are no shards and one process, which
+writes. Nothing here is remembered but process groups.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+Span = Literal["tensor", "row"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a sharded weight lies on processes, seen from this one.
+
+    Attributes:
+        shape: Of the whole weight.
+        ranks: The processes that hold it, ascending.
+        device_type: Where these processes talk to each other.
+        is_first_copy: Whether this process holds a first copy, of a weight that is also replicated.
+        shard: The number of this process's shard, from 0.
+        shards: How many there are.
+        offsets: Where the shard begins in each dimension; None where it is no block of the weight.
+        borders: In the last dimension, where shards begin and end; None where that is not known.
+        is_partial: Whether the processes hold summands instead of parts.
+    """
+
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    device_type: str
+    is_first_copy: bool
+    shard: int
+    shards: int
+    offsets: tuple[int, ...] | None
+    borders: frozenset[int] | None
+    is_partial: bool
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether parts of one row lie on different processes."""
+        return self.borders is None or len(self.borders) > 2
+
+    def cuts_groups(self, group: int) -> bool:
+        """Whether parts of one group of neighbours in the last dimension do."""
+        return self.borders is None or (self.cuts_rows and any(border % group for border in self.borders))
+
+
+def _is_available() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_writer() -> bool:
+    """Whether this process writes records: the first one of the default group, or the only one."""
+    return not _is_available() or torch.distributed.get_rank() == 0
+
+
+def _is_dtensor(tensor: object) -> bool:
+    # Whoever has a DTensor has imported its module, which takes as long as the half of torch.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a DTensor; any other tensor as it is."""
+    if not _is_dtensor(tensor):
+        return tensor
+    # Not to_local(): under autograd that is a view with a version counter of its own.
+    shard: Any = cast(Any, tensor)._local_tensor
+    return cast(Tensor, shard.trigger_wait() if hasattr(shard, "trigger_wait") else shard)
+
+
+def local_gradient(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a gradient.
+
+    Raises:
+        ValueError: It does not lie on the processes as its weight does.
+    """
+    if not _is_dtensor(gradient):
+        return gradient
+    theirs, ours = cast(Any, gradient).placements, getattr(parameter, "placements", None)
+    if ours is not None and tuple(theirs) != tuple(ours):
+        raise ValueError(
+            f"the gradient lies on the processes as {_text(theirs)}, its weight as {_text(ours)}: updates cannot be "
+            "counted shard by shard; use metrics=('flips',)"
+        )
+    return local(gradient)
+
+
+def layout(parameter: Tensor) -> Layout | None:
+    """How a weight lies on processes; None where each holds all of it, and no process has to ask another."""
+    if not _is_dtensor(parameter):
+        return None
+    tensor = cast(Any, parameter)
+    found: Layout | None = _layout(tuple(tensor.shape), tensor.device_mesh, tuple(tensor.placements))
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Layout | None:
+    is_partial = any(placement.is_partial() for placement in placements)
+    # _StridedShard is no Shard in every version of torch; both have a dimension.
+    split = {i: placement for i, placement in enumerate(placements) if getattr(placement, "dim", None) is not None}
+    if not split and not is_partial:
+        return None
+    coordinate = mesh.get_coordinate() or [0] * mesh.ndim
+    shard, shards, strided = 0, 1, False
+    for i, placement in split.items():
+        shard, shards = shard * mesh.size(i) + coordinate[i], shards * mesh.size(i)
+        strided = strided or hasattr(placement, "split_factor")
+    offsets: list[int] = [0] * len(shape)
+    sizes = list(shape)
+    borders: set[int] | None = {0, shape[-1]} if shape else {0}
+    for i, placement in split.items():
+        dim = placement.dim % len(shape)
+        if strided:
+            if dim == len(shape) - 1:
+                borders = None
+            continue
+        if dim == len(shape) - 1 and borders is not None:
+            borders = _cut(borders, mesh.size(i))
+        chunk = -(-sizes[dim] // mesh.size(i)) if sizes[dim] else 0
+        start = min(chunk * coordinate[i], sizes[dim])
+        offsets[dim] += start
+        sizes[dim] = min(chunk, sizes[dim] - start)
+    ranks = tuple(sorted(int(rank) for rank in mesh.mesh.flatten().tolist()))
+    if mesh.ndim == 1:
+        _groups[ranks] = torch.distributed.group.WORLD, mesh.get_group()
+    return Layout(
+        shape=shape,
+        ranks=ranks,
+        device_type=mesh.device_type,
+        is_first_copy=not any(coordinate[i] for i in range(mesh.ndim) if i not in split),
+        shard=shard,
+        shards=shards,
+        offsets=None if strided else tuple(offsets),
+        borders=None if borders is None else frozenset(borders),
+        is_partial=is_partial,
+    )
+
+
+def _cut(borders: set[int], parts: int) -> set[int]:
+    """Each piece between two borders in ``parts`` chunks, as torch.chunk makes them."""
+    ordered = sorted(borders)
+    found = set(ordered)
+    for start, stop in itertools.pairwise(ordered):
+        chunk = -(-(stop - start) // parts)
+        found.update(range(start, stop, chunk))
+    return found
+
+
+def _text(placements: Iterable[Any]) -> str:
+    return ", ".join(str(placement) for placement in placements)
+
+
+def span(layout: Layout, quantizer: Any) -> Span | None:
+    """Over what processes have to add up what they know before a quantizer can encode its shards.
+
+    Args:
+        layout: How the weight lies.
+        quantizer: ``scope`` says how much of a weight one code depends on (``"element"``, ``"group"``, ``"row"``,
+            ``"tensor"``), ``group`` how many neighbours are one, and ``statistic`` what has to be known of a whole row
+            or tensor.
+
+    Returns:
+        None where each process can encode its shard alone.
+
+    Raises:
+        ValueError: The codes of a shard cannot be those of the whole weight; with the reason.
+    """
+    scope, group = getattr(quantizer, "scope", None), getattr(quantizer, "group", None)
+    if layout.is_partial:
+        raise ValueError("each process holds a summand of it (Partial), and none a weight")
+    if scope is None:
+        raise ValueError(
+            f"it is sharded, and {quantizer} does not say how much of a weight one code depends on; where it may be "
+            "encoded shard by shard, give the quantizer scope = 'element' or 'row'"
+        )
+    if group is not None and layout.cuts_groups(group):
+        raise ValueError(
+            f"its shards cut the groups of {group} neighbours that share a scale in {quantizer}: the last dimension of "
+            f"shape {layout.shape} is cut at {sorted(layout.borders or ()) or 'places that are not multiples'}"
+        )
+    if scope in ("element", "group") or (scope == "row" and not layout.cuts_rows):
+        return None
+    if not hasattr(quantizer, "statistic"):
+        raise ValueError(
+            f"it is sharded, and {quantizer} needs whole {'rows' if scope == 'row' else 'tensors'}, of which a process "
+            "holds a part; leave it out with exclude=, or name another format in quantizer="
+        )
+    if scope == "row" and layout.offsets is None:
+        raise ValueError(f"its rows are cut by shards in a way that {quantizer} cannot follow; name another format")
+    return cast(Span, scope)
+
+
+class Team(NamedTuple):
+    """Processes that bring their numbers together.
+
+    Attributes:
+        ranks: Ascending.
+        device_type: Where they talk to each other.
+    """
+
+    ranks: tuple[int, ...]
+    device_type: str
+
+    @property
+    def device(self) -> torch.device:
+        if self.device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device(self.device_type, torch.get_device_module(self.device_type).current_device())
+
+    def counts(self, layout: Layout) -> bool:
+        """Whether this process's shard is the one that is counted, of several that hold the same."""
+        return layout.is_first_copy and self.ranks[0] in layout.ranks
+
+
+def teams(layouts: Sequence[Layout]) -> list[Team]:
+    """Of each weight, the processes to add it up with: as few different teams as there can be.
+
+    With tensor parallelism some weights lie on a mesh that is a slice of another's: one collective over the larger one
+    serves both.
+    """
+    largest: list[Team] = []
+    for candidate in sorted(layouts, key=lambda layout: -len(layout.ranks)):
+        if not any(set(candidate.ranks) <= set(team.ranks) for team in largest):
+            largest.append(Team(candidate.ranks, candidate.device_type))
+    return [next(team for team in largest if set(layout.ranks) <= set(team.ranks)) for layout in layouts]
+
+
+# Ranks to the default group of that time, and their own group.
+_groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+
+def _group(ranks: tuple[int, ...]) -> Any:
+    world = torch.distributed.group.WORLD
+    if len(ranks) == torch.distributed.get_world_size():
+        return world
+    made_in, group = _groups.get(ranks, (None, None))
+    if group is None or made_in is not world:
+        group = torch.distributed.new_group(list(ranks), use_local_synchronization=True)
+        _groups[ranks] = world, group
+    return group
+
+
+def _all_reduce_(numbers: Tensor, team: Team, operation: Literal["SUM", "MAX"]) -> None:
+    torch.distributed.all_reduce(numbers, getattr(torch.distributed.ReduceOp, operation), group=_group(team.ranks))
+
+
+def is_true_anywhere(flag: bool, team: Team) -> bool:
+    """Whether ``flag`` is true on any process of the team. One collective, of 8 bytes."""
+    number = torch.tensor([int(flag)], dtype=torch.int64, device=team.device)
+    _all_reduce_(number, team, "MAX")
+    return bool(number.item())
+
+
+def agree(description: str, team: Team) -> bool:
+    """Whether all processes of the team say the same. One collective, of 16 bytes."""
+    digest = int.from_bytes(hashlib.sha256(description.encode()).digest()[:7], "big")
+    numbers = torch.tensor([digest, -digest], dtype=torch.int64, device=team.device)
+    _all_reduce_(numbers, team, "MAX")
+    largest, smallest = numbers.tolist()
+    return bool(largest == -smallest)
+
+
+def add_up(numbers: Sequence[float], team: Team) -> list[float]:
+    """The sum over the processes of the team, number by number. One collective, of 8 bytes a number (float64)."""
+    packed = torch.tensor(numbers, dtype=torch.float64).to(team.device)
+    _all_reduce_(packed, team, "SUM")
+    return cast("list[float]", packed.tolist())
+
+
+class Statistic(NamedTuple):
+    """What has to be known of a whole weight: its place in the one collective of a step.
+
+    Attributes:
+        layout: How the weight lies.
+        span: One number for the tensor, or one for each row.
+        reduction: ``"max"`` or ``"mean"``; means are over the tensor.
+    """
+
+    layout: Layout
+    span: Span
+    reduction: Literal["max", "mean"]
+
+    @property
+    def numbers(self) -> int:
+        """How many it takes."""
+        if self.reduction == "mean":
+            return self.layout.shards
+        return 1 if self.span == "tensor" else math.prod(self.layout.shape[:-1])
+
+    def part(self, slots: Tensor, like: Tensor) -> Tensor:
+        """Of this statistic's part of the table, what belongs to this process's shard, as a view.
+
+        Args:
+            slots: Of ``numbers`` elements.
+            like: The statistic of the shard: 0-dim, or of shape ``(..., 1)``.
+        """
+        if self.reduction == "mean":
+            return slots[self.layout.shard]
+        if self.span == "tensor":
+            return slots[0]
+        assert self.layout.offsets is not None
+        rows = zip(self.layout.offsets, like.shape[:-1], strict=False)
+        return slots.view(self.layout.shape[:-1])[tuple(slice(start, start + size) for start, size in rows)].unsqueeze(
+            -1
+        )
+
+
+class StatisticsTable:
+    """What the quantizers of sharded weights have to know of them, brought together in one collective a step.
+
+    All numbers are magnitudes, so that as float64 their bits, taken for integers, have their order, with NaN above all:
+    an integer maximum keeps NaN, which the maximum of floating-point numbers loses on some backends. A mean has a
+    place for each shard, and is added up here, in the order of the shards: it is the same on each process.
+
+    One more number a weight says that this process cannot tell its codes before the step (1), or has given the weight
+    up (2): then the step is not counted, on any process.
+
+    Args:
+        statistics: Of each weight, in the same order on each process.
+        team: The processes.
+    """
+
+    def __init__(self, statistics: Sequence[Statistic], team: Team) -> None:
+        self.team = team
+        self._statistics = list(statistics)
+        sizes = [statistic.numbers for statistic in statistics]
+        self._values = torch.zeros(sum(sizes) + len(sizes), dtype=torch.float64, device=team.device)
+        self._slots = list(torch.split(self._values, [*sizes, len(sizes)]))
+        self._flags = self._slots.pop()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that each process hands in."""
+        return self._values.nbytes
+
+    def clear(self) -> None:
+        """Begin a new collection. What was handed out is no longer valid."""
+        self._values.zero_()
+
+    def put(self, index: int, statistic: Tensor, weights: int) -> None:
+        """Hand in what this process knows of a weight.
+
+        Args:
+            index: Which weight.
+            statistic: Of this process's shard.
+            weights: How many weights that has.
+        """
+        if not weights:
+            return
+        known = self._statistics[index]
+        if known.reduction == "mean":
+            statistic = statistic.double() * (weights / math.prod(known.layout.shape))
+        known.part(self._slots[index], statistic).copy_(statistic)
+
+    def flag(self, index: int, reason: int) -> None:
+        """Say that a weight cannot be counted in this step: 1, not before it; 2, given up."""
+        self._flags[index] = reason
+
+    def reduce(self) -> None:
+        """The collective."""
+        bits = self._values.view(torch.int64)
+        bits.bitwise_and_(torch.iinfo(torch.int64).max)
+        _all_reduce_(bits, self.team, "MAX")
+
+    def get(self, index: int, like: Tensor) -> Tensor:
+        """The statistic of the whole weight, or of its rows in this process's shard, in ``like``'s dtype and device.
+
+        Args:
+            index: Which weight.
+            like: What this process handed in.
+        """
+        known, slots = self._statistics[index], self._slots[index]
+        found = slots.sum() if known.reduction == "mean" else known.part(slots, like)
+        return found.to(like.device, like.dtype, copy=True)
+
+    @property
+    def is_counted(self) -> Tensor:
+        """Of each weight, whether no process has flagged it: bool, on the team's device."""
+        return self._flags == 0
+
+
+class Member(NamedTuple):
+    """A sharded weight.
+
+    Attributes:
+        name: As the tracker has it.
+        quantizer: The name of its quantizer.
+        layout: How it lies.
+        statistic: What has to be known of all of it; None for nothing.
+    """
+
+    name: str
+    quantizer: str
+    layout: Layout
+    statistic: Statistic | None
+
+    @property
+    def weights(self) -> int:
+        """Of all processes."""
+        return math.prod(self.layout.shape)
+
+    def __str__(self) -> str:
+        needs = None if self.statistic is None else self.statistic[1:]
+        return f"{self.name} {self.quantizer} {self.layout.shape} {self.layout.shards} {needs}"
+
+
+class ShardedWeights:
+    """The sharded weights of one optimizer, and who has to talk to whom about them.
+
+    Attributes:
+        tables: For each team, its table and the names of the weights in it, in order.
+        refused: Name to the reason why a weight is not tracked; the same on each process.
+    """
+
+    def __init__(self) -> None:
+        self._members: dict[str, Member] = {}
+        self._now: dict[str, Member] = {}
+        self.tables: list[tuple[StatisticsTable, list[str]]] = []
+        self.refused: dict[str, str] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._members)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
+
+    def follow(self, weights: Iterable[tuple[str, Tensor, Any, str]]) -> bool:
+        """Take up the weights that are tracked from now on: name, parameter, quantizer and that one's name.
+
+        Where they are others than before there is one collective of 16 bytes a team, in which the processes compare
+        what they track: where they differ, nothing of it can be added up, and all of it is refused. Weights that were
+        tracked before stay in the sums.
+
+        Returns:
+            Whether they are others than before.
+        """
+        now: dict[str, Member] = {}
+        refused: dict[str, str] = {}
+        for name, parameter, quantizer, called in weights:
+            lies = layout(parameter)
+            if lies is None:
+                continue
+            try:
+                over = span(lies, quantizer)
+            except ValueError as reason:
+                refused[name] = str(reason)
+            else:
+                statistic = None if over is None else Statistic(lies, over, quantizer.reduction)
+                now[name] = Member(name, called, lies, statistic)
+        if list(now.items()) == list(self._now.items()):
+            return False
+        self._now, self.refused = now, refused
+        self._members = {**{name: known for name, known in self._members.items() if name not in now}, **now}
+        for team, members in self.teams:
+            if not agree("\n".join(map(str, members)), team):
+                for member in members:
+                    self.refused[member.name] = (
+                        f"processes {', '.join(map(str, team.ranks))} do not track the same weights in the same order, "
+                        "so that their counts cannot be added up"
+                    )
+                    del self._members[member.name]
+        self.tables = []
+        for team, members in self.teams:
+            asked = [member for member in members if member.name in now and member.statistic is not None]
+            if asked:
+                table = StatisticsTable([member.statistic for member in asked if member.statistic is not None], team)
+                self.tables.append((table, [member.name for member in asked]))
+        return True
+
+    @property
+    def teams(self) -> list[tuple[Team, list[Member]]]:
+        """Each team, with its weights."""
+        members = list(self._members.values())
+        found: dict[Team, list[Member]] = {}
+        for team, member in zip(teams([member.layout for member in members]), members, strict=True):
+            found.setdefault(team, []).append(member)
+        return list(found.items())

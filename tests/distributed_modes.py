@@ -1,0 +1,652 @@
+"""What each process of ``test_distributed.py`` does. Not a test file: processes are spawned with it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import time
+import traceback
+import warnings
+import zlib
+from contextlib import redirect_stdout
+from datetime import timedelta
+from io import StringIO
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from weightflip import FlipTrackingOptimizer, track_flips
+from weightflip.quantizers.native import STORED_FORMATS, bits_to_ordinals_
+
+STEPS = 8
+FORMATS = [
+    "float8_e4m3",
+    "float8_e4m3:row",
+    "e3m4",
+    "e6m1",
+    "mxfp4",
+    "nvfp4:tensor",
+    "int8",
+    "int4:g32",
+    "bfloat16",
+]
+
+
+class Net(nn.Module):
+    """An even weight, one whose rows do not divide by 2 or 4, one with a single row, one of three rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(128, 64, bias=False)
+        self.second = nn.Linear(64, 128, bias=False)
+        self.uneven = nn.Linear(64, 7, bias=False)
+        self.three = nn.Linear(32, 3, bias=False)
+        self.single = nn.Linear(32, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(torch.relu(self.first(x)))
+        return self.uneven(x[:, :64]).sum(1) + self.three(x[:, :32]).sum(1) + self.single(x[:, 32:64])[:, 0]
+
+
+def make_net(values=None) -> Net:
+    """Weights of a seed; or 0, 1, 2, ... in each weight, to see which of them a process has."""
+    torch.manual_seed(3)
+    net = Net()
+    if values == "indices":
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(torch.arange(p.numel()).view_as(p))
+    return net
+
+
+def full_gradient(name: str, shape: torch.Size, step: int) -> Tensor:
+    """The gradient of the whole weight: a third of it is exactly 0."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + step)
+    gradient = torch.randn(shape, generator=generator)
+    return gradient * (torch.rand(shape, generator=generator) > 1 / 3)
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Sharded:
+    """A model, and one of indices sharded by the same code: gradients are cut by these."""
+
+    def __init__(self, shard) -> None:
+        self.model, indices = make_net(), make_net("indices")
+        shard(self.model)
+        shard(indices)
+        self.indices = {name: local(p.detach()).long() for name, p in indices.named_parameters()}
+
+    def set_gradients(self, step: int) -> None:
+        for name, p in self.model.named_parameters():
+            gradient = full_gradient(name, p.shape, step).flatten()[self.indices[name]]
+            if isinstance(p, DTensor):
+                gradient = DTensor.from_local(
+                    gradient, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+                )
+            p.grad = gradient
+
+    def equals(self, weights: dict[str, Tensor]) -> bool:
+        """Whether this process's part of each weight is that of a run of one process, bit for bit."""
+        return all(
+            torch.equal(local(p.detach()), weights[name].flatten()[self.indices[name]])
+            for name, p in self.model.named_parameters()
+        )
+
+
+def numbers(tracker) -> dict[str, object]:
+    return {
+        "flips": tracker.get_flip_counts(),
+        "updates": tracker.get_update_counts(),
+        "stalled": tracker.get_stall_counts(),
+        "rates": tracker.get_flip_rates(),
+        "steps": tracker.step_count,
+        "table": str(tracker),
+    }
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.02)
+
+
+def run(
+    shard=lambda model: None, *, steps=range(STEPS), make=adamw, track=FlipTrackingOptimizer, before=None, **options
+):
+    """Train on gradients cut from those of the whole weights; return what was counted and the part of the weights."""
+    sharded = Sharded(shard)
+    records = []
+    options = {"sinks": [records.append], "log_every": 5, "quantizer": FORMATS, "backend": "eager", **options}
+    bare = make(sharded.model)
+    tracked = track(bare, sharded.model, **options)
+    optimizer = tracked if isinstance(tracked, FlipTrackingOptimizer) else bare
+    for step in steps:
+        sharded.set_gradients(step)
+        if before is not None:
+            before(step, sharded.model)
+        optimizer.step()
+    (tracked.close if track is FlipTrackingOptimizer else tracked.remove)()
+    found = numbers(tracked.tracker)
+    found["records"] = [record.to_dict() for record in records]
+    return found, sharded, tracked
+
+
+def over(*shape: int, names: tuple[str, ...] | None = None):
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def fsdp(model: nn.Module) -> None:
+    mesh = over(dist.get_world_size())
+    fully_shard(model.first, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def hsdp(model: nn.Module) -> None:
+    fully_shard(model, mesh=over(2, dist.get_world_size() // 2, names=("replicate", "shard")))
+
+
+PLAN = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+
+
+def tensor_parallel(model: nn.Module) -> None:
+    parallelize_module(model, over(dist.get_world_size()), PLAN)
+
+
+def fsdp_and_tp(model: nn.Module) -> None:
+    mesh = over(2, dist.get_world_size() // 2, names=("dp", "tp"))
+    parallelize_module(model, mesh["tp"], PLAN)
+    fully_shard(model.first, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+
+
+def columns(model: nn.Module) -> None:
+    """FSDP2 by the last dimension, which cuts the rows."""
+    fully_shard(model.second, mesh=over(dist.get_world_size()), shard_placement_fn=lambda p: Shard(1))
+
+
+SHARDINGS = {"fsdp": fsdp, "hsdp": hsdp, "tp": tensor_parallel, "fsdp_and_tp": fsdp_and_tp, "columns": columns}
+
+
+def shardings(rank: int, world: int, weights: dict[str, Tensor]) -> dict[str, object]:
+    """The same trajectory under each sharding."""
+    results = {}
+    for name, shard in SHARDINGS.items():
+        if world < 4 and name in ("hsdp", "fsdp_and_tp"):
+            continue
+        # Shards of 16 columns cut the blocks of 32.
+        cut = {"tp": 4, "columns": 4}.get(name) == world
+        formats = [f for f in FORMATS if not (cut and f in ("mxfp4", "int4:g32"))]
+        found, sharded, _ = run(shard, quantizer=formats)
+        results[name] = {**found, "is_equal": sharded.equals(weights), "formats": formats}
+    return results
+
+
+def options_of_the_tracker(rank: int, world: int) -> dict[str, object]:
+    """Every way to take codes before a step."""
+    return {name: run(fsdp, quantizer=["float8_e4m3", "int4:g32"], **options)[0] for name, options in OPTIONS.items()}
+
+
+OPTIONS = {
+    "low_memory": {"low_memory": True},
+    "fresh_snapshots": {"fresh_snapshots": True},
+    "track_every": {"track_every": 3},
+    "hooks": {"track": track_flips},
+    "groups": {
+        "metrics": {"flips": 1, "stalls": 1, "oscillation": 1, "coverage": 1, "scale": 1, "travel": 1, "range": 1}
+    },
+}
+
+
+def write_between(step: int, model: nn.Module) -> None:
+    """As an exponential average that is swapped in: no flips of the step that follows."""
+    if step in (4, 5, 9):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.5 if step == 4 else 1.5)
+
+
+def writes(rank: int, world: int) -> dict[str, object]:
+    """Weights written between steps: as DTensors, and one shard on one process alone."""
+
+    def one_shard(step: int, model: nn.Module) -> None:
+        if step == 6 and rank == world - 1:
+            with torch.no_grad():
+                model.first.weight.to_local().mul_(2)
+
+    def zeroed_on_one(step: int, model: nn.Module) -> None:
+        if rank == 0:
+            model.uneven.weight.grad = None
+
+    quantizer = ["float8_e4m3", "float8_e4m3:row"]
+    return {
+        "all": run(fsdp, quantizer=quantizer, before=write_between)[0],
+        "one": run(fsdp, quantizer=quantizer, before=one_shard, log_every=1)[0],
+        "no_gradient_on_one": run(fsdp, quantizer=quantizer, before=zeroed_on_one)[0],
+    }
+
+
+def collectives(rank: int, world: int) -> dict[str, object]:
+    """Number and bytes of the collectives in a step, and at a logging point."""
+    results = {}
+    for name, shard, quantizer in (
+        ("tensorwise", fsdp, "float8_e4m3"),
+        ("several", fsdp, ["float8_e4m3", "ternary", "nvfp4:tensor", "int8"]),
+        ("by_row", fsdp, ["float8_e4m3:row", "mxfp4", "int8", "bfloat16"]),
+        ("cut_rows", columns, "int8"),
+        ("plain", lambda model: None, "float8_e4m3"),
+        ("two_meshes", fsdp_and_tp if world == 4 else fsdp, "float8_e4m3"),
+    ):
+        sharded = Sharded(shard)
+        model = sharded.model
+        optimizer = FlipTrackingOptimizer(adamw(model), model, quantizer=quantizer, sinks=[], log_every=2)
+        found = []
+        for step in range(4):
+            sharded.set_gradients(step)
+            with Collectives() as done:
+                optimizer.step()
+            found.append(done.calls)
+        with Collectives() as done:
+            numbers(optimizer.tracker)
+        results[name] = [*found, done.calls]
+    return results
+
+
+class Collectives(TorchDispatchMode):
+    """Sees every collective that is handed to a process group: its name and its elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.calls.append((func._opname, sum(tensor.numel() for tensor in args[0])))
+        return func(*args, **(kwargs or {}))
+
+
+def means(rank: int, world: int) -> dict[str, object]:
+    """The absmean of ternary weights, which the order of a sum may move by a bit."""
+    found, sharded, optimizer = run(fsdp, quantizer="ternary")
+    layers = optimizer.tracker._layers
+    found["means"] = {
+        name: float(layers[name].statistic) for name, _ in sharded.model.named_parameters() if name in layers
+    }
+    found["exact"] = {
+        name: float(p.detach().full_tensor().double().abs().mean()) for name, p in sharded.model.named_parameters()
+    }
+    return found
+
+
+class BruteForce:
+    """Counts on whole weights, gathered from the processes, in float8."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.counts = [dict.fromkeys(self.parameters, 0) for _ in range(3)]
+
+    @staticmethod
+    def values(p: Tensor) -> Tensor:
+        weight = full(p.detach())
+        scale = (448.0 / weight.abs().max().double()).float()
+        return (weight * scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+    def before(self) -> None:
+        self.old = {name: self.values(p) for name, p in self.parameters.items()}
+        self.updated = {name: full(p.grad) != 0 for name, p in self.parameters.items()}
+
+    def after(self) -> None:
+        for name, p in self.parameters.items():
+            flipped, updated = self.values(p) != self.old[name], self.updated[name]
+            for counts, found in zip(self.counts, (flipped, updated, updated & ~flipped), strict=True):
+                counts[name] += int(found.sum())
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def data_parallel(rank: int, world: int) -> dict[str, object]:
+    """DDP, and ZeroRedundancyOptimizer around and within."""
+    results = {}
+
+    def zero(model: nn.Module) -> torch.optim.Optimizer:
+        return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, lr=0.02)
+
+    results["zero"] = run(make=zero)[0]
+
+    sharded = Sharded(lambda model: None)
+    outer = zero(sharded.model)
+    handle = track_flips(outer.optim, sharded.model, quantizer=FORMATS, sinks=[])
+    for step in range(STEPS):
+        sharded.set_gradients(step)
+        outer.step()
+    results["zero_within"] = numbers(handle.tracker)
+    handle.remove()
+
+    model = nn.parallel.DistributedDataParallel(make_net())
+    optimizer = FlipTrackingOptimizer(adamw(model), model, sinks=[])
+    brute = BruteForce(model.module)
+    for step in range(6):
+        torch.manual_seed(10 * step + rank)
+        optimizer.zero_grad()
+        for _ in range(2):
+            model(torch.randn(8, 128)).square().mean().backward()
+        brute.before()
+        optimizer.step()
+        brute.after()
+    results["ddp"] = {**numbers(optimizer.tracker), "brute": brute.counts}
+    return results
+
+
+def training(rank: int, world: int) -> dict[str, object]:
+    """Forward, backward and gradient accumulation under FSDP2; each process has its own data, one comes late."""
+    model = make_net()
+    for layer in model.children():
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = FlipTrackingOptimizer(adamw(model), model, sinks=[], log_every=3)
+    brute = BruteForce(model)
+    for step in range(6):
+        torch.manual_seed(10 * step + rank)
+        optimizer.zero_grad()
+        for micro in range(2):
+            model.set_requires_gradient_sync(micro == 1)
+            model(torch.randn(8, 128)).square().mean().backward()
+        if rank == step % world:
+            time.sleep(0.05)
+        brute.before()
+        optimizer.step()
+        brute.after()
+    optimizer.close()
+    return {**numbers(optimizer.tracker), "brute": brute.counts}
+
+
+def torchao_float8(rank: int, world: int) -> dict[str, object]:
+    """Float8Linear with float8 all-gather: codes are those that the shards are cast to."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training, precompute_float8_dynamic_scale_for_fsdp
+
+    results = {}
+    for name, precompute in (("dynamic", False), ("precomputed", True)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 48, bias=False), nn.Linear(48, 16, bias=False))
+        config = Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=True)
+        model = convert_to_float8_training(model, config=config)
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+        optimizer = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), model, sinks=[], log_every=2)
+        flips = dict.fromkeys(["0.weight", "1.weight"], 0)
+
+        def cast(model: nn.Module = model) -> dict[str, Tensor]:
+            found = {}
+            for name, p in model.named_parameters():
+                (data,), _ = p._local_tensor.fsdp_pre_all_gather(p.device_mesh)
+                ordinals = data.contiguous().view(torch.int8).clone()
+                bits_to_ordinals_(ordinals, STORED_FORMATS[data.dtype], _fresh)
+                found[name] = ordinals
+            return found
+
+        are_equal = []
+        cast_now = cast()
+        for step in range(4):
+            # By hand: gloo gathers no float8.
+            torch.manual_seed(10 * step + rank)
+            for p in model.parameters():
+                p.grad = DTensor.from_local(torch.randn(p.to_local().shape), p.device_mesh, p.placements)
+            optimizer.step()
+            if precompute:
+                precompute_float8_dynamic_scale_for_fsdp(model)
+            cast_before, cast_now = cast_now, cast()
+            for layer, codes in cast_now.items():
+                flips[layer] += int((codes != cast_before[layer]).sum())
+                are_equal.append(torch.equal(codes, optimizer.tracker._layers[layer].codes))
+        optimizer.close()
+        together = torch.tensor(list(flips.values()))
+        dist.all_reduce(together)
+        results[name] = {
+            **numbers(optimizer.tracker),
+            "cast_flips": dict(zip(flips, together.tolist(), strict=True)),
+            "are_equal": are_equal,
+            "quantizers": [row[2] for row in optimizer.info.tracked.values()],
+        }
+    return results
+
+
+def _fresh(slot, like, dtype):
+    return torch.empty(like.shape, dtype=dtype)
+
+
+class FailsOnOne:
+    """A quantizer that breaks on the last process in its sixth call."""
+
+    name, scope = "fails", "element"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def encode(self, weight):
+        from weightflip import encode
+
+        self.calls += 1
+        if self.calls > 5 and dist.get_rank() == dist.get_world_size() - 1:
+            raise RuntimeError("broken on purpose")
+        return encode(weight, "bfloat16")
+
+
+def faults(rank: int, world: int) -> dict[str, object]:
+    """A layer, or all tracking, fails on one process: no other waits for it."""
+    results = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found, _, _ = run(fsdp, quantizer={"first*": FailsOnOne(), "*": "float8_e4m3"}, log_every=3)
+        results["layer"] = {**found, "warnings": [str(w.message) for w in caught]}
+
+    from weightflip.quantizers.float8 import Float8Quantizer
+
+    class Breaks(Float8Quantizer):
+        calls = 0
+
+        def statistic(self, weight):
+            self.calls += 1
+            if self.calls > 4 and rank == 0:
+                raise RuntimeError("broken on purpose")
+            return super().statistic(weight)
+
+    from weightflip.formats import E4M3
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found, _, _ = run(fsdp, quantizer={"first*": Breaks(E4M3), "*": "float8_e4m3"}, log_every=3)
+        results["statistic"] = {**found, "warnings": [str(w.message) for w in caught]}
+
+    sharded = Sharded(fsdp)
+    model = sharded.model
+    optimizer = FlipTrackingOptimizer(adamw(model), model, quantizer="float8_e4m3", sinks=[], log_every=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(STEPS):
+            sharded.set_gradients(step)
+            if step == 4 and rank == world - 1:
+                optimizer._tracking.guarded(lambda: 1 / 0)
+            optimizer.step()
+        optimizer.close()
+        results["tracking"] = {**numbers(optimizer.tracker), "warnings": [str(w.message) for w in caught]}
+
+    # Not the same layers on each process, though they share one mesh.
+    torch.manual_seed(0)
+    mesh = over(world)
+    weights = [torch.randn(8, 8 + 8 * rank * i) for i in range(1, 3)]
+    parameters = [nn.Parameter(distribute_tensor(w, mesh, [Shard(0)], src_data_rank=None)) for w in weights]
+    inner = torch.optim.SGD(parameters, lr=0.5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = FlipTrackingOptimizer(inner, quantizer="float8_e4m3", sinks=[], log_every=1)
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.close()
+        results["stages"] = {**numbers(optimizer.tracker), "warnings": [str(w.message) for w in caught]}
+    return results
+
+
+def refusals(rank: int, world: int) -> dict[str, str]:
+    """What cannot be exact is refused, in words."""
+    mesh = over(world)
+    weight = torch.arange(8 * 16 * world, dtype=torch.float32).view(8, 16 * world)
+
+    def reason(placements, quantizer, tensor=weight) -> str:
+        parameter = nn.Parameter(distribute_tensor(tensor, mesh, placements))
+        try:
+            FlipTrackingOptimizer(torch.optim.SGD([parameter]), quantizer=quantizer, sinks=[])
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def squared(w):
+        return w.square().to(torch.bfloat16)
+
+    def allowed(w):
+        return w.to(torch.bfloat16)
+
+    allowed.scope = "element"
+    results = {
+        "cut_block": reason([Shard(1)], "mxfp4"),
+        "whole_block": reason([Shard(1)], "nvfp4"),
+        "function": reason([Shard(0)], squared),
+        "function_with_scope": reason([Shard(0)], allowed),
+        "replicated_function": reason([Replicate()], squared),
+    }
+    partial = DTensor.from_local(weight, mesh, [torch.distributed.tensor.Partial()], run_check=False)
+    try:
+        FlipTrackingOptimizer(torch.optim.SGD([nn.Parameter(partial)]), quantizer="bfloat16", sinks=[])
+    except ValueError as error:
+        results["partial"] = str(error)
+    return results
+
+
+def on_one_only(rank: int, world: int) -> dict[str, object]:
+    """What one process may do alone without the others: look, copy, drop the optimizer."""
+    sharded = Sharded(fsdp)
+    model = sharded.model
+    optimizer = FlipTrackingOptimizer(adamw(model), model, quantizer="float8_e4m3", sinks=[], log_every=4)
+    seen = []
+    for step in range(STEPS):
+        sharded.set_gradients(step)
+        optimizer.step()
+        if step == 6:
+            if rank == 0:
+                with redirect_stdout(StringIO()) as text:
+                    print(optimizer.tracker)
+                seen.append(text.getvalue())
+                optimizer.tracker.memory_usage()
+            seen.append(optimizer.tracker.get_flip_counts())
+    optimizer = FlipTrackingOptimizer(adamw(model), model, quantizer="float8_e4m3", sinks=[])
+    sharded.set_gradients(0)
+    optimizer.step()
+    if rank == 0:
+        try:
+            with optimizer:
+                raise KeyError("only here")
+        except KeyError:
+            pass
+    del optimizer
+    gc.collect()
+    return {"seen": seen}
+
+
+def writer(rank: int, world: int, folder: Path) -> dict[str, object]:
+    """Only the first process touches the disk."""
+    run(fsdp, quantizer="float8_e4m3", sinks=None, log_dir=folder / "sharded" / str(rank), log_every=5)
+    run(quantizer="float8_e4m3", sinks=None, log_dir=folder / "plain" / str(rank), log_every=5)
+    run(fsdp, quantizer="float8_e4m3", sinks=[str(folder / f"{rank}.jsonl")], log_every=5)
+    found, _, _ = run(fsdp, quantizer="float8_e4m3")
+    return {"records": found["records"]}
+
+
+def save(rank: int, world: int, folder: Path) -> None:
+    """Half of the trajectory, with a checkpoint of everything."""
+    found, sharded, optimizer = run(fsdp, steps=range(STEPS // 2))
+    state = {
+        "model": sharded.model.state_dict(),
+        "optimizer": get_optimizer_state_dict(sharded.model, optimizer),
+        "tracker": optimizer.tracker,
+    }
+    dcp.save(state, checkpoint_id=folder / "dcp")
+    whole = optimizer.state_dict()["flip_tracking"]
+    if rank == 1:
+        torch.save(whole, folder / "flip_tracking.pt")
+    return found
+
+
+def resume(shard, folder: Path, weights: dict[str, Tensor]) -> dict[str, object]:
+    """The other half, on any number of processes."""
+    sharded = Sharded(shard)
+    optimizer = FlipTrackingOptimizer(adamw(sharded.model), sharded.model, quantizer=FORMATS, sinks=[], log_every=5)
+    state = {
+        "model": sharded.model.state_dict(),
+        "optimizer": get_optimizer_state_dict(sharded.model, optimizer),
+        "tracker": optimizer.tracker,
+    }
+    dcp.load(state, checkpoint_id=folder / "dcp")
+    sharded.model.load_state_dict(state["model"])
+    set_optimizer_state_dict(sharded.model, optimizer, state["optimizer"])
+    at = numbers(optimizer.tracker)
+    for step in range(STEPS // 2, STEPS):
+        sharded.set_gradients(step)
+        optimizer.step()
+    optimizer.close()
+    return {**numbers(optimizer.tracker), "at": at, "is_equal": sharded.equals(weights)}
+
+
+def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> None:
+    """One process: every mode in turn, results into a file."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo", f"file://{folder}/rendezvous{world}", timeout=timedelta(seconds=60), rank=rank, world_size=world
+    )
+    here = folder / str(world)
+    here.mkdir(exist_ok=True)
+    modes = {
+        "shardings": lambda: shardings(rank, world, weights),
+        "collectives": lambda: collectives(rank, world),
+        "training": lambda: training(rank, world),
+        "means": lambda: means(rank, world),
+    }
+    if world == 2:
+        modes["options"] = lambda: options_of_the_tracker(rank, world)
+        modes["writes"] = lambda: writes(rank, world)
+        modes["faults"] = lambda: faults(rank, world)
+        modes["data_parallel"] = lambda: data_parallel(rank, world)
+        modes["torchao"] = lambda: torchao_float8(rank, world)
+        modes["refusals"] = lambda: refusals(rank, world)
+        modes["on_one_only"] = lambda: on_one_only(rank, world)
+        modes["writer"] = lambda: writer(rank, world, here)
+        modes["resume"] = lambda: resume(fsdp, folder, weights)
+    else:
+        modes["save"] = lambda: save(rank, world, folder)
+    only = os.environ.get("ONLY", "").split(",")
+    results = {}
+    for name, mode in modes.items():
+        if only != [""] and name not in only:
+            continue
+        start = time.perf_counter()
+        try:
+            results[name] = mode()
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+        results.setdefault("seconds", {})[name] = time.perf_counter() - start
+    (here / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()

@@ -1,0 +1,365 @@
+"""Real processes, gloo, on the CPU: the same numbers on one process and on many.
+
+What each process does is in ``distributed_modes.py``. All modes run in two spawns, of 4 and of 2 processes.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import distributed_modes as modes
+import pytest
+import torch
+import torch.multiprocessing
+from test_sinks import scalars
+
+from weightflip import distributed
+from weightflip.distributed import Layout, Statistic, StatisticsTable, Team, span, teams
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+COUNTS = ("flips", "updates", "stalled")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> SimpleNamespace:
+    """What one process counts, and what each of 4 and of 2 processes returns from each mode."""
+    folder = tmp_path_factory.mktemp("distributed")
+    one, sharded, _ = modes.run()
+    weights = {name: p.detach() for name, p in sharded.model.named_parameters()}
+    results = {}
+    for world in (4, 2):
+        torch.multiprocessing.spawn(modes.work, (world, folder, weights), nprocs=world)
+        results[world] = [json.loads((folder / str(world) / f"{rank}.json").read_text()) for rank in range(world)]
+    return SimpleNamespace(one=one, weights=weights, results=results, folder=folder)
+
+
+def of_mode(runs, world: int, mode: str) -> list:
+    """What each process has returned, once all of them have."""
+    found = [result[mode] for result in runs.results[world]]
+    for result in found:
+        assert "error" not in result, result["error"]
+    return found
+
+
+def assert_counts(found: dict, expected: dict) -> None:
+    for key in COUNTS:
+        assert found[key] == expected[key], key
+
+
+def assert_close(found, expected) -> None:
+    """Equal, but for the last bits of sums of floating-point numbers."""
+    if isinstance(expected, (list, dict)):
+        assert type(found) is type(expected)
+        assert len(found) == len(expected)
+        for key in expected if isinstance(expected, dict) else range(len(expected)):
+            assert_close(found[key], expected[key])
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-9, nan_ok=True)
+    else:
+        assert found == expected
+
+
+def only(numbers: dict, formats: list[str]) -> dict:
+    """Of these formats."""
+    return {key: {n: v for n, v in numbers[key].items() if n.split("@")[1] in formats} for key in COUNTS}
+
+
+SHARDINGS = [(2, "fsdp"), (2, "tp"), (2, "columns"), *((4, name) for name in modes.SHARDINGS)]
+
+
+@pytest.mark.parametrize(("world", "name"), SHARDINGS, ids=str)
+def test_each_sharding_counts_what_one_process_does(runs, world, name):
+    for found in (result[name] for result in of_mode(runs, world, "shardings")):
+        assert found["is_equal"], "the trajectories differ, so that nothing is shown"
+        assert_counts(found, only(runs.one, found["formats"]))
+        assert found["steps"] == modes.STEPS
+        assert sum(found["flips"].values()) > 0
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_records_are_those_of_one_process(runs, world):
+    first, *others = (result["fsdp"] for result in of_mode(runs, world, "shardings"))
+    assert first["records"] == json.loads(json.dumps(runs.one["records"]))
+    assert not any(other["records"] for other in others)
+    assert all(other["table"] == first["table"] == runs.one["table"] for other in others)
+
+
+@pytest.mark.parametrize("name", modes.OPTIONS)
+def test_each_option_counts_what_one_process_does(runs, name):
+    expected, _, _ = modes.run(quantizer=["float8_e4m3", "int4:g32"], **modes.OPTIONS[name])
+    for rank, result in enumerate(of_mode(runs, 2, "options")):
+        assert_counts(result[name], expected)
+        if rank == 0:
+            assert_close(result[name]["records"], json.loads(json.dumps(expected["records"])))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_training_equals_brute_force_on_gathered_weights(runs, world):
+    for found in of_mode(runs, world, "training"):
+        assert [found[key] for key in COUNTS] == found["brute"]
+        assert found["steps"] == 6
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_mean_of_ternary_weights(runs, world):
+    first, *others = of_mode(runs, world, "means")
+    for name, exact in first["exact"].items():
+        # The float64 mean, rounded once: on any number of processes the same.
+        assert first["means"][name] == pytest.approx(exact, rel=2**-24)
+    assert all(other["means"] == first["means"] for other in others)
+    assert first["flips"] == of_mode(runs, 6 - world, "means")[0]["flips"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_number_and_size_of_collectives(runs, world):
+    layers, columns = 5, 7
+    # A number for each layer, and whether it counts.
+    table = ["allreduce_", 2 * layers]
+    agreement, sums = ["allreduce_", 2], ["allreduce_", layers * (columns + 1)]
+    # The first step takes codes before it, too. Steps 1 and 3 are logging points. The last entry: get_... and print.
+    steps = [[agreement, table, table], [table, sums], [table], [table, sums], []]
+    for result in of_mode(runs, world, "collectives"):
+        assert result["tensorwise"] == steps
+        assert result["two_meshes"] == steps
+        assert result["plain"] == [[]] * 5
+
+        several = ["allreduce_", layers * (2 + 2 + (world + 1))]
+        sums_of_four = ["allreduce_", 4 * sums[1]]
+        assert result["several"][1:] == [[several, sums_of_four], [several], [several, sums_of_four], []]
+        assert result["by_row"] == [[agreement], [sums_of_four], [], [sums_of_four], []]
+
+        # A number for each of the 128 rows; only this layer is sharded.
+        rows, sums_of_one = ["allreduce_", 128 + 1], ["allreduce_", columns + 1]
+        assert result["cut_rows"][1:] == [[rows, sums_of_one], [rows], [rows, sums_of_one], []]
+
+
+def test_writes_on_all_processes_are_no_flips(runs):
+    expected, _, _ = modes.run(quantizer=["float8_e4m3", "float8_e4m3:row"], before=modes.write_between)
+    untouched, _, _ = modes.run(quantizer=["float8_e4m3", "float8_e4m3:row"])
+    assert expected["flips"] != untouched["flips"]
+    for result in of_mode(runs, 2, "writes"):
+        assert_counts(result["all"], expected)
+
+
+def test_a_write_to_one_shard_is_a_step_that_is_not_counted(runs):
+    def write_a_half(step, model):
+        if step == 6:
+            with torch.no_grad():
+                model.first.weight[32:].mul_(2)
+
+    expected, _, _ = modes.run(quantizer=["float8_e4m3", "float8_e4m3:row"], before=write_a_half, log_every=1)
+    first, second = (result["one"] for result in of_mode(runs, 2, "writes"))
+    assert first["flips"] == second["flips"]
+    for found, record in zip(first["records"], json.loads(json.dumps(expected["records"])), strict=True):
+        for layer, of_one in zip(found["layers"], record["layers"], strict=True):
+            if (found["step"], layer["name"]) == (7, "first.weight@float8_e4m3"):
+                assert layer["window"]["weight_steps"] == layer["window"]["flips"] == 0
+                assert of_one["window"]["flips"] > 0
+            else:
+                assert layer["window"] == of_one["window"]
+
+
+def test_a_process_without_a_gradient_holds_nobody_up(runs):
+    expected, _, _ = modes.run(quantizer=["float8_e4m3", "float8_e4m3:row"])
+    first, second = (result["no_gradient_on_one"] for result in of_mode(runs, 2, "writes"))
+    for key in COUNTS:
+        assert first[key] == second[key]
+        others = {name: count for name, count in expected[key].items() if not name.startswith("uneven")}
+        assert others == {name: count for name, count in first[key].items() if name in others}
+    assert 0 < first["updates"]["uneven.weight@float8_e4m3"] < expected["updates"]["uneven.weight@float8_e4m3"]
+
+
+def test_ddp_and_zero_count_each_weight_once(runs):
+    found = of_mode(runs, 2, "data_parallel")
+    for result in found:
+        assert [result["ddp"][key] for key in COUNTS] == result["ddp"]["brute"]
+        assert_counts(result["zero"], runs.one)
+    within = [result["zero_within"] for result in found]
+    for key in COUNTS:
+        assert sum(len(part[key]) for part in within) == len(runs.one[key])
+        assert {name: count for part in within for name, count in part[key].items()} == runs.one[key]
+
+
+@pytest.mark.parametrize("name", ["dynamic", "precomputed"])
+def test_codes_are_those_of_torchaos_float8_all_gather(runs, name):
+    pytest.importorskip("torchao")
+    for result in of_mode(runs, 2, "torchao"):
+        assert all(result[name]["are_equal"])
+        assert result[name]["flips"] == result[name]["cast_flips"]
+        assert sum(result[name]["flips"].values()) > 0
+        assert result[name]["quantizers"] == ["float8_e4m3"] * 2
+
+
+@pytest.mark.parametrize("name", ["layer", "statistic", "tracking"])
+def test_a_fault_on_one_process_holds_nobody_up(runs, name):
+    first, second = (result[name] for result in of_mode(runs, 2, "faults"))
+    broken, other = (first, second) if name == "statistic" else (second, first)
+    assert first["flips"] == second["flips"]
+    assert first["steps"] == second["steps"] == modes.STEPS
+    if name == "tracking":
+        assert any("tracking has stopped" in text for text in broken["warnings"])
+        assert sum("not on another process" in text for text in other["warnings"]) == 5
+        return
+    assert any("broken on purpose" in text for text in broken["warnings"])
+    (text,) = other["warnings"]
+    assert "'first.weight' is not tracked any more" in text
+    assert "not on another process" in text
+    # Nothing else is lost.
+    expected, _, _ = modes.run(quantizer="float8_e4m3")
+    for layer in ("second.weight", "uneven.weight", "three.weight", "single.weight"):
+        assert first["flips"][layer] == expected["flips"][layer]
+
+
+def test_processes_with_other_layers_on_one_mesh_are_refused(runs):
+    for result in of_mode(runs, 2, "faults"):
+        assert result["stages"]["flips"] == {}
+        assert all("do not track the same weights" in text for text in result["stages"]["warnings"])
+        assert len(result["stages"]["warnings"]) == 2
+
+
+def test_what_cannot_be_exact_is_refused_in_words(runs):
+    for found in of_mode(runs, 2, "refusals"):
+        assert "cut the groups of 32 neighbours" in found["cut_block"]
+        assert "[0, 16, 32]" in found["cut_block"]
+        assert "scope = 'element'" in found["function"]
+        assert "squared" in found["function"]
+        assert "Partial" in found["partial"]
+        assert found["whole_block"] == found["function_with_scope"] == found["replicated_function"] == ""
+
+
+def test_one_process_may_look_alone(runs):
+    first, second = (result["seen"] for result in of_mode(runs, 2, "on_one_only"))
+    assert len(first) == 2
+    assert first[1:] == second
+    # As of the last logging point, which the text says.
+    assert first[0].startswith("after step 4\n")
+    expected, _, _ = modes.run(quantizer="float8_e4m3", steps=range(4))
+    assert second == [expected["flips"]]
+
+
+def test_only_the_first_process_touches_the_disk(runs):
+    here = runs.folder / "2"
+    (first, _) = of_mode(runs, 2, "writer")
+    for kind in ("sharded", "plain"):
+        assert [path.name for path in (here / kind).iterdir()] == ["0"]
+    written = scalars(here / "sharded" / "0")
+    assert written == scalars(here / "plain" / "0")
+    assert written
+    lines = [json.loads(line) for line in (here / "0.jsonl").read_text().splitlines()]
+    assert [line["record"] for line in lines if "record" in line] == first["records"]
+    assert not (here / "1.jsonl").exists()
+
+
+def test_a_run_of_four_goes_on_with_two_and_with_one(runs):
+    saved = of_mode(runs, 4, "save")[0]
+    alone = modes.resume(lambda model: None, runs.folder, runs.weights)
+    for found in (*of_mode(runs, 2, "resume"), alone):
+        assert_counts(found["at"], saved)
+        assert found["is_equal"]
+        assert_counts(found, runs.one)
+        assert found["steps"] == modes.STEPS
+        assert found["rates"] == runs.one["rates"]
+
+
+def test_the_state_of_one_process_loads_anywhere(runs):
+    of_mode(runs, 4, "save")
+    state = torch.load(runs.folder / "flip_tracking.pt", weights_only=True)
+    _, _, optimizer = modes.run(steps=range(0))
+    optimizer.load_state_dict({**optimizer.inner.state_dict(), "flip_tracking": state})
+    assert optimizer.tracker.step_count == modes.STEPS // 2
+
+
+# ---------------------------------------------------------------------- without processes
+
+
+def layout(shape=(8, 64), **given) -> Layout:
+    usual = {
+        "shape": shape,
+        "ranks": (0, 1),
+        "device_type": "cpu",
+        "is_first_copy": True,
+        "shard": 0,
+        "shards": 2,
+        "offsets": (0, 0),
+        "borders": frozenset({0, 64}),
+        "is_partial": False,
+    }
+    return Layout(**{**usual, **given})
+
+
+def test_without_processes_there_is_one_writer_and_no_shard():
+    assert distributed.is_writer()
+    assert distributed.layout(torch.nn.Parameter(torch.ones(2, 2))) is None
+
+
+def test_teams_are_the_largest_meshes():
+    two_d, dp, other = layout(ranks=(0, 1, 2, 3)), layout(ranks=(1, 3)), layout(ranks=(4, 5))
+    found = teams([dp, two_d, other])
+    assert [team.ranks for team in found] == [(0, 1, 2, 3), (0, 1, 2, 3), (4, 5)]
+    # Of the slices of a mesh that hold the same, the one with the first process counts.
+    assert not found[0].counts(dp)
+    assert found[0].counts(layout(ranks=(0, 2)))
+    assert not found[0].counts(layout(ranks=(0, 2), is_first_copy=False))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8, 9, 64, 100])
+@pytest.mark.parametrize("parts", [(2,), (4,), (2, 2), (3, 5)])
+def test_borders_are_those_of_chunk(size, parts):
+    pieces = [torch.arange(size)]
+    for n in parts:
+        pieces = [chunk for piece in pieces for chunk in piece.chunk(n)]
+    expected = {0, size} | {int(piece[0]) for piece in pieces if len(piece)}
+    borders = {0, size}
+    for n in parts:
+        borders = distributed._cut(borders, n)
+    assert borders == expected
+
+
+@pytest.mark.parametrize(
+    ("scope", "group", "borders", "expected"),
+    [
+        ("element", None, {0, 32, 64}, None),
+        ("group", 32, {0, 32, 64}, None),
+        ("group", 32, {0, 48, 64}, ValueError),
+        # A group that is not whole is another's fault: the format refuses such a shape by itself.
+        ("group", 48, {0, 64}, None),
+        ("row", None, {0, 64}, None),
+        ("row", None, {0, 32, 64}, "row"),
+        ("tensor", None, {0, 64}, "tensor"),
+        (None, None, {0, 64}, ValueError),
+    ],
+)
+def test_what_processes_have_to_tell_each_other(scope, group, borders, expected):
+    quantizer = SimpleNamespace(scope=scope, group=group, statistic=lambda weight: weight)
+    lies = layout(borders=frozenset(borders))
+    if expected is ValueError:
+        with pytest.raises(ValueError, match=r"cut|scope"):
+            span(lies, quantizer)
+    else:
+        assert span(lies, quantizer) == expected
+
+
+def test_a_maximum_keeps_nan(monkeypatch):
+    """Integer maxima of the bits: as torch's maximum, which some backends' floating-point maximum is not."""
+    nan, inf = float("nan"), float("inf")
+    shards = torch.tensor([[1.0, -nan, inf, 0.0, 3.0], [2.0, 5.0, nan, 0.0, inf]])
+    statistics = [Statistic(layout(), "tensor", "max") for _ in range(5)]
+    tables = [StatisticsTable(statistics, Team((0, 1), "cpu")) for _ in range(2)]
+    for table, values in zip(tables, shards, strict=True):
+        for index, value in enumerate(values):
+            table.put(index, value, weights=256)
+    tables[1].flag(3, 2)
+
+    def all_reduce(numbers, team, operation):
+        assert operation == "MAX"
+        assert numbers.dtype is torch.int64
+        numbers.copy_(torch.maximum(numbers, tables[1]._values.view(torch.int64)))
+
+    monkeypatch.setattr(distributed, "_all_reduce_", all_reduce)
+    tables[1]._values.view(torch.int64).bitwise_and_(torch.iinfo(torch.int64).max)
+    tables[0].reduce()
+    found = torch.stack([tables[0].get(index, shards[0, index]) for index in range(5)])
+    assert torch.equal(found.nan_to_num(nan=-1), torch.maximum(*shards).nan_to_num(nan=-1))
+    assert tables[0].is_counted.tolist() == [True, True, True, False, True]
