@@ -383,3 +383,51 @@ def test_one_weight_that_is_no_number_leaves_the_distances_of_others_numbers(bad
     move(parameter, optimizer, by)
     found = optimizer.tracker.record().layers[0].window.ratios["travel_ratio"]
     assert found.denominator == pytest.approx(2 * 63 * 0.1, rel=1e-5)
+
+
+def test_a_weight_without_dimensions_travels_too():
+    parameter, optimizer = tracked(torch.tensor(0.3), "e3m4:none", "travel")
+    for _ in range(4):
+        move(parameter, optimizer, torch.tensor(0.25))
+    window = optimizer.tracker.record().layers[0].window
+    assert window.ratios["flip_excess"] == (4, 4)
+    assert window.ratios["travel_ratio"].denominator == pytest.approx(1)
+
+
+def test_each_point_of_travel_begins_anew():
+    weight = torch.linspace(-1, 1, 64).view(8, 8)
+    parameter, optimizer = tracked(weight.clone(), "e3m4:none", "travel")
+    move(parameter, optimizer, torch.full((8, 8), 0.5))
+    assert optimizer.tracker.record().layers[0].gauges["travel_high_fraction"].denominator == 64
+    by = torch.zeros(8, 8)
+    by[0] = 0.5
+    move(parameter, optimizer, by)
+    layer = optimizer.tracker.record().layers[0]
+    assert layer.gauges["travel_high_fraction"].denominator == 8
+    assert sum(layer.histograms["log2_travel_ratio"].counts) == 8
+
+
+def test_the_scale_of_ones_own_is_not_looked_at_later():
+    scale = torch.tensor(0.01)
+    quantizer = FloatxQuantizer(E0M7, fixed_scale=scale)
+    parameter, optimizer = tracked(torch.linspace(-0.01, 0.01, 64), quantizer, "scale")
+    optimizer.register_step_pre_hook(lambda *args: scale.mul_(1.7) and None)
+    move(parameter, optimizer, torch.zeros(64))
+    window = optimizer.tracker.record().layers[0].window
+    assert window.flips > 0
+    assert window.ratios["weight_driven_fraction"].numerator == 0
+
+
+def test_rank_of_a_convolution_is_that_of_its_flattened_filters():
+    weight = torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(9))
+    parameter, optimizer = tracked(weight.clone(), "int4:g2", "rank")
+    move(parameter, optimizer, torch.zeros(6, 3, 2, 2))
+    values = np.linalg.svd(weight.double().reshape(6, 12).numpy(), compute_uv=False)
+    found = optimizer.tracker.record().layers[0].values["stable_rank"]
+    assert found == pytest.approx((values**2).sum() / values[0] ** 2, rel=1e-5)
+
+
+def test_a_vector_has_no_rank_in_a_group_format_either():
+    parameter, optimizer = tracked(torch.randn(64), "int4:g16", "rank")
+    move(parameter, optimizer, torch.ones(64))
+    assert "stable_rank" not in optimizer.tracker.record().layers[0].values

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import pickle
 import sys
+import warnings
 
 import pytest
 import torch
-from conftest import backward, digits_model
+from conftest import assert_same, backward, digits_model
 from torch import Tensor, nn
 
-from weightflip import FlipTrackingOptimizer, quantize
+from weightflip import FlipTrackingOptimizer, WeightFlipTracker, quantize, track_flips
 from weightflip.metrics import LayerMetric, Metric, metric_names, register
+from weightflip.metrics.coverage import Coverage
+from weightflip.quantizers import resolve
+from weightflip.tracker import TrackedWeight
 
 FORMATS = ["float8_e4m3", "int4:g16", "mxfp4"]
 
@@ -31,8 +37,6 @@ class History:
             self.codes[name].append(self.numbers(p.detach()))
 
     def numbers(self, weight: Tensor) -> Tensor:
-        from weightflip.quantizers import resolve
-
         # Ordinals are checked against their oracles elsewhere; here they are only compared with each other.
         return resolve(self.format).encode(weight).ordinals.clone().long()
 
@@ -208,12 +212,29 @@ def test_a_checkpoint_of_a_run_without_groups_is_loaded(digits):
     plain.load_state_dict(grouped.state_dict())
 
 
-@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
 def test_copies_go_on_by_themselves(digits, twin):
-    optimizer, _ = train("float8_e4m3", ("flips", "coverage"), digits, steps=5)
-    copied = copy.deepcopy(optimizer.tracker)
-    weights = copied.state_dict()["weights"]
-    assert weights.keys() == optimizer.tracker.state_dict()["weights"].keys()
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+        model,
+        metrics=("flips", "oscillation", "coverage"),
+        sinks=[],
+    )
+
+    def steps(model, optimizer, start, stop):
+        for step in range(start, stop):
+            backward(model, digits, step)
+            optimizer.step()
+
+    steps(model, optimizer, 0, 10)
+    other_model, other = twin((model, optimizer))
+    before = other.tracker.state_dict()
+    steps(model, optimizer, 10, 20)
+    assert_same(other.tracker.state_dict(), before)
+    steps(other_model, other, 10, 20)
+    assert_same(other.tracker.state_dict(), optimizer.tracker.state_dict())
+    assert before["weights"]["0.weight"].keys() == {"oscillation", "coverage"}
 
 
 def test_memory_is_what_the_documents_say(digits):
@@ -238,6 +259,11 @@ def test_memory_is_what_the_documents_say(digits):
         ({"oscillation_ema": 0.1}, "add it to metrics="),
         ({"metrics": ("flips", "oscillation"), "oscillation_ema": 2}, "momentum above 0"),
         ({"metrics": ("flips", "oscillation"), "oscillation_ema": (0.1, 3)}, r"lies in \[0, 1\)"),
+        ({"metrics": ("flips", "oscillation"), "oscillation_ema": "0.1"}, "momentum above 0"),
+        ({"metrics": ("flips", "oscillation"), "oscillation_ema": [0.1, 0.1, 0.1]}, "momentum and a threshold"),
+        ({"metrics": None}, "'flips' in it"),
+        ({"metrics": ("flips", Coverage)}, r"call it: Coverage\(\)"),
+        ({"metrics": ("flips", "coverage", Coverage())}, r"are called, or give, \['coverage'"),
     ],
 )
 def test_mistakes_raise_at_once(options, message):
@@ -285,3 +311,107 @@ def test_a_group_that_fails_is_dropped_with_a_warning_and_all_else_goes_on(digit
     assert len([w for w in warned if "broken" in str(w.message)]) == 2, "once a layer"
     for name, flips in optimizer.tracker.get_flip_counts().items():
         assert flips == sum(int((f != 0).sum()) for f in history.flips(name))
+
+
+def test_a_group_may_not_take_a_name_that_is_there():
+    class Mine(Metric):
+        name = "mine"
+        gauges = ("flip_rate",)
+
+        def open(self, name, weight):
+            return None
+
+    model = digits_model()
+    with pytest.raises(ValueError, match=r"\['flip_rate'\]"):
+        FlipTrackingOptimizer(torch.optim.SGD(model.parameters()), model, metrics=("flips", Mine()), sinks=[])
+
+
+def test_what_a_group_makes_of_a_skipped_step_is_dropped(digits):
+    class Infinite(Metric):
+        name = "infinite"
+        ratios = ("infinite_ratio",)
+
+        def open(self, name, weight):
+            return Adding()
+
+    class Adding(LayerMetric):
+        def after(self, weight, sums):
+            sums += math.inf
+
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.5, fused=True), model, metrics=("flips", Infinite()), sinks=[]
+    )
+    backward(model, digits, 0)
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.step()
+    assert optimizer.tracker.record(may_be_empty=True).model.total.ratios["infinite_ratio"] == (0, 0)
+
+
+def test_weights_that_are_stored_in_another_dtype_now_begin_anew():
+    weight = nn.Parameter(torch.randn(8, 8))
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.SGD([weight], lr=0.0), quantizer="native", metrics=("flips", "coverage"), sinks=[]
+    )
+    weight.grad = torch.ones(8, 8)
+    optimizer.step()
+    weight.data = weight.data.bfloat16()
+    weight.grad = None
+    optimizer.step()
+    assert optimizer.tracker.record().layers[0].gauges["net_flipped"] == (0, 64)
+
+
+def test_what_a_checkpoint_remembers_and_nobody_asks_for_is_dropped_aloud(digits):
+    both, _ = train("float8_e4m3", ("flips", "oscillation", "coverage"), digits, steps=3, oscillation_ema=0.1)
+    one, _ = train("float8_e4m3", ("flips", "oscillation"), digits, steps=1)
+    with pytest.warns(UserWarning, match=r"\['coverage'\] remembered of each weight"):
+        one.load_state_dict(both.state_dict())
+    one.param_groups[0]["lr"] = 0.0
+    one.step()
+    kept = one.tracker.state_dict()["weights"]["0.weight"]
+    assert kept.keys() == {"oscillation"}
+    known = both.tracker.state_dict()["weights"]["0.weight"]["oscillation"]["directions"]
+    assert torch.equal(kept["oscillation"]["directions"] != 0, known != 0)
+
+
+def test_memory_is_given_back_and_not_taken_again(digits):
+    model = digits_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with track_flips(optimizer, model, metrics=("flips", "coverage", "range"), end_step=3, sinks=[]) as handle:
+        for step in range(5):
+            backward(model, digits, step)
+            optimizer.step()
+            handle.tracker.record()
+        assert handle.tracker.memory_usage().codes == 0
+    assert handle.tracker.memory_usage().metrics == 0
+
+
+def test_gauges_are_not_used_up_where_nothing_was_tracked(digits):
+    model = digits_model()
+    have_rank = []
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        metrics={"flips": 1, "rank": 5},
+        track_every=4,
+        start_step=2,
+        log_every=2,
+        sinks=[lambda record: have_rank.append((record.step, "stable_rank" in record.model.values))],
+    )
+    for step in range(16):
+        backward(model, digits, step)
+        optimizer.step()
+    assert have_rank == [(4, True), (8, False), (12, True), (16, False)]
+
+
+def test_another_quantizer_again_and_again_takes_no_more_memory():
+    weight = nn.Parameter(torch.randn(8, 8))
+    tracker, counters = WeightFlipTracker(metrics=("flips", "coverage")), set()
+    for step in range(40):
+        weights = [TrackedWeight("w", weight, resolve("e3m4" if step % 2 else "e4m3"))]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tracker.before_step(weights)
+        tracker.after_step()
+        counters.add(tracker.memory_usage().counters)
+    assert len(counters) == 1

@@ -86,8 +86,12 @@ class _Group(NamedTuple):
 
 def _make_groups(metrics: Any, oscillation_ema: float | tuple[float, float] | None) -> tuple[list[str], list[_Group]]:
     """The names in ``metrics=``, and the groups beside flips and stalls."""
-    is_mapping = isinstance(metrics, Mapping)
-    asked: dict[Any, Any] = dict(metrics) if is_mapping else {} if isinstance(metrics, str) else dict.fromkeys(metrics)
+    asked: dict[Any, Any] = {}
+    if isinstance(metrics, Mapping):
+        asked = dict(metrics)
+    elif isinstance(metrics, Iterable) and not isinstance(metrics, str):
+        asked = dict.fromkeys(metrics)
+    names = [name for name in METRICS if name in asked]
     if "flips" not in asked:
         raise ValueError(
             "metrics= is a sequence with 'flips' in it, or a mapping from such names to every how many steps each is "
@@ -99,7 +103,9 @@ def _make_groups(metrics: Any, oscillation_ema: float | tuple[float, float] | No
     if oscillation_ema is not None:
         if "oscillation" not in asked:
             raise ValueError("oscillation_ema= belongs to the group 'oscillation'; add it to metrics=")
-        options = oscillation_ema if isinstance(oscillation_ema, tuple) else (oscillation_ema,)
+        options = oscillation_ema if isinstance(oscillation_ema, (tuple, list)) else (oscillation_ema,)
+        if len(options) > 2:
+            raise ValueError(f"oscillation_ema= is a momentum, or a momentum and a threshold; got {oscillation_ema!r}")
         asked = {Oscillation(*options) if name == "oscillation" else name: every for name, every in asked.items()}
     groups, start = [], 0
     for metric, every in make_metrics(asked):
@@ -108,7 +114,6 @@ def _make_groups(metrics: Any, oscillation_ema: float | tuple[float, float] | No
         bins = slice(gauges.stop, gauges.stop + sum(len(bins.edges) - 1 for bins in metric.histograms))
         groups.append(_Group(metric, every, sums, gauges, bins))
         start = bins.stop
-    names = [name for name in METRICS if name in (metrics if not isinstance(metrics, str) else ())]
     return names + [group.metric.name for group in groups], groups
 
 
@@ -165,7 +170,8 @@ class _Ledger:
             valid = valid.to(self.device, torch.int64, non_blocking=True)
             self.total.addcmul_(self.step, valid)
         if self.more_total is not None and self.more_step is not None:
-            self.more_total.add_(self.more_step if valid is None else self.more_step * valid)
+            # Not a product: what a group made of a step that was none may be infinite.
+            self.more_total.add_(self.more_step if valid is None else self.more_step.where(valid != 0, 0.0))
 
     def keep(self, rows: list[int], wanted: Tensor) -> None:
         """Forget what was counted in this step of those of the layers that are not wanted.
@@ -218,6 +224,8 @@ class _Layer:
     """Name of a group to what it keeps, once there is a baseline; None for a group without numbers for this layer."""
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """What groups kept in a checkpoint, or on another device."""
+    code_kind: tuple[torch.Size, torch.dtype] | None = None
+    """Shape and dtype of the codes that groups began with."""
 
     def drop_codes(self, *, stamp: bool = True) -> None:
         self.codes = self.scale_codes = self.scale = self.tracked = self.member = None
@@ -230,7 +238,7 @@ class _Layer:
 
     def metric_tensors(self) -> dict[str, dict[str, Tensor]]:
         if self.metrics is None:
-            return self.saved
+            return {group: dict(tensors) for group, tensors in self.saved.items()}
         return {group: metric.tensors for group, metric in self.metrics.items() if metric is not None and metric.state}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -332,6 +340,7 @@ class WeightFlipTracker:
         self._skipped: Tensor | None = None
         self._window_base: dict[str, list[float]] = {}
         self._gauged: dict[str, int] = {}
+        self._has_news = False
         self._together: _Together | None = None
         self._sharded = distributed.ShardedWeights()
         self._added_up: tuple[int, dict[str, list[float]]] | None = None
@@ -443,9 +452,13 @@ class WeightFlipTracker:
     @property
     def is_tracking(self) -> bool:
         """Whether the coming step is one that is tracked."""
-        if self._steps < self.start_step or (self.end_step is not None and self._steps >= self.end_step):
+        if self._steps < self.start_step or self._is_over:
             return False
         return (self._steps - self.start_step) % self.track_every == 0
+
+    @property
+    def _is_over(self) -> bool:
+        return self.end_step is not None and self._steps >= self.end_step
 
     @property
     def step_count(self) -> int:
@@ -509,6 +522,7 @@ class WeightFlipTracker:
         """Give back the memory of codes and buffers; the numbers stay, and the next step starts with a baseline."""
         for layer in self._layers.values():
             layer.drop_codes()
+            layer.metrics, layer.saved = None, {}
         self._current, self._scratch = [], kernels.ScratchPool()
         self._together = None
         self._grads.clear()
@@ -530,6 +544,7 @@ class WeightFlipTracker:
             self._skipped = skipped if self._skipped is None else self._skipped.to(skipped.device) + skipped
         if not tracked_step:
             return
+        self._has_news = True
         for ledger in self._ledgers.values():
             ledger.begin_step()
         self._bring_together()
@@ -615,9 +630,7 @@ class WeightFlipTracker:
         processes have to call it. Between two such calls, all numbers of a sharded run are those of the first one, on
         each process the same.
         """
-        if self._sharded:
-            self._look()
-            self._add_up()
+        self._add_up()
 
     def _add_up(self) -> None:
         if not self._sharded:
@@ -810,7 +823,9 @@ class WeightFlipTracker:
         )
         counters = sum(ledger.nbytes for ledger in self._ledgers.values())
         metrics = sum(
-            metric.nbytes for layer in self._layers.values() for metric in (layer.metrics or {}).values() if metric
+            sum(metric.nbytes for metric in (layer.metrics or {}).values() if metric is not None)
+            + sum(tensor.nbytes for tensors in layer.saved.values() for tensor in tensors.values())
+            for layer in self._layers.values()
         )
         return MemoryUsage(codes, counters, self._scratch.nbytes, metrics)
 
@@ -868,8 +883,17 @@ class WeightFlipTracker:
             if ratio in columns:
                 at = slice(columns[ratio], columns[ratio] + 2)
                 layers[name].base[at], window_base[name][at] = numbers[:2], numbers[2:]
+        asked = {group.metric.name for group in self._groups}
+        unasked: set[str] = set()
         for name, kept in state_dict.get("weights", {}).items():
-            layers[name].saved = {group: dict(tensors) for group, tensors in kept.items()}
+            layers[name].saved = {group: dict(tensors) for group, tensors in kept.items() if group in asked}
+            unasked.update(kept.keys() - asked)
+        if unasked:
+            warnings.warn(
+                f"weightflip: what {sorted(unasked)} remembered of each weight in the checkpoint is dropped, since "
+                "metrics= does not ask for it",
+                stacklevel=2,
+            )
         steps = int(state_dict["steps"])
         self.reset()
         self._layers, self._window_base, self._steps = layers, window_base, steps
@@ -892,10 +916,11 @@ class WeightFlipTracker:
                 else f"had {layer.weights} weights and has {weights}"
             )
             warnings.warn(f"weightflip: {name!r} {change} now; its counts start anew", stacklevel=2)
-            if layer.ledger is not None:
-                layer.ledger.discard(layer.row)
             self._window_base.pop(name, None)
-            layer = None
+            if layer.ledger is not None:
+                layer.ledger.clear_row(layer.row)
+            place: dict[str, Any] = {"ledger": layer.ledger, "row": layer.row}
+            layer = self._layers[name] = _Layer(name, weights, quantizer, self._zeros(), **place)
         if layer is None:
             layer = self._layers[name] = _Layer(name, weights, quantizer, self._zeros())
         if layer.ledger is None or layer.ledger.device != weight.device:
@@ -1010,12 +1035,11 @@ class WeightFlipTracker:
 
     def _forget_codes(self) -> None:
         self._marks = None
-        is_over = self.end_step is not None and self._steps >= self.end_step
         for layer in self._layers.values():
             layer.stamp = None
-            if self.low_memory or is_over:
+            if self.low_memory or self._is_over:
                 layer.drop_codes()
-        if self.low_memory or is_over:
+        if self.low_memory or self._is_over:
             self._together = None
 
     def _give_up(self, name: str, error: Exception) -> None:
@@ -1124,8 +1148,12 @@ class WeightFlipTracker:
             return
         layer = self._layers[tracked.name]
         seen = _seen(layer, *_weight_and_quantizer(tracked))
+        kind = seen.codes.shape, seen.codes.dtype
+        if layer.metrics is not None and layer.code_kind != kind:
+            # Stored in another dtype now: what was remembered is of other codes.
+            layer.metrics = None
         if layer.metrics is None:
-            layer.metrics = {}
+            layer.metrics, layer.code_kind = {}, kind
             for group in self._groups:
                 self._ask(layer, group, self._open, layer, group, seen)
         for group, metric in self._due(layer):
@@ -1138,12 +1166,10 @@ class WeightFlipTracker:
             return
         metric = layer.metrics[group.metric.name] = group.metric.open(layer.name, seen)
         saved = layer.saved.pop(group.metric.name, {})
-        if metric is None or {name: tensor.shape for name, tensor in saved.items()} != {
-            name: tensor.shape for name, tensor in metric.tensors.items()
-        }:
-            return
-        for name, tensor in saved.items():
-            metric.tensors[name].copy_(tensor)
+        for name, tensor in {} if metric is None else metric.tensors.items():
+            kept = saved.get(name)
+            if kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype):
+                tensor.copy_(kept)
 
     def _due(self, layer: _Layer) -> list[tuple[_Group, LayerMetric]]:
         """The groups that look at this step, with what they keep of the layer."""
@@ -1184,6 +1210,8 @@ class WeightFlipTracker:
             return None
         values = quantizer.grouped(weight) if isinstance(quantizer, ElementwiseQuantizer) else weight
 
+        valid = None if valid is None else valid.to(weight.device, non_blocking=True)
+
         def observe(index: kernels.Index, old: Tensor, new: Tensor) -> None:
             part = Slice(index, values[index], old, new, valid, self._scratch)
             for group, metric in due:
@@ -1203,7 +1231,8 @@ class WeightFlipTracker:
             if group.gauges.start < group.bins.stop
             and self._steps - self._gauged.get(group.metric.name, -group.every) >= group.every
         ]
-        if not due or not self._current:
+        has_news, self._has_news = self._has_news, False
+        if not due or not self._current or not has_news:
             return
         self._gauged.update({group.metric.name: self._steps for group in due})
         for tracked in self._current:
@@ -1221,7 +1250,7 @@ class WeightFlipTracker:
                 metric = (layer.metrics or {}).get(group.metric.name)
                 if metric is not None:
                     self._ask(layer, group, metric.gauge, seen, row[group.gauges].view(-1, 2), row[group.bins])
-            if self.low_memory:
+            if self.low_memory or self._is_over:
                 layer.drop_codes(stamp=False)
 
     # ------------------------------------------------------------------ reading the counters
