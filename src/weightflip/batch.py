@@ -11,9 +11,9 @@ from torch import Tensor
 
 from weightflip import functional, kernels
 
-# A run's elements: so few that they are still in the caches when they are counted, after their largest magnitudes were
-# looked for, and so many that a run's calls do not show.
-_ELEMENTS_PER_RUN = 1 << 21
+# A run's elements: so many that starting its threads does not show (2M took a third longer), and so few that the
+# scales of its blocks stay small: 4 MiB for blocks of 16.
+_ELEMENTS_PER_RUN = 1 << 24
 
 
 class Shared(functional.Elementwise, Protocol):
