@@ -93,7 +93,7 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
     if not is_plain or weight.data_ptr() == 0 or weight.data_ptr() % weight.element_size():
         return None
     for update in (None, weight.dtype) if with_updates else (None,):
-        if not run.can_do(kernels.Kind(weight.dtype, update, codes.dtype, rounding), scaled=over != "nothing"):
+        if not run.can_do(kernels.Kind(weight.dtype, update, codes.dtype, rounding, weight.device), scaled=over != "nothing"):
             return None
     scale_codes, group = None, 0
     if over == "group":
@@ -198,7 +198,9 @@ class _Part:
         first = members[pieces[0].member]
         self.quantizer = first.quantizer
         self.is_scaled = first.group != 0
-        kind = kernels.Kind(first.dtype, first.dtype if with_updates else None, first.codes.dtype, first.rounding)
+        kind = kernels.Kind(
+            first.dtype, first.dtype if with_updates else None, first.codes.dtype, first.rounding, first.codes.device
+        )
         item, code = first.dtype.itemsize, first.codes.dtype.itemsize
         self.run = first.run(
             [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import types
 import warnings
 from collections.abc import Callable
@@ -21,8 +20,6 @@ import torch
 from numba import carray  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
-
-from weightflip.formats import FP32, Rounding
 
 _INT32, _FLOAT32 = np.int32, np.float32
 
@@ -251,24 +248,3 @@ def _compiled(function: Any, dtypes: tuple[torch.dtype | None, ...], arguments: 
         else:
             break
     return kernel
-
-
-@functools.lru_cache(maxsize=64)
-def constants(rounding: Rounding) -> tuple[np.generic, ...] | None:
-    """What the counting loop needs to know of a format; None for one that it cannot round to in float32."""
-    format = rounding.format
-    cut = FP32.mantissa_bits - format.mantissa_bits
-    adder_exponent = format.min_exponent + cut
-    if cut < 1 or format.min_exponent < FP32.min_exponent or adder_exponent > FP32.max_exponent:
-        return None
-    offset = (FP32.bias - format.bias) << format.mantissa_bits
-    first_normal = np.float32(math.inf if format.exponent_bits == 0 else format.smallest_normal).view(np.int32)
-    adder = np.float32(math.ldexp(1.0, adder_exponent))
-    return (
-        np.int32(cut),
-        np.int32(offset),
-        first_normal,
-        adder,
-        np.int32(rounding.overflow),
-        np.int32(format.nan_ordinal),
-    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weightflip.formats import Rounding
 from weightflip.kernels import compiled
+from weightflip.kernels.constants import constants
 from weightflip.kernels.runs import Kind, Stretch
+
+DEVICE = "cpu"
 
 # Weights with fewer elements than this are done before a second thread has woken up.
 _ELEMENTS_PER_THREAD = 1 << 16
@@ -45,7 +47,9 @@ class Run:
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind = kind
-        self._constants = compiled.constants(kind.rounding)
+        numbers = constants(kind.rounding)
+        assert numbers is not None
+        self._constants = tuple(numbers)
         self._places = places = np.zeros((len(stretches), compiled.COLUMNS), dtype=np.int64)
         table = np.array(stretches, dtype=np.int64)
         places[:, compiled.WEIGHT], places[:, compiled.CODES] = table[:, 0], table[:, 1]
@@ -62,14 +66,14 @@ class Run:
 
     @staticmethod
     def can_do(kind: Kind, *, scaled: bool) -> bool:
-        constants = compiled.constants(kind.rounding)
-        if constants is None or kind.weight not in _STORED or kind.codes not in _CODES:
+        numbers = constants(kind.rounding)
+        if numbers is None or kind.weight not in _STORED or kind.codes not in _CODES:
             return False
         if kind.update is not None and kind.update not in _BITS:
             return False
         if scaled and compiled.largest_range(_BITS[kind.weight]) is None:
             return False
-        return _count_range(kind, constants) is not None
+        return _count_range(kind, tuple(numbers)) is not None
 
     def largest(self) -> Tensor:
         bits = _BITS[self.kind.weight]
@@ -102,7 +106,6 @@ class Run:
             places[:, compiled.SCALE] = 0
             places[:, compiled.GROUP] = places[:, compiled.NUMEL]
         scales = _NO_SCALE if scale is None else scale.numpy()
-        assert self._constants is not None
         kernel = _count_range(self.kind, self._constants)
         bounds = self._bounds()
         found = np.zeros((len(bounds) - 1, len(places), 3), dtype=np.int64)
@@ -127,9 +130,9 @@ class Run:
         return [self._numel * part // parts for part in range(parts + 1)]
 
 
-def _count_range(kind: Kind, constants: tuple[np.generic, ...]) -> Any:
+def _count_range(kind: Kind, numbers: tuple[np.generic, ...]) -> Any:
     update = None if kind.update is None else _BITS[kind.update]
-    return compiled.count_range(_STORED[kind.weight], update, _CODES[kind.codes], constants)
+    return compiled.count_range(_STORED[kind.weight], update, _CODES[kind.codes], numbers)
 
 
 def _in_threads(work: Callable[[int], None], parts: int) -> None:
@@ -137,56 +140,3 @@ def _in_threads(work: Callable[[int], None], parts: int) -> None:
     work(0)
     for other in others:
         other.result()
-
-
-def count_(
-    weight: Tensor, scale: Tensor | None, rounding: Rounding, codes: Tensor, update: Tensor | None, counts: Tensor
-) -> bool:
-    """Encode, compare, add to ``counts`` and store the new codes, if these tensors are of the kinds known here.
-
-    Args:
-        weight: Before rounding; float32 or bfloat16, dense.
-        scale: None, or float32 of one element, or of one for so many neighbours in memory.
-        rounding: How a weight becomes an ordinal.
-        codes: Ordinals before the step, laid out as the weight; overwritten.
-        update: The gradient, or a bool mask of the weights that had one, laid out as the weight; None counts no
-            updates.
-        counts: int64 of shape (3,): flips, updates, stalled; added to.
-
-    Returns:
-        Whether it was done; False leaves everything as it was.
-    """
-    group = _group(weight, scale)
-    if group is None or not torch.ops.aten.is_non_overlapping_and_dense(weight):
-        return False
-    if not (_is_laid_out(weight, weight, _STORED) and _is_laid_out(codes, weight, _CODES)):
-        return False
-    if update is not None and not _is_laid_out(update, weight, _BITS):
-        return False
-    kind = Kind(weight.dtype, None if update is None else update.dtype, codes.dtype, rounding)
-    if not Run.can_do(kind, scaled=False):
-        return False
-    if weight.numel() == 0:
-        return True
-    run = Run([Stretch(weight.data_ptr(), codes.data_ptr(), weight.numel(), group)], kind)
-    flat_scale = None if scale is None else scale.detach().reshape(-1).contiguous()
-    counts.add_(run.count_(flat_scale, None if update is None else torch.tensor([update.data_ptr()]))[0])
-    return True
-
-
-def _is_laid_out(tensor: Tensor, like: Tensor, dtypes: Mapping[torch.dtype, torch.dtype]) -> bool:
-    """Whether a tensor's memory can be read beside that of ``like``."""
-    if tensor.dtype not in dtypes or tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
-        return False
-    return tensor.shape == like.shape and tensor.stride() == like.stride() and not tensor.is_neg()
-
-
-def _group(weight: Tensor, scale: Tensor | None) -> int | None:
-    """How many neighbours in memory share a scale."""
-    numel = max(1, weight.numel())
-    if scale is None or scale.numel() == 1:
-        return numel if scale is None or scale.dtype is torch.float32 else None
-    by_row = scale.shape == (*weight.shape[:-1], 1)
-    if scale.dtype is not torch.float32 or not by_row or not weight.is_contiguous():
-        return None
-    return weight.shape[-1]

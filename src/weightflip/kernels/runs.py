@@ -1,4 +1,4 @@
-"""What a kernel needs to know to count many weights in one call."""
+"""What a kernel needs to know to count many weights in one call, or one by itself."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ class Kind(NamedTuple):
         update: dtype of the updates; None where none are counted.
         codes: dtype of the codes.
         rounding: How a weight becomes an ordinal.
+        device: Where they are.
     """
 
     weight: torch.dtype
     update: torch.dtype | None
     codes: torch.dtype
     rounding: Rounding
+    device: torch.device
 
 
 class Run(Protocol):
@@ -57,7 +59,10 @@ class Run(Protocol):
         ...
 
     def largest(self) -> Tensor:
-        """The largest magnitude under each scale, float32, stretch after stretch; NaN where there is one."""
+        """The largest magnitude under each scale, float32, stretch after stretch; NaN where there is one.
+
+        On the weights' device, as all tensors here.
+        """
         ...
 
     def count_(self, scale: Tensor | None, updates: Tensor | None) -> Tensor:
@@ -65,10 +70,68 @@ class Run(Protocol):
 
         Args:
             scale: float32, one for each element of :meth:`largest`; None where weights are rounded as they are.
-            updates: int64, addresses of the updates, a stretch each; 0 for one that has none. Not wider than the
-                weight. None where none are counted.
+            updates: int64, on the CPU: addresses of the updates, a stretch each; 0 for one that has none. Not wider
+                than the weight. None where none are counted.
 
         Returns:
             int64 of shape (stretches, 3): flips, updates, stalled.
         """
         ...
+
+
+def count_alone(
+    run: type[Run],
+    weight: Tensor,
+    scale: Tensor | None,
+    rounding: Rounding,
+    codes: Tensor,
+    update: Tensor | None,
+    counts: Tensor,
+) -> bool:
+    """Encode one weight, compare, add to ``counts`` and store the new codes, if these tensors are of the kinds known.
+
+    Args:
+        run: The kernel, for the weight's device.
+        weight: Before rounding; dense.
+        scale: None, or float32 of one element, or of one for so many neighbours in memory.
+        rounding: How a weight becomes an ordinal.
+        codes: Ordinals before the step, laid out as the weight; overwritten.
+        update: The gradient, or a bool mask of the weights that had one, laid out as the weight; None counts no
+            updates.
+        counts: int64 of shape (3,): flips, updates, stalled; added to.
+
+    Returns:
+        Whether it was done; False leaves everything as it was.
+    """
+    group = _group(weight, scale)
+    if group is None or not torch.ops.aten.is_non_overlapping_and_dense(weight):
+        return False
+    if not all(_is_laid_out(tensor, weight) for tensor in (weight, codes, update) if tensor is not None):
+        return False
+    kind = Kind(weight.dtype, None if update is None else update.dtype, codes.dtype, rounding, weight.device)
+    if not run.can_do(kind, scaled=False):
+        return False
+    if weight.numel() == 0:
+        return True
+    alone = run([Stretch(weight.data_ptr(), codes.data_ptr(), weight.numel(), group)], kind)
+    flat_scale = None if scale is None else scale.detach().reshape(-1).contiguous()
+    counts.add_(alone.count_(flat_scale, None if update is None else torch.tensor([update.data_ptr()]))[0])
+    return True
+
+
+def _is_laid_out(tensor: Tensor, like: Tensor) -> bool:
+    """Whether a tensor's memory can be read beside that of ``like``."""
+    if tensor.device != like.device or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    return tensor.shape == like.shape and tensor.stride() == like.stride() and not tensor.is_neg()
+
+
+def _group(weight: Tensor, scale: Tensor | None) -> int | None:
+    """How many neighbours in memory share a scale."""
+    numel = max(1, weight.numel())
+    if scale is None or scale.numel() == 1:
+        return numel if scale is None or scale.dtype is torch.float32 else None
+    by_row = scale.shape == (*weight.shape[:-1], 1)
+    if scale.dtype is not torch.float32 or not by_row or not weight.is_contiguous():
+        return None
+    return weight.shape[-1]

@@ -1,0 +1,274 @@
+"""One pass over many weights on a GPU, as a Triton kernel: encode, compare, count and store, with nothing in between.
+
+Imported only where Triton is, which comes with torch's builds for CUDA. Under ``TRITON_INTERPRET=1`` Triton runs the
+same kernels on the CPU, slowly: that is how they are tested where there is no GPU.
+
+A program handles a tile: some scales' groups of weights, and some neighbours of each. A table on the device tells where
+each stretch of memory lies, and a list which stretch a tile belongs to; both are made once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from weightflip.kernels.constants import constants
+from weightflip.kernels.runs import Kind, Stretch
+
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
+
+_ELEMENTS_PER_TILE = 1 << 12
+# Neighbours in a tile, where there are so many: whole lines of the cache, of one-byte codes too.
+_NEIGHBOURS = 128
+_WARPS = 8
+# Bytes that a thread can read at once.
+_ALIGNMENT = 16
+
+_STORED = {torch.float32: tl.int32, torch.bfloat16: tl.int16, torch.float16: tl.float16}
+_CODES = {torch.int8: tl.int8, torch.int16: tl.int16}
+_BITS = {torch.float32: tl.int32, torch.bfloat16: tl.int16, torch.float16: tl.int16, torch.bool: tl.int8}
+_MAGNITUDE = {tl.int32: 0x7FFFFFFF, tl.int16: 0x7FFF, tl.int8: 0x7F}
+
+# Columns of the table: see ``_tile``.
+_COLUMNS = tl.constexpr(6)
+
+
+@triton.jit
+def _tile(places, tiles, rows: tl.constexpr, columns: tl.constexpr, is_aligned: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where this program's tile lies: stretch, weight and codes, first scale, groups, elements, and which there are."""
+    stretch = tl.load(tiles + tl.program_id(0)).to(tl.int64)
+    place = places + stretch * _COLUMNS
+    weight, codes = tl.load(place), tl.load(place + 1)
+    numel, group = tl.load(place + 2), tl.load(place + 3)
+    first_scale, first_tile = tl.load(place + 4), tl.load(place + 5)
+    if is_aligned:
+        numel, group = tl.multiple_of(numel, 16), tl.multiple_of(group, 16)
+    tile = tl.program_id(0) - first_tile
+    across = tl.cdiv(group, columns)
+    groups = (tile // across) * rows + tl.arange(0, rows)
+    within = (tile % across) * columns + tl.arange(0, columns)
+    elements = groups[:, None] * group + within[None, :]
+    is_there = (elements < numel) & (within < group)[None, :]
+    return stretch, weight, codes, first_scale, groups, elements, is_there
+
+
+@triton.jit
+def _pointers(address, elements, dtype: tl.constexpr, is_aligned: tl.constexpr):  # type: ignore[no-untyped-def]
+    pointers = address.to(tl.pointer_type(dtype)) + elements
+    if is_aligned:
+        # Said of all of them: from the address alone the compiler concludes nothing.
+        pointers = tl.multiple_of(pointers, [1, 16])
+    return pointers
+
+
+@triton.jit
+def _float32_bits(address, elements, is_there, stored: tl.constexpr, is_aligned: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Weights as the bits of float32; 0 where there is none."""
+    weight = tl.load(_pointers(address, elements, stored, is_aligned), mask=is_there, other=0)
+    if stored == tl.int16:
+        # bfloat16 is the upper half.
+        bits = weight.to(tl.int32) << 16
+    else:
+        bits = weight.to(tl.float32).to(tl.int32, bitcast=True) if stored == tl.float16 else weight
+    return bits
+
+
+@triton.jit
+def _largest(  # type: ignore[no-untyped-def]
+    places,
+    tiles,
+    largest,
+    stored: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    is_aligned: tl.constexpr,
+):
+    _, weight, _, first_scale, groups, elements, is_there = _tile(places, tiles, rows, columns, is_aligned)
+    # Of numbers without a sign the bit patterns have the numbers' order, and NaN is above them all.
+    found = tl.max(_float32_bits(weight, elements, is_there, stored, is_aligned) & 0x7FFFFFFF, axis=1)
+    has_any = tl.max(is_there.to(tl.int32), axis=1) != 0
+    tl.atomic_max(largest + first_scale + groups, found, mask=has_any, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["cut", "offset", "first_normal", "adder", "overflow", "nan"])
+def _count(  # type: ignore[no-untyped-def]
+    places,
+    tiles,
+    scales,
+    updates,
+    counts,
+    cut,
+    offset,
+    first_normal,
+    adder,
+    overflow,
+    nan,
+    stored: tl.constexpr,
+    coded: tl.constexpr,
+    updated: tl.constexpr,
+    update_mask: tl.constexpr,
+    is_scaled: tl.constexpr,
+    divides: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    is_aligned: tl.constexpr,
+):
+    stretch, weight, codes, first_scale, groups, elements, is_there = _tile(places, tiles, rows, columns, is_aligned)
+    scaled = _float32_bits(weight, elements, is_there, stored, is_aligned).to(tl.float32, bitcast=True)
+    if is_scaled:
+        has_any = tl.max(is_there.to(tl.int32), axis=1) != 0
+        scale = tl.load(scales + first_scale + groups, mask=has_any, other=1.0)[:, None]
+        # `/` is approximate on a GPU.
+        scaled = tl.div_rn(scaled, scale) if divides else scaled * scale
+    bits = scaled.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # As weightflip.quantizers.floatx.round_to_ordinals, which explains it.
+    is_odd = ((magnitude >> cut) - offset) & 1
+    normal = ((magnitude + ((1 << (cut - 1)) - 1) + is_odd) >> cut) - offset
+    raised = magnitude.to(tl.float32, bitcast=True) + adder.to(tl.float32, bitcast=True)
+    subnormal = raised.to(tl.int32, bitcast=True) - adder
+    code = tl.minimum(tl.where(magnitude < first_normal, subnormal, normal), overflow)
+    code = tl.where(bits < 0, -code, code)
+    code = tl.where(magnitude > 0x7F800000, nan, code).to(coded)
+
+    kept = _pointers(codes, elements, coded, is_aligned)
+    has_flipped = (tl.load(kept, mask=is_there, other=0) != code) & is_there
+    tl.store(kept, code, mask=is_there)
+    count = counts + stretch * 3
+    tl.atomic_add(count, tl.sum(has_flipped.to(tl.int32)).to(tl.int64), sem="relaxed")
+    if updated is not None:
+        update = tl.load(updates + stretch)
+        if update != 0:
+            stored_update = tl.load(_pointers(update, elements, updated, is_aligned), mask=is_there, other=0)
+            is_updated = (stored_update & update_mask) != 0
+            is_stalled = is_updated & (has_flipped == 0)
+            tl.atomic_add(count + 1, tl.sum(is_updated.to(tl.int32)).to(tl.int64), sem="relaxed")
+            tl.atomic_add(count + 2, tl.sum(is_stalled.to(tl.int32)).to(tl.int64), sem="relaxed")
+
+
+class _Launch(NamedTuple):
+    """Stretches whose tiles have one shape.
+
+    Attributes:
+        stretches: Which.
+        tiles: The stretch that each tile belongs to, int32.
+        columns: How many neighbours a tile has.
+        is_aligned: Whether wide reads are possible.
+    """
+
+    stretches: Tensor
+    tiles: Tensor
+    columns: int
+    is_aligned: bool
+
+
+class Run:
+    """A :class:`weightflip.kernels.runs.Run` for CUDA devices. Nothing here waits for the device."""
+
+    def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
+        self.kind, self.device = kind, kind.device
+        table = np.array(stretches, dtype=np.int64)
+        numel, group = table[:, 2], table[:, 3]
+        scales = -(-numel // group)
+        self._scales = int(scales.sum())
+        places = np.zeros((len(table), _COLUMNS.value), dtype=np.int64)
+        places[:, :4] = table
+        places[1:, 4] = scales[:-1].cumsum()
+
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for index, stretch in enumerate(stretches):
+            alike.setdefault((_columns(stretch.group, int(scales[index])), _is_aligned(stretch)), []).append(index)
+        self._launches = []
+        for (columns, is_aligned), indices in alike.items():
+            tiles = _tiles(group[indices], scales[indices], columns)
+            places[indices, 5] = tiles.cumsum() - tiles
+            owners = _upload(np.repeat(np.array(indices, dtype=np.int32), tiles), kind.device)
+            self._launches.append(_Launch(torch.tensor(indices), owners, columns, is_aligned))
+        self._places = _upload(places, kind.device)
+
+    @staticmethod
+    def can_do(kind: Kind, *, scaled: bool) -> bool:
+        return (
+            constants(kind.rounding) is not None
+            and kind.weight in _STORED
+            and kind.codes in _CODES
+            and (kind.update is None or kind.update in _BITS)
+        )
+
+    def largest(self) -> Tensor:
+        bits = torch.zeros(self._scales, dtype=torch.int32, device=self.device)
+        for launch in self._launches:
+            self._start(_largest, launch, launch.is_aligned, bits, stored=_STORED[self.kind.weight])
+        return bits.view(torch.float32)
+
+    def count_(self, scale: Tensor | None, updates: Tensor | None) -> Tensor:
+        counts = torch.zeros(len(self._places), 3, dtype=torch.int64, device=self.device)
+        numbers = constants(self.kind.rounding)
+        assert numbers is not None
+        updated = None if self.kind.update is None or updates is None else _BITS[self.kind.update]
+        addresses = counts if updates is None else _upload(updates.numpy(), self.device)
+        for launch in self._launches:
+            is_aligned = launch.is_aligned
+            if updates is not None:
+                is_aligned = is_aligned and not (updates[launch.stretches] % _ALIGNMENT).any()
+            self._start(
+                _count,
+                launch,
+                is_aligned,
+                counts if scale is None else scale,
+                addresses,
+                counts,
+                *(int(number.view(np.int32)) for number in numbers),
+                stored=_STORED[self.kind.weight],
+                coded=_CODES[self.kind.codes],
+                updated=updated,
+                update_mask=0 if updated is None else _MAGNITUDE[updated],
+                is_scaled=scale is not None,
+                divides=self.kind.rounding.divides,
+            )
+        return counts
+
+    def _start(self, kernel: Any, launch: _Launch, is_aligned: bool, *arguments: Any, **options: Any) -> None:
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            kernel[(len(launch.tiles),)](
+                self._places,
+                launch.tiles,
+                *arguments,
+                **options,
+                rows=_ELEMENTS_PER_TILE // launch.columns,
+                columns=launch.columns,
+                is_aligned=is_aligned,
+                num_warps=_WARPS,
+                # A product that is added to is rounded first, as everywhere else.
+                enable_fp_fusion=False,
+            )
+
+
+def _columns(group: int, groups: int) -> int:
+    """How many neighbours a tile has, so that there are few tiles."""
+    width, widths = min(_NEIGHBOURS, 1 << (group - 1).bit_length(), _ELEMENTS_PER_TILE), []
+    while width <= _ELEMENTS_PER_TILE:
+        widths.append(width)
+        width *= 2
+    return min(reversed(widths), key=lambda width: _tiles(group, groups, width))
+
+
+def _tiles(group: Any, groups: Any, columns: int) -> Any:
+    return -(-group // columns) * -(-groups // (_ELEMENTS_PER_TILE // columns))
+
+
+def _is_aligned(stretch: Stretch) -> bool:
+    return all(number % _ALIGNMENT == 0 for number in stretch)
+
+
+def _upload(array: Any, device: torch.device) -> Tensor:
+    """A copy on the device, for which nothing waits: from pageable memory a copy would."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone()
