@@ -15,6 +15,7 @@ from weightflip.quantizers.floatx import FloatxQuantizer
 from weightflip.tracker import TrackedWeight
 
 NAN, INF = float("nan"), float("inf")
+CPU = torch.device("cpu")
 BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("floor", "rceil", "ceil", "even")),
           "nvfp4"]  # fmt: skip
 
@@ -243,7 +244,7 @@ def test_a_life_is_counted_as_in_plain_torch(quantizer, options):
 
 
 def together(tracker):
-    return [member.numel for member in tracker._together.batch.members]
+    return [member.numel for member in tracker._together[CPU].batch.members]
 
 
 def test_what_goes_together_in_the_tracker():
@@ -259,15 +260,15 @@ def test_what_goes_together_in_the_tracker():
         tracker.after_step()
         assert together(tracker) == [w.parameter.numel() for w in weights[step == 3 : 9]]
         if step < 3:
-            built.add(id(tracker._together))
+            built.add(id(tracker._together[CPU]))
     # Built once while nothing changes, though gradients are new in each step.
     assert len(built) == 1
     tracker.drop_codes()
-    assert tracker._together is None
+    assert tracker._together == {}
     grouped = WeightFlipTracker(metrics=("flips", "oscillation"))
     grouped.before_step(weights)
     grouped.after_step()
-    assert grouped._together is None
+    assert grouped._together == {}
 
 
 def test_memory_given_out_again_is_not_taken_for_the_weight():

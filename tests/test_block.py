@@ -430,7 +430,7 @@ def test_buffers_do_not_grow_with_the_weight(name, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_compiled_kernel_equals_eager(name, weight):
     pytest.importorskip("numba")
-    from weightflip.kernels import cpu
+    from weightflip.kernels import cpu, runs
 
     quantizer, generator = resolve(name), torch.Generator().manual_seed(1)
     for dtype in (torch.float32, torch.bfloat16):
@@ -449,7 +449,8 @@ def test_the_compiled_kernel_equals_eager(name, weight):
         grouped = quantizer.grouped(tensor)
         scale = quantizer.applied_scale(quantizer.scale(grouped))
         # It did not go to eager because it could not.
-        assert cpu.count_(grouped, scale, quantizer.rounding(grouped), quantizer.grouped(old), None, counts)
+        rounding, old = quantizer.rounding(grouped), quantizer.grouped(old)
+        assert runs.count_alone(cpu.Run, grouped, scale, rounding, old, None, counts)
 
 
 @pytest.mark.parametrize("name", NAMES)

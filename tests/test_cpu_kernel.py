@@ -16,6 +16,7 @@ import torch
 from weightflip import WeightFlipTracker, functional, kernels
 from weightflip.formats import FloatFormat
 from weightflip.kernels import compiled, cpu
+from weightflip.kernels.runs import count_alone
 from weightflip.quantizers import resolve
 from weightflip.quantizers.floatx import FloatxQuantizer
 
@@ -92,7 +93,7 @@ def test_equals_eager(name, quantizer, threads):
     for update in (None, gradient, gradient.bfloat16(), gradient.half(), gradient != 0):
         expected_codes, expected_counts = by_eager(weight, quantizer, old, update)
         codes, counts = old.clone(), torch.tensor([5, 6, 7])
-        done = cpu.count_(weight, scale, rounding, codes, update, counts)
+        done = count_alone(cpu.Run, weight, scale, rounding, codes, update, counts)
         assert done == (not by_row or weight.is_contiguous())
         if done:
             assert torch.equal(codes, expected_codes)
@@ -103,8 +104,8 @@ def test_counts_beyond_a_chunk():
     weight = torch.ones(3, 100_001)
     codes, counts = torch.zeros(3, 100_001, dtype=torch.int8), torch.zeros(3, dtype=torch.int64)
     quantizer = resolve("e2m1:row")
-    assert cpu.count_(
-        weight, quantizer.scale(weight), quantizer.rounding(weight), codes, torch.ones_like(weight), counts
+    assert count_alone(
+        cpu.Run, weight, quantizer.scale(weight), quantizer.rounding(weight), codes, torch.ones_like(weight), counts
     )
     assert counts.tolist() == [300_003, 300_003, 0]
     assert codes.unique().tolist() == [7]
@@ -136,7 +137,7 @@ def test_what_is_not_covered_is_left_alone(case):
         weight = weight.as_subclass(type("Subclass", (torch.Tensor,), {}))
     codes = torch.zeros(8, 16, dtype=torch.int32 if case == "wide codes" else torch.int8)
     counts = torch.zeros(3, dtype=torch.int64)
-    assert not cpu.count_(weight, scale, rounding, codes, update, counts)
+    assert not count_alone(cpu.Run, weight, scale, rounding, codes, update, counts)
     assert codes.count_nonzero() == 0
     assert counts.tolist() == [0, 0, 0]
 
@@ -158,7 +159,7 @@ def _count_in_child(queue) -> None:
     weight = torch.randn(400, 1000, generator=torch.Generator().manual_seed(3))
     quantizer, counts = resolve("float8_e4m3"), torch.zeros(3, dtype=torch.int64)
     codes = torch.zeros(400, 1000, dtype=torch.int8)
-    cpu.count_(weight, quantizer.scale(weight), quantizer.rounding(weight), codes, None, counts)
+    count_alone(cpu.Run, weight, quantizer.scale(weight), quantizer.rounding(weight), codes, None, counts)
     queue.put(counts.tolist())
 
 
@@ -231,7 +232,7 @@ def test_without_numba_auto_is_eager_and_numba_says_what_to_do(how):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"one of \('auto', 'eager', 'numba'\), got 'cuda'"):
+    with pytest.raises(ValueError, match=r"one of \('auto', 'eager', 'numba', 'triton'\), got 'cuda'"):
         WeightFlipTracker(backend="cuda")
 
 

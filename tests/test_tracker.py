@@ -20,7 +20,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture(autouse=True, params=["compiled", "eager"])
 def backend(request, monkeypatch):
     if request.param == "eager":
-        monkeypatch.setattr(kernels.backend, "_numba", lambda: "left out for this test")
+        monkeypatch.setattr(kernels.backend, "_compiled", lambda name: "left out for this test")
 
 
 # ---------------------------------------------------------------------- pure functions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -77,7 +78,7 @@ class Member:
 
 
 def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, *, with_updates: bool) -> Member | None:
-    """The weight as a member of a batch, if it can be one: on the CPU, contiguous, of a format that the kernel knows.
+    """The weight as a member of a batch, if it can be one: contiguous, and of a format and on a device with a kernel.
 
     Args:
         weight: Detached.
@@ -93,7 +94,9 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
     if not is_plain or weight.data_ptr() == 0 or weight.data_ptr() % weight.element_size():
         return None
     for update in (None, weight.dtype) if with_updates else (None,):
-        if not run.can_do(kernels.Kind(weight.dtype, update, codes.dtype, rounding, weight.device), scaled=over != "nothing"):
+        if not run.can_do(
+            kernels.Kind(weight.dtype, update, codes.dtype, rounding, weight.device), scaled=over != "nothing"
+        ):
             return None
     scale_codes, group = None, 0
     if over == "group":
@@ -109,7 +112,7 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
 
 
 class Counted(NamedTuple):
-    """What became of a batch, a row for each member, on the CPU.
+    """What became of a batch, a row for each member, on their device.
 
     Attributes:
         counts: int64 of shape (members, 3): flips, updates, stalled.
@@ -126,18 +129,20 @@ class Batch:
     """Weights that are counted together. Holds their codes, and not the weights.
 
     Args:
-        members: The weights.
+        members: The weights, on one device.
         with_updates: Whether updates are counted.
     """
 
     def __init__(self, members: Sequence[Member], *, with_updates: bool) -> None:
         self.members = list(members)
         self.with_updates = with_updates
+        self._device = self.members[0].codes.device
+        room = _ELEMENTS_PER_RUN if self._device.type == "cpu" else sys.maxsize
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, member in enumerate(self.members):
             kinds.setdefault(member.kind, []).append(index)
         self._groups = [
-            (indices, [_Part(run, self.members, with_updates) for run in _runs(indices, self.members)])
+            (indices, [_Part(run, self.members, with_updates) for run in _runs(indices, self.members, room)])
             for indices in kinds.values()
         ]
 
@@ -148,8 +153,8 @@ class Batch:
             updates: Addresses of the gradients, laid out as the weights and of their dtypes; 0 for one without.
                 Not looked at where updates are not counted.
         """
-        counts = torch.zeros(len(self.members), 3, dtype=torch.int64)
-        scale_changes = torch.zeros(len(self.members), dtype=torch.int64)
+        counts = torch.zeros(len(self.members), 3, dtype=torch.int64, device=self._device)
+        scale_changes = torch.zeros(len(self.members), dtype=torch.int64, device=self._device)
         addresses = torch.tensor(updates, dtype=torch.int64) if self.with_updates else None
         failed: list[tuple[int, Exception]] = []
         for indices, parts in self._groups:
@@ -169,10 +174,10 @@ class _Piece(NamedTuple):
     numel: int
 
 
-def _runs(indices: Sequence[int], members: Sequence[Member]) -> Iterator[list[_Piece]]:
-    """Pieces of members of one kind, cut between scales where they are large."""
+def _runs(indices: Sequence[int], members: Sequence[Member], elements: int) -> Iterator[list[_Piece]]:
+    """Pieces of members of one kind, cut between scales where they are large; not many more elements in a run."""
     run: list[_Piece] = []
-    room = _ELEMENTS_PER_RUN
+    room = elements
     for index in indices:
         numel, group = members[index].numel, members[index].group or 1
         first = 0
@@ -186,7 +191,7 @@ def _runs(indices: Sequence[int], members: Sequence[Member]) -> Iterator[list[_P
             first, room = first + piece.numel, room - piece.numel
             if first < numel or room <= 0:
                 yield run
-                run, room = [], _ELEMENTS_PER_RUN
+                run, room = [], elements
     if run:
         yield run
 
@@ -216,6 +221,7 @@ class _Part:
         )
         self.members = [piece.member for piece in pieces]
         self.owners = torch.tensor(self.members)
+        self.owners_there = kernels.upload(self.owners, first.codes.device)
         self.offsets = torch.tensor([piece.first * item for piece in pieces])
         self.scale_codes = [
             stored.view(-1)[piece.first // member.group :][: piece.numel // member.group]
@@ -230,7 +236,7 @@ class _Part:
             of_pieces = updates[self.owners]
             addresses = torch.where(of_pieces == 0, 0, of_pieces + self.offsets)
         found = self.run.count_(self.quantizer.applied_scale(scale), addresses)
-        counts.index_add_(0, self.owners, found)
+        counts.index_add_(0, self.owners_there, found)
         if scale is not None and self.scale_codes:
             changed = torch.split(self.quantizer.scale_codes(scale), [codes.numel() for codes in self.scale_codes])
             for owner, new, old in zip(self.members, changed, self.scale_codes, strict=True):

@@ -279,11 +279,12 @@ class WeightFlipTracker:
         fresh_snapshots: Encode anew before each step, for scripts that write weights through ``.data``, which leaves
             no trace.
         backend: ``"auto"`` for the fastest there is, ``"eager"`` for plain torch, ``"numba"`` to insist on the
-            compiled kernel for weights on the CPU. They count the same; what a kernel does not cover goes to eager.
+            compiled kernel for weights on the CPU, ``"triton"`` for the one for weights on a GPU, which ``"auto"``
+            does not take yet. They count the same; what a kernel does not cover goes to eager.
 
     Raises:
-        ValueError: An unknown metric or backend, or step numbers that make no sense.
-        ImportError: ``backend="numba"`` without Numba.
+        ValueError: An unknown metric or backend, ``"triton"`` without a GPU, or step numbers that make no sense.
+        ImportError: ``backend="numba"`` without Numba, ``"triton"`` without Triton.
 
     Example:
         >>> tracker = WeightFlipTracker()
@@ -341,7 +342,7 @@ class WeightFlipTracker:
         self._window_base: dict[str, list[float]] = {}
         self._gauged: dict[str, int] = {}
         self._has_news = False
-        self._together: _Together | None = None
+        self._together: dict[torch.device, _Together] = {}
         self._sharded = distributed.ShardedWeights()
         self._added_up: tuple[int, dict[str, list[float]]] | None = None
         self._unsure: set[str] = set()
@@ -524,7 +525,7 @@ class WeightFlipTracker:
             layer.drop_codes()
             layer.metrics, layer.saved = None, {}
         self._current, self._scratch = [], kernels.ScratchPool()
-        self._together = None
+        self._together = {}
         self._grads.clear()
         self._forget_list()
 
@@ -566,7 +567,7 @@ class WeightFlipTracker:
         elif self.low_memory:
             for layer in self._layers.values():
                 layer.drop_codes(stamp=False)
-            self._together = None
+            self._together = {}
 
     @torch.no_grad()
     def record(self, *, may_be_empty: bool = False) -> FlipRecord | None:
@@ -899,7 +900,7 @@ class WeightFlipTracker:
         self._layers, self._window_base, self._steps = layers, window_base, steps
 
     def __getstate__(self) -> dict[str, Any]:
-        passing: dict[str, Any] = {"_current": [], "_grads": {}, "_asked": {}, "_marks": None, "_together": None}
+        passing: dict[str, Any] = {"_current": [], "_grads": {}, "_asked": {}, "_marks": None, "_together": {}}
         passing.update(_listed=[], _listed_weights=[])
         return {**self.__dict__, **passing, "_scratch": kernels.ScratchPool()}
 
@@ -1040,7 +1041,7 @@ class WeightFlipTracker:
             if self.low_memory or self._is_over:
                 layer.drop_codes()
         if self.low_memory or self._is_over:
-            self._together = None
+            self._together = {}
 
     def _give_up(self, name: str, error: Exception) -> None:
         self._failed.add(name)
@@ -1049,7 +1050,7 @@ class WeightFlipTracker:
             layer.ledger.discard(layer.row)
             layer.drop_codes()
             layer.close_metrics()
-        self._together = None
+        self._together = {}
         warnings.warn(
             f"weightflip: {name!r} is not tracked any more, training goes on: {type(error).__name__}: {error}",
             stacklevel=2,
@@ -1089,18 +1090,21 @@ class WeightFlipTracker:
         )
 
     def _encode_together(self, stale: Sequence[TrackedWeight]) -> None:
-        layers = [self._layers[tracked.name] for tracked in stale]
-        members = [layer.member for layer in layers if layer.member is not None]
-        for index, error in Batch(members, with_updates=False).advance([]).failed:
-            self._give_up(stale[index].name, error)
+        alike: dict[torch.device, dict[str, Member]] = {}
+        for tracked in stale:
+            member = self._layers[tracked.name].member
+            assert member is not None
+            alike.setdefault(member.codes.device, {})[tracked.name] = member
+        for members in alike.values():
+            names = list(members)
+            for index, error in Batch(list(members.values()), with_updates=False).advance([]).failed:
+                self._give_up(names[index], error)
         self._current = [tracked for tracked in self._current if tracked.name not in self._failed]
 
     def _count_together(self) -> list[TrackedWeight]:
         """Count the weights of this step that are members, in one call; the others are left to be counted alone."""
         alone: list[TrackedWeight] = []
-        layers: list[_Layer] = []
-        members: list[Member] = []
-        updates: list[int] = []
+        alike: dict[torch.device, list[tuple[_Layer, Member, int]]] = {}
         with_updates = "stalls" in self.metrics
         for tracked in self._current:
             layer = self._layers[tracked.name]
@@ -1129,15 +1133,15 @@ class WeightFlipTracker:
             if not is_there:
                 alone.append(tracked)
                 continue
-            layers.append(layer)
-            members.append(member)
-            updates.append(update)
-        if not members:
-            return alone
-        if self._together is None or self._together.batch.members != members:
-            self._together = _Together(layers, Batch(members, with_updates=with_updates))
-        for index, error in self._together.count(updates):
-            self._give_up(layers[index].name, error)
+            alike.setdefault(member.codes.device, []).append((layer, member, update))
+        for device, found in alike.items():
+            members = [member for _, member, _ in found]
+            together = self._together.get(device)
+            if together is None or together.batch.members != members:
+                layers = [layer for layer, _, _ in found]
+                together = self._together[device] = _Together(layers, Batch(members, with_updates=with_updates))
+            for index, error in together.count([update for _, _, update in found]):
+                self._give_up(found[index][0].name, error)
         return alone
 
     # ------------------------------------------------------------------ metric groups
@@ -1329,17 +1333,16 @@ class WeightFlipTracker:
 
 
 class _Together:
-    """A batch, and where its layers are counted."""
+    """A batch on one device, and where its layers are counted."""
 
     def __init__(self, layers: Sequence[_Layer], batch: Batch) -> None:
         self.batch = batch
-        # All members are on the CPU.
         assert layers[0].ledger is not None
         self._ledger = layers[0].ledger
-        self._rows = torch.tensor([layer.row for layer in layers])
-        self._weights = torch.tensor([layer.weights for layer in layers])
         scales = [0 if layer.scale_codes is None else layer.scale_codes.numel() for layer in layers]
-        self._scales = torch.tensor(scales) if any(scales) else None
+        of_layers = torch.tensor([[layer.row for layer in layers], [layer.weights for layer in layers], scales])
+        self._rows, self._weights, self._scales = kernels.upload(of_layers, self._ledger.device)
+        self._has_scales = any(scales)
 
     def count(self, updates: Sequence[int]) -> list[tuple[int, Exception]]:
         """Count a step; the layers that could not be counted, and why."""
@@ -1347,7 +1350,7 @@ class _Together:
         step = self._ledger.step
         step[:, _COUNTED].index_copy_(0, self._rows, counted.counts)
         step[:, _WEIGHT_STEPS].index_copy_(0, self._rows, self._weights)
-        if self._scales is not None:
+        if self._has_scales:
             step[:, _SCALE_STEPS].index_copy_(0, self._rows, self._scales)
             step[:, _SCALE_CHANGES].index_copy_(0, self._rows, counted.scale_changes)
         return counted.failed

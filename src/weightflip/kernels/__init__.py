@@ -1,6 +1,7 @@
 """The hot path: encode, compare, count, store.
 
-``reference`` is the obvious version. ``eager`` and, where Numba is installed, ``cpu`` equal it exactly.
+``reference`` is the obvious version. ``eager`` and, where Numba or Triton is installed, ``cpu`` and ``cuda`` equal it
+exactly.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from weightflip.formats import Rounding
 from weightflip.kernels.backend import check_backend, one_pass, run
 from weightflip.kernels.eager import count_
-from weightflip.kernels.runs import Kind, Run, Stretch
+from weightflip.kernels.runs import Kind, Run, Stretch, upload
 from weightflip.kernels.scratch import ScratchPool
 from weightflip.kernels.slices import Index, slice_elements, slices, take
 
@@ -32,4 +33,5 @@ __all__ = [
     "slice_elements",
     "slices",
     "take",
+    "upload",
 ]

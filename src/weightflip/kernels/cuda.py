@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from weightflip.kernels.constants import constants
-from weightflip.kernels.runs import Kind, Stretch
+from weightflip.kernels.runs import Kind, Stretch, upload
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 
@@ -41,7 +41,7 @@ _COLUMNS = tl.constexpr(6)
 
 
 @triton.jit
-def _tile(places, tiles, rows: tl.constexpr, columns: tl.constexpr, is_aligned: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile(places, tiles, rows: tl.constexpr, columns: tl.constexpr, is_aligned: tl.constexpr):
     """Where this program's tile lies: stretch, weight and codes, first scale, groups, elements, and which there are."""
     stretch = tl.load(tiles + tl.program_id(0)).to(tl.int64)
     place = places + stretch * _COLUMNS
@@ -60,7 +60,7 @@ def _tile(places, tiles, rows: tl.constexpr, columns: tl.constexpr, is_aligned: 
 
 
 @triton.jit
-def _pointers(address, elements, dtype: tl.constexpr, is_aligned: tl.constexpr):  # type: ignore[no-untyped-def]
+def _pointers(address, elements, dtype: tl.constexpr, is_aligned: tl.constexpr):
     pointers = address.to(tl.pointer_type(dtype)) + elements
     if is_aligned:
         # Said of all of them: from the address alone the compiler concludes nothing.
@@ -69,7 +69,7 @@ def _pointers(address, elements, dtype: tl.constexpr, is_aligned: tl.constexpr):
 
 
 @triton.jit
-def _float32_bits(address, elements, is_there, stored: tl.constexpr, is_aligned: tl.constexpr):  # type: ignore[no-untyped-def]
+def _float32_bits(address, elements, is_there, stored: tl.constexpr, is_aligned: tl.constexpr):
     """Weights as the bits of float32; 0 where there is none."""
     weight = tl.load(_pointers(address, elements, stored, is_aligned), mask=is_there, other=0)
     if stored == tl.int16:
@@ -81,7 +81,7 @@ def _float32_bits(address, elements, is_there, stored: tl.constexpr, is_aligned:
 
 
 @triton.jit
-def _largest(  # type: ignore[no-untyped-def]
+def _largest(
     places,
     tiles,
     largest,
@@ -98,7 +98,7 @@ def _largest(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["cut", "offset", "first_normal", "adder", "overflow", "nan"])
-def _count(  # type: ignore[no-untyped-def]
+def _count(
     places,
     tiles,
     scales,
@@ -189,9 +189,9 @@ class Run:
         for (columns, is_aligned), indices in alike.items():
             tiles = _tiles(group[indices], scales[indices], columns)
             places[indices, 5] = tiles.cumsum() - tiles
-            owners = _upload(np.repeat(np.array(indices, dtype=np.int32), tiles), kind.device)
-            self._launches.append(_Launch(torch.tensor(indices), owners, columns, is_aligned))
-        self._places = _upload(places, kind.device)
+            stretch_of = torch.from_numpy(np.repeat(np.array(indices, dtype=np.int32), tiles))
+            self._launches.append(_Launch(torch.tensor(indices), upload(stretch_of, kind.device), columns, is_aligned))
+        self._places = upload(torch.from_numpy(places), kind.device)
 
     @staticmethod
     def can_do(kind: Kind, *, scaled: bool) -> bool:
@@ -213,7 +213,7 @@ class Run:
         numbers = constants(self.kind.rounding)
         assert numbers is not None
         updated = None if self.kind.update is None or updates is None else _BITS[self.kind.update]
-        addresses = counts if updates is None else _upload(updates.numpy(), self.device)
+        addresses = counts if updates is None else upload(updates, self.device)
         for launch in self._launches:
             is_aligned = launch.is_aligned
             if updates is not None:
@@ -266,9 +266,3 @@ def _tiles(group: Any, groups: Any, columns: int) -> Any:
 
 def _is_aligned(stretch: Stretch) -> bool:
     return all(number % _ALIGNMENT == 0 for number in stretch)
-
-
-def _upload(array: Any, device: torch.device) -> Tensor:
-    """A copy on the device, for which nothing waits: from pageable memory a copy would."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone()

@@ -79,6 +79,12 @@ class Run(Protocol):
         ...
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on another device, for which nothing waits; the tensor itself where it is on that device."""
+    # From memory that the system may move, a copy waits until it is done.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def count_alone(
     run: type[Run],
     weight: Tensor,
