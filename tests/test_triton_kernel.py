@@ -15,7 +15,6 @@ import warnings
 import pytest
 import torch
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
@@ -30,6 +29,7 @@ from weightflip.kernels.runs import Kind, Stretch, count_alone
 from weightflip.quantizers import resolve
 from weightflip.quantizers.block import MX_NAMES, MXQuantizer
 
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device(cuda.DEVICE)
 NAN, INF = float("nan"), float("inf")
 runs_here = pytest.mark.skipif(
@@ -52,7 +52,7 @@ QUANTIZERS = [
     "bfloat16",
     "float16",
 ]
-BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("floor", "rceil")), "nvfp4"]
+BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("rceil",)), "nvfp4"]
 
 
 @pytest.fixture(autouse=True)
