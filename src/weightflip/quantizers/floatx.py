@@ -16,7 +16,7 @@ from weightflip.quantizers.native import ORDINAL_DTYPES, bits_to_ordinals_
 
 Granularity: TypeAlias = Literal["tensor", "row", "none"]
 
-_ALL_BITS, _ALL_BUT_SIGN = torch.tensor(-1, dtype=torch.int8), torch.tensor(127, dtype=torch.int8)
+_ALL_BUT_SIGN = torch.tensor(127, dtype=torch.int8)
 _TORCH_FLOAT8 = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 
 # Formats with a wider exponent are scaled so that their largest number meets 2**512 instead of itself: float64 holds
@@ -57,7 +57,8 @@ def cast_to_float8(
     out.view(_TORCH_FLOAT8[format]).copy_(values)
     if has_number is not None:
         # NaN and 0 lose their signs in one pass; looking for NaN everywhere takes two.
-        out.bitwise_and_(torch.where(has_number, _ALL_BITS, _ALL_BUT_SIGN))
+        # All bits where there is a number. torch.where would copy its constants to a GPU, and wait for that.
+        out.bitwise_and_(has_number.to(torch.int8).neg_().bitwise_or_(_ALL_BUT_SIGN))
     bits_to_ordinals_(out, format, scratch, nan_is_positive=has_number is not None)
 
 
