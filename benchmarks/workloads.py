@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,9 +80,7 @@ def byte_gpt(
         sys.path.append(examples)
     import bytes_gpt
 
-    args = argparse.Namespace(
-        layers=4, width=128, heads=4, context=128, batch=16, lr=1e-3, device="cpu", quantizer="auto"
-    )
+    args = bytes_gpt.parse_arguments(["--device=cpu"])
     torch.manual_seed(0)
     data = torch.randint(256, (1 << 20,), dtype=torch.uint8)
     model: Any = bytes_gpt.make_model(args)

@@ -136,7 +136,7 @@ def make_model(args: argparse.Namespace) -> nn.Module:
     )
 
 
-def main(argv: list[str] | None = None) -> Result:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--log-dir", default="runs/bytes_gpt", help="where the event files go")
     parser.add_argument(
@@ -161,8 +161,11 @@ def main(argv: list[str] | None = None) -> Result:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=1e-3, help="the highest learning rate; a cosine takes it to 0")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(argv: list[str] | None = None) -> Result:
+    args = parse_arguments(argv)
     torch.manual_seed(args.seed)
     train, validation = load_data()
     model = make_model(args)
