@@ -18,12 +18,12 @@ from matplotlib import pyplot
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from torchao.quantization import quantize_
 from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 from tqdm import tqdm
 
 from weightflip import FlipRecord, FlipTrackingOptimizer
+from weightflip.sinks import TensorBoardSink
 
 METRICS = ("flips", "stalls", "oscillation", "coverage", "travel", "range")
 
@@ -70,7 +70,7 @@ def train(name: str, log_dir: Path, epochs: int, lr: float, seed: int) -> tuple[
         exclude="head.*",
         metrics=METRICS,
         log_every=len(loader),
-        sinks=[SummaryWriter(str(log_dir / name)), str(log_dir / name / "flips.jsonl"), records.append],
+        sinks=[TensorBoardSink(str(log_dir / name)), str(log_dir / name / "flips.jsonl"), records.append],
     )
     steps = epochs * len(loader)
 
