@@ -72,7 +72,7 @@ class _Source:
     def synchronize(self) -> None:
         """Take part in a record that this process does not write."""
         if self._tracker is not None:
-            self._tracker.synchronize()
+            self._tracker.synchronize(is_logging_point=True)
 
     def follow(self, sources: Sequence[_Source]) -> None:
         """Count steps on from where optimizers left that have all come to their end."""
@@ -317,7 +317,13 @@ class _Tracking:
         found_inf = vars(optimizer).get("found_inf")
         self._found_inf = found_inf if isinstance(found_inf, Tensor) else None
         if self.tracker.is_tracking:
-            self.select(optimizer, strict=False)
+            try:
+                self.select(optimizer, strict=False)
+            except Exception as error:
+                if not self.tracker.is_sharded:
+                    raise
+                # The others go on, and this process takes part in what they wait for.
+                self._stop(error)
         self.tracker.before_step(self._weights)
         if has_closure:
             self.tracker.forget_gradients()
@@ -392,14 +398,17 @@ class _Tracking:
         try:
             action(*args)
         except Exception as error:
-            if not self._broken:
-                warnings.warn(
-                    f"weightflip: tracking has stopped, training goes on: {type(error).__name__}: {error}", stacklevel=4
-                )
-            self._broken = True
-            if self.tracker.is_sharded:
-                # Other processes count on, and wait for this one in each step.
-                self.tracker.abandon()
+            self._stop(error)
+
+    def _stop(self, error: Exception) -> None:
+        was_broken, self._broken = self._broken, True
+        if self.tracker.is_sharded:
+            # Other processes count on, and wait for this one in each step.
+            self.tracker.abandon()
+        if not was_broken:
+            warnings.warn(
+                f"weightflip: tracking has stopped, training goes on: {type(error).__name__}: {error}", stacklevel=5
+            )
 
     def flush(self) -> None:
         self.guarded(self.log.write)
@@ -495,7 +504,7 @@ class FlipTrackingOptimizer(Optimizer):
             several optimizers that are one run, all rules watch all layers.
         low_memory: Drop the codes after each step; a second encoding instead of a byte a weight.
         fresh_snapshots: Encode anew before each step, for scripts that write weights through ``.data``.
-        backend: ``"auto"``, ``"eager"`` or ``"numba"``, as in :class:`WeightFlipTracker`.
+        backend: ``"auto"``, ``"eager"``, ``"numba"`` or ``"triton"``, as in :class:`WeightFlipTracker`.
 
     Attributes:
         inner: The wrapped optimizer.

@@ -616,21 +616,29 @@ class WeightFlipTracker:
         for tracked in self._current:
             layer = self._layers[tracked.name]
             assert layer.ledger is not None
-            weight = distributed.local(tracked.parameter).detach()
             plain = getattr(tracked.quantizer, "plain", None)
-            functional.count_nonfinite(
-                weight if plain is None else plain(weight), layer.ledger.total[layer.row, _NONFINITE], self._scratch
-            )
+            count = layer.ledger.total[layer.row, _NONFINITE]
+            try:
+                weight = distributed.local(tracked.parameter).detach()
+                functional.count_nonfinite(weight if plain is None else plain(weight), count, self._scratch)
+            except Exception as error:
+                self._give_up(tracked.name, error)
+        self._current = [tracked for tracked in self._current if tracked.name not in self._failed]
         self._gauge()
 
     @torch.no_grad()
-    def synchronize(self) -> None:
+    def synchronize(self, *, is_logging_point: bool = False) -> None:
         """Add up what the processes have counted of weights that are sharded over them.
 
         One collective (for each group of processes, where there are several); none where nothing is sharded. All
         processes have to call it. Between two such calls, all numbers of a sharded run are those of the first one, on
         each process the same.
+
+        Args:
+            is_logging_point: Whether another process makes a record now, for which all find what is found then.
         """
+        if self._sharded and is_logging_point:
+            self._look()
         self._add_up()
 
     def _add_up(self) -> None:
@@ -705,6 +713,7 @@ class WeightFlipTracker:
                 for name, reason in self._sharded.refused.items():
                     if name not in self._failed:
                         self._give_up(name, ValueError(reason))
+                        self._part_with(name)
                 self._open_layers(weights)
         self._unsure = set()
         asked = {name for _, names in self._sharded.tables for name in names}
@@ -713,6 +722,13 @@ class WeightFlipTracker:
         if self._asked and (self.fresh_snapshots or self._marks != self._marks_now()):
             self._bring_together()
             self._is_told = True
+
+    def _part_with(self, name: str) -> None:
+        """A weight is not added up any more: what was is in its base, and must not count once more."""
+        layer = self._layers.get(name)
+        if layer is not None and layer.given and layer.ledger is not None:
+            layer.ledger.clear_row(layer.row)
+            layer.own, layer.given = [], []
 
     def _open_layers(self, weights: list[TrackedWeight]) -> None:
         """Have all layers there in the order of the weights, which those with a statistic would else be ahead of."""
@@ -1097,8 +1113,12 @@ class WeightFlipTracker:
             alike.setdefault(member.codes.device, {})[tracked.name] = member
         for members in alike.values():
             names = list(members)
-            for index, error in Batch(list(members.values()), with_updates=False).advance([]).failed:
-                self._give_up(names[index], error)
+            try:
+                failed = Batch(list(members.values()), with_updates=False).advance([]).failed
+            except Exception as error:
+                failed = [(index, error) for index in range(len(names))]
+            for index, reason in failed:
+                self._give_up(names[index], reason)
         self._current = [tracked for tracked in self._current if tracked.name not in self._failed]
 
     def _count_together(self) -> list[TrackedWeight]:
@@ -1136,12 +1156,16 @@ class WeightFlipTracker:
             alike.setdefault(member.codes.device, []).append((layer, member, update))
         for device, found in alike.items():
             members = [member for _, member, _ in found]
-            together = self._together.get(device)
-            if together is None or together.batch.members != members:
-                layers = [layer for layer, _, _ in found]
-                together = self._together[device] = _Together(layers, Batch(members, with_updates=with_updates))
-            for index, error in together.count([update for _, _, update in found]):
-                self._give_up(found[index][0].name, error)
+            try:
+                together = self._together.get(device)
+                if together is None or together.batch.members != members:
+                    layers = [layer for layer, _, _ in found]
+                    together = self._together[device] = _Together(layers, Batch(members, with_updates=with_updates))
+                failed = list(together.count([update for _, _, update in found]))
+            except Exception as error:
+                failed = [(index, error) for index in range(len(found))]
+            for index, reason in failed:
+                self._give_up(found[index][0].name, reason)
         return alone
 
     # ------------------------------------------------------------------ metric groups
