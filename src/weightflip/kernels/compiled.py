@@ -24,7 +24,7 @@ from numba.extending import intrinsic, overload
 _INT32, _FLOAT32 = np.int32, np.float32
 
 # Few enough for int32 counters, enough to hide the start of a vectorized loop; the scales beside them fit the first
-# cache. Going backwards in such steps finds what an amax has left in the caches.
+# cache.
 _ELEMENTS_PER_CHUNK = 1 << 12
 
 START, NUMEL, GROUP, SCALE, WEIGHT, CODES, UPDATE, MASK = range(8)
@@ -96,18 +96,18 @@ def _count_range(start, stop, places, scale, divide, weight_like, update_like, c
     # A scale for each element of the chunk: the inner loop is the same for a tensor and for blocks of 16.
     scales = np.empty(_ELEMENTS_PER_CHUNK, np.float32)
     held = -1
-    row = places.shape[0] - 1
-    while stop > start:
-        while places[row, START] >= stop:
-            row -= 1
+    row = 0
+    while row + 1 < places.shape[0] and places[row + 1, START] <= start:
+        row += 1
+    while start < stop:
         begin, numel, group, first_scale = (
             places[row, START],
             places[row, NUMEL],
             places[row, GROUP],
             places[row, SCALE],
         )
-        high = stop - begin
-        low = max(start - begin, high - _ELEMENTS_PER_CHUNK, 0)
+        low = start - begin
+        high = min(low + _ELEMENTS_PER_CHUNK, numel, stop - begin)
         index = low // group
         if index == (high - 1) // group:
             if held != first_scale + index:
@@ -138,7 +138,9 @@ def _count_range(start, stop, places, scale, divide, weight_like, update_like, c
         counts[row, 0] += flips
         counts[row, 1] += updates
         counts[row, 2] += stalled
-        stop = begin + low
+        start = begin + high
+        if high == numel:
+            row += 1
 
 
 @_compile()
@@ -151,10 +153,12 @@ def _largest_of(weight, mask):  # type: ignore[no-untyped-def]
 
 
 def _largest_range(start, stop, places, weight_like, mask, largest, shared):  # type: ignore[no-untyped-def]
-    row = 0
-    while row + 1 < places.shape[0] and places[row + 1, START] <= start:
-        row += 1
-    while start < stop:
+    # Backwards, since an optimizer goes forwards: the caches hold the end. What then stays there is the beginning,
+    # with which counting starts.
+    row = places.shape[0] - 1
+    while stop > start:
+        while places[row, START] >= stop:
+            row -= 1
         begin, numel, group, first_scale = (
             places[row, START],
             places[row, NUMEL],
@@ -162,18 +166,20 @@ def _largest_range(start, stop, places, weight_like, mask, largest, shared):  # 
             places[row, SCALE],
         )
         weight = carray(_pointer(places[row, WEIGHT]), (numel,), weight_like.dtype)  # type: ignore[call-arg]
-        low, high = start - begin, min(stop - begin, numel)
-        index = low // group
-        while low < high:
-            until = min((index + 1) * group, high)
-            found = _largest_of(weight[low:until], mask)
-            if low > index * group:
+        low, high = max(start - begin, 0), stop - begin
+        while high > low:
+            index = (high - 1) // group
+            first = max(index * group, low)
+            found = _INT32(0)
+            while high > first:
+                until = max(first, high - _ELEMENTS_PER_CHUNK)
+                found = max(found, _largest_of(weight[until:high], mask))
+                high = until
+            if first > index * group:
                 shared[0], shared[1] = first_scale + index, found
             else:
                 largest[first_scale + index] = found
-            low, index = until, index + 1
-        start = begin + high
-        row += 1
+        stop = begin + low
 
 
 _kernels: dict[tuple[Any, ...], Any] = {}
