@@ -697,5 +697,5 @@ def test_as_a_program_without_rich(two_runs):
 
 def test_values_without_a_number_are_left_out():
     layer = LayerRecord("a", 4, Counts(), Counts(), gauges={"x": Quotient(0, 0)})
-    assert {name: q.value for name, q in read.quotients(layer).items()} == layer.values == {"cumulative_flip_rate": 0}
+    assert {name: q.value for name, q in layer.quotients.items()} == layer.values == {"cumulative_flip_rate": 0}
     assert math.isnan(read.EMPTY.summary)

@@ -7,6 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+MODEL_TAGS = {
+    "flip_rate": "flips/rate",
+    "cumulative_flip_rate": "flips/cumulative_rate",
+    "stall_ratio": "flips/stall_ratio",
+}
+"""Where there are tags, those of the model's numbers that are not ``flips/<value>``."""
+
 
 class Quotient(NamedTuple):
     """A number that is summed over layers, steps and processes before it is divided.
@@ -161,16 +168,23 @@ class LayerRecord:
         return self.window.scale_change_rate
 
     @property
+    def quotients(self) -> dict[str, Quotient]:
+        """What ``values`` are made of, so that they can be added before they are divided."""
+        window = self.window
+        found = {
+            "flip_rate": Quotient(window.flips, window.weight_steps),
+            "cumulative_flip_rate": Quotient(self.total.flips, self.weights),
+            "stall_ratio": Quotient(window.stalled, window.updates),
+            "scale_changes": Quotient(window.scale_changes, window.scale_steps),
+            **window.ratios,
+            **self.gauges,
+        }
+        return {name: quotient for name, quotient in found.items() if not math.isnan(quotient.value)}
+
+    @property
     def values(self) -> dict[str, float]:
         """Every number of this logging point that there is, by name: what sinks write. None is NaN."""
-        values = {
-            "flip_rate": self.flip_rate,
-            "cumulative_flip_rate": self.cumulative_flip_rate,
-            "stall_ratio": self.stall_ratio,
-            "scale_changes": self.scale_change_rate,
-            **{name: quotient.value for name, quotient in {**self.window.ratios, **self.gauges}.items()},
-        }
-        return {name: value for name, value in values.items() if not math.isnan(value)}
+        return {name: quotient.value for name, quotient in self.quotients.items()}
 
     @property
     def news(self) -> dict[str, float]:
@@ -178,23 +192,6 @@ class LayerRecord:
         if self.window.weight_steps:
             return self.values
         return {name: value for name, value in self.values.items() if name in self.gauges}
-
-    def window_quotient(self, name: str) -> Quotient:
-        """What a value of the window is made of, so that windows can be added before they are divided.
-
-        Args:
-            name: ``"flip_rate"``, ``"stall_ratio"``, ``"scale_changes"``, or one of ``window.ratios``.
-
-        Returns:
-            0 / 0 where there is no such value.
-        """
-        window = self.window
-        counted = {
-            "flip_rate": Quotient(window.flips, window.weight_steps),
-            "stall_ratio": Quotient(window.stalled, window.updates),
-            "scale_changes": Quotient(window.scale_changes, window.scale_steps),
-        }
-        return counted.get(name) or window.ratios.get(name, Quotient(0, 0))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerRecord:

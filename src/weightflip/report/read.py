@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from weightflip.records import FlipRecord, LayerRecord, Quotient, RunInfo, split_variant
+from weightflip.records import MODEL_TAGS, FlipRecord, LayerRecord, RunInfo, split_variant
 
 # Numbers of one moment; all others are quotients over the window since the last logging point.
 GAUGES = {
@@ -46,7 +46,7 @@ WINDOWS = {
 _BYTES_READ_AT_MOST = 24_000_000
 _POINTS_READ_AT_LEAST = 200
 _RECORD = re.compile(rb'\s*\{\s*"record"\s*:\s*\{\s*"step"\s*:\s*(\d+)\s*,')
-_MODEL_VALUES = {"rate": "flip_rate", "cumulative_rate": "cumulative_flip_rate"}
+_MODEL_VALUES = {tag.removeprefix("flips/"): name for name, tag in MODEL_TAGS.items()}
 
 
 class ReportError(Exception):
@@ -373,20 +373,6 @@ def _updated(info: RunInfo, newer: RunInfo) -> RunInfo:
     return RunInfo({**info.tracked, **newer.tracked}, newer.skipped, newer.settings or info.settings, newer.notes)
 
 
-def quotients(layer: LayerRecord) -> dict[str, Quotient]:
-    """``LayerRecord.values`` before the division; without what counts nothing."""
-    window = layer.window
-    found = {
-        "flip_rate": Quotient(window.flips, window.weight_steps),
-        "cumulative_flip_rate": Quotient(layer.total.flips, layer.weights),
-        "stall_ratio": Quotient(window.stalled, window.updates),
-        "scale_changes": Quotient(window.scale_changes, window.scale_steps),
-        **window.ratios,
-        **layer.gauges,
-    }
-    return {name: quotient for name, quotient in found.items() if not math.isnan(quotient.value)}
-
-
 @dataclass
 class _Table:
     """Collects points, layer by layer and value by value."""
@@ -399,7 +385,7 @@ class _Table:
         rows = self.points.setdefault(layer.name, {})
         self.weights[layer.name] = layer.weights
         self.gauges.update(layer.gauges)
-        for name, quotient in quotients(layer).items():
+        for name, quotient in layer.quotients.items():
             rows.setdefault(name, []).append((step, *quotient))
         if layer.nonfinite:
             rows.setdefault("nonfinite_weights", []).append((step, layer.nonfinite, 1))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from weightflip.records import FlipRecord
+from weightflip.records import FlipRecord, Quotient
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +86,7 @@ class History:
     counts are summed before they are divided. 8 bytes twice for each layer and column.
 
     Args:
-        value: Its name, as in ``LayerRecord.window_quotient``.
+        value: Its name, as in ``LayerRecord.quotients``.
 
     Attributes:
         layers: Names of the layers, in the order in which they came.
@@ -112,7 +112,7 @@ class History:
         column.records += 1
         for layer in record.layers:
             row = self.layers.setdefault(layer.name, len(self.layers))
-            column.add(row, *layer.window_quotient(self.value))
+            column.add(row, *layer.quotients.get(self.value, Quotient(0, 0)))
 
     def _halve(self) -> None:
         for earlier, later in zip(self._columns[::2], self._columns[1::2], strict=True):

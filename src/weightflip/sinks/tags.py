@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from weightflip.records import FlipRecord, variant
-
-_MODEL_TAGS = {
-    "flip_rate": "flips/rate",
-    "cumulative_flip_rate": "flips/cumulative_rate",
-    "stall_ratio": "flips/stall_ratio",
-}
+from weightflip.records import MODEL_TAGS, FlipRecord, variant
 
 HISTOGRAMS_OF_ALL = 64
 
@@ -22,7 +16,7 @@ def tagged_values(record: FlipRecord) -> dict[str, float]:
     tagged = {}
     for quantizer, model in record.models.items():
         for name, value in model.news.items():
-            tag = _MODEL_TAGS.get(name, f"flips/{name}")
+            tag = MODEL_TAGS.get(name, f"flips/{name}")
             tagged[variant(tag, quantizer) if quantizer else tag] = value
     for layer in record.layers:
         tagged.update({f"{name}/{layer.name}": value for name, value in layer.news.items()})
