@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,11 @@ class Shared(functional.Elementwise, Protocol):
     name: str
     group: int | None
 
-    def scale_over(self, weight: Tensor) -> Literal["nothing", "tensor", "row", "group"] | None: ...
+    @property
+    def scope(self) -> str | None: ...
+
+    @property
+    def only_needs_amax(self) -> bool: ...
 
     def scale_of(self, largest: Tensor) -> Tensor: ...
 
@@ -87,26 +91,29 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
         backend: As in :func:`weightflip.kernels.check_backend`.
         with_updates: Whether its updates will be counted.
     """
-    run, rounding, over = kernels.run(backend, weight.device), quantizer.rounding(weight), quantizer.scale_over(weight)
-    if run is None or rounding is None or over is None or type(weight) is not Tensor or weight.numel() == 0:
+    run, rounding = kernels.run(backend, weight.device), quantizer.rounding(weight)
+    if run is None or rounding is None or not quantizer.only_needs_amax:
         return None
-    is_plain = weight.is_contiguous() and codes.is_contiguous() and not weight.is_neg()
-    if not is_plain or weight.data_ptr() == 0 or weight.data_ptr() % weight.element_size():
+    if type(weight) is not Tensor or weight.numel() == 0 or weight.is_neg():
         return None
+    if not weight.is_contiguous() or not codes.is_contiguous():
+        return None
+    if weight.data_ptr() == 0 or weight.data_ptr() % weight.element_size():
+        return None
+    is_scaled = quantizer.scope != "element"
     for update in (None, weight.dtype) if with_updates else (None,):
-        if not run.can_do(
-            kernels.Kind(weight.dtype, update, codes.dtype, rounding, weight.device), scaled=over != "nothing"
-        ):
+        kind = kernels.Kind(weight.dtype, update, codes.dtype, rounding, weight.device)
+        if not run.can_do(kind, scaled=is_scaled):
             return None
     scale_codes, group = None, 0
-    if over == "group":
+    if quantizer.scope == "group":
         assert quantizer.group is not None
         scale_codes = quantizer.scale_codes(weight.new_ones((), dtype=torch.float32))
         shape = quantizer.grouped(weight).shape
         scale_codes, group = scale_codes.new_zeros((*shape[:-1], 1)), quantizer.group
-    elif over == "row":
+    elif quantizer.scope == "row":
         group = weight.shape[-1] if weight.ndim else 1
-    elif over == "tensor":
+    elif quantizer.scope == "tensor":
         group = weight.numel()
     return Member(weight.data_ptr(), weight.numel(), weight.dtype, codes, scale_codes, quantizer, rounding, group, run)
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from weightflip.formats import FloatFormat, Rounding
 
-ScaleOver: TypeAlias = Literal["nothing", "tensor", "row", "group"]
 Scope: TypeAlias = Literal["element", "group", "row", "tensor"]
 Reduction: TypeAlias = Literal["max", "mean"]
 
@@ -109,15 +108,19 @@ class ElementwiseQuantizer(ABC):
     scope: Scope | None = None
     reduction: Reduction = "max"
     """How ``statistic`` comes from those of a weight's parts."""
+    only_needs_amax: bool = False
+    """Whether all that a code depends on beside its weight is the largest magnitude in its ``scope``, from which
+    :meth:`scale_of` makes the scale; nothing where that is ``"element"``. With this and ``rounding`` many weights are
+    counted in one call."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "encode_into" in vars(cls) and "rounding" not in vars(cls):
             # Another encode_into is not what an inherited rounding says.
             cls.rounding = ElementwiseQuantizer.rounding  # type: ignore[method-assign]
-        if "scale" in vars(cls) and "scale_over" not in vars(cls):
+        if "scale" in vars(cls) and "only_needs_amax" not in vars(cls):
             # Nor is another scale what an inherited scale_of gives.
-            cls.scale_over = ElementwiseQuantizer.scale_over  # type: ignore[method-assign]
+            cls.only_needs_amax = False
 
     def grouped(self, tensor: Tensor) -> Tensor:
         """A view of the weight, or of anything as large, as the other methods take it.
@@ -175,14 +178,6 @@ class ElementwiseQuantizer(ABC):
         """What ``encode_into`` does to ``weight``, as data, for kernels that do more in one pass; None: ask it.
 
         The scale that a :class:`Rounding` speaks of is ``applied_scale``.
-        """
-        return None
-
-    def scale_over(self, weight: Tensor) -> ScaleOver | None:
-        """What has a scale of its own, where :meth:`scale_of` the largest magnitude in it is that scale.
-
-        With this and ``rounding`` many weights are counted in one call. ``"nothing"``: weights are rounded as they are.
-        None: ask ``scale``, one weight at a time.
         """
         return None
 

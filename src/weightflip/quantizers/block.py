@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import E2M1, E2M3, E3M2, E4M3, E5M2, FP32, FloatFormat, Rounding
-from weightflip.quantizers.base import ElementwiseQuantizer, ScaleOver, Scope, Scratch, register
+from weightflip.quantizers.base import ElementwiseQuantizer, Scope, Scratch, register
 from weightflip.quantizers.floatx import amax, cast_to_float8, ordinals_to_values, round_to_ordinals
 
 ScaleMode: TypeAlias = Literal["floor", "rceil", "ceil", "even"]
@@ -28,6 +28,7 @@ class _BlockQuantizer(ElementwiseQuantizer):
 
     format: FloatFormat
     scope: Scope = "group"
+    only_needs_amax = True
 
     def code_dtype(self, weight: Tensor) -> torch.dtype:
         return torch.int8
@@ -36,9 +37,6 @@ class _BlockQuantizer(ElementwiseQuantizer):
         if not weight.is_floating_point():
             raise ValueError(f"quantizer {self.name!r} rounds floating-point weights, got {weight.dtype}")
         return self.scale_of(amax(weight, "row").to(torch.float32), statistic)
-
-    def scale_over(self, weight: Tensor) -> ScaleOver | None:
-        return "group"
 
     @abstractmethod
     def scale_of(self, largest: Tensor, of_tensor: Tensor | None = None) -> Tensor:
@@ -170,10 +168,8 @@ class NVFP4Quantizer(_BlockQuantizer):
     def __init__(self, per_tensor_scale: bool = False) -> None:
         self.per_tensor_scale = per_tensor_scale
         self.scope = "tensor" if per_tensor_scale else "group"
+        self.only_needs_amax = not per_tensor_scale
         self.name = "nvfp4:tensor" if per_tensor_scale else "nvfp4"
-
-    def scale_over(self, weight: Tensor) -> ScaleOver | None:
-        return None if self.per_tensor_scale else "group"
 
     def statistic(self, weight: Tensor) -> Tensor:
         """The largest magnitude of the weight: exact in shards."""

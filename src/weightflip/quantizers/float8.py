@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import E4M3, E5M2, FloatFormat, Rounding
-from weightflip.quantizers.base import ElementwiseQuantizer, ScaleOver, Scratch, register
+from weightflip.quantizers.base import ElementwiseQuantizer, Scratch, register
 from weightflip.quantizers.floatx import amax, cast_to_float8, ordinals_to_values
 
 # torchao.float8.float8_utils.EPS: the smallest amax that it divides by.
@@ -31,6 +31,8 @@ class Float8Quantizer(ElementwiseQuantizer):
     Raises:
         ValueError: Another format.
     """
+
+    only_needs_amax = True
 
     def __init__(
         self,
@@ -62,9 +64,6 @@ class Float8Quantizer(ElementwiseQuantizer):
 
     def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor:
         return self.scale_of(self.statistic(weight) if statistic is None else statistic)
-
-    def scale_over(self, weight: Tensor) -> ScaleOver:
-        return self.granularity
 
     def scale_of(self, largest: Tensor) -> Tensor:
         # float64, as torchao divides: 1.0 / float32 differs between eager and compiled code.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import E4M3, E5M2, FP32, FP64, FloatFormat, Rounding, exmy
-from weightflip.quantizers.base import ElementwiseQuantizer, ScaleOver, Scope, Scratch, register
+from weightflip.quantizers.base import ElementwiseQuantizer, Scope, Scratch, register
 from weightflip.quantizers.native import ORDINAL_DTYPES, bits_to_ordinals_
 
 Granularity: TypeAlias = Literal["tensor", "row", "none"]
@@ -199,6 +199,10 @@ class FloatxQuantizer(ElementwiseQuantizer):
         # Which part of many scales belongs to a shard is not known here.
         return "element" if not isinstance(self.fixed_scale, Tensor) or self.fixed_scale.numel() == 1 else None
 
+    @property
+    def only_needs_amax(self) -> bool:  # type: ignore[override]
+        return self.fixed_scale is None
+
     def statistic(self, weight: Tensor) -> Tensor:
         """The largest magnitude of the weight, or of each row: exact in shards."""
         return amax(weight, self.granularity)
@@ -219,11 +223,6 @@ class FloatxQuantizer(ElementwiseQuantizer):
         if self.granularity == "none":
             return None
         return self.scale_of((self.statistic(weight) if statistic is None else statistic).to(dtype))
-
-    def scale_over(self, weight: Tensor) -> ScaleOver | None:
-        if self.fixed_scale is not None:
-            return None
-        return "nothing" if self.granularity == "none" else self.granularity
 
     def scale_of(self, largest: Tensor) -> Tensor:
         meets = self.format.value(self.format.max_ordinal, exponent_shift=self._exponent_shift)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import BF16, E4M3, E5M2, FP16, FP32, FP64, FloatFormat, Rounding
-from weightflip.quantizers.base import Codes, ElementwiseQuantizer, ScaleOver, Scope, Scratch, register
+from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Scope, Scratch, register
 
 STORED_FORMATS: dict[torch.dtype, FloatFormat] = {
     torch.float8_e4m3fn: E4M3,
@@ -66,6 +66,7 @@ class NativeQuantizer(ElementwiseQuantizer):
 
     name = "native"
     scope = "element"
+    only_needs_amax = True
 
     def stored_dtype(self, weight: Tensor) -> torch.dtype:
         """The dtype whose bits are the codes.
@@ -84,9 +85,6 @@ class NativeQuantizer(ElementwiseQuantizer):
     def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor | None:
         self.stored_dtype(weight)
         return None
-
-    def scale_over(self, weight: Tensor) -> ScaleOver:
-        return "nothing"
 
     def encode(self, weight: Tensor) -> Codes:
         codes = super().encode(weight)
