@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightflip import distributed, functional, kernels
 from weightflip.batch import Batch, Member, make_member
-from weightflip.metrics import LayerMetric, Metric, Slice, Weight, make_metrics
+from weightflip.metrics import CORE_VALUES, LayerMetric, Metric, Slice, Weight, make_metrics
 from weightflip.metrics.oscillation import Oscillation
 from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, quantizer_name, resolve
 from weightflip.records import Counts, FlipRecord, Histogram, LayerRecord, Quotient, split_variant
@@ -26,7 +26,6 @@ MetricsLike: TypeAlias = "Sequence[str | Metric] | Mapping[str | Metric, int | N
 _COUNTED = slice(0, 3)
 _WEIGHT_STEPS, _NONFINITE, _SCALE_STEPS, _SCALE_CHANGES = 3, 4, 5, 6
 _COLUMNS = 7
-_VALUES = ("flip_rate", "cumulative_flip_rate", "stall_ratio", "scale_changes")
 
 
 _storage_has_expired: Callable[[int], bool] = torch.UntypedStorage._expired  # type: ignore[assignment]
@@ -359,7 +358,7 @@ class WeightFlipTracker:
     def value_names(self) -> frozenset[str]:
         """What the records' ``values`` may hold."""
         groups = (group.metric for group in self._groups)
-        return frozenset(_VALUES).union(*((*metric.ratios, *metric.gauges) for metric in groups))
+        return frozenset(CORE_VALUES).union(*((*metric.ratios, *metric.gauges) for metric in groups))
 
     # ------------------------------------------------------------------ one weight at a time
 

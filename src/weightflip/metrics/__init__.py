@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
-from weightflip.metrics.base import Bins, LayerMetric, Metric, Slice, Weight, make_metrics, metric_names, register
+from weightflip.metrics.base import (
+    CORE_VALUES,
+    Bins,
+    LayerMetric,
+    Metric,
+    Slice,
+    Weight,
+    make_metrics,
+    metric_names,
+    register,
+)
 
-__all__ = ["Bins", "LayerMetric", "Metric", "Slice", "Weight", "make_metrics", "metric_names", "register"]
+__all__ = [
+    "CORE_VALUES",
+    "Bins",
+    "LayerMetric",
+    "Metric",
+    "Slice",
+    "Weight",
+    "make_metrics",
+    "metric_names",
+    "register",
+]

@@ -19,7 +19,7 @@ from torch import Tensor
 from weightflip.kernels import Index
 from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, Scratch
 
-CORE_VALUES = ("flip_rate", "cumulative_flip_rate", "stall_ratio", "scale_changes", "nonfinite_weights")
+CORE_VALUES = ("flip_rate", "cumulative_flip_rate", "stall_ratio", "scale_changes")
 """What records have without any group."""
 
 
@@ -203,7 +203,7 @@ def make_metrics(groups: Mapping[Any, int | None]) -> list[tuple[Metric, int]]:
         ValueError: An unknown name, two groups that give the same number, or a number of steps below 1.
     """
     made: list[tuple[Metric, int]] = []
-    taken = {"flips", "stalls", *CORE_VALUES}
+    taken = {"flips", "stalls", "nonfinite_weights", *CORE_VALUES}
     for spec, every in groups.items():
         metric = spec if isinstance(spec, Metric) else _by_name(spec)
         every = metric.every if every is None else every
