@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,23 +14,15 @@ import weightflip
 
 ROOT = Path(weightflip.__file__).parent
 
-# Module to the modules of the project that it may import; a package stands for all its files.
-ALLOWED = {
-    "formats": set(),
-    "records": set(),
-    "quantizers": {"formats"},
-    "kernels": {"formats"},
-    "functional": {"kernels"},
-    "metrics": {"functional", "kernels", "quantizers.base"},
-    "detect": {"quantizers", "distributed"},
-    "distributed": set(),
-    "batch": {"functional", "kernels"},
-    "tracker": {"batch", "functional", "kernels", "metrics", "quantizers.base", "distributed", "records"},
-    "sinks": {"records"},
-    "alerts": {"records"},
-    "optimizer": {"alerts", "tracker", "detect", "distributed", "sinks", "quantizers", "records"},
-    "report": {"records"},
-}
+
+def _allowed() -> dict[str, set[str]]:
+    """Module to the modules of the project that it may import: CONTRIBUTING.md's table; a package is all its files."""
+    table = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)(?:\.py|/)` \|.*\| ([^|]*) \|$", table, re.MULTILINE)
+    return {room: set(re.findall(r"`([\w.]+)`", may_import)) for room, may_import in rows if room != "__init__"}
+
+
+ALLOWED = _allowed()
 
 
 def imports(path: Path) -> set[str]:

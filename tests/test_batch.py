@@ -9,10 +9,10 @@ from test_cpu_kernel import QUANTIZERS, weights
 from weightflip import WeightFlipTracker, batch, functional, kernels
 from weightflip.formats import FloatFormat
 from weightflip.kernels import cpu
+from weightflip.layer import TrackedWeight
 from weightflip.quantizers import resolve
 from weightflip.quantizers.block import MX_NAMES, MXQuantizer
 from weightflip.quantizers.floatx import FloatxQuantizer
-from weightflip.tracker import TrackedWeight
 
 NAN, INF = float("nan"), float("inf")
 CPU = torch.device("cpu")

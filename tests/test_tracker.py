@@ -11,8 +11,8 @@ from conftest import float8_values
 
 from weightflip import BitStallDetector, Codes, WeightFlipTracker, compute_flip_rate, compute_stall_ratio, kernels
 from weightflip.formats import E3M4, E5M2
+from weightflip.layer import TrackedWeight
 from weightflip.quantizers import resolve
-from weightflip.tracker import TrackedWeight
 
 NAN, INF = float("nan"), float("inf")
 

@@ -9,7 +9,8 @@ from weightflip.optimizer import FlipTrackingHandle, FlipTrackingOptimizer, trac
 from weightflip.quantizers import Codes, Quantizer, decode, encode, quantize, quantizer_names
 from weightflip.records import AlertEvent, FlipRecord, LayerRecord, RunInfo
 from weightflip.sinks import Sink
-from weightflip.tracker import BitStallDetector, WeightFlipTracker
+from weightflip.stalls import BitStallDetector
+from weightflip.tracker import WeightFlipTracker
 
 __version__ = "0.1.0"
 

@@ -20,10 +20,12 @@ from torch.utils.hooks import RemovableHandle
 from weightflip import distributed
 from weightflip.alerts import Alert, AlertWatch
 from weightflip.detect import Plan, make_groups, make_plan, name_parameters, owner_types, quantizes_weights
+from weightflip.layer import TrackedWeight
+from weightflip.metrics.columns import METRICS, MetricsLike
 from weightflip.quantizers.base import Quantizer, quantizer_name
 from weightflip.records import Counts, FlipRecord, RunInfo, split_variant, variant
 from weightflip.sinks import SinkGroup, TensorBoardSink, make_sink
-from weightflip.tracker import METRICS, MetricsLike, TrackedWeight, WeightFlipTracker
+from weightflip.tracker import WeightFlipTracker
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -4,39 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightflip import distributed, functional, kernels
 from weightflip.batch import Batch, Member, make_member
-from weightflip.metrics import CORE_VALUES, LayerMetric, Metric, Slice, Weight, make_metrics
-from weightflip.metrics.oscillation import Oscillation
+from weightflip.layer import Layer, Stamp, TrackedWeight
+from weightflip.ledger import COLUMNS, COUNTED, NONFINITE, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS, Ledger
+from weightflip.metrics import CORE_VALUES, LayerMetric, Slice, Weight
+from weightflip.metrics.columns import METRICS, Group, MetricsLike, gauges_of, make_groups, ratios_of
 from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, quantizer_name, resolve
-from weightflip.records import Counts, FlipRecord, Histogram, LayerRecord, Quotient, split_variant
-
-METRICS = ("flips", "stalls")
-
-MetricsLike: TypeAlias = "Sequence[str | Metric] | Mapping[str | Metric, int | None]"
-
-# Columns of the counters on the device: what the kernels count, then what the tracker adds.
-_COUNTED = slice(0, 3)
-_WEIGHT_STEPS, _NONFINITE, _SCALE_STEPS, _SCALE_CHANGES = 3, 4, 5, 6
-_COLUMNS = 7
-
-
-_storage_has_expired: Callable[[int], bool] = torch.UntypedStorage._expired  # type: ignore[assignment]
-
-
-class TrackedWeight(NamedTuple):
-    """One weight of a step: its name, the parameter, and how it is quantized."""
-
-    name: str
-    parameter: Tensor
-    quantizer: Quantizer
+from weightflip.records import Counts, FlipRecord, LayerRecord, split_variant
 
 
 class MemoryUsage(NamedTuple):
@@ -53,197 +34,6 @@ class MemoryUsage(NamedTuple):
     counters: int
     buffers: int
     metrics: int = 0
-
-
-@dataclass
-class _Stamp:
-    """Tells whether a parameter was written, replaced or moved since."""
-
-    # Not a weak reference: torch.utils.swap_tensors, and with it Module.to(), refuses tensors that have one. The
-    # tracker holds the parameter itself for as long as the stamp is of use, so the id is not given to another.
-    parameter: int
-    # Memory that was given back may be given out again for the next storage: an address alone does not tell.
-    storage: StorageWeakRef
-    data_ptr: int
-    versions: tuple[int, int]
-
-    def is_of(self, address: int) -> bool:
-        """Whether a parameter at this address is still in the memory that it was in."""
-        # As StorageWeakRef.expired() asks, which takes six times as long.
-        return address == self.data_ptr and not _storage_has_expired(self.storage.cdata)
-
-
-class _Group(NamedTuple):
-    """A metric group, and its columns among those that all groups have."""
-
-    metric: Metric
-    every: int
-    sums: slice
-    gauges: slice
-    bins: slice
-
-
-def _make_groups(metrics: Any, oscillation_ema: float | tuple[float, float] | None) -> tuple[list[str], list[_Group]]:
-    """The names in ``metrics=``, and the groups beside flips and stalls."""
-    asked: dict[Any, Any] = {}
-    if isinstance(metrics, Mapping):
-        asked = dict(metrics)
-    elif isinstance(metrics, Iterable) and not isinstance(metrics, str):
-        asked = dict.fromkeys(metrics)
-    names = [name for name in METRICS if name in asked]
-    if "flips" not in asked:
-        raise ValueError(
-            "metrics= is a sequence with 'flips' in it, or a mapping from such names to every how many steps each is "
-            f"looked at; got {metrics!r}"
-        )
-    for name in METRICS:
-        if asked.pop(name, None) not in (None, 1):
-            raise ValueError(f"metrics= counts {name!r} in every tracked step; use track_every= for fewer")
-    if oscillation_ema is not None:
-        if "oscillation" not in asked:
-            raise ValueError("oscillation_ema= belongs to the group 'oscillation'; add it to metrics=")
-        options = oscillation_ema if isinstance(oscillation_ema, (tuple, list)) else (oscillation_ema,)
-        if len(options) > 2:
-            raise ValueError(f"oscillation_ema= is a momentum, or a momentum and a threshold; got {oscillation_ema!r}")
-        asked = {Oscillation(*options) if name == "oscillation" else name: every for name, every in asked.items()}
-    groups, start = [], 0
-    for metric, every in make_metrics(asked):
-        sums = slice(start, start + 2 * len(metric.ratios))
-        gauges = slice(sums.stop, sums.stop + 2 * len(metric.gauges))
-        bins = slice(gauges.stop, gauges.stop + sum(len(bins.edges) - 1 for bins in metric.histograms))
-        groups.append(_Group(metric, every, sums, gauges, bins))
-        start = bins.stop
-    return names + [group.metric.name for group in groups], groups
-
-
-@dataclass
-class _Ledger:
-    """The counters of all layers on one device: a row each."""
-
-    device: torch.device
-    more: int
-    """Columns of the metric groups."""
-    rows: int = 0
-    total: Tensor = field(init=False)
-    step: Tensor = field(init=False)
-    more_total: Tensor | None = None
-    more_step: Tensor | None = None
-    """float64, which counts exactly up to 2**53. Not there without groups: not every device has float64."""
-
-    def __post_init__(self) -> None:
-        self.total = torch.zeros(0, _COLUMNS, dtype=torch.int64, device=self.device)
-        self.step = torch.zeros_like(self.total)
-        if self.more:
-            self.more_total = torch.zeros(0, self.more, dtype=torch.float64, device=self.device)
-            self.more_step = torch.zeros_like(self.more_total)
-
-    @property
-    def _tables(self) -> dict[str, Tensor]:
-        return {name: table for name, table in vars(self).items() if isinstance(table, Tensor)}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(table.nbytes for table in self._tables.values())
-
-    def add_row(self) -> int:
-        if self.rows == self.total.size(0):
-            for name, table in self._tables.items():
-                setattr(self, name, torch.cat([table, table.new_zeros(max(16, self.rows), table.size(1))]))
-        self.rows += 1
-        return self.rows - 1
-
-    def clear_row(self, row: int) -> None:
-        for table in self._tables.values():
-            table[row].zero_()
-
-    def begin_step(self) -> None:
-        self.step.zero_()
-        if self.more_step is not None:
-            self.more_step.zero_()
-
-    def end_step(self, valid: Tensor | None) -> None:
-        """Add what was counted in the step, if it was one."""
-        if valid is None:
-            self.total.add_(self.step)
-        else:
-            valid = valid.to(self.device, torch.int64, non_blocking=True)
-            self.total.addcmul_(self.step, valid)
-        if self.more_total is not None and self.more_step is not None:
-            # Not a product: what a group made of a step that was none may be infinite.
-            self.more_total.add_(self.more_step if valid is None else self.more_step.where(valid != 0, 0.0))
-
-    def keep(self, rows: list[int], wanted: Tensor) -> None:
-        """Forget what was counted in this step of those of the layers that are not wanted.
-
-        Args:
-            rows: The rows of layers.
-            wanted: bool, one for each.
-        """
-        unwanted = torch.zeros(self.step.size(0), dtype=torch.bool, device=self.device)
-        unwanted[rows] = ~wanted.to(self.device)
-        self.step.masked_fill_(unwanted.unsqueeze(1), 0)
-        if self.more_step is not None:
-            self.more_step.masked_fill_(unwanted.unsqueeze(1), 0)
-
-    def discard(self, row: int) -> None:
-        """Forget what was counted of one layer in this step."""
-        self.step[row].zero_()
-        if self.more_step is not None:
-            self.more_step[row].zero_()
-
-
-@dataclass
-class _Layer:
-    """What is known of one weight between steps."""
-
-    name: str
-    weights: int
-    quantizer: str
-    base: list[float]
-    """Counted before this ledger: in a loaded checkpoint, or on another device. Of a sharded weight, what all
-    processes have counted up to their last synchronization."""
-    own: list[float] = field(default_factory=list)
-    """Of a sharded weight, what this process has counted before this ledger."""
-    given: list[float] = field(default_factory=list)
-    """And what of all it has counted is in ``base``."""
-    ledger: _Ledger | None = None
-    row: int = -1
-    codes: Tensor | None = None
-    scale_codes: Tensor | None = None
-    """Of block and group scales."""
-    statistic: Tensor | None = None
-    """What the quantizer has to know of the whole of a sharded weight, as of the last collective."""
-    scale: Tensor | None = None
-    """Of the codes; kept for metric groups."""
-    stamp: _Stamp | None = None
-    tracked: TrackedWeight | None = None
-    """What the codes are of, where it is counted together with others."""
-    member: Member | None = None
-    metrics: dict[str, LayerMetric | None] | None = None
-    """Name of a group to what it keeps, once there is a baseline; None for a group without numbers for this layer."""
-    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """What groups kept in a checkpoint, or on another device."""
-    code_kind: tuple[torch.Size, torch.dtype] | None = None
-    """Shape and dtype of the codes that groups began with."""
-
-    def drop_codes(self, *, stamp: bool = True) -> None:
-        self.codes = self.scale_codes = self.scale = self.tracked = self.member = None
-        if stamp:
-            self.stamp = None
-
-    def close_metrics(self) -> None:
-        """Groups begin anew with the next codes, from what they kept."""
-        self.saved, self.metrics = self.metric_tensors(), None
-
-    def metric_tensors(self) -> dict[str, dict[str, Tensor]]:
-        if self.metrics is None:
-            return {group: dict(tensors) for group, tensors in self.saved.items()}
-        return {group: metric.tensors for group, metric in self.metrics.items() if metric is not None and metric.state}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The stamp is about this process's parameter: a copy encodes its own anew.
-        names = ("codes", "scale_codes", "scale", "statistic", "stamp", "tracked", "member", "metrics")
-        return {**self.__dict__, **dict.fromkeys(names), "saved": self.metric_tensors()}
 
 
 @dataclass
@@ -309,14 +99,14 @@ class WeightFlipTracker:
         backend: str = "auto",
     ) -> None:
         kernels.check_backend(backend)
-        names, self._groups = _make_groups(metrics, oscillation_ema)
+        names, self._groups = make_groups(metrics, oscillation_ema)
         _check_whole("track_every", track_every, 1)
         _check_whole("start_step", start_step, 0)
         if end_step is not None:
             _check_whole("end_step", end_step, start_step + 1)
         self.metrics = tuple(names)
-        self._columns = _COLUMNS + (self._groups[-1].bins.stop if self._groups else 0)
-        now = {_NONFINITE}.union(*(range(_COLUMNS + g.gauges.start, _COLUMNS + g.bins.stop) for g in self._groups))
+        self._columns = COLUMNS + (self._groups[-1].bins.stop if self._groups else 0)
+        now = {NONFINITE}.union(*(range(COLUMNS + g.gauges.start, COLUMNS + g.bins.stop) for g in self._groups))
         self._is_gauge = [column in now for column in range(self._columns)]
         self.track_every = track_every
         self.start_step = start_step
@@ -328,8 +118,8 @@ class WeightFlipTracker:
 
     def reset(self) -> None:
         """Forget everything counted, the number of steps included."""
-        self._layers: dict[str, _Layer] = {}
-        self._ledgers: dict[torch.device, _Ledger] = {}
+        self._layers: dict[str, Layer] = {}
+        self._ledgers: dict[torch.device, Ledger] = {}
         self._scratch = kernels.ScratchPool()
         self._snapshots: dict[str, _Snapshot] = {}
         self._current: list[TrackedWeight] = []
@@ -443,8 +233,8 @@ class WeightFlipTracker:
         counts = torch.zeros(3, dtype=torch.int64, device=weight.device)
         functional.compare(snapshot.codes, codes, snapshot.updated, counts, self._scratch)
         row = layer.ledger.total[layer.row]
-        row[_COUNTED].add_(counts)
-        row[_WEIGHT_STEPS].add_(weight.numel())
+        row[COUNTED].add_(counts)
+        row[WEIGHT_STEPS].add_(weight.numel())
         return int(counts[kernels.FLIPS].item())
 
     # ------------------------------------------------------------------ many weights, a step at a time
@@ -587,14 +377,14 @@ class WeightFlipTracker:
         for name, total in totals.items():
             base = self._window_base.get(name, self._zeros())
             window = self._as_counts([now - then for now, then in zip(total, base, strict=True)])
-            gauges, histograms = self._as_gauges(total)
+            gauges, histograms = gauges_of(self._groups, total[COLUMNS:])
             layers.append(
                 LayerRecord(
                     name,
                     self._layers[name].weights,
                     window,
                     self._as_counts(total),
-                    int(total[_NONFINITE]),
+                    int(total[NONFINITE]),
                     gauges,
                     histograms,
                 )
@@ -616,7 +406,7 @@ class WeightFlipTracker:
             layer = self._layers[tracked.name]
             assert layer.ledger is not None
             plain = getattr(tracked.quantizer, "plain", None)
-            count = layer.ledger.total[layer.row, _NONFINITE]
+            count = layer.ledger.total[layer.row, NONFINITE]
             try:
                 weight = distributed.local(tracked.parameter).detach()
                 functional.count_nonfinite(weight if plain is None else plain(weight), count, self._scratch)
@@ -676,9 +466,9 @@ class WeightFlipTracker:
         layer = self._layers.get(member.name)
         if layer is None:
             # It has failed here before anything was counted.
-            layer = _Layer(member.name, member.weights, member.quantizer, self._zeros())
+            layer = Layer(member.name, member.weights, member.quantizer, self._zeros())
             self._layers[member.name] = layer
-        news = [int(number) if column < _COLUMNS else number for column, number in enumerate(news)]
+        news = [int(number) if column < COLUMNS else number for column, number in enumerate(news)]
         totals = self._added(layer.base, news)
         layer.base = [0 if self._is_gauge[column] else total for column, total in enumerate(totals)]
         layer.given = own
@@ -734,7 +524,7 @@ class WeightFlipTracker:
         for tracked in weights:
             if tracked.name not in self._failed and getattr(tracked.quantizer, "is_active", True):
                 try:
-                    self._layer(tracked, *_weight_and_quantizer(tracked))
+                    self._layer(tracked, *tracked.unwrapped())
                 except Exception as error:
                     self._give_up(tracked.name, error)
 
@@ -750,7 +540,7 @@ class WeightFlipTracker:
             for index, name in enumerate(names):
                 if name not in self._failed:
                     try:
-                        weight, quantizer = _weight_and_quantizer(self._asked[name])
+                        weight, quantizer = self._asked[name].unwrapped()
                         statistic: Tensor = quantizer.statistic(weight)  # type: ignore[attr-defined]
                         table.put(index, statistic, weight.numel())
                         handed[index] = statistic
@@ -862,7 +652,7 @@ class WeightFlipTracker:
         layers, ratios = [], []
         for name, total in totals.items():
             layer, base = self._layers[name], self._window_base.get(name, self._zeros())
-            layers.append([name, layer.weights, layer.quantizer, total[:_COLUMNS], base[:_COLUMNS]])
+            layers.append([name, layer.weights, layer.quantizer, total[:COLUMNS], base[:COLUMNS]])
             now, then = self._as_counts(total).ratios, self._as_counts(base).ratios
             ratios += [[name, of, *now[of], *then[of]] for of in now]
         weights = {
@@ -888,10 +678,10 @@ class WeightFlipTracker:
             )
         layers, window_base = {}, {}
         for name, weights, quantizer, total, base in state_dict["layers"]:
-            layers[name] = _Layer(name, int(weights), quantizer, [*map(int, total), *self._zeros()[_COLUMNS:]])
-            window_base[name] = [*map(int, base), *self._zeros()[_COLUMNS:]]
+            layers[name] = Layer(name, int(weights), quantizer, [*map(int, total), *self._zeros()[COLUMNS:]])
+            window_base[name] = [*map(int, base), *self._zeros()[COLUMNS:]]
         columns = {
-            ratio: _COLUMNS + group.sums.start + 2 * i
+            ratio: COLUMNS + group.sums.start + 2 * i
             for group in self._groups
             for i, ratio in enumerate(group.metric.ratios)
         }
@@ -921,7 +711,7 @@ class WeightFlipTracker:
 
     # ------------------------------------------------------------------ inside
 
-    def _layer(self, tracked: TrackedWeight, weight: Tensor, seen_by: Quantizer) -> _Layer:
+    def _layer(self, tracked: TrackedWeight, weight: Tensor, seen_by: Quantizer) -> Layer:
         """The layer with a row on the weight's device."""
         name, quantizer, weights = tracked.name, quantizer_name(seen_by), tracked.parameter.numel()
         layer = self._layers.get(name)
@@ -936,9 +726,9 @@ class WeightFlipTracker:
             if layer.ledger is not None:
                 layer.ledger.clear_row(layer.row)
             place: dict[str, Any] = {"ledger": layer.ledger, "row": layer.row}
-            layer = self._layers[name] = _Layer(name, weights, quantizer, self._zeros(), **place)
+            layer = self._layers[name] = Layer(name, weights, quantizer, self._zeros(), **place)
         if layer is None:
-            layer = self._layers[name] = _Layer(name, weights, quantizer, self._zeros())
+            layer = self._layers[name] = Layer(name, weights, quantizer, self._zeros())
         if layer.ledger is None or layer.ledger.device != weight.device:
             if layer.ledger is not None:
                 row = self._read_rows()[1][name]
@@ -947,7 +737,7 @@ class WeightFlipTracker:
                 else:
                     layer.base = self._added(layer.base, row)
                 layer.ledger.clear_row(layer.row)
-            layer.ledger = self._ledgers.setdefault(weight.device, _Ledger(weight.device, self._columns - _COLUMNS))
+            layer.ledger = self._ledgers.setdefault(weight.device, Ledger(weight.device, self._columns - COLUMNS))
             layer.row = layer.ledger.add_row()
             layer.drop_codes()
             layer.close_metrics()
@@ -958,9 +748,9 @@ class WeightFlipTracker:
 
     def _ensure_codes(self, tracked: TrackedWeight, *, may_wait: bool = False) -> bool:
         """Have the codes of a weight at hand; False where they wait for others, to be made together."""
-        weight, quantizer = _weight_and_quantizer(tracked)
+        weight, quantizer = tracked.unwrapped()
         layer = self._layer(tracked, weight, quantizer)
-        is_unwritten = layer.stamp is not None and layer.stamp == _stamp(tracked.parameter, weight)
+        is_unwritten = layer.stamp is not None and layer.stamp == Stamp.of(tracked.parameter, weight)
         is_told = tracked.name in self._asked and self._is_told
         if tracked.name in self._asked and not is_told and not is_unwritten:
             # Written, but not by what all processes do: the scale of now is not known.
@@ -993,12 +783,12 @@ class WeightFlipTracker:
         layer.scale = scale if self._groups else None
         return True
 
-    def _statistic(self, layer: _Layer) -> Tensor | None:
+    def _statistic(self, layer: Layer) -> Tensor | None:
         return layer.statistic if layer.name in self._asked else None
 
     def _count(self, tracked: TrackedWeight, valid: Tensor | None) -> None:
         layer = self._layers[tracked.name]
-        weight, quantizer = _weight_and_quantizer(tracked)
+        weight, quantizer = tracked.unwrapped()
         assert layer.codes is not None
         assert layer.ledger is not None
         # After the step, since a closure makes them in it; before the step, where a hook has taken them away in it.
@@ -1007,7 +797,7 @@ class WeightFlipTracker:
             grad = tracked.parameter.grad
         grad = None if grad is None else distributed.local_gradient(grad, tracked.parameter)
         row = layer.ledger.step[layer.row]
-        counts = row[_COUNTED]
+        counts = row[COUNTED]
 
         sparse = grad if grad is not None and grad.layout is not torch.strided else None
         if sparse is not None:
@@ -1038,16 +828,16 @@ class WeightFlipTracker:
             self._ask(layer, group, metric.after, _seen(layer, weight, quantizer), self._sums(layer, group))
         scale_codes = _scale_codes(quantizer, scale, weight.ndim)
         if scale_codes is not None and layer.scale_codes is not None:
-            row[_SCALE_CHANGES].copy_(torch.count_nonzero(scale_codes != layer.scale_codes))
-            row[_SCALE_STEPS].fill_(scale_codes.numel())
+            row[SCALE_CHANGES].copy_(torch.count_nonzero(scale_codes != layer.scale_codes))
+            row[SCALE_STEPS].fill_(scale_codes.numel())
         layer.scale_codes = scale_codes
         layer.tracked = layer.member = None
         if sparse is not None:
             updated = sparse.values() != 0
             counts[kernels.UPDATES].add_(torch.count_nonzero(updated))
             counts[kernels.STALLED].add_(torch.count_nonzero(updated & (layer.codes[at] == before)))
-        row[_WEIGHT_STEPS].fill_(weight.numel())
-        layer.stamp = _stamp(tracked.parameter, weight)
+        row[WEIGHT_STEPS].fill_(weight.numel())
+        layer.stamp = Stamp.of(tracked.parameter, weight)
 
     def _forget_codes(self) -> None:
         self._marks = None
@@ -1073,7 +863,7 @@ class WeightFlipTracker:
 
     # ------------------------------------------------------------------ many weights in one call
 
-    def _is_member(self, layer: _Layer, tracked: TrackedWeight, weight: Tensor) -> bool:
+    def _is_member(self, layer: Layer, tracked: TrackedWeight, weight: Tensor) -> bool:
         """Whether a layer is encoded and counted together with others. Metric groups look at each weight by itself."""
         quantizer, codes = tracked.quantizer, layer.codes
         assert codes is not None
@@ -1123,7 +913,7 @@ class WeightFlipTracker:
     def _count_together(self) -> list[TrackedWeight]:
         """Count the weights of this step that are members, in one call; the others are left to be counted alone."""
         alone: list[TrackedWeight] = []
-        alike: dict[torch.device, list[tuple[_Layer, Member, int]]] = {}
+        alike: dict[torch.device, list[tuple[Layer, Member, int]]] = {}
         with_updates = "stalls" in self.metrics
         for tracked in self._current:
             layer = self._layers[tracked.name]
@@ -1144,7 +934,7 @@ class WeightFlipTracker:
             if stamp is None:
                 weight = parameter.detach()
                 is_there = member.describes(weight, tracked.quantizer, member.codes)
-                layer.stamp = _stamp(parameter, weight)
+                layer.stamp = Stamp.of(parameter, weight)
             else:
                 is_there = stamp.is_of(parameter.data_ptr()) and parameter.numel() == member.numel
                 version = parameter._version
@@ -1174,7 +964,7 @@ class WeightFlipTracker:
         if not self._groups:
             return
         layer = self._layers[tracked.name]
-        seen = _seen(layer, *_weight_and_quantizer(tracked))
+        seen = _seen(layer, *tracked.unwrapped())
         kind = seen.codes.shape, seen.codes.dtype
         if layer.metrics is not None and layer.code_kind != kind:
             # Stored in another dtype now: what was remembered is of other codes.
@@ -1186,7 +976,7 @@ class WeightFlipTracker:
         for group, metric in self._due(layer):
             self._ask(layer, group, metric.before, seen)
 
-    def _open(self, layer: _Layer, group: _Group, seen: Weight) -> None:
+    def _open(self, layer: Layer, group: Group, seen: Weight) -> None:
         assert layer.metrics is not None
         if layer.name in self._sharded and not group.metric.of_shards:
             layer.metrics[group.metric.name] = None
@@ -1198,7 +988,7 @@ class WeightFlipTracker:
             if kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype):
                 tensor.copy_(kept)
 
-    def _due(self, layer: _Layer) -> list[tuple[_Group, LayerMetric]]:
+    def _due(self, layer: Layer) -> list[tuple[Group, LayerMetric]]:
         """The groups that look at this step, with what they keep of the layer."""
         if layer.metrics is None:
             return []
@@ -1210,7 +1000,7 @@ class WeightFlipTracker:
             if tracked_steps % group.every == 0 and (metric := layer.metrics.get(group.metric.name)) is not None
         ]
 
-    def _ask(self, layer: _Layer, group: _Group, action: Callable[..., None], *args: Any) -> None:
+    def _ask(self, layer: Layer, group: Group, action: Callable[..., None], *args: Any) -> None:
         """A group that fails on a layer is warned about once; everything else goes on."""
         try:
             action(*args)
@@ -1223,13 +1013,13 @@ class WeightFlipTracker:
                 stacklevel=2,
             )
 
-    def _sums(self, layer: _Layer, group: _Group) -> Tensor:
+    def _sums(self, layer: Layer, group: Group) -> Tensor:
         assert layer.ledger is not None
         assert layer.ledger.more_step is not None
         return layer.ledger.more_step[layer.row, group.sums].view(-1, 2)
 
     def _observer(
-        self, layer: _Layer, weight: Tensor, quantizer: Quantizer, valid: Tensor | None
+        self, layer: Layer, weight: Tensor, quantizer: Quantizer, valid: Tensor | None
     ) -> functional.Observer | None:
         """What shows each slice of a weight to the groups; None if none wants to see it."""
         due = [(group, metric) for group, metric in self._due(layer) if type(metric).slice is not LayerMetric.slice]
@@ -1269,7 +1059,7 @@ class WeightFlipTracker:
             except Exception as error:
                 self._give_up(tracked.name, error)
                 continue
-            seen = _seen(layer, *_weight_and_quantizer(tracked))
+            seen = _seen(layer, *tracked.unwrapped())
             assert layer.ledger is not None
             assert layer.ledger.more_total is not None
             row = layer.ledger.more_total[layer.row]
@@ -1312,9 +1102,9 @@ class WeightFlipTracker:
             else:
                 host = flat.cpu()
             host = host[: flat.numel()].view(table.shape)
-            more = host[:, _COLUMNS:].view(torch.float64) if ledger.more else host[:, _COLUMNS:]
+            more = host[:, COLUMNS:].view(torch.float64) if ledger.more else host[:, COLUMNS:]
             tables[device] = [
-                [*row, *numbers] for row, numbers in zip(host[:, :_COLUMNS].tolist(), more.tolist(), strict=True)
+                [*row, *numbers] for row, numbers in zip(host[:, :COLUMNS].tolist(), more.tolist(), strict=True)
             ]
         if pending is not None:
             skipped = int(pending.item())
@@ -1328,37 +1118,21 @@ class WeightFlipTracker:
         return {name: self._as_counts(row) for name, row in self._read()[1].items()}
 
     def _as_counts(self, row: Sequence[float]) -> Counts:
-        more = row[_COLUMNS:]
         return Counts(
-            weight_steps=int(row[_WEIGHT_STEPS]),
+            weight_steps=int(row[WEIGHT_STEPS]),
             flips=int(row[kernels.FLIPS]),
             updates=int(row[kernels.UPDATES]),
             stalled=int(row[kernels.STALLED]),
-            scale_steps=int(row[_SCALE_STEPS]),
-            scale_changes=int(row[_SCALE_CHANGES]),
-            ratios={
-                name: pair for group in self._groups for name, pair in _pairs(group.metric.ratios, more[group.sums])
-            },
+            scale_steps=int(row[SCALE_STEPS]),
+            scale_changes=int(row[SCALE_CHANGES]),
+            ratios=ratios_of(self._groups, row[COLUMNS:]),
         )
-
-    def _as_gauges(self, row: Sequence[float]) -> tuple[dict[str, Quotient], dict[str, Histogram]]:
-        more = row[_COLUMNS:]
-        gauges, histograms = {}, {}
-        for group in self._groups:
-            # Without a denominator it was not looked at now.
-            gauges.update({name: q for name, q in _pairs(group.metric.gauges, more[group.gauges]) if q.denominator})
-            counts = [int(count) for count in more[group.bins]]
-            for bins in group.metric.histograms:
-                own, counts = tuple(counts[: len(bins.edges) - 1]), counts[len(bins.edges) - 1 :]
-                if any(own):
-                    histograms[bins.name] = Histogram(bins.edges, own)
-        return gauges, histograms
 
 
 class _Together:
     """A batch on one device, and where its layers are counted."""
 
-    def __init__(self, layers: Sequence[_Layer], batch: Batch) -> None:
+    def __init__(self, layers: Sequence[Layer], batch: Batch) -> None:
         self.batch = batch
         assert layers[0].ledger is not None
         self._ledger = layers[0].ledger
@@ -1371,83 +1145,15 @@ class _Together:
         """Count a step; the layers that could not be counted, and why."""
         counted = self.batch.advance(updates)
         step = self._ledger.step
-        step[:, _COUNTED].index_copy_(0, self._rows, counted.counts)
-        step[:, _WEIGHT_STEPS].index_copy_(0, self._rows, self._weights)
+        step[:, COUNTED].index_copy_(0, self._rows, counted.counts)
+        step[:, WEIGHT_STEPS].index_copy_(0, self._rows, self._weights)
         if self._has_scales:
-            step[:, _SCALE_STEPS].index_copy_(0, self._rows, self._scales)
-            step[:, _SCALE_CHANGES].index_copy_(0, self._rows, counted.scale_changes)
+            step[:, SCALE_STEPS].index_copy_(0, self._rows, self._scales)
+            step[:, SCALE_CHANGES].index_copy_(0, self._rows, counted.scale_changes)
         return counted.failed
 
 
-class BitStallDetector:
-    """Predicts stalls: would this update change the code at all?
-
-    Where :class:`WeightFlipTracker` looks at what a step did, this asks beforehand, for an update of your choice.
-
-    Args:
-        format: A quantizer name, ``FloatFormat``, quantizer object or function.
-        scale: What weights are divided by before rounding, instead of the format's own rule.
-
-    Attributes:
-        stall_count: Stalled updates so far.
-        total_count: Attempted updates so far.
-
-    Raises:
-        ValueError: Unknown format, or a scale for one that takes none.
-
-    Example:
-        >>> detector = BitStallDetector("bfloat16")
-        >>> detector.update(torch.ones(4), torch.tensor([0.0, 0.001, 0.004, 0.01]))
-        (1, 3)
-        >>> detector.get_stall_rate()
-        0.3333333333333333
-    """
-
-    def __init__(self, format: Any, scale: Tensor | float | None = None) -> None:
-        self.quantizer = resolve(format, scale)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything counted."""
-        self.stall_count = 0
-        self.total_count = 0
-
-    @torch.no_grad()
-    def update(self, weight: Tensor, update: Tensor) -> tuple[int, int]:
-        """Count the updates that rounding would swallow, and add them up.
-
-        Args:
-            weight: Floating-point, any shape.
-            update: What is to be added to it, such as ``-lr * grad``; of the same shape. The sum is taken in the
-                weight's dtype.
-
-        Returns:
-            Stalled and attempted: weights with ``update != 0`` that keep their code, and weights with ``update != 0``.
-
-        Raises:
-            ValueError: The shapes differ.
-        """
-        if weight.shape != update.shape:
-            raise ValueError(f"Shape mismatch: weight has {tuple(weight.shape)}, update has {tuple(update.shape)}")
-        before = self.quantizer.encode(weight.detach()).ordinals
-        after = self.quantizer.encode((weight + update).to(weight.dtype)).ordinals
-        attempted = update != 0
-        stalled = int(torch.count_nonzero(attempted & (before == after)).item())
-        total = int(torch.count_nonzero(attempted).item())
-        self.stall_count += stalled
-        self.total_count += total
-        return stalled, total
-
-    def get_stall_rate(self) -> float:
-        """Stalled / attempted over all calls; 0.0 without updates."""
-        return self.stall_count / self.total_count if self.total_count else 0.0
-
-
-def _pairs(names: Sequence[str], numbers: Sequence[float]) -> list[tuple[str, Quotient]]:
-    return [(name, Quotient(*numbers[2 * i : 2 * i + 2])) for i, name in enumerate(names)]
-
-
-def _seen(layer: _Layer, weight: Tensor, quantizer: Quantizer) -> Weight:
+def _seen(layer: Layer, weight: Tensor, quantizer: Quantizer) -> Weight:
     """A weight as metric groups see it."""
     assert layer.codes is not None
     if isinstance(quantizer, ElementwiseQuantizer):
@@ -1461,18 +1167,6 @@ def _table_row(name: str, quantizer: str, weights: int, counts: Counts) -> tuple
     return name, quantizer, f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio
 
 
-def _weight_and_quantizer(tracked: TrackedWeight) -> tuple[Tensor, Quantizer]:
-    """What is encoded, and by what: the master copy, where a subclass holds one."""
-    quantizer = tracked.quantizer
-    inner: Quantizer | None = getattr(quantizer, "encodes", None)
-    weight = distributed.local(tracked.parameter)
-    if inner is None:
-        return weight.detach(), quantizer
-    # Not of a detached subclass: the copy inside it has a version counter of its own.
-    plain: Callable[[Tensor], Tensor] = quantizer.plain  # type: ignore[attr-defined]
-    return plain(weight).detach(), inner
-
-
 def _scale_codes(quantizer: Quantizer, scale: Tensor | None, ndim: int) -> Tensor | None:
     """What is stored of scales that are codes themselves: those of blocks and groups, ``(..., K // group, 1)``."""
     if scale is None:
@@ -1481,15 +1175,6 @@ def _scale_codes(quantizer: Quantizer, scale: Tensor | None, ndim: int) -> Tenso
         return None if quantizer.group is None else quantizer.scale_codes(scale)
     is_of_groups = scale.ndim == ndim + 1
     return scale.float().view(torch.int32).clone() if is_of_groups else None
-
-
-def _stamp(parameter: Tensor, weight: Tensor) -> _Stamp | None:
-    """Of a parameter and what is encoded of it: the same, or the master copy inside it."""
-    if parameter.is_inference():
-        # Inference tensors have no version counter.
-        return None
-    storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
-    return _Stamp(id(parameter), storage, weight.data_ptr(), (parameter._version, weight._version))
 
 
 def _address_beside(grad: Tensor, member: Member) -> int:

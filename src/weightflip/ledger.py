@@ -1,0 +1,89 @@
+"""The counters on the weights' device: all layers there in one table, so that a logging point makes one transfer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+COUNTED = slice(0, 3)
+"""Columns that the kernels count; then those that the tracker adds."""
+WEIGHT_STEPS, NONFINITE, SCALE_STEPS, SCALE_CHANGES = 3, 4, 5, 6
+COLUMNS = 7
+
+
+@dataclass
+class Ledger:
+    """The counters of all layers on one device: a row each."""
+
+    device: torch.device
+    more: int
+    """Columns of the metric groups."""
+    rows: int = 0
+    total: Tensor = field(init=False)
+    step: Tensor = field(init=False)
+    more_total: Tensor | None = None
+    more_step: Tensor | None = None
+    """float64, which counts exactly up to 2**53. Not there without groups: not every device has float64."""
+
+    def __post_init__(self) -> None:
+        self.total = torch.zeros(0, COLUMNS, dtype=torch.int64, device=self.device)
+        self.step = torch.zeros_like(self.total)
+        if self.more:
+            self.more_total = torch.zeros(0, self.more, dtype=torch.float64, device=self.device)
+            self.more_step = torch.zeros_like(self.more_total)
+
+    @property
+    def _tables(self) -> dict[str, Tensor]:
+        return {name: table for name, table in vars(self).items() if isinstance(table, Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(table.nbytes for table in self._tables.values())
+
+    def add_row(self) -> int:
+        if self.rows == self.total.size(0):
+            for name, table in self._tables.items():
+                setattr(self, name, torch.cat([table, table.new_zeros(max(16, self.rows), table.size(1))]))
+        self.rows += 1
+        return self.rows - 1
+
+    def clear_row(self, row: int) -> None:
+        for table in self._tables.values():
+            table[row].zero_()
+
+    def begin_step(self) -> None:
+        self.step.zero_()
+        if self.more_step is not None:
+            self.more_step.zero_()
+
+    def end_step(self, valid: Tensor | None) -> None:
+        """Add what was counted in the step, if it was one."""
+        if valid is None:
+            self.total.add_(self.step)
+        else:
+            valid = valid.to(self.device, torch.int64, non_blocking=True)
+            self.total.addcmul_(self.step, valid)
+        if self.more_total is not None and self.more_step is not None:
+            # Not a product: what a group made of a step that was none may be infinite.
+            self.more_total.add_(self.more_step if valid is None else self.more_step.where(valid != 0, 0.0))
+
+    def keep(self, rows: list[int], wanted: Tensor) -> None:
+        """Forget what was counted in this step of those of the layers that are not wanted.
+
+        Args:
+            rows: The rows of layers.
+            wanted: bool, one for each.
+        """
+        unwanted = torch.zeros(self.step.size(0), dtype=torch.bool, device=self.device)
+        unwanted[rows] = ~wanted.to(self.device)
+        self.step.masked_fill_(unwanted.unsqueeze(1), 0)
+        if self.more_step is not None:
+            self.more_step.masked_fill_(unwanted.unsqueeze(1), 0)
+
+    def discard(self, row: int) -> None:
+        """Forget what was counted of one layer in this step."""
+        self.step[row].zero_()
+        if self.more_step is not None:
+            self.more_step[row].zero_()

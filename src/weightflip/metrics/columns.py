@@ -1,0 +1,80 @@
+"""``metrics=``: the groups that are asked for, and where in a layer's counters each has its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from weightflip.metrics.base import Metric, make_metrics
+from weightflip.metrics.oscillation import Oscillation
+from weightflip.records import Histogram, Quotient
+
+METRICS = ("flips", "stalls")
+
+MetricsLike: TypeAlias = "Sequence[str | Metric] | Mapping[str | Metric, int | None]"
+
+
+class Group(NamedTuple):
+    """A metric group, and its columns among those that all groups have."""
+
+    metric: Metric
+    every: int
+    sums: slice
+    gauges: slice
+    bins: slice
+
+
+def make_groups(metrics: Any, oscillation_ema: float | tuple[float, float] | None) -> tuple[list[str], list[Group]]:
+    """The names in ``metrics=``, and the groups beside flips and stalls."""
+    asked: dict[Any, Any] = {}
+    if isinstance(metrics, Mapping):
+        asked = dict(metrics)
+    elif isinstance(metrics, Iterable) and not isinstance(metrics, str):
+        asked = dict.fromkeys(metrics)
+    names = [name for name in METRICS if name in asked]
+    if "flips" not in asked:
+        raise ValueError(
+            "metrics= is a sequence with 'flips' in it, or a mapping from such names to every how many steps each is "
+            f"looked at; got {metrics!r}"
+        )
+    for name in METRICS:
+        if asked.pop(name, None) not in (None, 1):
+            raise ValueError(f"metrics= counts {name!r} in every tracked step; use track_every= for fewer")
+    if oscillation_ema is not None:
+        if "oscillation" not in asked:
+            raise ValueError("oscillation_ema= belongs to the group 'oscillation'; add it to metrics=")
+        options = oscillation_ema if isinstance(oscillation_ema, (tuple, list)) else (oscillation_ema,)
+        if len(options) > 2:
+            raise ValueError(f"oscillation_ema= is a momentum, or a momentum and a threshold; got {oscillation_ema!r}")
+        asked = {Oscillation(*options) if name == "oscillation" else name: every for name, every in asked.items()}
+    groups, start = [], 0
+    for metric, every in make_metrics(asked):
+        sums = slice(start, start + 2 * len(metric.ratios))
+        gauges = slice(sums.stop, sums.stop + 2 * len(metric.gauges))
+        bins = slice(gauges.stop, gauges.stop + sum(len(bins.edges) - 1 for bins in metric.histograms))
+        groups.append(Group(metric, every, sums, gauges, bins))
+        start = bins.stop
+    return names + [group.metric.name for group in groups], groups
+
+
+def ratios_of(groups: Sequence[Group], row: Sequence[float]) -> dict[str, Quotient]:
+    """What the groups have counted of a layer, from their columns of its row."""
+    return {name: pair for group in groups for name, pair in _pairs(group.metric.ratios, row[group.sums])}
+
+
+def gauges_of(groups: Sequence[Group], row: Sequence[float]) -> tuple[dict[str, Quotient], dict[str, Histogram]]:
+    """What the groups have found of a layer at a logging point."""
+    gauges, histograms = {}, {}
+    for group in groups:
+        # Without a denominator it was not looked at now.
+        gauges.update({name: q for name, q in _pairs(group.metric.gauges, row[group.gauges]) if q.denominator})
+        counts = [int(count) for count in row[group.bins]]
+        for bins in group.metric.histograms:
+            own, counts = tuple(counts[: len(bins.edges) - 1]), counts[len(bins.edges) - 1 :]
+            if any(own):
+                histograms[bins.name] = Histogram(bins.edges, own)
+    return gauges, histograms
+
+
+def _pairs(names: Sequence[str], numbers: Sequence[float]) -> list[tuple[str, Quotient]]:
+    return [(name, Quotient(*numbers[2 * i : 2 * i + 2])) for i, name in enumerate(names)]

@@ -1,0 +1,74 @@
+"""Stalls foretold: would this update change the code at all?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightflip.quantizers.base import resolve
+
+
+class BitStallDetector:
+    """Predicts stalls: would this update change the code at all?
+
+    Where :class:`WeightFlipTracker` looks at what a step did, this asks beforehand, for an update of your choice.
+
+    Args:
+        format: A quantizer name, ``FloatFormat``, quantizer object or function.
+        scale: What weights are divided by before rounding, instead of the format's own rule.
+
+    Attributes:
+        stall_count: Stalled updates so far.
+        total_count: Attempted updates so far.
+
+    Raises:
+        ValueError: Unknown format, or a scale for one that takes none.
+
+    Example:
+        >>> detector = BitStallDetector("bfloat16")
+        >>> detector.update(torch.ones(4), torch.tensor([0.0, 0.001, 0.004, 0.01]))
+        (1, 3)
+        >>> detector.get_stall_rate()
+        0.3333333333333333
+    """
+
+    def __init__(self, format: Any, scale: Tensor | float | None = None) -> None:
+        self.quantizer = resolve(format, scale)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything counted."""
+        self.stall_count = 0
+        self.total_count = 0
+
+    @torch.no_grad()
+    def update(self, weight: Tensor, update: Tensor) -> tuple[int, int]:
+        """Count the updates that rounding would swallow, and add them up.
+
+        Args:
+            weight: Floating-point, any shape.
+            update: What is to be added to it, such as ``-lr * grad``; of the same shape. The sum is taken in the
+                weight's dtype.
+
+        Returns:
+            Stalled and attempted: weights with ``update != 0`` that keep their code, and weights with ``update != 0``.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
+        if weight.shape != update.shape:
+            raise ValueError(f"Shape mismatch: weight has {tuple(weight.shape)}, update has {tuple(update.shape)}")
+        before = self.quantizer.encode(weight.detach()).ordinals
+        after = self.quantizer.encode((weight + update).to(weight.dtype)).ordinals
+        attempted = update != 0
+        stalled = int(torch.count_nonzero(attempted & (before == after)).item())
+        total = int(torch.count_nonzero(attempted).item())
+        self.stall_count += stalled
+        self.total_count += total
+        return stalled, total
+
+    def get_stall_rate(self) -> float:
+        """Stalled / attempted over all calls; 0.0 without updates."""
+        return self.stall_count / self.total_count if self.total_count else 0.0
