@@ -34,6 +34,9 @@ QUANTIZERS = [
     FloatFormat("e5m0 of an even bias", 5, 0, 14),
     "bfloat16",
     "float16",
+    "int8",
+    "int4",
+    "int2",
 ]
 NAN, INF = float("nan"), float("inf")
 
@@ -76,7 +79,7 @@ def threads(request, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, "ternary"], ids=str)
 @pytest.mark.parametrize("name", weights())
 def test_equals_eager(name, quantizer, threads):
     weight, quantizer = weights()[name], resolve(quantizer)
@@ -88,7 +91,7 @@ def test_equals_eager(name, quantizer, threads):
     gradient[torch.rand(weight.shape, generator=generator) < 0.3] = 0.0
     gradient[torch.rand(weight.shape, generator=generator) < 0.1] = -0.0
     gradient[torch.rand(weight.shape, generator=generator) < 0.1] = NAN
-    scale, rounding = quantizer.scale(weight), quantizer.rounding(weight)
+    scale, rounding = quantizer.applied_scale(quantizer.scale(weight)), quantizer.rounding(weight)
     by_row = scale is not None and scale.numel() > 1
     for update in (None, gradient, gradient.bfloat16(), gradient.half(), gradient != 0):
         expected_codes, expected_counts = by_eager(weight, quantizer, old, update)

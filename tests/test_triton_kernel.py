@@ -51,8 +51,11 @@ QUANTIZERS = [
     FloatFormat("e5m0 of an even bias", 5, 0, 14),
     "bfloat16",
     "float16",
+    "int8",
+    "int4",
+    "ternary",
 ]
-BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("rceil",)), "nvfp4"]
+BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("rceil",)), "nvfp4", "int4:g32"]
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +96,9 @@ def by_eager(weight, quantizer, old, update):
 def assert_equals_eager(weight, quantizer, old, update):
     expected_codes, expected_counts, scale = by_eager(weight, quantizer, old, update)
     codes, counts = old.clone(), torch.tensor([5, 6, 7], device=DEVICE)
-    assert count_alone(cuda.Run, weight, scale, quantizer.rounding(weight), codes, update, counts)
+    assert count_alone(
+        cuda.Run, weight, quantizer.applied_scale(scale), quantizer.rounding(weight), codes, update, counts
+    )
     assert torch.equal(codes, expected_codes)
     assert counts.tolist() == expected_counts.tolist()
 

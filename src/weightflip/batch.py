@@ -56,7 +56,7 @@ class Member:
     codes: Tensor
     scale_codes: Tensor | None
     quantizer: Shared
-    rounding: kernels.Rounding
+    rounding: kernels.Rounding | kernels.IntegerRounding
     group: int
     run: type[kernels.Run]
 
@@ -208,7 +208,7 @@ class _Part:
 
     def __init__(self, pieces: Sequence[_Piece], members: Sequence[Member], with_updates: bool) -> None:
         first = members[pieces[0].member]
-        self.quantizer = first.quantizer
+        self.quantizer, self.dtype = first.quantizer, first.dtype
         self.is_scaled = first.group != 0
         kind = kernels.Kind(
             first.dtype, first.dtype if with_updates else None, first.codes.dtype, first.rounding, first.codes.device
@@ -237,7 +237,7 @@ class _Part:
         ]
 
     def advance(self, updates: Tensor | None, counts: Tensor, scale_changes: Tensor) -> None:
-        scale = self.quantizer.scale_of(self.run.largest()) if self.is_scaled else None
+        scale = self.quantizer.scale_of(self.run.largest().to(self.dtype)) if self.is_scaled else None
         addresses = None
         if updates is not None:
             of_pieces = updates[self.owners]

@@ -209,6 +209,22 @@ class Rounding(NamedTuple):
     divides: bool = False
 
 
+class IntegerRounding(NamedTuple):
+    """The same for integers: to the nearest one, ties to even, clamped.
+
+    Attributes:
+        smallest: At most 0, and of no smaller magnitude than ``largest``.
+        largest: The ordinal of everything larger.
+        nan: The ordinal of NaN.
+        divides: Whether the scale divides the weight instead of multiplying it.
+    """
+
+    smallest: int
+    largest: int
+    nan: int
+    divides: bool = False
+
+
 def _finite(exponent_bits: int, mantissa_bits: int) -> FloatFormat:
     """A format in which every code is a number, with the IEEE bias (0 where E <= 1)."""
     bias = 2 ** (exponent_bits - 1) - 1 if exponent_bits else 0

@@ -16,7 +16,7 @@ from weightflip.layer import Layer, Stamp, TrackedWeight
 from weightflip.ledger import COLUMNS, COUNTED, NONFINITE, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS, Ledger
 from weightflip.metrics import CORE_VALUES, LayerMetric, Slice, Weight
 from weightflip.metrics.columns import METRICS, Group, MetricsLike, gauges_of, make_groups, ratios_of
-from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, quantizer_name, resolve
+from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, bits_of_scale, quantizer_name, resolve
 from weightflip.records import Counts, FlipRecord, LayerRecord, split_variant
 
 
@@ -1174,7 +1174,7 @@ def _scale_codes(quantizer: Quantizer, scale: Tensor | None, ndim: int) -> Tenso
     if isinstance(quantizer, ElementwiseQuantizer):
         return None if quantizer.group is None else quantizer.scale_codes(scale)
     is_of_groups = scale.ndim == ndim + 1
-    return scale.float().view(torch.int32).clone() if is_of_groups else None
+    return bits_of_scale(scale) if is_of_groups else None
 
 
 def _address_beside(grad: Tensor, member: Member) -> int:

@@ -61,7 +61,9 @@ def _implementation(stored):  # type: ignore[no-untyped-def]
 
 
 @_compile()
-def _count_chunk(weight, scale, divide, update, update_mask, codes, cut, offset, first_normal, adder, overflow, nan):  # type: ignore[no-untyped-def]
+def _count_chunk(  # type: ignore[no-untyped-def]
+    weight, scale, divide, update, update_mask, codes, cut, offset, first_normal, adder, overflow, largest, nan
+):
     # Numba computes int32 with int32 in int64, which halves the width of the vectors: hence the casts.
     one, magnitude_mask, infinity = _INT32(1), _INT32(0x7FFFFFFF), _INT32(0x7F800000)
     # Just under half of what is cut off, and the difference of the biases, in one number.
@@ -79,7 +81,7 @@ def _count_chunk(weight, scale, divide, update, update_mask, codes, cut, offset,
         normal = _INT32(_INT32(_INT32(magnitude - rebias) + is_odd) >> cut)
         subnormal = _INT32(_FLOAT32(magnitude.view(_FLOAT32) + adder).view(_INT32) - adder_bits)
         code = min(subnormal if magnitude < first_normal else normal, overflow)
-        code = _INT32(-code) if bits < 0 else code
+        code = _INT32(-code) if bits < 0 else min(code, largest)
         code = nan if magnitude > infinity else code
         stored = codes.dtype.type(code)
         flipped = _INT32(stored != codes[i])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from weightflip.formats import FP32, Rounding
+from weightflip.formats import E0M7, FP32, FloatFormat, IntegerRounding, Rounding
 
 
 class Constants(NamedTuple):
@@ -19,7 +19,8 @@ class Constants(NamedTuple):
         offset: Between the biases, at the place of the exponent.
         first_normal: Bits of the smallest number with full precision; those of infinity where there is none.
         adder: What makes the floating-point adder round subnormal numbers.
-        overflow: Ordinal of what is too large.
+        overflow: Magnitude of the ordinal of what is too large, or too small.
+        largest: Ordinal of what is too large.
         nan: Ordinal of NaN.
     """
 
@@ -28,15 +29,23 @@ class Constants(NamedTuple):
     first_normal: np.int32
     adder: np.float32
     overflow: np.int32
+    largest: np.int32
     nan: np.int32
 
 
 @functools.lru_cache(maxsize=64)
-def constants(rounding: Rounding) -> Constants | None:
+def constants(rounding: Rounding | IntegerRounding) -> Constants | None:
     """Of a format; None for one that cannot be rounded to in float32."""
+    if isinstance(rounding, IntegerRounding):
+        # Fixed point, whose quantum is 1.
+        return _constants(E0M7, FP32.mantissa_bits, -rounding.smallest, rounding.largest, rounding.nan)
     format = rounding.format
+    adder_exponent = format.min_exponent - format.mantissa_bits + FP32.mantissa_bits
+    return _constants(format, adder_exponent, rounding.overflow, rounding.overflow, format.nan_ordinal)
+
+
+def _constants(format: FloatFormat, adder_exponent: int, overflow: int, largest: int, nan: int) -> Constants | None:
     cut = FP32.mantissa_bits - format.mantissa_bits
-    adder_exponent = format.min_exponent + cut
     if cut < 1 or format.min_exponent < FP32.min_exponent or adder_exponent > FP32.max_exponent:
         return None
     offset = (FP32.bias - format.bias) << format.mantissa_bits
@@ -47,6 +56,7 @@ def constants(rounding: Rounding) -> Constants | None:
         np.int32(offset),
         first_normal,
         adder,
-        np.int32(rounding.overflow),
-        np.int32(format.nan_ordinal),
+        np.int32(overflow),
+        np.int32(largest),
+        np.int32(nan),
     )

@@ -97,7 +97,7 @@ def _largest(
     tl.atomic_max(largest + first_scale + groups, found, mask=has_any, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["cut", "offset", "first_normal", "adder", "overflow", "nan"])
+@triton.jit(do_not_specialize=["cut", "offset", "first_normal", "adder", "overflow", "largest", "nan"])
 def _count(
     places,
     tiles,
@@ -109,6 +109,7 @@ def _count(
     first_normal,
     adder,
     overflow,
+    largest,
     nan,
     stored: tl.constexpr,
     coded: tl.constexpr,
@@ -135,7 +136,7 @@ def _count(
     raised = magnitude.to(tl.float32, bitcast=True) + adder.to(tl.float32, bitcast=True)
     subnormal = raised.to(tl.int32, bitcast=True) - adder
     code = tl.minimum(tl.where(magnitude < first_normal, subnormal, normal), overflow)
-    code = tl.where(bits < 0, -code, code)
+    code = tl.where(bits < 0, -code, tl.minimum(code, largest))
     code = tl.where(magnitude > 0x7F800000, nan, code).to(coded)
 
     kept = _pointers(codes, elements, coded, is_aligned)

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from weightflip.formats import Rounding
+from weightflip.formats import IntegerRounding, Rounding
 
 
 class Stretch(NamedTuple):
@@ -41,7 +41,7 @@ class Kind(NamedTuple):
     weight: torch.dtype
     update: torch.dtype | None
     codes: torch.dtype
-    rounding: Rounding
+    rounding: Rounding | IntegerRounding
     device: torch.device
 
 
@@ -89,7 +89,7 @@ def count_alone(
     run: type[Run],
     weight: Tensor,
     scale: Tensor | None,
-    rounding: Rounding,
+    rounding: Rounding | IntegerRounding,
     codes: Tensor,
     update: Tensor | None,
     counts: Tensor,

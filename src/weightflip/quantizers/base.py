@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from weightflip.formats import FloatFormat, Rounding
+from weightflip.formats import FloatFormat, IntegerRounding, Rounding
 
 Scope: TypeAlias = Literal["element", "group", "row", "tensor"]
 Reduction: TypeAlias = Literal["max", "mean"]
@@ -76,6 +76,11 @@ def quantizer_name(quantizer: Quantizer) -> str:
     if isinstance(name, str):
         return name
     return type(quantizer).__name__ if type(quantizer).__str__ is object.__str__ else str(quantizer)
+
+
+def bits_of_scale(scale: Tensor) -> Tensor:
+    """Integers that are equal where float32 scales are: int32, of their shape. All NaN are one."""
+    return scale.float().masked_fill(scale.isnan(), torch.nan).view(torch.int32)
 
 
 class Scratch(Protocol):
@@ -157,7 +162,7 @@ class ElementwiseQuantizer(ABC):
 
     def scale_codes(self, scale: Tensor) -> Tensor:
         """What is stored of group scales, as integers of their shape, so that a change of one can be counted."""
-        return scale.float().view(torch.int32)
+        return bits_of_scale(scale)
 
     @abstractmethod
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
@@ -174,7 +179,7 @@ class ElementwiseQuantizer(ABC):
         """As ``encode_into``, for a scale that need not be the weight's own: what lies beyond the format saturates."""
         self.encode_into(weight, scale, out, scratch)
 
-    def rounding(self, weight: Tensor) -> Rounding | None:
+    def rounding(self, weight: Tensor) -> Rounding | IntegerRounding | None:
         """What ``encode_into`` does to ``weight``, as data, for kernels that do more in one pass; None: ask it.
 
         The scale that a :class:`Rounding` speaks of is ``applied_scale``.
@@ -184,7 +189,7 @@ class ElementwiseQuantizer(ABC):
     def scale_of(self, largest: Tensor) -> Tensor:
         """The scales, from the largest magnitudes under each: element by element, whichever weights they are of.
 
-        The largest magnitudes are in the weight's dtype or in float32, and NaN where there is one.
+        The largest magnitudes are in the weight's dtype, and NaN where there is one.
         """
         raise NotImplementedError(f"quantizer {self.name!r} takes its scales from whole weights")
 

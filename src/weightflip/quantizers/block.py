@@ -36,14 +36,14 @@ class _BlockQuantizer(ElementwiseQuantizer):
     def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor:
         if not weight.is_floating_point():
             raise ValueError(f"quantizer {self.name!r} rounds floating-point weights, got {weight.dtype}")
-        return self.scale_of(amax(weight, "row").to(torch.float32), statistic)
+        return self.scale_of(amax(weight, "row"), statistic)
 
     @abstractmethod
     def scale_of(self, largest: Tensor, of_tensor: Tensor | None = None) -> Tensor:
         """The scales, from the largest magnitude of each block: float32, in its shape.
 
         Args:
-            largest: The largest magnitude of each block.
+            largest: The largest magnitude of each block, in the weight's dtype.
             of_tensor: That of the tensor; None for the largest of these.
         """
 
@@ -118,6 +118,7 @@ class MXQuantizer(_BlockQuantizer):
         self.name = name if mode == "floor" else f"{name}:{mode}"
 
     def scale_of(self, largest: Tensor, of_tensor: Tensor | None = None) -> Tensor:
+        largest = largest.to(torch.float32)
         if self.mode == "rceil":
             # The logarithm as torchao takes it: in float32 it rounds amax just above a power of two down to it.
             exponent = (largest / self.format.max).log2_().ceil_().add_(_E8M0_BIAS)
@@ -176,6 +177,7 @@ class NVFP4Quantizer(_BlockQuantizer):
         return amax(weight, "tensor")
 
     def scale_of(self, largest: Tensor, of_tensor: Tensor | None = None) -> Tensor:
+        largest = largest.to(torch.float32)
         per_block = largest / E2M1.max
         if not self.per_tensor_scale:
             return self._rounded(per_block)

@@ -210,8 +210,8 @@ class FloatxQuantizer(ElementwiseQuantizer):
     def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor | None:
         if not weight.is_floating_point():
             raise ValueError(f"quantizer {self.name!r} rounds floating-point weights, got {weight.dtype}")
-        dtype = self._compute_dtype(weight.dtype)
         if self.fixed_scale is not None:
+            dtype = self._compute_dtype(weight.dtype)
             scale = torch.as_tensor(self.fixed_scale, dtype=dtype, device=weight.device)
             # What the user does to a tensor of his own must not reach codes that are kept.
             scale = scale.clone() if isinstance(self.fixed_scale, Tensor) else scale
@@ -222,9 +222,10 @@ class FloatxQuantizer(ElementwiseQuantizer):
             return scale
         if self.granularity == "none":
             return None
-        return self.scale_of((self.statistic(weight) if statistic is None else statistic).to(dtype))
+        return self.scale_of(self.statistic(weight) if statistic is None else statistic)
 
     def scale_of(self, largest: Tensor) -> Tensor:
+        largest = largest.to(self._compute_dtype(largest.dtype))
         meets = self.format.value(self.format.max_ordinal, exponent_shift=self._exponent_shift)
         # The smallest normal number stands in for the scale of an all-zero tensor: 0 / 0 would be NaN.
         return (largest / meets).clamp_(min=torch.finfo(largest.dtype).tiny)

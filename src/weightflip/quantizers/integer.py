@@ -7,6 +7,7 @@ import re
 import torch
 from torch import Tensor
 
+from weightflip.formats import IntegerRounding
 from weightflip.quantizers.base import ElementwiseQuantizer, Scratch, register
 from weightflip.quantizers.floatx import amax
 
@@ -60,6 +61,8 @@ class IntegerQuantizer(_Integers):
         ValueError: Another number of bits, or a group of no weights.
     """
 
+    only_needs_amax = True
+
     def __init__(self, bits: int, group: int | None = None) -> None:
         if not 2 <= bits <= 8:
             raise ValueError(f"integers have 2 to 8 bits, got {bits}")
@@ -80,15 +83,23 @@ class IntegerQuantizer(_Integers):
         return amax(weight, "row")
 
     def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor:
-        largest = self.statistic(weight) if statistic is None else statistic
-        smallest = max(torch.finfo(weight.dtype).smallest_normal, torch.finfo(torch.float32).smallest_normal)
+        return self.scale_of(self.statistic(weight) if statistic is None else statistic)
+
+    def scale_of(self, largest: Tensor) -> Tensor:
+        smallest = max(torch.finfo(largest.dtype).smallest_normal, torch.finfo(torch.float32).smallest_normal)
         return (largest / (self.largest + 0.5)).clamp_(min=smallest).float()
 
-    def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
+    def applied_scale(self, scale: Tensor | None) -> Tensor:
         assert scale is not None
-        values = scratch("values", weight, torch.float32).copy_(weight)
         # torchao multiplies by the inverse; a division rounds some ties elsewhere.
-        values.mul_(1.0 / scale).round_().clamp_(-self.largest - 1, self.largest)
+        return 1.0 / scale
+
+    def rounding(self, weight: Tensor) -> IntegerRounding:
+        return IntegerRounding(-self.largest - 1, self.largest, NAN_ORDINAL)
+
+    def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
+        values = scratch("values", weight, torch.float32).copy_(weight)
+        values.mul_(self.applied_scale(scale)).round_().clamp_(-self.largest - 1, self.largest)
         out.copy_(values.nan_to_num_(nan=float(NAN_ORDINAL)))
 
 
@@ -123,10 +134,16 @@ class TernaryQuantizer(_Integers):
         # In this order the sum is torchao's, bit for bit.
         return weight.float().abs().mean()
 
-    def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
+    def applied_scale(self, scale: Tensor | None) -> Tensor:
         assert scale is not None
+        return scale.clamp(min=_TERNARY_EPS)
+
+    def rounding(self, weight: Tensor) -> IntegerRounding:
+        return IntegerRounding(-1, 1, NAN_ORDINAL, divides=True)
+
+    def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
         values = scratch("values", weight, torch.float32).copy_(weight)
-        values.div_(scale.clamp(min=_TERNARY_EPS)).round_().clamp_(-1, 1)
+        values.div_(self.applied_scale(scale)).round_().clamp_(-1, 1)
         out.copy_(values.nan_to_num_(nan=float(NAN_ORDINAL)))
 
 
