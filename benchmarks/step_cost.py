@@ -228,10 +228,14 @@ def main() -> None:
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"expected some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
 
+    parts = options.parts or list(PARTS)
+    if options.chart and not {"one", "gpt2", "small"} & set(parts):
+        parser.error("--chart= shows the parts one, gpt2 and small; ask for one of them")
+
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows: list[Row] = []
-    for part in options.parts or PARTS:
+    for part in parts:
         rows += (found := PARTS[part](options.repeats))
         show(found)
         if options.json:

@@ -309,6 +309,31 @@ def test_its_own_scale_gives_a_weight_its_own_codes(format):
     assert torch.equal(out.view(weight.shape), codes.ordinals)
 
 
+@pytest.mark.parametrize("format", ["float8_e4m3", "e3m4:row", "mxfp4", "nvfp4:tensor", "int4:g32", "ternary", "e6m1"])
+def test_weight_driven_flips_are_those_under_the_old_scale(format):
+    generator = torch.Generator().manual_seed(0)
+    quantizer, weight = resolve(format), torch.randn(40, 64, generator=generator)
+    expected = [0, 0]
+    found = [tracked(weight.clone(), format, "scale", backend=backend) for backend in ("eager", "auto")]
+    for step in range(3):
+        # Far beyond the old scale, far below it, and not a number.
+        by = weight * torch.tensor([3.0, -0.9, 0.01])[step]
+        if step == 2:
+            by[7, 3], by[11, 40] = math.inf, math.nan
+        for parameter, optimizer in found:
+            move(parameter, optimizer, by)
+        old, new = quantizer.encode(weight), weight + by
+        under = torch.empty_like(quantizer.grouped(old.ordinals))
+        quantizer.encode_under(quantizer.grouped(new), old.scale, under, _fresh)
+        flipped = old.ordinals != quantizer.encode(new).ordinals
+        expected[0] += int((flipped & (under.view(old.ordinals.shape) != old.ordinals)).sum())
+        expected[1] += int(flipped.sum())
+        weight = new
+    for _, optimizer in found:
+        assert optimizer.tracker.record().model.total.ratios["weight_driven_fraction"] == tuple(expected)
+    assert expected[0] > 0
+
+
 def test_formats_without_a_scale_have_no_such_number():
     parameter, optimizer = tracked(torch.randn(4, 4), "bfloat16", "scale")
     move(parameter, optimizer, torch.ones(4, 4))

@@ -26,6 +26,8 @@ class Elementwise(Protocol):
 
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: kernels.ScratchPool) -> None: ...
 
+    def encode_under(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: kernels.ScratchPool) -> None: ...
+
 
 def compute_flip_rate(prev_quantized: Tensor, curr_quantized: Tensor) -> float:
     """Share of elements that differ between two quantized tensors; see :class:`WeightFlipTracker` for a whole run.
@@ -109,6 +111,28 @@ def encode_into(
     for index in kernels.slices(weight, kernels.slice_elements(weight)):
         codes[index].copy_(new(index))
     return scale
+
+
+def encode_under(
+    weight: Tensor,
+    quantizer: Elementwise,
+    scale: Tensor | None,
+    codes: Tensor,
+    scratch: kernels.ScratchPool,
+    backend: str = "auto",
+) -> None:
+    """Write the ordinals of a slice under a scale that need not be its own into ``codes``.
+
+    Args:
+        weight: As ``quantizer.grouped`` gives it.
+        quantizer: What encodes it.
+        scale: Of the slice.
+        codes: Of the slice's shape.
+        scratch: Where temporaries come from.
+        backend: As in :func:`weightflip.kernels.check_backend`.
+    """
+    if not _in_one_pass(weight, scale, quantizer, codes, None, codes.new_zeros(3, dtype=torch.int64), backend):
+        quantizer.encode_under(weight, scale, codes, scratch)
 
 
 def advance(

@@ -1030,7 +1030,7 @@ class WeightFlipTracker:
         valid = None if valid is None else valid.to(weight.device, non_blocking=True)
 
         def observe(index: kernels.Index, old: Tensor, new: Tensor) -> None:
-            part = Slice(index, values[index], old, new, valid, self._scratch)
+            part = Slice(index, values[index], old, new, valid, self._scratch, self.backend)
             for group, metric in due:
                 self._ask(layer, group, metric.slice, part, self._sums(layer, group))
 

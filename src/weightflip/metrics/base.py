@@ -16,8 +16,9 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from weightflip.kernels import Index
-from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, Scratch
+from weightflip import functional
+from weightflip.kernels import Index, ScratchPool, take
+from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer
 
 CORE_VALUES = ("flip_rate", "cumulative_flip_rate", "stall_ratio", "scale_changes")
 """What records have without any group."""
@@ -75,6 +76,7 @@ class Slice:
         valid: 0-dim bool on the device: whether the step was one at all; None: it was. What is added to sums in a step
             that was none is dropped by the caller, and codes are the same before and after.
         scratch: Where temporaries come from.
+        backend: What encodes: as in :func:`weightflip.kernels.check_backend`.
     """
 
     index: Index
@@ -82,7 +84,19 @@ class Slice:
     old: Tensor
     new: Tensor
     valid: Tensor | None
-    scratch: Scratch
+    scratch: ScratchPool
+    backend: str
+
+    def codes_under(self, scale: Tensor, quantizer: ElementwiseQuantizer) -> Tensor:
+        """What the ordinals of ``values`` would be under another scale; a buffer that the next slice takes back.
+
+        Args:
+            scale: Of the whole weight.
+            quantizer: Of the weight.
+        """
+        ordinals = self.scratch("under", self.old, self.old.dtype)
+        functional.encode_under(self.values, quantizer, take(scale, self.index), ordinals, self.scratch, self.backend)
+        return ordinals
 
 
 class LayerMetric:

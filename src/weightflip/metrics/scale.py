@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weightflip.kernels import take
 from weightflip.metrics.base import LayerMetric, Metric, Slice, Weight, register
 from weightflip.quantizers.base import ElementwiseQuantizer
 
@@ -36,10 +35,8 @@ class _LayerScale(LayerMetric):
 
     def slice(self, part: Slice, sums: Tensor) -> None:
         assert self.scale is not None
-        under_old = part.scratch("under_old", part.old, part.old.dtype)
-        self.quantizer.encode_under(part.values, take(self.scale, part.index), under_old, part.scratch)
         flipped = part.new != part.old
-        sums[0, 0].add_(torch.count_nonzero(flipped & (under_old != part.old)))
+        sums[0, 0].add_(torch.count_nonzero(flipped & (part.codes_under(self.scale, self.quantizer) != part.old)))
         sums[0, 1].add_(torch.count_nonzero(flipped))
 
     def after(self, weight: Weight, sums: Tensor) -> None:
