@@ -250,7 +250,9 @@ def collectives(rank: int, world: int) -> dict[str, object]:
     ):
         sharded = Sharded(shard)
         model = sharded.model
-        optimizer = FlipTrackingOptimizer(adamw(model), model, quantizer=quantizer, sinks=[], log_every=2)
+        optimizer = FlipTrackingOptimizer(
+            adamw(model), model, quantizer=quantizer, sinks=[], log_every=2, backend="eager"
+        )
         found = []
         for step in range(4):
             sharded.set_gradients(step)

@@ -6,6 +6,7 @@ What each process does is in ``distributed_modes.py``. All modes run in two spaw
 from __future__ import annotations
 
 import json
+import multiprocessing
 from types import SimpleNamespace
 
 import distributed_modes as modes
@@ -21,6 +22,11 @@ pytestmark = pytest.mark.xdist_group("distributed")
 
 COUNTS = ("flips", "updates", "stalled")
 
+# Forked from one process that has imported what all of them need: by itself each would take seconds for that.
+START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+IMPORTS = ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.optim"]
+IMPORTS += ["torch.distributed.tensor.parallel", "torchao.float8"]
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> SimpleNamespace:
@@ -29,8 +35,9 @@ def runs(tmp_path_factory) -> SimpleNamespace:
     one, sharded, _ = modes.run()
     weights = {name: p.detach() for name, p in sharded.model.named_parameters()}
     results = {}
+    multiprocessing.set_forkserver_preload(IMPORTS)
     for world in (4, 2):
-        torch.multiprocessing.spawn(modes.work, (world, folder, weights), nprocs=world)
+        torch.multiprocessing.start_processes(modes.work, (world, folder, weights), world, start_method=START_METHOD)
         results[world] = [json.loads((folder / str(world) / f"{rank}.json").read_text()) for rank in range(world)]
     return SimpleNamespace(one=one, weights=weights, results=results, folder=folder)
 
