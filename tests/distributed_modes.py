@@ -8,8 +8,9 @@ import os
 import time
 import traceback
 import warnings
+import weakref
 import zlib
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightflip import FlipTrackingOptimizer, track_flips
+from weightflip import Alert, FlipTrackingOptimizer, distributed, track_flips
 from weightflip.quantizers.native import STORED_FORMATS, bits_to_ordinals_
 
 STEPS = 8
@@ -503,6 +504,295 @@ def faults(rank: int, world: int) -> dict[str, object]:
     return results
 
 
+class Breaks:
+    """bfloat16, until one part of it breaks on the last process."""
+
+    scope = "element"
+
+    def __init__(self, part: str = "") -> None:
+        self.part, self.is_broken = part, False
+
+    def use(self, part: str) -> None:
+        if self.is_broken and part == self.part and dist.get_rank() == dist.get_world_size() - 1:
+            raise RuntimeError("broken on purpose")
+
+    @property
+    def name(self):
+        self.use("name")
+        return "breaks"
+
+    @property
+    def is_active(self):
+        self.use("is_active")
+        return True
+
+    @property
+    def plain(self):
+        self.use("plain")
+        return lambda weight: weight
+
+    def encode(self, weight):
+        from weightflip import encode
+
+        self.use("encode")
+        return encode(weight, "bfloat16")
+
+
+PARTS = {"name": "select", "is_active": "before", "plain": "look", "encode": "count"}
+
+
+def faults_of_a_quantizer(rank: int, world: int) -> dict[str, object]:
+    """Wherever a quantizer breaks on one process, also where warnings are errors, no process waits."""
+    results = {}
+    for part in PARTS:
+        for action in ("always", "error"):
+            quantizer = Breaks(part)
+
+            def break_it(step: int, model: nn.Module, quantizer: Breaks = quantizer) -> None:
+                quantizer.is_broken = step >= 3
+
+            results[f"{part}-{action}"] = steps_with_faults(
+                action, quantizer={"first*": quantizer, "*": "float8_e4m3"}, log_every=3, before=break_it
+            )
+    return results
+
+
+def steps_with_faults(action: str, *, shard=fsdp, before=None, at=None, **options) -> dict[str, object]:
+    """Steps that may warn, or raise what they would warn about; all of them are done."""
+    sharded = Sharded(shard)
+    records, texts = [], []
+    optimizer = FlipTrackingOptimizer(
+        adamw(sharded.model), sharded.model, **{"sinks": [records.append], "backend": "eager", **options}
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(action)
+
+        def do(call) -> None:
+            try:
+                call()
+            except UserWarning as error:
+                texts.append(str(error))
+
+        for step in range(STEPS):
+            sharded.set_gradients(step)
+            if before is not None:
+                before(step, sharded.model)
+            if at is not None:
+                at(step, optimizer, sharded.model)
+            do(optimizer.step)
+        do(optimizer.close)
+    return {
+        **numbers(optimizer.tracker),
+        "records": [record.to_dict() for record in records],
+        "warnings": texts + [str(w.message) for w in caught],
+    }
+
+
+def faults_of_the_list(rank: int, world: int) -> dict[str, object]:
+    """What is tracked changes, and one process does not find out, or finds something else."""
+    results = {}
+
+    def all_but_three(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for name, p in model.named_parameters() if name != "three.weight"], lr=0.02)
+
+    for name in ("fails", "goes_well"):
+        sharded = Sharded(fsdp)
+        quantizer = Breaks("name" if name == "fails" else "")
+        optimizer = FlipTrackingOptimizer(
+            all_but_three(sharded.model),
+            sharded.model,
+            quantizer={"first*": quantizer, "*": "float8_e4m3"},
+            sinks=[],
+            log_every=3,
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(STEPS):
+                sharded.set_gradients(step)
+                if step == 4:
+                    quantizer.is_broken = True
+                    optimizer.add_param_group({"params": [sharded.model.three.weight]})
+                optimizer.step()
+            optimizer.close()
+        results[name] = {**numbers(optimizer.tracker), "warnings": [str(w.message) for w in caught]}
+
+    # From some step on, each process has another weight on the mesh of both.
+    for name, at in (("after_a_record", 4), ("before_any", 2)):
+        sharded = Sharded(fsdp)
+        model = sharded.model
+        optimizer = FlipTrackingOptimizer(adamw(model), quantizer="float8_e4m3", sinks=[], log_every=3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(STEPS):
+                sharded.set_gradients(step)
+                if step == at:
+                    other = distribute_tensor(torch.ones(8, 8 + 8 * rank), over(world), [Shard(0)], src_data_rank=None)
+                    optimizer.add_param_group({"params": [nn.Parameter(other)]})
+                optimizer.step()
+            optimizer.close()
+        results[name] = {**numbers(optimizer.tracker), "warnings": [str(w.message) for w in caught]}
+    return results
+
+
+def faults_of_plain_weights(rank: int, world: int) -> dict[str, object]:
+    """A batch of weights that are not sharded, beside sharded ones, breaks on one process."""
+    from weightflip.formats import E4M3
+    from weightflip.quantizers.float8 import Float8Quantizer
+
+    class BreaksInBatch(Float8Quantizer):
+        calls = 0
+
+        def scale_of(self, largest):
+            self.calls += 1
+            if self.calls > 4 and rank == world - 1:
+                raise RuntimeError("broken on purpose")
+            return super().scale_of(largest)
+
+    quantizer = {"second*": "float8_e4m3", "*": BreaksInBatch(E4M3)}
+    return steps_with_faults("always", shard=columns, quantizer=quantizer, log_every=3, backend="auto")
+
+
+def faults_of_the_writer(rank: int, world: int) -> dict[str, object]:
+    """A sink, or an alert's callback, raises on the process that has one."""
+
+    def raises(_) -> None:
+        raise RuntimeError("broken on purpose")
+
+    rule = Alert("flip_rate >= 0", callback=raises)
+    results = {}
+    for action in ("always", "error"):
+        options = {"quantizer": "float8_e4m3", "log_every": 3}
+        results[f"sink-{action}"] = steps_with_faults(action, sinks=[raises], **options)
+        results[f"alert-{action}"] = steps_with_faults(action, alerts=[rule], **options)
+    return results
+
+
+READ = {"metrics": ("flips", "stalls", "range"), "log_every": 3}
+
+
+def spoil(step: int, model: nn.Module) -> None:
+    """Some weights become NaN, which the last process has."""
+    if step == 5 and (not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1):
+        local(model.first.weight.grad)[-1, :7] = float("nan")
+
+
+def readers(rank: int, world: int) -> dict[str, object]:
+    """What is found at logging points is found on a process without sinks, too."""
+    sinks = {"sinks": []} if rank else {}
+    return run(fsdp, quantizer="float8_e4m3:row", before=spoil, **READ, **sinks)[0]
+
+
+def several_optimizers(rank: int, world: int) -> dict[str, object]:
+    """Two optimizers of one run; in the first, something breaks at logging points on one process."""
+    results = {}
+    for name in ("whole", "broken"):
+        sharded = Sharded(fsdp)
+        model, quantizer, records = sharded.model, Breaks("plain"), []
+        of_first = [model.first.weight, model.three.weight]
+        others = [model.second.weight, model.uneven.weight, model.single.weight]
+        first = FlipTrackingOptimizer(
+            torch.optim.AdamW(of_first, lr=0.02),
+            model,
+            quantizer={"first*": quantizer, "*": "float8_e4m3"},
+            sinks=[records.append],
+            log_every=3,
+        )
+        second = FlipTrackingOptimizer(
+            torch.optim.AdamW(others, lr=0.02), model, quantizer="float8_e4m3", sinks=first, log_every=3
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(STEPS):
+                quantizer.is_broken = name == "broken" and step >= 3
+                sharded.set_gradients(step)
+                second.step()
+                first.step()
+            first.close()
+        both = [numbers(optimizer.tracker) for optimizer in (first, second)]
+        results[name] = {
+            **{key: both[0][key] | both[1][key] for key in ("flips", "updates", "stalled")},
+            "records": [record.to_dict() for record in records],
+            "warnings": [str(w.message) for w in caught],
+        }
+    return results
+
+
+class StateOnOne(torch.optim.SGD):
+    """As an optimizer that keeps what it needs on the process that needs it."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.steps += 1
+        if dist.get_rank() == 0:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p]["calls"] = torch.tensor(1.0)
+
+
+def phantom_steps(rank: int, world: int) -> dict[str, object]:
+    """Steps at a learning rate of 0, and those that torch.distributed.checkpoint has made, beside each other."""
+    sharded = Sharded(fsdp)
+    model = sharded.model
+    optimizer = FlipTrackingOptimizer(
+        StateOnOne(model.parameters(), lr=0.0), model, quantizer="float8_e4m3", sinks=[], log_every=3
+    )
+    for step in range(STEPS):
+        sharded.set_gradients(step)
+        if rank == 1:
+            # All that it has of the gradients is 0.
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+        optimizer.param_groups[0]["lr"] = 0.0 if step < 4 else 0.5
+        optimizer.step()
+    optimizer.zero_grad()
+    # Here only the second process has no state, and makes a step for it. Their states cannot be gathered then.
+    with suppress(KeyError, RuntimeError):
+        get_optimizer_state_dict(model, optimizer)
+    optimizer.close()
+    return {**numbers(optimizer.tracker), "inner_steps": optimizer.inner.steps}
+
+
+def inference(rank: int, world: int) -> dict[str, object]:
+    """Each second step is made in inference mode, which makes tensors that cannot be written to outside of it."""
+    sharded = Sharded(fsdp)
+    inner = torch.optim.SGD(sharded.model.parameters(), lr=0.02)
+    optimizer = FlipTrackingOptimizer(inner, sharded.model, quantizer="float8_e4m3", sinks=[], log_every=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(STEPS):
+            sharded.set_gradients(step)
+            with torch.inference_mode(step % 2 == 0):
+                optimizer.step()
+        optimizer.close()
+    return {**numbers(optimizer.tracker), "warnings": [str(w.message) for w in caught]}
+
+
+def groups(rank: int, world: int) -> dict[str, object]:
+    """Which process group a mesh's weights are added up in."""
+    mesh = over(2, world // 2, names=("replicate", "shard"))["shard"]
+    parameter = nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)], src_data_rank=None))
+    layout = distributed.layout(parameter)
+    ours, theirs = (distributed._group(distributed.Team(layout.ranks, kind)) for kind in ("cpu", "cuda"))
+    return {
+        "is_of_mesh": ours is mesh.get_group(),
+        "is_another": theirs is not ours and dist.get_process_group_ranks(theirs) == list(layout.ranks),
+    }
+
+
+def second_world(rank: int, world: int, store: str) -> dict[str, object]:
+    """After another default group has been made, which is when the first one is let go."""
+    old = weakref.ref(dist.group.WORLD)
+    first, sharded, optimizer = run(fsdp_and_tp, quantizer="float8_e4m3")
+    del sharded, optimizer
+    dist.destroy_process_group()
+    gc.collect()
+    is_gone = old() is None
+    connect(rank, world, store)
+    return {"first": first, "second": run(fsdp_and_tp, quantizer="float8_e4m3")[0], "is_gone": is_gone}
+
+
 def refusals(rank: int, world: int) -> dict[str, str]:
     """What cannot be exact is refused, in words."""
     mesh = over(world)
@@ -612,16 +902,22 @@ def resume(shard, folder: Path, weights: dict[str, Tensor]) -> dict[str, object]
     return {**numbers(optimizer.tracker), "at": at, "is_equal": sharded.equals(weights)}
 
 
+def connect(rank: int, world: int, store: str) -> None:
+    dist.init_process_group("gloo", f"file://{store}", timeout=timedelta(seconds=60), rank=rank, world_size=world)
+
+
 def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> None:
     """One process: every mode in turn, results into a file."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo", f"file://{folder}/rendezvous{world}", timeout=timedelta(seconds=60), rank=rank, world_size=world
-    )
+    connect(rank, world, f"{folder}/rendezvous{world}")
     here = folder / str(world)
     here.mkdir(exist_ok=True)
-    modes = {
+    modes = {}
+    if world == 4:
+        # First, as long as torch's own caches have no mesh of the first world.
+        modes["second_world"] = lambda: second_world(rank, world, f"{folder}/again{world}")
+    modes |= {
         "shardings": lambda: shardings(rank, world, weights),
         "collectives": lambda: collectives(rank, world),
         "training": lambda: training(rank, world),
@@ -631,6 +927,14 @@ def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> Non
         modes["options"] = lambda: options_of_the_tracker(rank, world)
         modes["writes"] = lambda: writes(rank, world)
         modes["faults"] = lambda: faults(rank, world)
+        modes["faults_of_a_quantizer"] = lambda: faults_of_a_quantizer(rank, world)
+        modes["faults_of_the_list"] = lambda: faults_of_the_list(rank, world)
+        modes["faults_of_plain_weights"] = lambda: faults_of_plain_weights(rank, world)
+        modes["faults_of_the_writer"] = lambda: faults_of_the_writer(rank, world)
+        modes["readers"] = lambda: readers(rank, world)
+        modes["several_optimizers"] = lambda: several_optimizers(rank, world)
+        modes["phantom_steps"] = lambda: phantom_steps(rank, world)
+        modes["inference"] = lambda: inference(rank, world)
         modes["data_parallel"] = lambda: data_parallel(rank, world)
         modes["torchao"] = lambda: torchao_float8(rank, world)
         modes["refusals"] = lambda: refusals(rank, world)
@@ -639,6 +943,7 @@ def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> Non
         modes["resume"] = lambda: resume(fsdp, folder, weights)
     else:
         modes["save"] = lambda: save(rank, world, folder)
+        modes["groups"] = lambda: groups(rank, world)
     only = os.environ.get("ONLY", "").split(",")
     results = {}
     for name, mode in modes.items():

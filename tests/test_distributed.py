@@ -219,6 +219,151 @@ def test_a_fault_on_one_process_holds_nobody_up(runs, name):
         assert first["flips"][layer] == expected["flips"][layer]
 
 
+BROKEN = {"first*": "bfloat16", "*": "float8_e4m3"}
+OTHERS = ("second.weight", "uneven.weight", "three.weight", "single.weight")
+
+
+@pytest.mark.parametrize("action", ["always", "error"])
+@pytest.mark.parametrize("part", modes.PARTS)
+def test_a_quantizer_that_breaks_on_one_process(runs, part, action):
+    """Also where warnings are errors: they are raised once no process waits any more."""
+    first, second = (result[f"{part}-{action}"] for result in of_mode(runs, 2, "faults_of_a_quantizer"))
+    for key in (*COUNTS, "steps"):
+        assert first[key] == second[key]
+    assert first["steps"] == modes.STEPS
+    assert "broken on purpose" in second["warnings"][0]
+    assert len(second["warnings"]) == 1
+    assert all("not on another process" in text for text in first["warnings"])
+    # What was counted until the record after step 3, in which all was well.
+    expected, _, _ = modes.run(quantizer=BROKEN, log_every=3)
+    assert first["records"][0] == json.loads(json.dumps(expected["records"][0]))
+    at_3 = flips_at(runs, 3, BROKEN)
+    assert first["flips"]["first.weight"] == at_3["first.weight"]
+    if part == "name":
+        assert first["flips"] == at_3
+    else:
+        assert len(first["warnings"]) == 1
+        for layer in OTHERS:
+            assert first["flips"][layer] == expected["flips"][layer]
+
+
+def test_what_is_tracked_changes_and_one_process_does_not_know(runs):
+    first, second = (result["fails"] for result in of_mode(runs, 2, "faults_of_the_list"))
+    assert first["flips"] == second["flips"] == flips_at(runs, 3, BROKEN, left_out="three.weight")
+    assert [text for text in second["warnings"] if "broken on purpose" in text]
+    assert len(first["warnings"]) == 5
+    assert all("do not track the same weights" in text for text in first["warnings"])
+
+
+def test_a_weight_that_comes_later(runs):
+    found = [result["goes_well"] for result in of_mode(runs, 2, "faults_of_the_list")]
+    expected, _, _ = modes.run(quantizer=BROKEN)
+    for result in found:
+        assert result["warnings"] == []
+        assert result["flips"] == {**found[0]["flips"]}
+        assert 0 < result["flips"]["three.weight"] < expected["flips"]["three.weight"]
+        for layer in ("first.weight", "second.weight", "uneven.weight", "single.weight"):
+            assert result["flips"][layer] == expected["flips"][layer]
+
+
+@pytest.mark.parametrize("name", ["after_a_record", "before_any"])
+def test_weights_that_differ_later_keep_what_all_have_counted(runs, name):
+    expected = flips_at(runs, 3, "float8_e4m3") if name == "after_a_record" else dict.fromkeys(range(5), 0)
+    for result in (result[name] for result in of_mode(runs, 2, "faults_of_the_list")):
+        assert list(result["flips"].values()) == list(expected.values())
+        assert sum("do not track the same weights" in text for text in result["warnings"]) == 6
+
+
+def flips_at(runs, step: int, quantizer, left_out: str = "") -> dict[str, int]:
+    """What one process had counted after so many steps."""
+    expected, _, _ = modes.run(quantizer=quantizer, steps=range(step))
+    return {name: count for name, count in expected["flips"].items() if name != left_out}
+
+
+def test_a_batch_of_plain_weights_breaks_on_one_process(runs):
+    pytest.importorskip("numba")
+    first, second = of_mode(runs, 2, "faults_of_plain_weights")
+    expected, _, _ = modes.run(quantizer="float8_e4m3")
+    assert first["warnings"] == []
+    assert first["flips"] == expected["flips"]
+    assert all("broken on purpose" in text for text in second["warnings"])
+    assert len(second["warnings"]) == 4
+    assert second["flips"]["second.weight"] == expected["flips"]["second.weight"]
+    assert second["flips"]["first.weight"] < expected["flips"]["first.weight"]
+
+
+@pytest.mark.parametrize("action", ["always", "error"])
+@pytest.mark.parametrize("kind", ["sink", "alert"])
+def test_a_writer_that_fails_holds_nobody_up(runs, kind, action):
+    first, second = (result[f"{kind}-{action}"] for result in of_mode(runs, 2, "faults_of_the_writer"))
+    expected, _, _ = modes.run(quantizer="float8_e4m3", log_every=3)
+    for result in (first, second):
+        assert_counts(result, expected)
+        assert result["steps"] == modes.STEPS
+    assert len(first["warnings"]) == 1
+    assert "broken on purpose" in first["warnings"][0]
+    assert second["warnings"] == []
+    if kind == "alert":
+        # The sink is another one, and gets all records.
+        assert first["records"] == json.loads(json.dumps(expected["records"]))
+
+
+def test_a_process_without_sinks_looks_at_its_weights_for_those_with(runs):
+    expected, _, _ = modes.run(quantizer="float8_e4m3:row", before=modes.spoil, **modes.READ)
+    first, second = of_mode(runs, 2, "readers")
+    assert_counts(first, expected)
+    assert_close(first["records"], json.loads(json.dumps(expected["records"])))
+    assert second["records"] == []
+    nonfinite = [layer["nonfinite"] for layer in first["records"][-1]["layers"]]
+    assert nonfinite == [7, 0, 0, 0, 0]
+
+
+def test_several_optimizers_are_one_run(runs):
+    expected, _, _ = modes.run(quantizer=BROKEN, log_every=3)
+    first, second = of_mode(runs, 2, "several_optimizers")
+    for result in (first, second):
+        assert_counts(result["whole"], expected)
+        for layer in OTHERS:
+            assert result["broken"]["flips"][layer] == expected["flips"][layer]
+    by_name = {layer["name"]: layer for layer in json.loads(json.dumps(expected["records"][-1]))["layers"]}
+    assert {layer["name"]: layer for layer in first["whole"]["records"][-1]["layers"]} == by_name
+    assert first["broken"]["flips"] == second["broken"]["flips"]
+    assert len(first["broken"]["records"]) == 3
+    assert "broken on purpose" in second["broken"]["warnings"][0]
+
+
+def test_no_process_waits_for_another_to_know_a_phantom_step(runs):
+    """With a state on the first process only, and gradients of 0 on the second only."""
+    first, second = of_mode(runs, 2, "phantom_steps")
+    assert first["steps"] == second["steps"] == modes.STEPS
+    assert [first["inner_steps"], second["inner_steps"]] == [modes.STEPS, modes.STEPS + 1]
+    for key in COUNTS:
+        assert first[key] == second[key]
+    assert sum(first["flips"].values()) > 0
+
+
+def test_steps_in_inference_mode(runs):
+    expected, _, _ = modes.run(
+        quantizer="float8_e4m3", make=lambda model: torch.optim.SGD(model.parameters(), lr=0.02), log_every=3
+    )
+    for result in of_mode(runs, 2, "inference"):
+        assert result["warnings"] == []
+        assert_counts(result, expected)
+
+
+def test_a_mesh_is_added_up_in_its_own_group(runs):
+    for result in of_mode(runs, 4, "groups"):
+        assert result == {"is_of_mesh": True, "is_another": True}
+
+
+def test_process_groups_are_let_go_with_the_default_group(runs):
+    expected, _, _ = modes.run(quantizer="float8_e4m3")
+    for result in of_mode(runs, 4, "second_world"):
+        assert result["is_gone"]
+        assert_counts(result["first"], expected)
+        assert_counts(result["second"], expected)
+
+
 def test_processes_with_other_layers_on_one_mesh_are_refused(runs):
     for result in of_mode(runs, 2, "faults"):
         assert result["stages"]["flips"] == {}

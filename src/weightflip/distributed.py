@@ -6,12 +6,12 @@ writes. Nothing here is remembered but process groups.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -103,11 +103,22 @@ def layout(parameter: Tensor) -> Layout | None:
     if not _is_dtensor(parameter):
         return None
     tensor = cast(Any, parameter)
-    found: Layout | None = _layout(tuple(tensor.shape), tensor.device_mesh, tuple(tensor.placements))
+    mesh, key = tensor.device_mesh, (tuple(tensor.shape), tuple(tensor.placements))
+    known = _layouts.setdefault(mesh, {})
+    if key not in known:
+        known[key] = _layout(key[0], mesh, key[1])
+    found = known[key]
+    if found is not None and mesh.ndim == 1:
+        group = mesh.get_group()
+        is_default = group is torch.distributed.group.WORLD
+        _groups_of_now().setdefault((found.device_type, found.ranks), None if is_default else group)
     return found
 
 
-@functools.lru_cache(maxsize=4096)
+# Of meshes that are in use.
+_layouts: weakref.WeakKeyDictionary[Any, dict[Any, Layout | None]] = weakref.WeakKeyDictionary()
+
+
 def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Layout | None:
     is_partial = any(placement.is_partial() for placement in placements)
     # _StridedShard is no Shard in every version of torch; both have a dimension.
@@ -135,8 +146,6 @@ def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> L
         offsets[dim] += start
         sizes[dim] = min(chunk, sizes[dim] - start)
     ranks = tuple(sorted(int(rank) for rank in mesh.mesh.flatten().tolist()))
-    if mesh.ndim == 1:
-        _groups[ranks] = torch.distributed.group.WORLD, mesh.get_group()
     return Layout(
         shape=shape,
         ranks=ranks,
@@ -239,30 +248,26 @@ def teams(layouts: Sequence[Layout]) -> list[Team]:
     return [next(team for team in largest if set(layout.ranks) <= set(team.ranks)) for layout in layouts]
 
 
-# Ranks to the default group of that time, and their own group.
-_groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
+# Default group to the groups of its time, by device type and ranks; None for itself, since a value that held its key
+# would keep it. All go with destroy_process_group().
+_groups: weakref.WeakKeyDictionary[Any, dict[tuple[str, tuple[int, ...]], Any]] = weakref.WeakKeyDictionary()
 
 
-def _group(ranks: tuple[int, ...]) -> Any:
-    world = torch.distributed.group.WORLD
-    if len(ranks) == torch.distributed.get_world_size():
-        return world
-    made_in, group = _groups.get(ranks, (None, None))
-    if group is None or made_in is not world:
-        group = torch.distributed.new_group(list(ranks), use_local_synchronization=True)
-        _groups[ranks] = world, group
-    return group
+def _groups_of_now() -> dict[tuple[str, tuple[int, ...]], Any]:
+    return _groups.setdefault(torch.distributed.group.WORLD, {})
+
+
+def _group(team: Team) -> Any:
+    """The mesh's own group, where it has one dimension; else the default group, or one that is made now."""
+    groups, key = _groups_of_now(), (team.device_type, team.ranks)
+    if key not in groups:
+        is_all = len(team.ranks) == torch.distributed.get_world_size()
+        groups[key] = None if is_all else torch.distributed.new_group(list(team.ranks), use_local_synchronization=True)
+    return groups[key] or torch.distributed.group.WORLD
 
 
 def _all_reduce_(numbers: Tensor, team: Team, operation: Literal["SUM", "MAX"]) -> None:
-    torch.distributed.all_reduce(numbers, getattr(torch.distributed.ReduceOp, operation), group=_group(team.ranks))
-
-
-def is_true_anywhere(flag: bool, team: Team) -> bool:
-    """Whether ``flag`` is true on any process of the team. One collective, of 8 bytes."""
-    number = torch.tensor([int(flag)], dtype=torch.int64, device=team.device)
-    _all_reduce_(number, team, "MAX")
-    return bool(number.item())
+    torch.distributed.all_reduce(numbers, getattr(torch.distributed.ReduceOp, operation), group=_group(team))
 
 
 def agree(description: str, team: Team) -> bool:
@@ -393,8 +398,8 @@ class StatisticsTable:
         return self._flags == 0
 
 
-class Member(NamedTuple):
-    """A sharded weight.
+class ShardedWeight(NamedTuple):
+    """A weight that lies in parts on several processes.
 
     Attributes:
         name: As the tracker has it.
@@ -427,8 +432,8 @@ class ShardedWeights:
     """
 
     def __init__(self) -> None:
-        self._members: dict[str, Member] = {}
-        self._now: dict[str, Member] = {}
+        self._members: dict[str, ShardedWeight] = {}
+        self._now: dict[str, ShardedWeight] = {}
         self.tables: list[tuple[StatisticsTable, list[str]]] = []
         self.refused: dict[str, str] = {}
 
@@ -438,41 +443,58 @@ class ShardedWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._members
 
-    def follow(self, weights: Iterable[tuple[str, Tensor, Any, str]]) -> bool:
-        """Take up the weights that are tracked from now on: name, parameter, quantizer and that one's name.
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
 
-        Where they are others than before there is one collective of 16 bytes a team, in which the processes compare
+    def follow(
+        self, weights: Iterable[tuple[str, Tensor, Any]], call: Callable[[Any], str], *, compare: bool, is_lost: bool
+    ) -> bool:
+        """Take up the weights that are tracked from now on: name, parameter and quantizer.
+
+        Where they may be others than before there is one collective of 16 bytes a team, in which the processes compare
         what they track: where they differ, nothing of it can be added up, and all of it is refused. Weights that were
         tracked before stay in the sums.
 
+        Args:
+            weights: In the same order on each process. Of a quantizer that ``encodes`` by another, that counts.
+            call: What a quantizer is called.
+            compare: Whether they may be others than before, on all processes. If they turn out to be others on this
+                one, they are compared in any case.
+            is_lost: This process does not know what the others track.
+
         Returns:
-            Whether they are others than before.
+            Whether they were compared.
         """
-        now: dict[str, Member] = {}
+        now: dict[str, ShardedWeight] = {}
         refused: dict[str, str] = {}
-        for name, parameter, quantizer, called in weights:
+        for name, parameter, quantizer in weights:
             lies = layout(parameter)
             if lies is None:
                 continue
             try:
+                quantizer = getattr(quantizer, "encodes", quantizer)
                 over = span(lies, quantizer)
-            except ValueError as reason:
-                refused[name] = str(reason)
-            else:
                 statistic = None if over is None else Statistic(lies, over, quantizer.reduction)
-                now[name] = Member(name, called, lies, statistic)
-        if list(now.items()) == list(self._now.items()):
+                now[name] = ShardedWeight(name, call(quantizer), lies, statistic)
+            except Exception as error:
+                # Compared, too: no process must wait because it is refused on another one only.
+                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                refused[name] = reason
+                now[name] = ShardedWeight(name, reason, lies, None)
+        if not compare and list(now.items()) == list(self._now.items()):
             return False
         self._now, self.refused = now, refused
         self._members = {**{name: known for name, known in self._members.items() if name not in now}, **now}
         for team, members in self.teams:
-            if not agree("\n".join(map(str, members)), team):
+            if not agree("\n".join([*map(str, members), "?" * is_lost]), team):
                 for member in members:
-                    self.refused[member.name] = (
+                    self.refused.setdefault(
+                        member.name,
                         f"processes {', '.join(map(str, team.ranks))} do not track the same weights in the same order, "
-                        "so that their counts cannot be added up"
+                        "so that their counts cannot be added up",
                     )
-                    del self._members[member.name]
+        for name in self.refused:
+            del self._members[name]
         self.tables = []
         for team, members in self.teams:
             asked = [member for member in members if member.name in now and member.statistic is not None]
@@ -482,10 +504,10 @@ class ShardedWeights:
         return True
 
     @property
-    def teams(self) -> list[tuple[Team, list[Member]]]:
+    def teams(self) -> list[tuple[Team, list[ShardedWeight]]]:
         """Each team, with its weights."""
         members = list(self._members.values())
-        found: dict[Team, list[Member]] = {}
+        found: dict[Team, list[ShardedWeight]] = {}
         for team, member in zip(teams([member.layout for member in members]), members, strict=True):
             found.setdefault(team, []).append(member)
         return list(found.items())

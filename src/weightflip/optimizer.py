@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -76,6 +77,10 @@ class _Source:
         if self._tracker is not None:
             self._tracker.synchronize(is_logging_point=True)
 
+    def take_warnings(self) -> list[str]:
+        """What the tracker has not warned about yet."""
+        return [] if self._tracker is None else self._tracker.take_warnings()
+
     def follow(self, sources: Sequence[_Source]) -> None:
         """Count steps on from where optimizers left that have all come to their end."""
         if not any(source.is_live for source in sources):
@@ -104,6 +109,7 @@ class _Log:
         self.alerts = AlertWatch()
         self.sources: list[_Source] = []
         self.first_step = 0
+        self.untold: list[str] = []
         self._is_wanted = is_wanted
         self._is_writer = True
 
@@ -126,15 +132,44 @@ class _Log:
         is_used = bool(self.sinks) or bool(self.alerts)
         if not any(source.is_sharded for source in self.sources) and not (is_writer and is_used):
             return
-        if not self._is_wanted and not self.alerts:
-            for source in self.sources:
-                source.synchronize()
-            return
-        merged = FlipRecord.merged([source.record() for source in self.sources])
-        if merged.model.window.weight_steps and is_writer:
-            self.sinks.write(merged, RunInfo.merged([source.info for source in self.sources]), self.first_step)
-            for event in self.alerts.check(merged):
-                self.sinks.alert(event)
+        is_read = self._is_wanted or bool(self.alerts)
+        records: list[FlipRecord] = []
+        faults: list[Exception] = []
+        for source in self.sources:
+            try:
+                if is_read:
+                    records.append(source.record())
+                else:
+                    source.synchronize()
+            except Exception as error:
+                # The next source has a collective, too.
+                faults.append(error)
+        if faults:
+            raise faults[0]
+        if records and is_writer:
+            merged = FlipRecord.merged(records)
+            if merged.model.window.weight_steps:
+                self._show(merged)
+
+    def _show(self, record: FlipRecord) -> None:
+        info = RunInfo.merged([source.info for source in self.sources])
+        self._unless_warned(self.sinks.write, record, info, self.first_step)
+        for event in self._unless_warned(self.alerts.check, record) or []:
+            self._unless_warned(self.sinks.alert, event)
+
+    def _unless_warned(self, action: Callable[..., Any], *args: Any) -> Any:
+        """A sink or a callback that fails is warned about: where that is an error, it is raised later."""
+        try:
+            return action(*args)
+        except Warning as error:
+            self.untold.append(str(error))
+            return None
+
+    def tell(self) -> None:
+        """Warn of what was found, now that no process waits for this one: a warning may be an error."""
+        untold, self.untold = [text for source in self.sources for text in source.take_warnings()] + self.untold, []
+        for text in untold:
+            warnings.warn(text, stacklevel=2)
 
     def close(self, *, together: bool = True) -> None:
         """Write the last record and let the sinks go.
@@ -145,6 +180,7 @@ class _Log:
         """
         self._write_last(together)
         self.sinks.close()
+        self.tell()
 
     def leave(self, source: _Source, process: int, *, together: bool = False) -> None:
         """The end of one optimizer's part; with the last one, the sinks are closed."""
@@ -152,9 +188,12 @@ class _Log:
             # A forked process that ends: the record, and the threads that write it, are the parent's.
             return
         self._write_last(together)
+        untold = source.take_warnings()
         source.end()
+        self.untold += untold
         if not any(source.is_live for source in self.sources):
             self.sinks.close()
+        self.tell()
 
     def _write_last(self, together: bool) -> None:
         if not together and any(source.is_sharded for source in self.sources):
@@ -162,7 +201,7 @@ class _Log:
         try:
             self.write()
         except Exception as error:
-            warnings.warn(f"weightflip: the last record is lost: {type(error).__name__}: {error}", stacklevel=3)
+            self.untold.append(f"weightflip: the last record is lost: {type(error).__name__}: {error}")
 
 
 def _restricted(groups: Mapping[str, tuple[str, ...]], names: Set[str]) -> dict[str, tuple[str, ...]]:
@@ -213,6 +252,8 @@ class _Tracking:
         self._selection = dict(selection)
         self._groups = groups
         self._settings = dict(settings)
+        # From the beginning of a step to the end of what all processes do in it.
+        self.tracker.holds_warnings = True
         self._calls = 0
         self._broken = False
         self._saw_capture = False
@@ -226,6 +267,7 @@ class _Tracking:
         self._weights: list[TrackedWeight] = []
         self._plan = Plan()
         self._seen: tuple[object, ...] = ()
+        self._looks_again = True
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._found_inf: Tensor | None = None
         self._is_open = False
@@ -241,8 +283,10 @@ class _Tracking:
         seen = tuple(
             (id(p), type(p), p.dtype, p.device.type, p.requires_grad) for group in param_groups for p in group["params"]
         )
-        if seen == self._seen:
+        if seen == self._seen and not self._looks_again:
             return
+        # Now, and not where all went well: what fails is not tried again on one process alone.
+        self._seen, self._looks_again = seen, False
         parameters = name_parameters(param_groups, self._model, self._names)
         names = {id(parameter): name for name, parameter in parameters.items()}
         self._names = [[names[id(p)] for p in group["params"]] for group in param_groups]
@@ -285,7 +329,7 @@ class _Tracking:
                 self._noted.add(sentence)
                 logger.warning("weightflip: %s", note)
         # Again at the first step: until then a model may still be converted, which leaves its parameters what they are.
-        self._seen = () if strict else seen
+        self._looks_again = strict
         self._weights = weights
         described = {
             weight.name: (
@@ -318,18 +362,15 @@ class _Tracking:
             return
         found_inf = vars(optimizer).get("found_inf")
         self._found_inf = found_inf if isinstance(found_inf, Tensor) else None
+        # Before what may fail: other processes wait for the end of the step, too.
+        self._is_open = True
         if self.tracker.is_tracking:
-            try:
-                self.select(optimizer, strict=False)
-            except Exception as error:
-                if not self.tracker.is_sharded:
-                    raise
-                # The others go on, and this process takes part in what they wait for.
-                self._stop(error)
-        self.tracker.before_step(self._weights)
+            seen = self._seen
+            if not self._attempt(self.select, optimizer, strict=False) and self._seen != seen:
+                self.tracker.abandon(knows_weights=False)
+        self._attempt(self.tracker.before_step, self._weights)
         if has_closure:
             self.tracker.forget_gradients()
-        self._is_open = True
 
     def _leave_out_capture(self) -> None:
         """Do nothing in a step that a CUDA graph records: host code does not run again when the graph is replayed."""
@@ -337,10 +378,9 @@ class _Tracking:
             self._saw_capture = True
             # Replays write weights without a trace.
             self.tracker.fresh_snapshots = True
-            warnings.warn(
+            self.log.untold.append(
                 "weightflip: a step that is captured in a CUDA graph, and its replays, are not tracked; to track them, "
-                "leave optimizer.step() outside the graph",
-                stacklevel=6,
+                "leave optimizer.step() outside the graph"
             )
 
     def after(self) -> None:
@@ -349,7 +389,7 @@ class _Tracking:
         if not self._is_open:
             return
         self._is_open = False
-        self.tracker.after_step(None if self._found_inf is None else self._found_inf == 0)
+        self._attempt(self.tracker.after_step, None if self._found_inf is None else self._found_inf == 0)
         self._calls += 1
         if self._finalizer is None:
             # Also at garbage collection and at interpreter exit: a script that never calls close() loses no record. Not
@@ -360,9 +400,9 @@ class _Tracking:
             self.log.find_writer()
         if self._calls % self._log_every == 0:
             # A model that was converted meanwhile may have the very same parameters.
-            self._seen = ()
+            self._looks_again = not self._broken
             if self.log.is_led_by(self.source):
-                self.log.write()
+                self._attempt(self.log.write)
                 if not self._has_logged:
                     self._has_logged = True
                     self._write_before_others_exit()
@@ -386,16 +426,47 @@ class _Tracking:
 
     def guarded(self, action: Callable[..., None], *args: Any) -> None:
         """Run something that must not stop a training: a fault is warned about once, and tracking ends."""
+        self._outside_of_graphs(self._guarded, action, *args)
+
+    def finish(self) -> None:
+        """The end of a step, and then what there is to warn about."""
+        self._outside_of_graphs(self._finish)
+
+    def _finish(self) -> None:
+        self._guarded(self.after)
+        self.log.tell()
+
+    def _outside_of_graphs(self, action: Callable[..., None], *args: Any) -> None:
         if torch.compiler.is_compiling():
             # Inside a compiled training step, tracking runs between two graphs: a graph would read a weight's data
             # pointer and version once, while it is traced. Not a decorator: that imports torch's compiler, which takes
             # as long as the whole of torch.
-            torch.compiler.disable(self._guarded)(action, *args)  # type: ignore[no-untyped-call]
+            torch.compiler.disable(action)(*args)  # type: ignore[no-untyped-call]
         else:
-            self._guarded(action, *args)
+            action(*args)
+
+    def _attempt(self, action: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
+        """Do a part of a step. Where other processes wait for what follows, a fault in it ends tracking only.
+
+        Returns:
+            Whether it was done.
+        """
+        try:
+            action(*args, **kwargs)
+        except Exception as error:
+            if not self.tracker.is_sharded:
+                raise
+            self._stop(error)
+            return False
+        return True
 
     def _guarded(self, action: Callable[..., None], *args: Any) -> None:
         if self._broken and not self.tracker.is_sharded:
+            return
+        if torch.is_inference_mode_enabled():
+            # Tensors that are made in it cannot be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._guarded(action, *args)
             return
         try:
             action(*args)
@@ -408,13 +479,14 @@ class _Tracking:
             # Other processes count on, and wait for this one in each step.
             self.tracker.abandon()
         if not was_broken:
-            warnings.warn(
-                f"weightflip: tracking has stopped, training goes on: {type(error).__name__}: {error}", stacklevel=5
+            self.log.untold.append(
+                f"weightflip: tracking has stopped, training goes on: {type(error).__name__}: {error}"
             )
 
     def flush(self) -> None:
         self.guarded(self.log.write)
         self.log.sinks.flush()
+        self.log.tell()
 
     def save_into(self, state_dict: dict[str, Any]) -> None:
         """Add the counts to an optimizer's state dict."""
@@ -423,6 +495,7 @@ class _Tracking:
             state_dict[_STATE_KEY] = self.state_dict()
 
         self.guarded(add)
+        self.log.tell()
 
     def restore(self, state_dict: Any) -> None:
         """Go on from what ``save_into`` added. Counts that cannot be read must not stop a run."""
@@ -622,7 +695,7 @@ class FlipTrackingOptimizer(Optimizer):
             # Whoever catches it may want the memory of the gradients, of which the tracker holds references.
             tracking.tracker.forget_gradients()
             raise
-        tracking.guarded(tracking.after)
+        tracking.finish()
         return result
 
     # Tells torch's step-patching machinery that this step runs the hooks already: the inner one's does.
@@ -802,23 +875,17 @@ def _make_log(log_dir: str | PathLike[str] | None, sinks: Any) -> _Log:
 def _is_phantom_step(optimizer: Optimizer) -> bool:
     """Whether the coming step only makes the optimizer's state, as torch.distributed.checkpoint has it do.
 
-    That step has learning rate 0, and gradients which are 0 throughout. To look at them waits for the device, but only
-    until there is a state, and only at a learning rate of 0.
+    It does so at a learning rate of 0, with gradients of 0, where the optimizer has no state. Each process finds that
+    out by itself: a state may be on one process only, a shard of zeros tells nothing about others, and to ask them or
+    the device would be to wait. So it is seen by who calls.
     """
-    if optimizer.state:
-        return False
     rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    if not rates or any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates) or any(rates):
+    if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates) or any(rates):
         return False
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    is_phantom = bool(grads) and not any(
-        grad.layout is not torch.strided or bool(distributed.local(grad).any()) for grad in grads
-    )
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    layouts = [layout for parameter in parameters if (layout := distributed.layout(parameter)) is not None]
-    # A shard of zeros tells nothing about the others.
-    others = [distributed.is_true_anywhere(not is_phantom, team) for team in dict.fromkeys(distributed.teams(layouts))]
-    return is_phantom and not any(others)
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
+        frame = frame.f_back
+    return frame.f_back is not None
 
 
 class FlipTrackingHandle:
@@ -845,7 +912,7 @@ class FlipTrackingHandle:
         self._tracking.guarded(self._tracking.before, optimizer, closure is not None)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._tracking.guarded(self._tracking.after)
+        self._tracking.finish()
 
     def _save_counts(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self._tracking.save_into(state_dict)

@@ -114,6 +114,8 @@ class WeightFlipTracker:
         self.low_memory = low_memory
         self.fresh_snapshots = fresh_snapshots
         self.backend = backend
+        self.holds_warnings = False
+        self._untold: list[str] = []
         self.reset()
 
     def reset(self) -> None:
@@ -136,6 +138,7 @@ class WeightFlipTracker:
         self._added_up: tuple[int, dict[str, list[float]]] | None = None
         self._unsure: set[str] = set()
         self._is_told = False
+        self._is_lost = False
         self._forget_list()
 
     def _forget_list(self) -> None:
@@ -194,6 +197,7 @@ class WeightFlipTracker:
         updates = None if updated is None else torch.count_nonzero(updated)
         self._layer(TrackedWeight(name, weight, quantizer), weight, quantizer)
         self._snapshots[name] = _Snapshot(codes, updated, updates)
+        self._tell()
 
     @torch.no_grad()
     def compute_flips_post_step(
@@ -276,30 +280,29 @@ class WeightFlipTracker:
         weights = list(weights)
         self._begin_sharded(weights)
         for tracked in weights:
-            if self._is_untouched(tracked):
-                self._current.append(tracked)
-                if "stalls" in self.metrics:
-                    self._grads[tracked.name] = tracked.parameter.grad
-                continue
-            if tracked.name in self._failed:
-                continue
-            if not getattr(tracked.quantizer, "is_active", True):
-                if tracked.name in self._layers:
-                    self._layers[tracked.name].stamp = None
-                continue
             try:
-                if self._ensure_codes(tracked, may_wait=True):
-                    self._before_step_of_metrics(tracked)
-                else:
-                    stale.append(tracked)
+                is_there = self._is_untouched(tracked)
+                if not is_there:
+                    if tracked.name in self._failed:
+                        continue
+                    if not getattr(tracked.quantizer, "is_active", True):
+                        if tracked.name in self._layers:
+                            self._layers[tracked.name].stamp = None
+                        continue
+                    is_there = self._ensure_codes(tracked, may_wait=True)
+                    if is_there:
+                        self._before_step_of_metrics(tracked)
+                    else:
+                        stale.append(tracked)
             except Exception as error:
                 self._give_up(tracked.name, error)
-            else:
-                self._current.append(tracked)
-                if "stalls" in self.metrics:
-                    self._grads[tracked.name] = tracked.parameter.grad
+                continue
+            self._current.append(tracked)
+            if "stalls" in self.metrics:
+                self._grads[tracked.name] = tracked.parameter.grad
         if stale:
             self._encode_together(stale)
+        self._tell()
 
     def forget_gradients(self) -> None:
         """Let go of the gradients of ``before_step``: a closure makes the step's own.
@@ -338,6 +341,8 @@ class WeightFlipTracker:
         for ledger in self._ledgers.values():
             ledger.begin_step()
         self._bring_together()
+        # At once: what fails below on this process must not make it ask the others before the next step, nor not ask.
+        self._marks = self._marks_now() if self._asked and self.is_tracking else None
         for tracked in self._count_together():
             if tracked.name in self._failed:
                 continue
@@ -357,6 +362,7 @@ class WeightFlipTracker:
             for layer in self._layers.values():
                 layer.drop_codes(stamp=False)
             self._together = {}
+        self._tell()
 
     @torch.no_grad()
     def record(self, *, may_be_empty: bool = False) -> FlipRecord | None:
@@ -370,8 +376,10 @@ class WeightFlipTracker:
         Returns:
             The record; None when no step was tracked since the last one.
         """
-        self._look()
-        self._add_up()
+        try:
+            self._look()
+        finally:
+            self._add_up()
         steps, totals = self._read()
         layers = []
         for name, total in totals.items():
@@ -390,6 +398,7 @@ class WeightFlipTracker:
                 )
             )
         self._window_base = totals
+        self._tell()
         record = FlipRecord(steps, tuple(layers))
         return record if may_be_empty or record.model.window.weight_steps else None
 
@@ -405,9 +414,9 @@ class WeightFlipTracker:
         for tracked in self._current:
             layer = self._layers[tracked.name]
             assert layer.ledger is not None
-            plain = getattr(tracked.quantizer, "plain", None)
             count = layer.ledger.total[layer.row, NONFINITE]
             try:
+                plain = getattr(tracked.quantizer, "plain", None)
                 weight = distributed.local(tracked.parameter).detach()
                 functional.count_nonfinite(weight if plain is None else plain(weight), count, self._scratch)
             except Exception as error:
@@ -426,9 +435,12 @@ class WeightFlipTracker:
         Args:
             is_logging_point: Whether another process makes a record now, for which all find what is found then.
         """
-        if self._sharded and is_logging_point:
-            self._look()
-        self._add_up()
+        try:
+            if self._sharded and is_logging_point:
+                self._look()
+        finally:
+            self._add_up()
+        self._tell()
 
     def _add_up(self) -> None:
         if not self._sharded:
@@ -449,6 +461,9 @@ class WeightFlipTracker:
             sums = distributed.add_up(numbers, team)
             for i, member in enumerate(members):
                 *news, failures = sums[i * (self._columns + 1) : (i + 1) * (self._columns + 1)]
+                if failures:
+                    # Of some steps only a part was counted.
+                    news = self._zeros()
                 totals[member.name] = self._take(member, news, self._own(member.name, rows))
                 if failures and member.name not in self._failed:
                     self._give_up(member.name, RuntimeError("it is not on another process"))
@@ -461,7 +476,7 @@ class WeightFlipTracker:
         before = self._layers[name].own or self._zeros()
         return self._added(before, rows[name])
 
-    def _take(self, member: distributed.Member, news: Sequence[float], own: list[float]) -> list[float]:
+    def _take(self, member: distributed.ShardedWeight, news: Sequence[float], own: list[float]) -> list[float]:
         """Add what all processes have counted to a layer's totals."""
         layer = self._layers.get(member.name)
         if layer is None:
@@ -474,9 +489,15 @@ class WeightFlipTracker:
         layer.given = own
         return totals
 
-    def abandon(self) -> None:
-        """Count nothing more, and go on taking part in what other processes wait for."""
-        self._failed.update(self._layers, *(names for _, names in self._sharded.tables))
+    def abandon(self, *, knows_weights: bool = True) -> None:
+        """Count nothing more, and go on taking part in what other processes wait for.
+
+        Args:
+            knows_weights: Whether the weights of the last step are those that other processes track from now on. If
+                not, the next tracked step finds that they differ, and all processes give the sharded ones up.
+        """
+        self._failed.update(self._layers, self._sharded)
+        self._is_lost = self._is_lost or not knows_weights
         self._current = []
         for layer in self._layers.values():
             layer.drop_codes()
@@ -489,20 +510,26 @@ class WeightFlipTracker:
         processes: replace it, or write to it as a whole.
         """
         listed = [(tracked.name, id(tracked.parameter), id(tracked.quantizer)) for tracked in weights]
-        if listed != self._listed:
-            is_news = self._sharded.follow(
-                (tracked.name, tracked.parameter, quantizer, quantizer_name(quantizer))
-                for tracked in weights
-                for quantizer in [getattr(tracked.quantizer, "encodes", tracked.quantizer)]
+        if listed != self._listed or self._is_lost:
+            before = set(self._sharded)
+            # That there are other parameters is seen on all processes; what became of quantizers, maybe not.
+            are_others = [of[:2] for of in listed] != [of[:2] for of in self._listed]
+            was_compared = self._sharded.follow(
+                weights,
+                quantizer_name,
+                compare=are_others or self._is_lost,
+                is_lost=self._is_lost,
             )
+            self._is_lost = False
             # Held, so that their ids are not given to others.
             self._listed, self._listed_weights = listed, weights
-            if is_news:
+            if was_compared:
                 self._marks = None
                 for name, reason in self._sharded.refused.items():
+                    if name in before:
+                        self._part_with(name)
                     if name not in self._failed:
                         self._give_up(name, ValueError(reason))
-                        self._part_with(name)
                 self._open_layers(weights)
         self._unsure = set()
         asked = {name for _, names in self._sharded.tables for name in names}
@@ -513,10 +540,11 @@ class WeightFlipTracker:
             self._is_told = True
 
     def _part_with(self, name: str) -> None:
-        """A weight is not added up any more: what was is in its base, and must not count once more."""
+        """A weight is not added up any more: what all have counted is in its base; what this process has, is a part."""
         layer = self._layers.get(name)
-        if layer is not None and layer.given and layer.ledger is not None:
-            layer.ledger.clear_row(layer.row)
+        if layer is not None:
+            if layer.ledger is not None:
+                layer.ledger.clear_row(layer.row)
             layer.own, layer.given = [], []
 
     def _open_layers(self, weights: list[TrackedWeight]) -> None:
@@ -551,8 +579,11 @@ class WeightFlipTracker:
                     table.flag(index, 2 if name in self._failed else 1)
             table.reduce()
             for index, statistic in handed.items():
-                if (layer := self._layers.get(names[index])) is not None:
-                    layer.statistic = table.get(index, statistic)
+                try:
+                    if (layer := self._layers.get(names[index])) is not None:
+                        layer.statistic = table.get(index, statistic)
+                except Exception as error:
+                    self._give_up(names[index], error)
 
     def _end_sharded(self) -> None:
         """Count nothing of a weight that any process is not sure of."""
@@ -566,7 +597,6 @@ class WeightFlipTracker:
                 }
                 if rows:
                     ledger.keep(list(rows.values()), is_counted[list(rows)])
-        self._marks = self._marks_now() if self._asked else None
 
     # ------------------------------------------------------------------ totals
 
@@ -721,7 +751,7 @@ class WeightFlipTracker:
                 if layer.weights == weights
                 else f"had {layer.weights} weights and has {weights}"
             )
-            warnings.warn(f"weightflip: {name!r} {change} now; its counts start anew", stacklevel=2)
+            self._untold.append(f"weightflip: {name!r} {change} now; its counts start anew")
             self._window_base.pop(name, None)
             if layer.ledger is not None:
                 layer.ledger.clear_row(layer.row)
@@ -856,10 +886,23 @@ class WeightFlipTracker:
             layer.drop_codes()
             layer.close_metrics()
         self._together = {}
-        warnings.warn(
-            f"weightflip: {name!r} is not tracked any more, training goes on: {type(error).__name__}: {error}",
-            stacklevel=2,
+        self._untold.append(
+            f"weightflip: {name!r} is not tracked any more, training goes on: {type(error).__name__}: {error}"
         )
+
+    def _tell(self) -> None:
+        """Warn of what was found, unless a caller does so later.
+
+        Not where it was found: there a warning that is made an error would keep this process from what others wait for.
+        """
+        if not self.holds_warnings:
+            for text in self.take_warnings():
+                warnings.warn(text, stacklevel=3)
+
+    def take_warnings(self) -> list[str]:
+        """What has not been warned about yet, where ``holds_warnings`` is set."""
+        untold, self._untold = self._untold, []
+        return untold
 
     # ------------------------------------------------------------------ many weights in one call
 
@@ -1007,10 +1050,9 @@ class WeightFlipTracker:
         except Exception as error:
             assert layer.metrics is not None
             layer.metrics[group.metric.name] = None
-            warnings.warn(
+            self._untold.append(
                 f"weightflip: {layer.name!r} has no numbers of {group.metric.name!r} any more, all else goes on: "
-                f"{type(error).__name__}: {error}",
-                stacklevel=2,
+                f"{type(error).__name__}: {error}"
             )
 
     def _sums(self, layer: Layer, group: Group) -> Tensor:

@@ -157,6 +157,7 @@ class SinkGroup:
         return {**self.__dict__, "_started": None}
 
     def _each(self, method: str, *args: Any) -> None:
+        failed: list[str] = []
         for sink in list(self._sinks):
             if method == "alert" and not hasattr(sink, method):
                 continue
@@ -164,8 +165,10 @@ class SinkGroup:
                 getattr(sink, method)(*args)
             except Exception as error:
                 self._sinks.remove(sink)
-                warnings.warn(
+                failed.append(
                     f"weightflip: {type(sink).__name__} failed and gets no more records, training goes on: "
-                    f"{type(error).__name__}: {error}",
-                    stacklevel=2,
+                    f"{type(error).__name__}: {error}"
                 )
+        # After the last sink: a warning may be an error.
+        for text in failed:
+            warnings.warn(text, stacklevel=3)
