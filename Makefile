@@ -31,9 +31,11 @@ demo: $(VENV)/installed  ## train a small float8 network on handwritten digits, 
 tensorboard: $(VENV)/installed  ## open TensorBoard on runs/
 	$(BIN)/tensorboard --logdir $(LOG_DIR) --port $(PORT)
 
-# Two at a time, each with one thread: threads that share such small tensors mostly wait for each other.
+# Two at a time, each with one thread: threads that share such small tensors mostly wait for each other. By files, in the
+# order of tests/conftest.py: fixtures of a file are set up once, and for thousands of tests one by one the process that
+# hands them out needed 20 s.
 test: $(VENV)/installed  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 conformance: $(VENV)/installed  ## wrapped equals bare for every input of PyTorch's own optimizer tests
 	$(BIN)/python -m pytest -m conformance tests/test_conformance.py

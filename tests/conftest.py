@@ -8,16 +8,43 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, track_flips
 from weightflip.detect import Plan, make_plan, name_parameters
 
+# `make test` gives whole files to its two workers, in this order: the longest first, so that neither waits for the
+# other at the end. While one is at the first of them, the other compiles the CPU kernel in the second, once for all.
+LONGEST_FIRST = (
+    "test_distributed.py",
+    "test_batch.py",
+    "test_examples.py",
+    "test_cpu_kernel.py",
+    "test_trainer.py",
+    "test_block.py",
+    "test_drop_in.py",
+    "test_wandb.py",
+    "test_accelerate.py",
+    "test_lightning.py",
+    "test_flat_parameters.py",
+    "test_report.py",
+    "test_conformance.py",
+    "test_torchao_subclasses.py",
+    "test_torchao_qat.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 @pytest.fixture(scope="session")
 def digits() -> tuple[Tensor, Tensor]:
     """All 1797 handwritten digits of scikit-learn: float32 (1797, 64) in [0, 1], and their labels."""
+    # Here, because it takes as long as importing torch, and processes that tests start import this file too.
+    from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)
     return torch.tensor(images / 16.0, dtype=torch.float32), torch.tensor(labels)
 
