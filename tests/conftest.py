@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from processes import end_servers
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, track_flips
@@ -37,6 +38,10 @@ LONGEST_FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_sessionfinish() -> None:
+    end_servers()
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_same, backward, digits_model
+from processes import run_python
 from test_sinks import scalars
 
 from weightflip import FlipTrackingOptimizer
@@ -71,7 +70,7 @@ def test_resume_in_a_new_process(digits, tmp_path):
         saved_at=SAVED_AT,
         total=TOTAL,
     )
-    output = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    output = run_python("-c", script).stdout
     tracker = whole.tracker
     expected = [tracker.get_flip_counts(), tracker.get_update_counts(), tracker.get_stall_counts(), TOTAL]
     assert json.loads(output) == expected

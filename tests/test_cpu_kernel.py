@@ -12,6 +12,7 @@ import warnings
 import numba
 import pytest
 import torch
+from processes import run_python
 
 from weightflip import WeightFlipTracker, functional, kernels
 from weightflip.formats import FloatFormat
@@ -226,7 +227,7 @@ except ImportError as error:
 )
 def test_without_numba_auto_is_eager_and_numba_says_what_to_do(how):
     code = WITHOUT_NUMBA.format(how=how)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = run_python("-c", code)
     counts, is_freed, message = result.stdout.splitlines()[:3]
     assert counts == "{'w': 4}"
     # A kept exception would hold its traceback, and that the frames of everything that called for this step.

@@ -8,14 +8,13 @@ import itertools
 import json
 import os
 import pickle
-import subprocess
-import sys
 import warnings
 import weakref
 
 import pytest
 import torch
 from conftest import FORMS, BruteForce, assert_same, backward, by_hooks, digits_model, same_as_bare, watched
+from processes import run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
@@ -610,7 +609,7 @@ if os.fork() == 0:
     sys.exit()
 os.wait()
 """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+    run_python("-c", code, str(tmp_path), timeout=120)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("flips/rate")] == [2, 3]
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from processes import run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from weightflip.report import find, read_runs
@@ -27,13 +26,21 @@ GPT_LAYERS = [f"blocks.0.{linear}.weight" for linear in ("attention.qkv", "atten
 GPT_SMALL = ["--layers=1", "--width=32", "--heads=2", "--context=32", "--batch=8", "--steps=30", "--device=cpu"]
 
 
-def run_example(script: str, *args: str, bar: str = "training: 100%") -> str:
+IMPORTS = (
+    "torchao.float8",
+    "torch.distributed.fsdp",
+    "torch.distributed.run",
+    "sklearn.model_selection",
+    "matplotlib.pyplot",
+    "numba",
+)
+
+
+def run_example(script: str, *args: str, bar: str = "training: 100%", imported: tuple[str, ...] = IMPORTS) -> str:
     """Run an example as a user would and return what it prints; its progress bar is kept apart from that."""
     # Threads that share such small matrices mostly wait for each other when the machine is busy.
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, f"examples/{script}", *args]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = run_python(f"examples/{script}", *args, imported=imported, cwd=ROOT, env=env)
     assert "weightflip: tracking has stopped" not in done.stderr
     assert bar in done.stderr
     return done.stdout
@@ -148,12 +155,24 @@ def test_gallery(tmp_path):
     assert (tmp_path / "gallery.png").stat().st_size > 1000
 
 
+# What `torchrun --standalone --nproc-per-node=2` does, with processes that are forked: else each imports all anew.
+TORCHRUN = """
+import runpy, sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+def run(script, *args):
+    sys.argv[:], sys.path[0] = [script, *args], "examples"
+    runpy.run_path(script, run_name="__main__")
+
+config = LaunchConfig(1, 1, nproc_per_node=2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                      max_restarts=0, start_method="fork")
+elastic_launch(config, run)(*sys.argv[1:])
+"""
+
+
 def test_fsdp2_float8(tmp_path: Path) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["examples/fsdp2_float8.py", f"--log-dir={tmp_path}/log", f"--checkpoint={tmp_path}/saved", "--steps=30"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    args = ["examples/fsdp2_float8.py", f"--log-dir={tmp_path}/log", f"--checkpoint={tmp_path}/saved", "--steps=30"]
+    done = run_python("-c", TORCHRUN, *args, imported=IMPORTS, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert "weightflip: tracking has stopped" not in done.stderr
     first_loss, last_loss = numbers_after("Training loss:", done.stdout)
     assert last_loss < first_loss

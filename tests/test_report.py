@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import backward, digits_model
+from processes import run_python
 from torch.utils.tensorboard import SummaryWriter
 
 from weightflip import FlipRecord, FlipTrackingOptimizer
@@ -678,18 +679,14 @@ def test_exit_codes_and_messages(two_runs, capsys, tmp_path):
 
 def test_as_a_program_without_rich(two_runs):
     """As users start it; and what it says where the packages of the extra are missing."""
-    done = subprocess.run(
-        [sys.executable, "-m", "weightflip.report", str(two_runs / "single")], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run_python("-m", "weightflip.report", str(two_runs / "single"))
+    assert done.stderr == ""
     assert "Nothing stands out" in done.stdout
     code = (
         "import sys; sys.modules.update(rich=None, matplotlib=None); from weightflip.report.cli import main; "
         "sys.exit(main(sys.argv[1:]) or main([*sys.argv[1:], '--html', 'x.html']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "report", str(two_runs / "single")], capture_output=True, text=True
-    )
+    done = run_python("-c", code, "report", str(two_runs / "single"), check=False)
     assert done.returncode == 1
     assert "pip install 'weightflip[report]'" in done.stderr
     assert "Traceback" not in done.stderr

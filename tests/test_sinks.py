@@ -8,13 +8,12 @@ import itertools
 import json
 import math
 import pickle
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 from conftest import BruteForce, backward, digits_model
+from processes import run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -204,7 +203,7 @@ for _ in range(13):
 
 
 def test_a_script_that_never_closes_loses_nothing(tmp_path):
-    subprocess.run([sys.executable, "-c", SCRIPT.format(log_dir=str(tmp_path))], check=True, capture_output=True)
+    run_python("-c", SCRIPT.format(log_dir=str(tmp_path)))
     assert [step for step, _ in scalars(tmp_path)["flips/rate"]] == [10, 13]
 
 

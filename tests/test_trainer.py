@@ -255,7 +255,7 @@ def test_one_writer_for_the_trainer_and_the_flips(digits, tmp_path):
 
 
 def test_example(tmp_path):
-    output = run_example("trainer_digits.py", f"--log-dir={tmp_path}", "--steps=30", bar="30/30")
+    output = run_example("trainer_digits.py", f"--log-dir={tmp_path}", "--steps=30", bar="30/30", imported=())
     first_loss, last_loss = numbers_after("Training loss:", output)
     assert last_loss < first_loss
     layers = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo"]

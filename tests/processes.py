@@ -1,0 +1,144 @@
+"""Processes for tests that need one of their own, forked from one that has imported torch before.
+
+To import torch, torchao and scikit-learn takes longer than what most of these tests then do, and is not what they test.
+Everything else is as in a process that was started anew: its environment, its directory, ``__main__``, and its end with
+all that Python does there.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Mapping
+from pathlib import Path
+
+# The last is what torch imports for the first optimizer.
+ALWAYS = ("torch", "torch.utils.tensorboard", "torch._dynamo")
+
+_servers: dict[tuple[str, ...], subprocess.Popen[str]] = {}
+
+
+def run_python(
+    *args: str,
+    imported: tuple[str, ...] = (),
+    env: Mapping[str, str] = os.environ,
+    cwd: Path | None = None,
+    check: bool = True,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """What ``subprocess.run([sys.executable, *args], capture_output=True, text=True)`` returns.
+
+    Args:
+        args: ``"-c", code``, ``"-m", module`` or the path of a script; then its own arguments.
+        imported: Modules that are imported before it starts, beside ``ALWAYS``, and once for all that name the same.
+        env: Its environment.
+        cwd: Its directory; by default the present one.
+        check: Whether to raise CalledProcessError, with its errors, if it fails.
+        timeout: Seconds, after which it is killed.
+    """
+    if sys.platform != "linux":
+        # Elsewhere libraries do not stand a fork.
+        return subprocess.run(
+            [sys.executable, *args], env=env, cwd=cwd, check=check, timeout=timeout, capture_output=True, text=True
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        request = {
+            "args": args,
+            "env": dict(env),
+            "cwd": str(cwd or Path.cwd()),
+            "outputs": [str(path) for path in outputs],
+        }
+        code = _ask(imported, request, timeout)
+        done = subprocess.CompletedProcess([sys.executable, *args], code, *(path.read_text() for path in outputs))
+    if check and code:
+        print(done.stderr, file=sys.stderr)
+        done.check_returncode()
+    return done
+
+
+def end_servers() -> None:
+    """When no test needs a process any more."""
+    for server in _servers.values():
+        server.communicate()
+
+
+def _ask(imported: tuple[str, ...], request: dict[str, object], timeout: float) -> int:
+    if imported not in _servers:
+        _servers[imported] = subprocess.Popen(
+            [sys.executable, __file__, *ALWAYS, *imported],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    server = _servers[imported]
+    assert server.stdin is not None
+    assert server.stdout is not None
+    print(json.dumps(request), file=server.stdin, flush=True)
+    if not select.select([server.stdout], [], [], timeout)[0]:
+        os.killpg(server.pid, signal.SIGKILL)
+        del _servers[imported]
+        raise subprocess.TimeoutExpired(str(request["args"]), timeout)
+    return int(server.stdout.readline())
+
+
+def _serve() -> list[str]:
+    """Fork for each line of standard input. Returns in the new processes only: what each is to run."""
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    # Else each process copies the memory of all that was imported when it ends.
+    gc.freeze()
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            _become(request)
+            return request["args"]
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    sys.exit()
+
+
+def _become(request: dict) -> None:
+    sys.stdin = open(os.devnull)  # noqa: SIM115
+    os.dup2(sys.stdin.fileno(), 0)
+    for descriptor, path in enumerate(request["outputs"], start=1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, descriptor)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+
+
+def _run(first: str, *rest: str) -> None:
+    """As Python does with its command line."""
+    if first == "-m":
+        module, *arguments = rest
+        sys.argv[:], sys.path[0] = [module, *arguments], os.getcwd()
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return
+    if first == "-c":
+        source, *arguments = rest
+        file, sys.path[0] = "<string>", ""
+    else:
+        source, arguments = Path(first).read_text(encoding="utf-8"), list(rest)
+        file, sys.path[0] = first, str(Path(first).resolve().parent)
+    sys.argv[:] = ["-c" if first == "-c" else first, *arguments]
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    main.__file__ = file
+    exec(compile(source, file, "exec"), vars(main))
+
+
+if __name__ == "__main__":
+    _run(*_serve())
