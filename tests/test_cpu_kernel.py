@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import os
-import subprocess
-import sys
 import warnings
 
 import numba
@@ -274,30 +272,43 @@ def test_a_numba_that_cannot_compile_is_warned_about_once(monkeypatch):
     assert fresh_count() == []
 
 
-def test_each_signature_has_a_cache_file_of_its_own(tmp_path):
-    # One index for several signatures is mixed up by processes that start together.
-    code = """
-import sys, torch
+TWO_SIGNATURES = """
+import torch
 from weightflip import functional, kernels
+from weightflip.kernels import compiled
 from weightflip.quantizers import resolve
-from weightflip.quantizers.floatx import FloatxQuantizer
 weight, counts = torch.ones(4, 4), torch.zeros(3, dtype=torch.int64)
 for update in (None, weight):
     codes = torch.zeros(4, 4, dtype=torch.int8)
     functional.advance(weight, resolve("float8_e4m3"), codes, update, counts, kernels.ScratchPool(), "numba")
-print(counts.tolist())
+assert counts.tolist() == [32, 16, 0]
+from_cache = [sum(kernel.stats.cache_hits.values()) for kernel in compiled._kernels.values()]
+print(from_cache)
 """
-    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    for _ in range(2):
-        result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        assert result.stdout == "[32, 16, 0]\n"
-        indices = list(tmp_path.rglob("*.nbi"))
-        assert len(indices) == 2
-        assert len(list(tmp_path.rglob("*.nbc"))) == 2
+
+
+def test_each_signature_has_a_cache_file_of_its_own(tmp_path, monkeypatch):
+    # One index for several signatures is mixed up by processes that start together.
+    def from_cache():
+        monkeypatch.setattr(compiled, "_kernels", {})
+        namespace = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            exec(TWO_SIGNATURES, namespace)
+        return namespace["from_cache"]
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert from_cache() == [0, 0]
+    indices = sorted(tmp_path.rglob("*.nbi"))
+    assert len(indices) == len(list(tmp_path.rglob("*.nbc"))) == 2
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*.nb?")}
+    other = run_python("-c", TWO_SIGNATURES, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)})
+    assert other.stdout == "[1, 1]\n"
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.nb?")} == files
     # What cannot be read is compiled anew.
     for file in indices:
         file.write_bytes(file.read_bytes()[:20])
-    subprocess.run([sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert from_cache() == [0, 0]
 
 
 def test_a_subclass_with_its_own_encode_into_is_asked():
