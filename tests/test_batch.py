@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import pytest
 import torch
 from test_cpu_kernel import QUANTIZERS, weights
@@ -20,7 +23,7 @@ BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode i
           "nvfp4", "int4:g32", "int8:g16"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True, params=[(1, 1 << 21), (3, 1 << 21), (3, 700)], ids=["1", "3", "3 in short runs"])
+@pytest.fixture(autouse=True, params=[(1, 1 << 21), (3, 1 << 21), (3, 2100)], ids=["1", "3", "3 in short runs"])
 def threads_and_runs(request, monkeypatch):
     threads, elements = request.param
     monkeypatch.setattr(cpu, "_ELEMENTS_PER_THREAD", 100)
@@ -44,19 +47,29 @@ def expected(weight, quantizer, old, update):
     return codes, counts, scale
 
 
-@pytest.mark.parametrize("quantizer", [*QUANTIZERS, *BLOCKS], ids=str)
-def test_equals_each_alone(quantizer):
-    generator = torch.Generator().manual_seed(0)
-    quantizer = resolve(quantizer)
-    found, wanted, updates = [], [], []
+class Alone(NamedTuple):
+    """A weight with what it had before, and what plain torch makes of it."""
+
+    weight: torch.Tensor
+    update: torch.Tensor | None
+    old: torch.Tensor
+    old_scale_codes: torch.Tensor | None
+    codes: torch.Tensor
+    counts: list[int]
+    scale: torch.Tensor | None
+    scale_changes: int
+
+
+@functools.cache
+def each_alone(spec):
+    """The same for all numbers of threads."""
+    generator, quantizer = torch.Generator().manual_seed(0), resolve(spec)
+    found = []
     for i, weight in enumerate(many_weights(generator)):
         if quantizer.group and (weight.ndim == 0 or weight.shape[-1] % quantizer.group):
             continue
         old = torch.empty_like(weight, dtype=quantizer.code_dtype(weight))
         old_scale = functional.encode_into(weight, quantizer, old, kernels.ScratchPool(), backend="eager")
-        member = batch.make_member(weight, quantizer, old.clone(), "auto", with_updates=True)
-        if quantizer.group:
-            member.scale_codes.copy_(quantizer.scale_codes(old_scale))
         weight.mul_(torch.rand(weight.shape, generator=generator) + 0.5)
         update = torch.randn(weight.shape, generator=generator).to(weight.dtype)
         update[torch.rand(weight.shape, generator=generator) < 0.3] = 0.0
@@ -64,22 +77,33 @@ def test_equals_each_alone(quantizer):
         update[torch.rand(weight.shape, generator=generator) < 0.1] = NAN
         update = None if i % 4 == 1 else update
         codes, counts, scale = expected(weight, quantizer, old, update)
-        changes = torch.zeros(())
+        old_scale_codes, changes = None, 0
         if quantizer.group:
-            changes = torch.count_nonzero(quantizer.scale_codes(scale) != quantizer.scale_codes(old_scale))
-        found.append((member, weight))
-        wanted.append((codes, counts, scale, changes))
-        updates.append(update)
+            old_scale_codes = quantizer.scale_codes(old_scale)
+            changes = int(torch.count_nonzero(quantizer.scale_codes(scale) != old_scale_codes))
+        found.append(Alone(weight, update, old, old_scale_codes, codes, counts.tolist(), scale, changes))
     assert len(found) >= 8
-    together = batch.Batch([member for member, _ in found], with_updates=True)
-    counted = together.advance([0 if update is None else update.data_ptr() for update in updates])
-    assert counted.failed == []
-    for (member, _), (codes, _, scale, _) in zip(found, wanted, strict=True):
-        assert torch.equal(member.codes, codes)
+    return found
+
+
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, *BLOCKS], ids=str)
+def test_equals_each_alone(quantizer):
+    wanted, members = each_alone(quantizer), []
+    quantizer = resolve(quantizer)
+    for alone in wanted:
+        member = batch.make_member(alone.weight, quantizer, alone.old.clone(), "auto", with_updates=True)
         if quantizer.group:
-            assert torch.equal(member.scale_codes, quantizer.scale_codes(scale))
-    assert counted.counts.tolist() == [counts.tolist() for _, counts, _, _ in wanted]
-    assert counted.scale_changes.tolist() == [int(changes) for *_, changes in wanted]
+            member.scale_codes.copy_(alone.old_scale_codes)
+        members.append(member)
+    together = batch.Batch(members, with_updates=True)
+    counted = together.advance([0 if alone.update is None else alone.update.data_ptr() for alone in wanted])
+    assert counted.failed == []
+    for member, alone in zip(members, wanted, strict=True):
+        assert torch.equal(member.codes, alone.codes)
+        if quantizer.group:
+            assert torch.equal(member.scale_codes, quantizer.scale_codes(alone.scale))
+    assert counted.counts.tolist() == [alone.counts for alone in wanted]
+    assert counted.scale_changes.tolist() == [alone.scale_changes for alone in wanted]
     assert counted.counts[:, 0].count_nonzero() > 4
 
 
@@ -238,11 +262,15 @@ def live(backend, quantizer, **options):
     return records
 
 
+# Plain torch knows nothing of the kernel's threads and runs.
+live_in_plain_torch = functools.cache(functools.partial(live, "eager"))
+
+
 @pytest.mark.parametrize("options", [{}, {"low_memory": True}, {"fresh_snapshots": True}, {"track_every": 2},
                                      {"metrics": ("flips",)}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("quantizer", ["float8_e4m3", "e3m4:row", "mxfp4", "nvfp4", "bfloat16", "native", "int8"])
 def test_a_life_is_counted_as_in_plain_torch(quantizer, options):
-    assert live("auto", quantizer, **options) == live("eager", quantizer, **options)
+    assert live("auto", quantizer, **options) == live_in_plain_torch(quantizer, **options)
 
 
 def together(tracker):
