@@ -2,212 +2,30 @@
 
 from __future__ import annotations
 
-import atexit
-import logging
-import os
-import sys
-import warnings
-import weakref
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from weightflip import distributed
 from weightflip.alerts import Alert, AlertWatch
-from weightflip.detect import Plan, make_groups, make_plan, name_parameters, owner_types, quantizes_weights
-from weightflip.layer import TrackedWeight
+from weightflip.detect import quantizes_weights
+from weightflip.log import Log
 from weightflip.metrics.columns import METRICS, MetricsLike
-from weightflip.quantizers.base import Quantizer, quantizer_name
-from weightflip.records import Counts, FlipRecord, RunInfo, split_variant, variant
+from weightflip.records import RunInfo
 from weightflip.sinks import SinkGroup, TensorBoardSink, make_sink
 from weightflip.tracker import WeightFlipTracker
+from weightflip.tracking import STATE_KEY, Tracking
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-logger = logging.getLogger("weightflip")
-
-_STATE_KEY = "flip_tracking"
 _OWN_ATTRIBUTES = frozenset({"inner", "_tracking"})
 # Set by torch.amp.GradScaler around the step of an optimizer that supports it; they have to reach that optimizer.
 _AMP_ATTRIBUTES = frozenset({"grad_scale", "found_inf"})
-
-
-class _Source:
-    """One optimizer's part of a run."""
-
-    def __init__(self, tracker: WeightFlipTracker, owner: _Tracking) -> None:
-        self.info = RunInfo({}, {})
-        self.groups: dict[str, tuple[str, ...]] = {}
-        self._tracker: WeightFlipTracker | None = tracker
-        self._last = FlipRecord(0, ())
-        self._owner: weakref.ref[_Tracking] | None = weakref.ref(owner)
-        self._first_step = 0
-
-    @property
-    def is_live(self) -> bool:
-        """Whether steps still come from here: not after its end, and not in a copy of another optimizer's log."""
-        return self._owner is not None and self._owner() is not None
-
-    def adopt(self, owner: _Tracking) -> None:
-        self._owner = weakref.ref(owner)
-
-    def record(self) -> FlipRecord:
-        """What was counted; after the end, the totals of then."""
-        if self._tracker is not None:
-            record = self._tracker.record(may_be_empty=True)
-            assert record is not None
-            names = {split_variant(layer.name)[0] for layer in record.layers}
-            self._last = replace(record, step=self._first_step + record.step, groups=_restricted(self.groups, names))
-        return self._last
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether a record needs all processes."""
-        return self._tracker is not None and self._tracker.is_sharded
-
-    def synchronize(self) -> None:
-        """Take part in a record that this process does not write."""
-        if self._tracker is not None:
-            self._tracker.synchronize(is_logging_point=True)
-
-    def take_warnings(self) -> list[str]:
-        """What the tracker has not warned about yet."""
-        return [] if self._tracker is None else self._tracker.take_warnings()
-
-    def follow(self, sources: Sequence[_Source]) -> None:
-        """Count steps on from where optimizers left that have all come to their end."""
-        if not any(source.is_live for source in sources):
-            self._first_step = max((source.record().step for source in sources), default=0)
-
-    def end(self) -> None:
-        """Keep plain numbers, and let tensors go."""
-        layers = (replace(layer, window=Counts(), nonfinite=0, gauges={}, histograms={}) for layer in self._last.layers)
-        self._last = replace(self._last, layers=tuple(layers))
-        self._tracker = self._owner = None
-
-    def give_up_names(self, names: Set[str]) -> None:
-        """After the end: another optimizer goes on with these weights."""
-        self._last = replace(self._last, layers=tuple(x for x in self._last.layers if x.name not in names))
-        self.info = replace(self.info, tracked={k: v for k, v in self.info.tracked.items() if k not in names})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_owner": None}
-
-
-class _Log:
-    """Takes records to the sinks: those of one optimizer, or of several that are one run, as one record."""
-
-    def __init__(self, sinks: SinkGroup, *, is_wanted: bool) -> None:
-        self.sinks = sinks
-        self.alerts = AlertWatch()
-        self.sources: list[_Source] = []
-        self.first_step = 0
-        self.untold: list[str] = []
-        self._is_wanted = is_wanted
-        self._is_writer = True
-
-    def find_writer(self) -> bool:
-        """Whether this process writes: of several, one does. Known from then on, also when they have parted."""
-        self._is_writer = self._is_writer and distributed.is_writer()
-        return self._is_writer
-
-    def is_led_by(self, source: _Source) -> bool:
-        """Whether this optimizer's steps say when to write: the first one's that is still at work."""
-        return next((candidate for candidate in self.sources if candidate.is_live), None) is source
-
-    def write(self) -> None:
-        """Write what was counted since the last record, if anything.
-
-        Where weights are sharded, every process comes here at the same steps, whether it writes or not, and takes part
-        in exactly one collective for each optimizer.
-        """
-        is_writer = self.find_writer()
-        is_used = bool(self.sinks) or bool(self.alerts)
-        if not any(source.is_sharded for source in self.sources) and not (is_writer and is_used):
-            return
-        is_read = self._is_wanted or bool(self.alerts)
-        records: list[FlipRecord] = []
-        faults: list[Exception] = []
-        for source in self.sources:
-            try:
-                if is_read:
-                    records.append(source.record())
-                else:
-                    source.synchronize()
-            except Exception as error:
-                # The next source has a collective, too.
-                faults.append(error)
-        if faults:
-            raise faults[0]
-        if records and is_writer:
-            merged = FlipRecord.merged(records)
-            if merged.model.window.weight_steps:
-                self._show(merged)
-
-    def _show(self, record: FlipRecord) -> None:
-        info = RunInfo.merged([source.info for source in self.sources])
-        self._unless_warned(self.sinks.write, record, info, self.first_step)
-        for event in self._unless_warned(self.alerts.check, record) or []:
-            self._unless_warned(self.sinks.alert, event)
-
-    def _unless_warned(self, action: Callable[..., Any], *args: Any) -> Any:
-        """A sink or a callback that fails is warned about: where that is an error, it is raised later."""
-        try:
-            return action(*args)
-        except Warning as error:
-            self.untold.append(str(error))
-            return None
-
-    def tell(self) -> None:
-        """Warn of what was found, now that no process waits for this one: a warning may be an error."""
-        untold, self.untold = [text for source in self.sources for text in source.take_warnings()] + self.untold, []
-        for text in untold:
-            warnings.warn(text, stacklevel=2)
-
-    def close(self, *, together: bool = True) -> None:
-        """Write the last record and let the sinks go.
-
-        Args:
-            together: Whether all processes do so now. If not, what a sharded run has counted since its last record is
-                not written: the others would be waited for.
-        """
-        self._write_last(together)
-        self.sinks.close()
-        self.tell()
-
-    def leave(self, source: _Source, process: int, *, together: bool = False) -> None:
-        """The end of one optimizer's part; with the last one, the sinks are closed."""
-        if os.getpid() != process:
-            # A forked process that ends: the record, and the threads that write it, are the parent's.
-            return
-        self._write_last(together)
-        untold = source.take_warnings()
-        source.end()
-        self.untold += untold
-        if not any(source.is_live for source in self.sources):
-            self.sinks.close()
-        self.tell()
-
-    def _write_last(self, together: bool) -> None:
-        if not together and any(source.is_sharded for source in self.sources):
-            return
-        try:
-            self.write()
-        except Exception as error:
-            self.untold.append(f"weightflip: the last record is lost: {type(error).__name__}: {error}")
-
-
-def _restricted(groups: Mapping[str, tuple[str, ...]], names: Set[str]) -> dict[str, tuple[str, ...]]:
-    """What of the groups is among these names."""
-    found = {group: tuple(name for name in members if name in names) for group, members in groups.items()}
-    return {group: members for group, members in found.items() if members}
 
 
 class TrackingOptions(TypedDict, total=False):
@@ -229,307 +47,6 @@ class TrackingOptions(TypedDict, total=False):
     low_memory: bool
     fresh_snapshots: bool
     backend: str
-
-
-class _Tracking:
-    """What happens around the steps of one optimizer: which weights, counting, logging."""
-
-    def __init__(
-        self,
-        tracker: WeightFlipTracker,
-        log: _Log,
-        log_every: int,
-        model: nn.Module | None,
-        selection: Mapping[str, Any],
-        groups: Mapping[str, str | Sequence[str]] | str | None,
-        settings: Mapping[str, str],
-    ) -> None:
-        self.tracker = tracker
-        self.log = log
-        self.source = _Source(tracker, self)
-        self._log_every = log_every
-        self._model = model
-        self._selection = dict(selection)
-        self._groups = groups
-        self._settings = dict(settings)
-        # From the beginning of a step to the end of what all processes do in it.
-        self.tracker.holds_warnings = True
-        self._calls = 0
-        self._broken = False
-        self._saw_capture = False
-        self._names: list[list[str]] = []
-        self._noted: set[str] = set()
-        self._known: dict[str, tuple[Quantizer, ...] | str] = {}
-        self._types: dict[str, str] = {}
-        self._start()
-
-    def _start(self) -> None:
-        self._weights: list[TrackedWeight] = []
-        self._plan = Plan()
-        self._seen: tuple[object, ...] = ()
-        self._looks_again = True
-        self._finalizer: weakref.finalize[Any, Any] | None = None
-        self._found_inf: Tensor | None = None
-        self._is_open = False
-        self._has_logged = False
-
-    def select(self, optimizer: Optimizer, *, strict: bool) -> None:
-        """Look at the optimizer's parameters again, if they are not the ones of the last step.
-
-        They are read from the groups each time: FSDP2 under Accelerate replaces them in place, and users add groups,
-        freeze and unfreeze.
-        """
-        param_groups = optimizer.param_groups
-        seen = tuple(
-            (id(p), type(p), p.dtype, p.device.type, p.requires_grad) for group in param_groups for p in group["params"]
-        )
-        if seen == self._seen and not self._looks_again:
-            return
-        # Now, and not where all went well: what fails is not tried again on one process alone.
-        self._seen, self._looks_again = seen, False
-        parameters = name_parameters(param_groups, self._model, self._names)
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        self._names = [[names[id(p)] for p in group["params"]] for group in param_groups]
-        others = [source for source in self.log.sources if source is not self.source]
-        plan = make_plan(
-            parameters,
-            self._model,
-            **self._selection,
-            strict=strict,
-            may_be_empty=bool(others),
-            optimizer=optimizer,
-            known=self._known,
-        )
-        self._plan = plan
-        weights = [
-            TrackedWeight(
-                variant(name, quantizer_name(quantizer)) if name in plan.listed else name, parameters[name], quantizer
-            )
-            for name, quantizers in plan.tracked.items()
-            for quantizer in quantizers
-        ]
-        skipped = dict(plan.skipped)
-        taken = {name for source in others if source.is_live for name in source.info.tracked}
-        if strict and (double := sorted(taken.intersection(weight.name for weight in weights))):
-            raise ValueError(
-                f"another optimizer of the same run tracks a weight called {double[0]!r}; give model= to both, so that "
-                "each weight has its own name, or exclude= it from one"
-            )
-        skipped.update(
-            {w.name: "another optimizer of this run tracks a weight of this name" for w in weights if w.name in taken}
-        )
-        weights = [weight for weight in weights if weight.name not in taken]
-        for source in others:
-            if not source.is_live:
-                source.give_up_names({weight.name for weight in weights})
-        for note in plan.notes:
-            # Whatever the names behind it: under ZeRO-3 they may be others in each step.
-            sentence = note.rpartition(" (")[0]
-            if sentence not in self._noted:
-                self._noted.add(sentence)
-                logger.warning("weightflip: %s", note)
-        # Again at the first step: until then a model may still be converted, which leaves its parameters what they are.
-        self._looks_again = strict
-        self._weights = weights
-        described = {
-            weight.name: (
-                "x".join(str(size) for size in weight.parameter.shape) or "scalar",
-                str(weight.parameter.dtype).removeprefix("torch."),
-                quantizer_name(weight.quantizer),
-            )
-            for weight in self._weights
-        }
-        # Kept, because a copy of an optimizer has no model in it.
-        self._types.update(owner_types(parameters, self._model))
-        self.source.groups = make_groups(self._groups, list(parameters), self._types, strict=strict)
-        groups = _restricted(self.source.groups, {split_variant(weight.name)[0] for weight in weights})
-        self.source.info = RunInfo(described, skipped, self._settings, plan.notes, groups)
-        if self.source not in self.log.sources:
-            self.source.follow(self.log.sources)
-            self.log.sources.append(self.source)
-
-    @property
-    def info(self) -> RunInfo:
-        return self.source.info
-
-    def before(self, optimizer: Optimizer, has_closure: bool) -> None:
-        """Have the codes at hand."""
-        self._is_open = False
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
-            self._leave_out_capture()
-            return
-        if _is_phantom_step(optimizer):
-            return
-        found_inf = vars(optimizer).get("found_inf")
-        self._found_inf = found_inf if isinstance(found_inf, Tensor) else None
-        # Before what may fail: other processes wait for the end of the step, too.
-        self._is_open = True
-        if self.tracker.is_tracking:
-            seen = self._seen
-            if not self._attempt(self.select, optimizer, strict=False) and self._seen != seen:
-                self.tracker.abandon(knows_weights=False)
-        self._attempt(self.tracker.before_step, self._weights)
-        if has_closure:
-            self.tracker.forget_gradients()
-
-    def _leave_out_capture(self) -> None:
-        """Do nothing in a step that a CUDA graph records: host code does not run again when the graph is replayed."""
-        if not self._saw_capture:
-            self._saw_capture = True
-            # Replays write weights without a trace.
-            self.tracker.fresh_snapshots = True
-            self.log.untold.append(
-                "weightflip: a step that is captured in a CUDA graph, and its replays, are not tracked; to track them, "
-                "leave optimizer.step() outside the graph"
-            )
-
-    def after(self) -> None:
-        """Count; at a logging point, write."""
-        # Closed already where a subclass's step calls its parent's, and torch runs the hooks of both.
-        if not self._is_open:
-            return
-        self._is_open = False
-        self._attempt(self.tracker.after_step, None if self._found_inf is None else self._found_inf == 0)
-        self._calls += 1
-        if self._finalizer is None:
-            # Also at garbage collection and at interpreter exit: a script that never calls close() loses no record. Not
-            # before the first step: a copy that is thrown away writes nothing.
-            self._finalizer = weakref.finalize(self, self.log.leave, self.source, os.getpid())
-            self._write_before_others_exit()
-            # Asked now, since processes may part before they write.
-            self.log.find_writer()
-        if self._calls % self._log_every == 0:
-            # A model that was converted meanwhile may have the very same parameters.
-            self._looks_again = not self._broken
-            if self.log.is_led_by(self.source):
-                self._attempt(self.log.write)
-                if not self._has_logged:
-                    self._has_logged = True
-                    self._write_before_others_exit()
-
-    def _write_before_others_exit(self) -> None:
-        """At exit, what was registered last runs first, and finalizers come where the first of all was made.
-
-        So the last record is written before wandb closes its runs, be they begun before the first step or with the
-        first record.
-        """
-        assert self._finalizer is not None
-        atexit.register(self._finalizer)
-
-    def end(self, *, together: bool = True) -> None:
-        """Write the last record, and give memory back; the numbers stay."""
-        self.log.leave(self.source, os.getpid(), together=together)
-        if self._finalizer is not None:
-            self._finalizer.detach()
-        self.tracker.drop_codes()
-        self._model, self._weights = None, []
-
-    def guarded(self, action: Callable[..., None], *args: Any) -> None:
-        """Run something that must not stop a training: a fault is warned about once, and tracking ends."""
-        self._outside_of_graphs(self._guarded, action, *args)
-
-    def finish(self) -> None:
-        """The end of a step, and then what there is to warn about."""
-        self._outside_of_graphs(self._finish)
-
-    def _finish(self) -> None:
-        self._guarded(self.after)
-        self.log.tell()
-
-    def _outside_of_graphs(self, action: Callable[..., None], *args: Any) -> None:
-        if torch.compiler.is_compiling():
-            # Inside a compiled training step, tracking runs between two graphs: a graph would read a weight's data
-            # pointer and version once, while it is traced. Not a decorator: that imports torch's compiler, which takes
-            # as long as the whole of torch.
-            torch.compiler.disable(action)(*args)  # type: ignore[no-untyped-call]
-        else:
-            action(*args)
-
-    def _attempt(self, action: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
-        """Do a part of a step. Where other processes wait for what follows, a fault in it ends tracking only.
-
-        Returns:
-            Whether it was done.
-        """
-        try:
-            action(*args, **kwargs)
-        except Exception as error:
-            if not self.tracker.is_sharded:
-                raise
-            self._stop(error)
-            return False
-        return True
-
-    def _guarded(self, action: Callable[..., None], *args: Any) -> None:
-        if self._broken and not self.tracker.is_sharded:
-            return
-        if torch.is_inference_mode_enabled():
-            # Tensors that are made in it cannot be written to outside of it.
-            with torch.inference_mode(False), torch.no_grad():
-                self._guarded(action, *args)
-            return
-        try:
-            action(*args)
-        except Exception as error:
-            self._stop(error)
-
-    def _stop(self, error: Exception) -> None:
-        was_broken, self._broken = self._broken, True
-        if self.tracker.is_sharded:
-            # Other processes count on, and wait for this one in each step.
-            self.tracker.abandon()
-        if not was_broken:
-            self.log.untold.append(
-                f"weightflip: tracking has stopped, training goes on: {type(error).__name__}: {error}"
-            )
-
-    def flush(self) -> None:
-        self.guarded(self.log.write)
-        self.log.sinks.flush()
-        self.log.tell()
-
-    def save_into(self, state_dict: dict[str, Any]) -> None:
-        """Add the counts to an optimizer's state dict."""
-
-        def add() -> None:
-            state_dict[_STATE_KEY] = self.state_dict()
-
-        self.guarded(add)
-        self.log.tell()
-
-    def restore(self, state_dict: Any) -> None:
-        """Go on from what ``save_into`` added. Counts that cannot be read must not stop a run."""
-        try:
-            self.load_state_dict(state_dict)
-        except Exception as error:
-            warnings.warn(
-                "weightflip: the counts of this checkpoint cannot be read and start anew, the optimizer's state is "
-                f"loaded: {type(error).__name__}: {error}",
-                stacklevel=3,
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"tracker": self.tracker.state_dict(), "calls": self._calls}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        calls = int(state_dict["calls"])
-        self.tracker.load_state_dict(state_dict["tracker"])
-        self._calls = calls
-        self.log.first_step = max(self.log.first_step, self.tracker.step_count)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of an optimizer has no model in it: what the model was asked is known from here on.
-        known: dict[str, tuple[Quantizer, ...] | str] = {
-            name: self._plan.skipped[name] for name in self._plan.skipped_by_model
-        }
-        known.update({n: q for n, q in self._plan.tracked.items() if (len(q) > 1) == (n in self._plan.listed)})
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_weights", "_seen", "_finalizer", "_plan")}
-        return {**state, "_model": None, "_known": {**self._known, **known}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.source.adopt(self)
-        self._start()
 
 
 class FlipTrackingOptimizer(Optimizer):
@@ -605,7 +122,7 @@ class FlipTrackingOptimizer(Optimizer):
     """
 
     inner: Optimizer
-    _tracking: _Tracking
+    _tracking: Tracking
 
     def __init__(
         self,
@@ -651,7 +168,7 @@ class FlipTrackingOptimizer(Optimizer):
             "track_every": str(track_every),
             "log_every": str(log_every),
         }
-        tracking = _Tracking(
+        tracking = Tracking(
             tracker,
             _make_log(log_dir, sinks),
             log_every,
@@ -766,10 +283,10 @@ class FlipTrackingOptimizer(Optimizer):
 
         Counts that cannot be read are warned about: a checkpoint of another version must not stop a run.
         """
-        inner_state = {key: value for key, value in state_dict.items() if key != _STATE_KEY}
+        inner_state = {key: value for key, value in state_dict.items() if key != STATE_KEY}
         self.inner.load_state_dict(inner_state)
-        if _STATE_KEY in state_dict:
-            self._tracking.restore(state_dict[_STATE_KEY])
+        if STATE_KEY in state_dict:
+            self._tracking.restore(state_dict[STATE_KEY])
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         return self.inner.register_step_pre_hook(lambda _, args, kwargs: hook(self, args, kwargs))
@@ -855,12 +372,12 @@ def _check_optimizer(optimizer: Any, model: Any) -> None:
         raise TypeError(f"model= is a torch.nn.Module or None, got {type(model).__name__}")
 
 
-def _make_log(log_dir: str | PathLike[str] | None, sinks: Any) -> _Log:
+def _make_log(log_dir: str | PathLike[str] | None, sinks: Any) -> Log:
     # Other processes do not even look at the place.
     is_writer = distributed.is_writer()
     if sinks is None:
         place = None if log_dir is None else fspath(log_dir)
-        return _Log(SinkGroup([TensorBoardSink(place)] if is_writer else []), is_wanted=True)
+        return Log(SinkGroup([TensorBoardSink(place)] if is_writer else []), is_wanted=True)
     if log_dir is not None:
         raise ValueError("log_dir= says where the default sink writes; with sinks= give SummaryWriter(log_dir) there")
     if isinstance(sinks, (FlipTrackingOptimizer, FlipTrackingHandle)):
@@ -869,23 +386,7 @@ def _make_log(log_dir: str | PathLike[str] | None, sinks: Any) -> _Log:
         raise TypeError(f"sinks= is a list, got {type(sinks).__name__}; put it in brackets: sinks=[...]")
     if any(isinstance(sink, (FlipTrackingOptimizer, FlipTrackingHandle)) for sink in sinks):
         raise TypeError("another tracked optimizer stands alone, not in a list: sinks=first")
-    return _Log(SinkGroup([make_sink(spec) for spec in sinks] if is_writer else []), is_wanted=bool(sinks))
-
-
-def _is_phantom_step(optimizer: Optimizer) -> bool:
-    """Whether the coming step only makes the optimizer's state, as torch.distributed.checkpoint has it do.
-
-    It does so at a learning rate of 0, with gradients of 0, where the optimizer has no state. Each process finds that
-    out by itself: a state may be on one process only, a shard of zeros tells nothing about others, and to ask them or
-    the device would be to wait. So it is seen by who calls.
-    """
-    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates) or any(rates):
-        return False
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
-        frame = frame.f_back
-    return frame.f_back is not None
+    return Log(SinkGroup([make_sink(spec) for spec in sinks] if is_writer else []), is_wanted=bool(sinks))
 
 
 class FlipTrackingHandle:
@@ -896,7 +397,7 @@ class FlipTrackingHandle:
         info: What is tracked and how, what is skipped and why; ``print`` shows it.
     """
 
-    def __init__(self, optimizer: Optimizer, tracking: _Tracking) -> None:
+    def __init__(self, optimizer: Optimizer, tracking: Tracking) -> None:
         self._tracking = tracking
         self._loading: Any = None
         self._hooks = [
@@ -918,8 +419,8 @@ class FlipTrackingHandle:
         self._tracking.save_into(state_dict)
 
     def _take_counts(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self._loading = state_dict.get(_STATE_KEY)
-        return {key: value for key, value in state_dict.items() if key != _STATE_KEY}
+        self._loading = state_dict.get(STATE_KEY)
+        return {key: value for key, value in state_dict.items() if key != STATE_KEY}
 
     def _restore_counts(self, optimizer: Optimizer) -> None:
         if self._loading is not None:

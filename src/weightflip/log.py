@@ -1,0 +1,187 @@
+"""From the trackers to the sinks: the records of one optimizer, or of several that are one run."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
+from typing import Any
+
+from weightflip import distributed
+from weightflip.alerts import AlertWatch
+from weightflip.records import Counts, FlipRecord, RunInfo, split_variant
+from weightflip.sinks import SinkGroup
+from weightflip.tracker import WeightFlipTracker
+
+
+class Source:
+    """One optimizer's part of a run."""
+
+    def __init__(self, tracker: WeightFlipTracker, owner: object) -> None:
+        self.info = RunInfo({}, {})
+        self.groups: dict[str, tuple[str, ...]] = {}
+        self._tracker: WeightFlipTracker | None = tracker
+        self._last = FlipRecord(0, ())
+        self._owner: weakref.ref[object] | None = weakref.ref(owner)
+        self._first_step = 0
+
+    @property
+    def is_live(self) -> bool:
+        """Whether steps still come from here: not after its end, and not in a copy of another optimizer's log."""
+        return self._owner is not None and self._owner() is not None
+
+    def adopt(self, owner: object) -> None:
+        self._owner = weakref.ref(owner)
+
+    def record(self) -> FlipRecord:
+        """What was counted; after the end, the totals of then."""
+        if self._tracker is not None:
+            record = self._tracker.record(may_be_empty=True)
+            assert record is not None
+            names = {split_variant(layer.name)[0] for layer in record.layers}
+            self._last = replace(record, step=self._first_step + record.step, groups=restricted(self.groups, names))
+        return self._last
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a record needs all processes."""
+        return self._tracker is not None and self._tracker.is_sharded
+
+    def synchronize(self) -> None:
+        """Take part in a record that this process does not write."""
+        if self._tracker is not None:
+            self._tracker.synchronize(is_logging_point=True)
+
+    def take_warnings(self) -> list[str]:
+        """What the tracker has not warned about yet."""
+        return [] if self._tracker is None else self._tracker.take_warnings()
+
+    def follow(self, sources: Sequence[Source]) -> None:
+        """Count steps on from where optimizers left that have all come to their end."""
+        if not any(source.is_live for source in sources):
+            self._first_step = max((source.record().step for source in sources), default=0)
+
+    def end(self) -> None:
+        """Keep plain numbers, and let tensors go."""
+        layers = (replace(layer, window=Counts(), nonfinite=0, gauges={}, histograms={}) for layer in self._last.layers)
+        self._last = replace(self._last, layers=tuple(layers))
+        self._tracker = self._owner = None
+
+    def give_up_names(self, names: Set[str]) -> None:
+        """After the end: another optimizer goes on with these weights."""
+        self._last = replace(self._last, layers=tuple(x for x in self._last.layers if x.name not in names))
+        self.info = replace(self.info, tracked={k: v for k, v in self.info.tracked.items() if k not in names})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_owner": None}
+
+
+class Log:
+    """Takes records to the sinks: those of one optimizer, or of several that are one run, as one record."""
+
+    def __init__(self, sinks: SinkGroup, *, is_wanted: bool) -> None:
+        self.sinks = sinks
+        self.alerts = AlertWatch()
+        self.sources: list[Source] = []
+        self.first_step = 0
+        self.untold: list[str] = []
+        self._is_wanted = is_wanted
+        self._is_writer = True
+
+    def find_writer(self) -> bool:
+        """Whether this process writes: of several, one does. Known from then on, also when they have parted."""
+        self._is_writer = self._is_writer and distributed.is_writer()
+        return self._is_writer
+
+    def is_led_by(self, source: Source) -> bool:
+        """Whether this optimizer's steps say when to write: the first one's that is still at work."""
+        return next((candidate for candidate in self.sources if candidate.is_live), None) is source
+
+    def write(self) -> None:
+        """Write what was counted since the last record, if anything.
+
+        Where weights are sharded, every process comes here at the same steps, whether it writes or not, and takes part
+        in exactly one collective for each optimizer.
+        """
+        is_writer = self.find_writer()
+        is_used = bool(self.sinks) or bool(self.alerts)
+        if not any(source.is_sharded for source in self.sources) and not (is_writer and is_used):
+            return
+        is_read = self._is_wanted or bool(self.alerts)
+        records: list[FlipRecord] = []
+        faults: list[Exception] = []
+        for source in self.sources:
+            try:
+                if is_read:
+                    records.append(source.record())
+                else:
+                    source.synchronize()
+            except Exception as error:
+                # The next source has a collective, too.
+                faults.append(error)
+        if faults:
+            raise faults[0]
+        if records and is_writer:
+            merged = FlipRecord.merged(records)
+            if merged.model.window.weight_steps:
+                self._show(merged)
+
+    def _show(self, record: FlipRecord) -> None:
+        info = RunInfo.merged([source.info for source in self.sources])
+        self._unless_warned(self.sinks.write, record, info, self.first_step)
+        for event in self._unless_warned(self.alerts.check, record) or []:
+            self._unless_warned(self.sinks.alert, event)
+
+    def _unless_warned(self, action: Callable[..., Any], *args: Any) -> Any:
+        """A sink or a callback that fails is warned about: where that is an error, it is raised later."""
+        try:
+            return action(*args)
+        except Warning as error:
+            self.untold.append(str(error))
+            return None
+
+    def tell(self) -> None:
+        """Warn of what was found, now that no process waits for this one: a warning may be an error."""
+        untold, self.untold = [text for source in self.sources for text in source.take_warnings()] + self.untold, []
+        for text in untold:
+            warnings.warn(text, stacklevel=2)
+
+    def close(self, *, together: bool = True) -> None:
+        """Write the last record and let the sinks go.
+
+        Args:
+            together: Whether all processes do so now. If not, what a sharded run has counted since its last record is
+                not written: the others would be waited for.
+        """
+        self._write_last(together)
+        self.sinks.close()
+        self.tell()
+
+    def leave(self, source: Source, process: int, *, together: bool = False) -> None:
+        """The end of one optimizer's part; with the last one, the sinks are closed."""
+        if os.getpid() != process:
+            # A forked process that ends: the record, and the threads that write it, are the parent's.
+            return
+        self._write_last(together)
+        untold = source.take_warnings()
+        source.end()
+        self.untold += untold
+        if not any(source.is_live for source in self.sources):
+            self.sinks.close()
+        self.tell()
+
+    def _write_last(self, together: bool) -> None:
+        if not together and any(source.is_sharded for source in self.sources):
+            return
+        try:
+            self.write()
+        except Exception as error:
+            self.untold.append(f"weightflip: the last record is lost: {type(error).__name__}: {error}")
+
+
+def restricted(groups: Mapping[str, tuple[str, ...]], names: Set[str]) -> dict[str, tuple[str, ...]]:
+    """What of the groups is among these names."""
+    found = {group: tuple(name for name in members if name in names) for group, members in groups.items()}
+    return {group: members for group, members in found.items() if members}
