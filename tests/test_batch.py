@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import pytest
 import torch
-from test_cpu_kernel import QUANTIZERS, weights
+from kernel_cases import QUANTIZERS, assert_together_as_alone, by_eager, each_alone, with_special
+from test_cpu_kernel import weights
 
-from weightflip import WeightFlipTracker, batch, functional, kernels
+from weightflip import WeightFlipTracker, batch
 from weightflip.formats import FloatFormat
 from weightflip.kernels import cpu
 from weightflip.layer import TrackedWeight
@@ -17,7 +17,6 @@ from weightflip.quantizers import resolve
 from weightflip.quantizers.block import MX_NAMES, MXQuantizer
 from weightflip.quantizers.floatx import FloatxQuantizer
 
-NAN, INF = float("nan"), float("inf")
 CPU = torch.device("cpu")
 BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("floor", "rceil", "ceil", "even")),
           "nvfp4", "int4:g32", "int8:g16"]  # fmt: skip
@@ -35,76 +34,21 @@ def many_weights(generator):
     """Shapes that fill runs badly, numbers that are hard, next to each other."""
     shapes = [(1,), (), (3, 32), (65, 96), (1, 4096), (40, 32), (7, 5, 64), (2, 352), (500, 32)]
     plain = [torch.randn(shape, generator=generator) * 10.0 ** (i - 4) for i, shape in enumerate(shapes)]
-    special = torch.randn(64, 64, generator=generator)
-    special[0, :6] = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0])
+    special = with_special(torch.randn(64, 64, generator=generator))
     others = [weight for name, weight in weights().items() if name not in ("empty", "transposed", "channels_last")]
     return [*plain, special, torch.zeros(4, 64), torch.full((2, 32), 1e-45), *others]
 
 
-def expected(weight, quantizer, old, update):
-    codes, counts = old.clone(), torch.zeros(3, dtype=torch.int64)
-    scale = functional.advance(weight, quantizer, codes, update, counts, kernels.ScratchPool(), backend="eager")
-    return codes, counts, scale
-
-
-class Alone(NamedTuple):
-    """A weight with what it had before, and what plain torch makes of it."""
-
-    weight: torch.Tensor
-    update: torch.Tensor | None
-    old: torch.Tensor
-    old_scale_codes: torch.Tensor | None
-    codes: torch.Tensor
-    counts: list[int]
-    scale: torch.Tensor | None
-    scale_changes: int
-
-
+# The same for all numbers of threads.
 @functools.cache
-def each_alone(spec):
-    """The same for all numbers of threads."""
-    generator, quantizer = torch.Generator().manual_seed(0), resolve(spec)
-    found = []
-    for i, weight in enumerate(many_weights(generator)):
-        if quantizer.group and (weight.ndim == 0 or weight.shape[-1] % quantizer.group):
-            continue
-        old = torch.empty_like(weight, dtype=quantizer.code_dtype(weight))
-        old_scale = functional.encode_into(weight, quantizer, old, kernels.ScratchPool(), backend="eager")
-        weight.mul_(torch.rand(weight.shape, generator=generator) + 0.5)
-        update = torch.randn(weight.shape, generator=generator).to(weight.dtype)
-        update[torch.rand(weight.shape, generator=generator) < 0.3] = 0.0
-        update[torch.rand(weight.shape, generator=generator) < 0.1] = -0.0
-        update[torch.rand(weight.shape, generator=generator) < 0.1] = NAN
-        update = None if i % 4 == 1 else update
-        codes, counts, scale = expected(weight, quantizer, old, update)
-        old_scale_codes, changes = None, 0
-        if quantizer.group:
-            old_scale_codes = quantizer.scale_codes(old_scale)
-            changes = int(torch.count_nonzero(quantizer.scale_codes(scale) != old_scale_codes))
-        found.append(Alone(weight, update, old, old_scale_codes, codes, counts.tolist(), scale, changes))
-    assert len(found) >= 8
-    return found
+def many_alone(spec):
+    generator = torch.Generator().manual_seed(0)
+    return each_alone(many_weights(generator), resolve(spec), generator)
 
 
 @pytest.mark.parametrize("quantizer", [*QUANTIZERS, *BLOCKS], ids=str)
 def test_equals_each_alone(quantizer):
-    wanted, members = each_alone(quantizer), []
-    quantizer = resolve(quantizer)
-    for alone in wanted:
-        member = batch.make_member(alone.weight, quantizer, alone.old.clone(), "auto", with_updates=True)
-        if quantizer.group:
-            member.scale_codes.copy_(alone.old_scale_codes)
-        members.append(member)
-    together = batch.Batch(members, with_updates=True)
-    counted = together.advance([0 if alone.update is None else alone.update.data_ptr() for alone in wanted])
-    assert counted.failed == []
-    for member, alone in zip(members, wanted, strict=True):
-        assert torch.equal(member.codes, alone.codes)
-        if quantizer.group:
-            assert torch.equal(member.scale_codes, quantizer.scale_codes(alone.scale))
-    assert counted.counts.tolist() == [alone.counts for alone in wanted]
-    assert counted.scale_changes.tolist() == [alone.scale_changes for alone in wanted]
-    assert counted.counts[:, 0].count_nonzero() > 4
+    assert_together_as_alone(many_alone(quantizer), resolve(quantizer), "auto", cpu.Run)
 
 
 def test_formats_side_by_side_and_without_updates():
@@ -114,7 +58,7 @@ def test_formats_side_by_side_and_without_updates():
         weight, quantizer = torch.randn(30, 64, generator=generator), resolve(name)
         old = torch.zeros(weight.shape, dtype=quantizer.code_dtype(weight))
         found.append((batch.make_member(weight, quantizer, old.clone(), "auto", with_updates=False), weight))
-        wanted.append(expected(weight, quantizer, old, None))
+        wanted.append(by_eager(weight, quantizer, old, None, (0, 0, 0)))
     counted = batch.Batch([member for member, _ in found], with_updates=False).advance([0] * 6)
     assert counted.counts.tolist() == [counts.tolist() for _, counts, _ in wanted]
     assert all(torch.equal(member.codes, codes) for (member, _), (codes, *_) in zip(found, wanted, strict=True))

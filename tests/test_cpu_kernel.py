@@ -10,6 +10,7 @@ import warnings
 import numba
 import pytest
 import torch
+from kernel_cases import QUANTIZERS, by_eager, gradient_of, hard_numbers, stale_codes, with_special
 from processes import run_python
 
 from weightflip import WeightFlipTracker, functional, kernels
@@ -19,38 +20,11 @@ from weightflip.kernels.runs import count_alone
 from weightflip.quantizers import resolve
 from weightflip.quantizers.floatx import FloatxQuantizer
 
-QUANTIZERS = [
-    "float8_e4m3",
-    "float8_e4m3:row",
-    "float8_e5m2:pow2",
-    "float8_e5m2:row:pow2",
-    *(f"e{e}m{7 - e}" for e in range(6)),
-    *(f"e{e}m{15 - e}:row" for e in range(6)),
-    "e5m0",
-    "e2m1:none",
-    "e4m3:none",
-    "e1m1",
-    FloatFormat("e5m0 of an even bias", 5, 0, 14),
-    "bfloat16",
-    "float16",
-    "int8",
-    "int4",
-    "int2",
-]
-NAN, INF = float("nan"), float("inf")
-
-
-def hard_numbers() -> torch.Tensor:
-    """Every bfloat16 as a float32 (so all ties of formats with up to 6 mantissa bits), and its two neighbours."""
-    bits = torch.arange(1 << 16, dtype=torch.int32) << 16
-    return torch.cat([bits - 1, bits, bits + 1]).view(torch.float32)
-
 
 def weights() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(65, 129, generator=generator)
-    special = normal.clone()
-    special[0, :6] = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0])
+    special = with_special(normal)
     return {
         "normal": normal,
         "special": special,
@@ -66,12 +40,6 @@ def weights() -> dict[str, torch.Tensor]:
     }
 
 
-def by_eager(weight, quantizer, old, update):
-    codes, counts = old.clone(), torch.tensor([5, 6, 7])
-    functional.advance(weight, quantizer, codes, update, counts, kernels.ScratchPool(), backend="eager")
-    return codes, counts
-
-
 @pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
 def threads(request, monkeypatch):
     monkeypatch.setattr(cpu, "_ELEMENTS_PER_THREAD", 100)
@@ -83,17 +51,11 @@ def threads(request, monkeypatch):
 def test_equals_eager(name, quantizer, threads):
     weight, quantizer = weights()[name], resolve(quantizer)
     generator = torch.Generator().manual_seed(1)
-    old = torch.empty_like(weight, dtype=quantizer.code_dtype(weight))
-    functional.encode_into(weight, quantizer, old, kernels.ScratchPool(), backend="eager")
-    old[torch.rand(weight.shape, generator=generator) < 0.5] += 1
-    gradient = torch.empty_like(weight, dtype=torch.float32).normal_(generator=generator)
-    gradient[torch.rand(weight.shape, generator=generator) < 0.3] = 0.0
-    gradient[torch.rand(weight.shape, generator=generator) < 0.1] = -0.0
-    gradient[torch.rand(weight.shape, generator=generator) < 0.1] = NAN
+    old, gradient = stale_codes(weight, quantizer, generator), gradient_of(weight, generator)
     scale, rounding = quantizer.applied_scale(quantizer.scale(weight)), quantizer.rounding(weight)
     by_row = scale is not None and scale.numel() > 1
     for update in (None, gradient, gradient.bfloat16(), gradient.half(), gradient != 0):
-        expected_codes, expected_counts = by_eager(weight, quantizer, old, update)
+        expected_codes, expected_counts, _ = by_eager(weight, quantizer, old, update)
         codes, counts = old.clone(), torch.tensor([5, 6, 7])
         done = count_alone(cpu.Run, weight, scale, rounding, codes, update, counts)
         assert done == (not by_row or weight.is_contiguous())

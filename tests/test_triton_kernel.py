@@ -14,6 +14,16 @@ import warnings
 
 import pytest
 import torch
+from kernel_cases import (
+    QUANTIZERS,
+    assert_together_as_alone,
+    by_eager,
+    each_alone,
+    gradient_of,
+    hard_numbers,
+    stale_codes,
+    with_special,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -22,7 +32,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from weightflip import FlipTrackingOptimizer, WeightFlipTracker, batch, functional, kernels
+from weightflip import FlipTrackingOptimizer, WeightFlipTracker, kernels
 from weightflip.formats import FloatFormat
 from weightflip.kernels import cuda
 from weightflip.kernels.runs import Kind, Stretch, count_alone
@@ -31,30 +41,11 @@ from weightflip.quantizers.block import MX_NAMES, MXQuantizer
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device(cuda.DEVICE)
-NAN, INF = float("nan"), float("inf")
 runs_here = pytest.mark.skipif(
     not IS_INTERPRETED and not torch.cuda.is_available(), reason="no GPU; test_in_the_interpreter runs it"
 )
 on_a_gpu = pytest.mark.skipif(IS_INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
 
-QUANTIZERS = [
-    "float8_e4m3",
-    "float8_e4m3:row",
-    "float8_e5m2:pow2",
-    "float8_e5m2:row:pow2",
-    *(f"e{e}m{7 - e}" for e in range(6)),
-    *(f"e{e}m{15 - e}:row" for e in (0, 2, 5)),
-    "e5m0",
-    "e2m1:none",
-    "e4m3:none",
-    "e1m1",
-    FloatFormat("e5m0 of an even bias", 5, 0, 14),
-    "bfloat16",
-    "float16",
-    "int8",
-    "int4",
-    "ternary",
-]
 BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("rceil",)), "nvfp4", "int4:g32"]
 
 
@@ -64,33 +55,6 @@ def quiet():
         # NumPy, which the interpreter computes with, remarks on infinity times 0 and on NaN.
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton|numpy")
         yield
-
-
-def hard_numbers() -> torch.Tensor:
-    """Every bfloat16 as a float32 (so all ties of formats with up to 6 mantissa bits), and its two neighbours."""
-    bits = torch.arange(1 << 16, dtype=torch.int32) << 16
-    return torch.cat([bits - 1, bits, bits + 1]).view(torch.float32)
-
-
-def gradient_of(weight, generator):
-    gradient = torch.randn(weight.shape, generator=generator)
-    for share, value in ((0.3, 0.0), (0.1, -0.0), (0.1, NAN)):
-        gradient[torch.rand(weight.shape, generator=generator) < share] = value
-    return gradient
-
-
-def stale_codes(weight, quantizer, generator):
-    """Codes of which about half are the weight's."""
-    old = torch.empty_like(weight, dtype=quantizer.code_dtype(weight))
-    functional.encode_into(weight, quantizer, old, kernels.ScratchPool(), backend="eager")
-    old[(torch.rand(weight.shape, generator=generator) < 0.5).to(weight.device)] += 1
-    return old
-
-
-def by_eager(weight, quantizer, old, update):
-    codes, counts = old.clone(), torch.tensor([5, 6, 7], device=weight.device)
-    scale = functional.advance(weight, quantizer, codes, update, counts, kernels.ScratchPool(), backend="eager")
-    return codes, counts, scale
 
 
 def assert_equals_eager(weight, quantizer, old, update):
@@ -104,7 +68,7 @@ def assert_equals_eager(weight, quantizer, old, update):
 
 
 @runs_here
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, "ternary"], ids=str)
 def test_every_bfloat16_and_its_neighbours(quantizer, monkeypatch):
     # The interpreter takes as long for a small tile as for a large one.
     monkeypatch.setattr(cuda, "_ELEMENTS_PER_TILE", 1 << 16)
@@ -121,8 +85,7 @@ def test_every_bfloat16_and_its_neighbours(quantizer, monkeypatch):
 def test_dtypes_updates_and_layouts(quantizer):
     quantizer, generator = resolve(quantizer), torch.Generator().manual_seed(1)
     normal = torch.randn(65, 129, generator=generator)
-    special = normal.clone()
-    special[0, :6] = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0])
+    special = with_special(normal)
     gradient = gradient_of(normal, generator)
     for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
         weight = (special if i else normal).to(DEVICE, dtype)
@@ -161,8 +124,7 @@ def many_weights(generator):
     """Shapes that fill tiles badly, wide and narrow rows, and numbers that are hard."""
     shapes = [(1,), (), (3, 32), (65, 96), (1, 4096), (2, 4128), (40, 32), (7, 5, 64), (2, 352), (300, 32), (3, 129)]
     plain = [torch.randn(shape, generator=generator) * 10.0 ** (i - 5) for i, shape in enumerate(shapes)]
-    special = torch.randn(64, 64, generator=generator)
-    special[0, :6] = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0])
+    special = with_special(torch.randn(64, 64, generator=generator))
     kinds = [special.bfloat16(), torch.randn(33, 32, generator=generator).bfloat16(), special.half()]
     return [*plain, special, torch.zeros(4, 64), torch.full((2, 32), 1e-45), *kinds]
 
@@ -172,39 +134,9 @@ def many_weights(generator):
     "quantizer", ["float8_e4m3", "float8_e5m2:row:pow2", "e3m4:row", "e0m7", "e2m1:none", *BLOCKS], ids=str
 )
 def test_many_weights_at_once(quantizer):
-    generator = torch.Generator().manual_seed(0)
-    quantizer = resolve(quantizer)
-    found, wanted, updates = [], [], []
-    for i, weight in enumerate(many_weights(generator)):
-        if quantizer.group and (weight.ndim == 0 or weight.shape[-1] % quantizer.group):
-            continue
-        weight = weight.to(DEVICE)
-        old = torch.empty_like(weight, dtype=quantizer.code_dtype(weight))
-        old_scale = functional.encode_into(weight, quantizer, old, kernels.ScratchPool(), backend="eager")
-        member = batch.make_member(weight, quantizer, old.clone(), "triton", with_updates=True)
-        assert member.run is cuda.Run
-        if quantizer.group:
-            member.scale_codes.copy_(quantizer.scale_codes(old_scale))
-        weight.mul_((torch.rand(weight.shape, generator=generator) + 0.5).to(DEVICE))
-        update = None if i % 4 == 1 else gradient_of(weight, generator).to(DEVICE, weight.dtype)
-        codes, counts, scale = by_eager(weight, quantizer, old, update)
-        changes = torch.zeros(())
-        if quantizer.group:
-            changes = torch.count_nonzero(quantizer.scale_codes(scale) != quantizer.scale_codes(old_scale))
-        # The weight goes along: a member holds its address only.
-        found.append((member, weight))
-        wanted.append((codes, [a - b for a, b in zip(counts.tolist(), (5, 6, 7), strict=True)], scale, int(changes)))
-        updates.append(update)
-    assert len(found) >= 8
-    together = batch.Batch([member for member, _ in found], with_updates=True)
-    counted = together.advance([0 if update is None else update.data_ptr() for update in updates])
-    assert counted.failed == []
-    for (member, _), (codes, _, scale, _) in zip(found, wanted, strict=True):
-        assert torch.equal(member.codes, codes)
-        if quantizer.group:
-            assert torch.equal(member.scale_codes, quantizer.scale_codes(scale))
-    assert counted.counts.tolist() == [counts for _, counts, *_ in wanted]
-    assert counted.scale_changes.tolist() == [changes for *_, changes in wanted]
+    generator, quantizer = torch.Generator().manual_seed(0), resolve(quantizer)
+    weights = [weight.to(DEVICE) for weight in many_weights(generator)]
+    assert_together_as_alone(each_alone(weights, quantizer, generator), quantizer, "triton", cuda.Run)
 
 
 @runs_here
