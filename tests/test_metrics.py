@@ -272,6 +272,11 @@ def test_mistakes_raise_at_once(options, message):
         FlipTrackingOptimizer(torch.optim.SGD(model.parameters()), model, sinks=[], **options)
 
 
+def own_group(name: str, layer: type[LayerMetric] | None = None, **names: tuple[str, ...]) -> Metric:
+    """A group of these names, with one of ``layer`` for each weight."""
+    return type("Own", (Metric,), {"name": name, "open": lambda *_: None if layer is None else layer(), **names})()
+
+
 class _LargestWeight(LayerMetric):
     def gauge(self, weight, gauges, bins):
         gauges[0, 0] = weight.values.abs().max()
@@ -295,52 +300,33 @@ def test_a_group_of_ones_own(digits):
 
 
 def test_a_group_that_fails_is_dropped_with_a_warning_and_all_else_goes_on(digits):
-    class Broken(Metric):
-        name = "broken"
-        ratios = ("broken_ratio",)
-
-        def open(self, name, weight):
-            return Failing()
-
     class Failing(LayerMetric):
         def slice(self, part, sums):
             raise RuntimeError("no such thing")
 
+    broken = own_group("broken", Failing, ratios=("broken_ratio",))
     with pytest.warns(UserWarning, match=r"has no numbers of 'broken' any more.*no such thing") as warned:
-        optimizer, history = train("float8_e4m3", ("flips", Broken()), digits, steps=5)
+        optimizer, history = train("float8_e4m3", ("flips", broken), digits, steps=5)
     assert len([w for w in warned if "broken" in str(w.message)]) == 2, "once a layer"
     for name, flips in optimizer.tracker.get_flip_counts().items():
         assert flips == sum(int((f != 0).sum()) for f in history.flips(name))
 
 
 def test_a_group_may_not_take_a_name_that_is_there():
-    class Mine(Metric):
-        name = "mine"
-        gauges = ("flip_rate",)
-
-        def open(self, name, weight):
-            return None
-
-    model = digits_model()
+    model, mine = digits_model(), own_group("mine", gauges=("flip_rate",))
     with pytest.raises(ValueError, match=r"\['flip_rate'\]"):
-        FlipTrackingOptimizer(torch.optim.SGD(model.parameters()), model, metrics=("flips", Mine()), sinks=[])
+        FlipTrackingOptimizer(torch.optim.SGD(model.parameters()), model, metrics=("flips", mine), sinks=[])
 
 
 def test_what_a_group_makes_of_a_skipped_step_is_dropped(digits):
-    class Infinite(Metric):
-        name = "infinite"
-        ratios = ("infinite_ratio",)
-
-        def open(self, name, weight):
-            return Adding()
-
     class Adding(LayerMetric):
         def after(self, weight, sums):
             sums += math.inf
 
     model = digits_model()
+    infinite = own_group("infinite", Adding, ratios=("infinite_ratio",))
     optimizer = FlipTrackingOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.5, fused=True), model, metrics=("flips", Infinite()), sinks=[]
+        torch.optim.SGD(model.parameters(), lr=0.5, fused=True), model, metrics=("flips", infinite), sinks=[]
     )
     backward(model, digits, 0)
     optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0), torch.tensor(1.0)
