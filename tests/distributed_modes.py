@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,6 +124,11 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.02)
 
 
+def wrap(inner: torch.optim.Optimizer, model: nn.Module | None = None, **options) -> FlipTrackingOptimizer:
+    """Without a compiled kernel: each process would take seconds to load it."""
+    return FlipTrackingOptimizer(inner, model, **{"sinks": [], "backend": "eager", **options})
+
+
 def run(
     shard=lambda model: None, *, steps=range(STEPS), make=adamw, track=FlipTrackingOptimizer, before=None, **options
 ):
@@ -184,8 +190,6 @@ def shardings(rank: int, world: int, weights: dict[str, Tensor]) -> dict[str, ob
     """The same trajectory under each sharding."""
     results = {}
     for name, shard in SHARDINGS.items():
-        if world < 4 and name in ("hsdp", "fsdp_and_tp"):
-            continue
         # Shards of 16 columns cut the blocks of 32.
         cut = {"tp": 4, "columns": 4}.get(name) == world
         formats = [f for f in FORMATS if not (cut and f in ("mxfp4", "int4:g32"))]
@@ -251,9 +255,7 @@ def collectives(rank: int, world: int) -> dict[str, object]:
     ):
         sharded = Sharded(shard)
         model = sharded.model
-        optimizer = FlipTrackingOptimizer(
-            adamw(model), model, quantizer=quantizer, sinks=[], log_every=2, backend="eager"
-        )
+        optimizer = wrap(adamw(model), model, quantizer=quantizer, log_every=2)
         found = []
         for step in range(4):
             sharded.set_gradients(step)
@@ -328,10 +330,11 @@ def data_parallel(rank: int, world: int) -> dict[str, object]:
         return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, lr=0.02)
 
     results["zero"] = run(make=zero)[0]
+    results["ddp_of_all_formats"] = run(nn.parallel.DistributedDataParallel)[0]
 
     sharded = Sharded(lambda model: None)
     outer = zero(sharded.model)
-    handle = track_flips(outer.optim, sharded.model, quantizer=FORMATS, sinks=[])
+    handle = track_flips(outer.optim, sharded.model, quantizer=FORMATS, sinks=[], backend="eager")
     for step in range(STEPS):
         sharded.set_gradients(step)
         outer.step()
@@ -339,7 +342,7 @@ def data_parallel(rank: int, world: int) -> dict[str, object]:
     handle.remove()
 
     model = nn.parallel.DistributedDataParallel(make_net())
-    optimizer = FlipTrackingOptimizer(adamw(model), model, sinks=[])
+    optimizer = wrap(adamw(model), model)
     brute = BruteForce(model.module)
     for step in range(6):
         torch.manual_seed(10 * step + rank)
@@ -359,7 +362,8 @@ def training(rank: int, world: int) -> dict[str, object]:
     for layer in model.children():
         fully_shard(layer)
     fully_shard(model)
-    optimizer = FlipTrackingOptimizer(adamw(model), model, sinks=[], log_every=3)
+    # On two, by the kernel that users get.
+    optimizer = wrap(adamw(model), model, log_every=3, backend="auto" if world == 2 else "eager")
     brute = BruteForce(model)
     for step in range(6):
         torch.manual_seed(10 * step + rank)
@@ -389,7 +393,7 @@ def torchao_float8(rank: int, world: int) -> dict[str, object]:
         for layer in model:
             fully_shard(layer)
         fully_shard(model)
-        optimizer = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), model, sinks=[], log_every=2)
+        optimizer = wrap(torch.optim.AdamW(model.parameters(), lr=0.02), model, log_every=2)
         flips = dict.fromkeys(["0.weight", "1.weight"], 0)
 
         def cast(model: nn.Module = model) -> dict[str, Tensor]:
@@ -476,7 +480,7 @@ def faults(rank: int, world: int) -> dict[str, object]:
 
     sharded = Sharded(fsdp)
     model = sharded.model
-    optimizer = FlipTrackingOptimizer(adamw(model), model, quantizer="float8_e4m3", sinks=[], log_every=3)
+    optimizer = wrap(adamw(model), model, quantizer="float8_e4m3", log_every=3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(STEPS):
@@ -495,7 +499,7 @@ def faults(rank: int, world: int) -> dict[str, object]:
     inner = torch.optim.SGD(parameters, lr=0.5)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        optimizer = FlipTrackingOptimizer(inner, quantizer="float8_e4m3", sinks=[], log_every=1)
+        optimizer = wrap(inner, quantizer="float8_e4m3", log_every=1)
         for p in parameters:
             p.grad = torch.ones_like(p)
         optimizer.step()
@@ -561,9 +565,7 @@ def steps_with_faults(action: str, *, shard=fsdp, before=None, at=None, **option
     """Steps that may warn, or raise what they would warn about; all of them are done."""
     sharded = Sharded(shard)
     records, texts = [], []
-    optimizer = FlipTrackingOptimizer(
-        adamw(sharded.model), sharded.model, **{"sinks": [records.append], "backend": "eager", **options}
-    )
+    optimizer = wrap(adamw(sharded.model), sharded.model, **{"sinks": [records.append], **options})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter(action)
 
@@ -598,11 +600,10 @@ def faults_of_the_list(rank: int, world: int) -> dict[str, object]:
     for name in ("fails", "goes_well"):
         sharded = Sharded(fsdp)
         quantizer = Breaks("name" if name == "fails" else "")
-        optimizer = FlipTrackingOptimizer(
+        optimizer = wrap(
             all_but_three(sharded.model),
             sharded.model,
             quantizer={"first*": quantizer, "*": "float8_e4m3"},
-            sinks=[],
             log_every=3,
         )
         with warnings.catch_warnings(record=True) as caught:
@@ -620,7 +621,7 @@ def faults_of_the_list(rank: int, world: int) -> dict[str, object]:
     for name, at in (("after_a_record", 4), ("before_any", 2)):
         sharded = Sharded(fsdp)
         model = sharded.model
-        optimizer = FlipTrackingOptimizer(adamw(model), quantizer="float8_e4m3", sinks=[], log_every=3)
+        optimizer = wrap(adamw(model), quantizer="float8_e4m3", log_every=3)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for step in range(STEPS):
@@ -690,16 +691,14 @@ def several_optimizers(rank: int, world: int) -> dict[str, object]:
         model, quantizer, records = sharded.model, Breaks("plain"), []
         of_first = [model.first.weight, model.three.weight]
         others = [model.second.weight, model.uneven.weight, model.single.weight]
-        first = FlipTrackingOptimizer(
+        first = wrap(
             torch.optim.AdamW(of_first, lr=0.02),
             model,
             quantizer={"first*": quantizer, "*": "float8_e4m3"},
             sinks=[records.append],
             log_every=3,
         )
-        second = FlipTrackingOptimizer(
-            torch.optim.AdamW(others, lr=0.02), model, quantizer="float8_e4m3", sinks=first, log_every=3
-        )
+        second = wrap(torch.optim.AdamW(others, lr=0.02), model, quantizer="float8_e4m3", sinks=first, log_every=3)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for step in range(STEPS):
@@ -735,9 +734,7 @@ def phantom_steps(rank: int, world: int) -> dict[str, object]:
     """Steps at a learning rate of 0, and those that torch.distributed.checkpoint has made, beside each other."""
     sharded = Sharded(fsdp)
     model = sharded.model
-    optimizer = FlipTrackingOptimizer(
-        StateOnOne(model.parameters(), lr=0.0), model, quantizer="float8_e4m3", sinks=[], log_every=3
-    )
+    optimizer = wrap(StateOnOne(model.parameters(), lr=0.0), model, quantizer="float8_e4m3", log_every=3)
     for step in range(STEPS):
         sharded.set_gradients(step)
         if rank == 1:
@@ -758,7 +755,7 @@ def inference(rank: int, world: int) -> dict[str, object]:
     """Each second step is made in inference mode, which makes tensors that cannot be written to outside of it."""
     sharded = Sharded(fsdp)
     inner = torch.optim.SGD(sharded.model.parameters(), lr=0.02)
-    optimizer = FlipTrackingOptimizer(inner, sharded.model, quantizer="float8_e4m3", sinks=[], log_every=3)
+    optimizer = wrap(inner, sharded.model, quantizer="float8_e4m3", log_every=3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(STEPS):
@@ -769,13 +766,60 @@ def inference(rank: int, world: int) -> dict[str, object]:
     return {**numbers(optimizer.tracker), "warnings": [str(w.message) for w in caught]}
 
 
+def late_gradients(rank: int, world: int) -> dict[str, object]:
+    """Gradients that are still on their way when the step begins."""
+    sharded = Sharded(fsdp)
+    model = sharded.model
+    optimizer = wrap(adamw(model), model, quantizer="float8_e4m3", log_every=3)
+    were_late = True
+    for step in range(STEPS):
+        for name, p in model.named_parameters():
+            summand = full_gradient(name, p.shape, step) / world
+            partial = DTensor.from_local(summand, p.device_mesh, [Partial()], run_check=False)
+            p.grad = partial.redistribute(placements=p.placements, async_op=True)
+            were_late &= isinstance(p.grad._local_tensor, AsyncCollectiveTensor)
+        optimizer.step()
+    optimizer.close()
+    return {**numbers(optimizer.tracker), "were_late": were_late}
+
+
+def skipped_steps(rank: int, world: int) -> dict[str, object]:
+    """A gradient scaler skips a step, because of an infinity in one shard."""
+    sharded = Sharded(fsdp)
+    model = sharded.model
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    inner = torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)
+    optimizer = wrap(inner, model, quantizer="float8_e4m3", log_every=3)
+    for step in range(STEPS):
+        sharded.set_gradients(step)
+        if step == 4 and rank == world - 1:
+            local(model.first.weight.grad)[0, 0] = float("inf")
+        scaler.scale(torch.zeros(()))
+        scaler.step(optimizer)
+        scaler.update(1.0)
+    optimizer.close()
+    return numbers(optimizer.tracker)
+
+
 def groups(rank: int, world: int) -> dict[str, object]:
     """Which process group a mesh's weights are added up in."""
     mesh = over(2, world // 2, names=("replicate", "shard"))["shard"]
     parameter = nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)], src_data_rank=None))
     layout = distributed.layout(parameter)
     ours, theirs = (distributed._group(distributed.Team(layout.ranks, kind)) for kind in ("cpu", "cuda"))
+    # Of two of the processes; the others have it in their optimizer, and nothing of it.
+    part = DeviceMesh("cpu", [0, 1])
+    of_two = nn.Parameter(distribute_tensor(torch.ones(8, 8), part, [Shard(0)], src_data_rank=None))
+    plain = nn.Parameter(torch.ones(8, 8))
+    optimizer = wrap(torch.optim.SGD([of_two, plain], lr=0.5), quantizer="float8_e4m3")
+    plain.grad = torch.ones(8, 8)
+    if rank < 2:
+        of_two.grad = DTensor.from_local(torch.ones_like(of_two.to_local()), part, [Shard(0)], run_check=False)
+    optimizer.step()
+    optimizer.close()
     return {
+        "updates": optimizer.tracker.get_update_counts(),
+        "skipped": optimizer.info.skipped,
         "is_of_mesh": ours is mesh.get_group(),
         "is_another": theirs is not ours and dist.get_process_group_ranks(theirs) == list(layout.ranks),
     }
@@ -801,7 +845,7 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     def reason(placements, quantizer, tensor=weight) -> str:
         parameter = nn.Parameter(distribute_tensor(tensor, mesh, placements))
         try:
-            FlipTrackingOptimizer(torch.optim.SGD([parameter]), quantizer=quantizer, sinks=[])
+            wrap(torch.optim.SGD([parameter]), quantizer=quantizer)
         except ValueError as error:
             return str(error)
         return ""
@@ -820,9 +864,9 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "function_with_scope": reason([Shard(0)], allowed),
         "replicated_function": reason([Replicate()], squared),
     }
-    partial = DTensor.from_local(weight, mesh, [torch.distributed.tensor.Partial()], run_check=False)
+    partial = DTensor.from_local(weight, mesh, [Partial()], run_check=False)
     try:
-        FlipTrackingOptimizer(torch.optim.SGD([nn.Parameter(partial)]), quantizer="bfloat16", sinks=[])
+        wrap(torch.optim.SGD([nn.Parameter(partial)]), quantizer="bfloat16")
     except ValueError as error:
         results["partial"] = str(error)
     return results
@@ -832,7 +876,7 @@ def on_one_only(rank: int, world: int) -> dict[str, object]:
     """What one process may do alone without the others: look, copy, drop the optimizer."""
     sharded = Sharded(fsdp)
     model = sharded.model
-    optimizer = FlipTrackingOptimizer(adamw(model), model, quantizer="float8_e4m3", sinks=[], log_every=4)
+    optimizer = wrap(adamw(model), model, quantizer="float8_e4m3", log_every=4)
     seen = []
     for step in range(STEPS):
         sharded.set_gradients(step)
@@ -842,9 +886,10 @@ def on_one_only(rank: int, world: int) -> dict[str, object]:
                 with redirect_stdout(StringIO()) as text:
                     print(optimizer.tracker)
                 seen.append(text.getvalue())
+                numbers(optimizer.tracker)
                 optimizer.tracker.memory_usage()
             seen.append(optimizer.tracker.get_flip_counts())
-    optimizer = FlipTrackingOptimizer(adamw(model), model, quantizer="float8_e4m3", sinks=[])
+    optimizer = wrap(adamw(model), model, quantizer="float8_e4m3")
     sharded.set_gradients(0)
     optimizer.step()
     if rank == 0:
@@ -885,7 +930,7 @@ def save(rank: int, world: int, folder: Path) -> None:
 def resume(shard, folder: Path, weights: dict[str, Tensor]) -> dict[str, object]:
     """The other half, on any number of processes."""
     sharded = Sharded(shard)
-    optimizer = FlipTrackingOptimizer(adamw(sharded.model), sharded.model, quantizer=FORMATS, sinks=[], log_every=5)
+    optimizer = wrap(adamw(sharded.model), sharded.model, quantizer=FORMATS, log_every=5)
     state = {
         "model": sharded.model.state_dict(),
         "optimizer": get_optimizer_state_dict(sharded.model, optimizer),
@@ -922,6 +967,10 @@ def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> Non
         "collectives": lambda: collectives(rank, world),
         "training": lambda: training(rank, world),
         "means": lambda: means(rank, world),
+        "data_parallel": lambda: data_parallel(rank, world),
+        "torchao": lambda: torchao_float8(rank, world),
+        "late_gradients": lambda: late_gradients(rank, world),
+        "skipped_steps": lambda: skipped_steps(rank, world),
     }
     if world == 2:
         modes["options"] = lambda: options_of_the_tracker(rank, world)
@@ -935,8 +984,6 @@ def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> Non
         modes["several_optimizers"] = lambda: several_optimizers(rank, world)
         modes["phantom_steps"] = lambda: phantom_steps(rank, world)
         modes["inference"] = lambda: inference(rank, world)
-        modes["data_parallel"] = lambda: data_parallel(rank, world)
-        modes["torchao"] = lambda: torchao_float8(rank, world)
         modes["refusals"] = lambda: refusals(rank, world)
         modes["on_one_only"] = lambda: on_one_only(rank, world)
         modes["writer"] = lambda: writer(rank, world, here)
@@ -949,11 +996,11 @@ def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> Non
     for name, mode in modes.items():
         if only != [""] and name not in only:
             continue
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             results[name] = mode()
         except Exception:
             results[name] = {"error": traceback.format_exc()}
-        results.setdefault("seconds", {})[name] = time.perf_counter() - start
+        results.setdefault("seconds", {})[name] = time.process_time() - start
     (here / f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

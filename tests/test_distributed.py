@@ -73,7 +73,7 @@ def only(numbers: dict, formats: list[str]) -> dict:
     return {key: {n: v for n, v in numbers[key].items() if n.split("@")[1] in formats} for key in COUNTS}
 
 
-SHARDINGS = [(2, "fsdp"), (2, "tp"), (2, "columns"), *((4, name) for name in modes.SHARDINGS)]
+SHARDINGS = [(world, name) for world in (2, 4) for name in modes.SHARDINGS]
 
 
 @pytest.mark.parametrize(("world", "name"), SHARDINGS, ids=str)
@@ -178,9 +178,11 @@ def test_a_process_without_a_gradient_holds_nobody_up(runs):
     assert 0 < first["updates"]["uneven.weight@float8_e4m3"] < expected["updates"]["uneven.weight@float8_e4m3"]
 
 
-def test_ddp_and_zero_count_each_weight_once(runs):
-    found = of_mode(runs, 2, "data_parallel")
+@pytest.mark.parametrize("world", [2, 4])
+def test_ddp_and_zero_count_each_weight_once(runs, world):
+    found = of_mode(runs, world, "data_parallel")
     for result in found:
+        assert_counts(result["ddp_of_all_formats"], runs.one)
         assert [result["ddp"][key] for key in COUNTS] == result["ddp"]["brute"]
         assert_counts(result["zero"], runs.one)
     within = [result["zero_within"] for result in found]
@@ -189,10 +191,11 @@ def test_ddp_and_zero_count_each_weight_once(runs):
         assert {name: count for part in within for name, count in part[key].items()} == runs.one[key]
 
 
+@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("name", ["dynamic", "precomputed"])
-def test_codes_are_those_of_torchaos_float8_all_gather(runs, name):
+def test_codes_are_those_of_torchaos_float8_all_gather(runs, name, world):
     pytest.importorskip("torchao")
-    for result in of_mode(runs, 2, "torchao"):
+    for result in of_mode(runs, world, "torchao"):
         assert all(result[name]["are_equal"])
         assert result[name]["flips"] == result[name]["cast_flips"]
         assert sum(result[name]["flips"].values()) > 0
@@ -351,9 +354,38 @@ def test_steps_in_inference_mode(runs):
         assert_counts(result, expected)
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradients_that_are_still_on_their_way(runs, world):
+    expected, _, _ = modes.run(quantizer="float8_e4m3")
+    for result in of_mode(runs, world, "late_gradients"):
+        assert result["were_late"]
+        assert_counts(result, expected)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_step_that_a_gradient_scaler_skips_is_none(runs, world):
+    def fused(model):
+        return torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)
+
+    expected, _, _ = modes.run(quantizer="float8_e4m3", make=fused, steps=[0, 1, 2, 3, 5, 6, 7])
+    for result in of_mode(runs, world, "skipped_steps"):
+        assert_counts(result, expected)
+        assert result["steps"] == modes.STEPS - 1
+
+
 def test_a_mesh_is_added_up_in_its_own_group(runs):
     for result in of_mode(runs, 4, "groups"):
-        assert result == {"is_of_mesh": True, "is_another": True}
+        assert result["is_of_mesh"]
+        assert result["is_another"]
+
+
+def test_a_process_outside_of_the_mesh_of_a_weight_leaves_it_out(runs):
+    for rank, result in enumerate(of_mode(runs, 4, "groups")):
+        if rank < 2:
+            assert result["updates"] == {"group0.param0": 64, "group0.param1": 64}
+        else:
+            assert result["updates"] == {"group0.param1": 64}
+            assert "of which this is none" in result["skipped"]["group0.param0"]
 
 
 def test_process_groups_are_let_go_with_the_default_group(runs):

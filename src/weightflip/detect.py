@@ -448,7 +448,8 @@ def _choose(
             try:
                 distributed.span(layout, getattr(quantizer, "encodes", quantizer))
             except ValueError as error:
-                raise Skip(str(error), misfit=spec != "auto") from None
+                # What lies on other processes is named on all by the same line of a script.
+                raise Skip(str(error), misfit=spec != "auto" and layout.shard is not None) from None
         if strict:
             try:
                 _try(quantizer, distributed.local(parameter).detach())

@@ -30,7 +30,7 @@ class Layout:
         ranks: The processes that hold it, ascending.
         device_type: Where these processes talk to each other.
         is_first_copy: Whether this process holds a first copy, of a weight that is also replicated.
-        shard: The number of this process's shard, from 0.
+        shard: The number of this process's shard, from 0; None where it is none of ``ranks``.
         shards: How many there are.
         offsets: Where the shard begins in each dimension; None where it is no block of the weight.
         borders: In the last dimension, where shards begin and end; None where that is not known.
@@ -41,7 +41,7 @@ class Layout:
     ranks: tuple[int, ...]
     device_type: str
     is_first_copy: bool
-    shard: int
+    shard: int | None
     shards: int
     offsets: tuple[int, ...] | None
     borders: frozenset[int] | None
@@ -108,7 +108,7 @@ def layout(parameter: Tensor) -> Layout | None:
     if key not in known:
         known[key] = _layout(key[0], mesh, key[1])
     found = known[key]
-    if found is not None and mesh.ndim == 1:
+    if found is not None and found.shard is not None and mesh.ndim == 1:
         group = mesh.get_group()
         is_default = group is torch.distributed.group.WORLD
         _groups_of_now().setdefault((found.device_type, found.ranks), None if is_default else group)
@@ -125,7 +125,8 @@ def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> L
     split = {i: placement for i, placement in enumerate(placements) if getattr(placement, "dim", None) is not None}
     if not split and not is_partial:
         return None
-    coordinate = mesh.get_coordinate() or [0] * mesh.ndim
+    found = mesh.get_coordinate()
+    coordinate = [0] * mesh.ndim if found is None else found
     shard, shards, strided = 0, 1, False
     for i, placement in split.items():
         shard, shards = shard * mesh.size(i) + coordinate[i], shards * mesh.size(i)
@@ -151,7 +152,7 @@ def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> L
         ranks=ranks,
         device_type=mesh.device_type,
         is_first_copy=not any(coordinate[i] for i in range(mesh.ndim) if i not in split),
-        shard=shard,
+        shard=None if found is None else shard,
         shards=shards,
         offsets=None if strided else tuple(offsets),
         borders=None if borders is None else frozenset(borders),
@@ -189,6 +190,8 @@ def span(layout: Layout, quantizer: Any) -> Span | None:
         ValueError: The codes of a shard cannot be those of the whole weight; with the reason.
     """
     scope, group = getattr(quantizer, "scope", None), getattr(quantizer, "group", None)
+    if layout.shard is None:
+        raise ValueError(f"it lies on processes {', '.join(map(str, layout.ranks))}, of which this is none")
     if layout.is_partial:
         raise ValueError("each process holds a summand of it (Partial), and none a weight")
     if scope is None:
@@ -314,6 +317,7 @@ class Statistic(NamedTuple):
             like: The statistic of the shard: 0-dim, or of shape ``(..., 1)``.
         """
         if self.reduction == "mean":
+            assert self.layout.shard is not None
             return slots[self.layout.shard]
         if self.span == "tensor":
             return slots[0]
@@ -480,7 +484,8 @@ class ShardedWeights:
                 # Compared, too: no process must wait because it is refused on another one only.
                 reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                 refused[name] = reason
-                now[name] = ShardedWeight(name, reason, lies, None)
+                if lies.shard is not None:
+                    now[name] = ShardedWeight(name, reason, lies, None)
         if not compare and list(now.items()) == list(self._now.items()):
             return False
         self._now, self.refused = now, refused
@@ -494,7 +499,7 @@ class ShardedWeights:
                         "so that their counts cannot be added up",
                     )
         for name in self.refused:
-            del self._members[name]
+            self._members.pop(name, None)
         self.tables = []
         for team, members in self.teams:
             asked = [member for member in members if member.name in now and member.statistic is not None]
