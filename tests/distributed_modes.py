@@ -467,7 +467,7 @@ def faults(rank: int, world: int) -> dict[str, object]:
 
         def statistic(self, weight):
             self.calls += 1
-            if self.calls > 4 and rank == 0:
+            if self.calls > 9 and rank == 0:
                 raise RuntimeError("broken on purpose")
             return super().statistic(weight)
 
@@ -617,6 +617,18 @@ def faults_of_the_list(rank: int, world: int) -> dict[str, object]:
             optimizer.close()
         results[name] = {**numbers(optimizer.tracker), "warnings": [str(w.message) for w in caught]}
 
+    # Here it is a weight that is not sharded: the others compare nothing.
+    quantizer = Breaks("name")
+
+    def freeze(step: int, model: nn.Module) -> None:
+        if step == 4:
+            quantizer.is_broken = True
+            model.three.weight.requires_grad_(False)
+
+    results["plain"] = steps_with_faults(
+        "always", shard=columns, quantizer={"first*": quantizer, "*": "float8_e4m3"}, log_every=3, before=freeze
+    )
+
     # From some step on, each process has another weight on the mesh of both.
     for name, at in (("after_a_record", 4), ("before_any", 2)):
         sharded = Sharded(fsdp)
@@ -645,7 +657,7 @@ def faults_of_plain_weights(rank: int, world: int) -> dict[str, object]:
 
         def scale_of(self, largest):
             self.calls += 1
-            if self.calls > 4 and rank == world - 1:
+            if self.calls > 9 and rank == world - 1:
                 raise RuntimeError("broken on purpose")
             return super().scale_of(largest)
 

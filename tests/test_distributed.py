@@ -258,6 +258,15 @@ def test_what_is_tracked_changes_and_one_process_does_not_know(runs):
     assert all("do not track the same weights" in text for text in first["warnings"])
 
 
+def test_a_plain_weight_is_frozen_and_one_process_does_not_know(runs):
+    first, second = (result["plain"] for result in of_mode(runs, 2, "faults_of_the_list"))
+    at_3 = flips_at(runs, 3, BROKEN)
+    assert first["flips"]["second.weight"] == second["flips"]["second.weight"] == at_3["second.weight"]
+    assert "tracking has stopped" in second["warnings"][0]
+    assert all("not on another process" in text for text in first["warnings"])
+    assert first["flips"]["first.weight"] > at_3["first.weight"]
+
+
 def test_a_weight_that_comes_later(runs):
     found = [result["goes_well"] for result in of_mode(runs, 2, "faults_of_the_list")]
     expected, _, _ = modes.run(quantizer=BROKEN)

@@ -462,8 +462,8 @@ class ShardedWeights:
         Args:
             weights: In the same order on each process. Of a quantizer that ``encodes`` by another, that counts.
             call: What a quantizer is called.
-            compare: Whether they may be others than before, on all processes. If they turn out to be others on this
-                one, they are compared in any case.
+            compare: Whether they may be others than before, on all processes. Where it turns out that they are, they
+                are compared in any case.
             is_lost: This process does not know what the others track.
 
         Returns:

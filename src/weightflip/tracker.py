@@ -138,7 +138,7 @@ class WeightFlipTracker:
         self._added_up: tuple[int, dict[str, list[float]]] | None = None
         self._unsure: set[str] = set()
         self._is_told = False
-        self._is_lost = False
+        self._compares = self._is_lost = False
         self._forget_list()
 
     def _forget_list(self) -> None:
@@ -489,15 +489,19 @@ class WeightFlipTracker:
         layer.given = own
         return totals
 
-    def abandon(self, *, knows_weights: bool = True) -> None:
-        """Count nothing more, and go on taking part in what other processes wait for.
+    def expect_others(self, *, are_known: bool) -> None:
+        """Have the processes compare, before the next tracked step, which sharded weights they track.
+
+        All processes have to call it where the parameters themselves are others: replaced, added, or frozen.
 
         Args:
-            knows_weights: Whether the weights of the last step are those that other processes track from now on. If
-                not, the next tracked step finds that they differ, and all processes give the sharded ones up.
+            are_known: Whether this process has found out. If not, all give the sharded weights up.
         """
+        self._compares, self._is_lost = True, not are_known
+
+    def abandon(self) -> None:
+        """Count nothing more, and go on taking part in what other processes wait for."""
         self._failed.update(self._layers, self._sharded)
-        self._is_lost = self._is_lost or not knows_weights
         self._current = []
         for layer in self._layers.values():
             layer.drop_codes()
@@ -510,17 +514,15 @@ class WeightFlipTracker:
         processes: replace it, or write to it as a whole.
         """
         listed = [(tracked.name, id(tracked.parameter), id(tracked.quantizer)) for tracked in weights]
-        if listed != self._listed or self._is_lost:
+        if listed != self._listed or self._compares:
             before = set(self._sharded)
-            # That there are other parameters is seen on all processes; what became of quantizers, maybe not.
-            are_others = [of[:2] for of in listed] != [of[:2] for of in self._listed]
             was_compared = self._sharded.follow(
                 weights,
                 quantizer_name,
-                compare=are_others or self._is_lost,
+                compare=self._compares,
                 is_lost=self._is_lost,
             )
-            self._is_lost = False
+            self._compares = self._is_lost = False
             # Held, so that their ids are not given to others.
             self._listed, self._listed_weights = listed, weights
             if was_compared:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from weightflip import distributed
 from weightflip.detect import Plan, make_groups, make_plan, name_parameters, owner_types
 from weightflip.layer import TrackedWeight
 from weightflip.log import Log, Source, restricted
@@ -64,6 +65,8 @@ class Tracking:
         self._weights: list[TrackedWeight] = []
         self._plan = Plan()
         self._seen: tuple[object, ...] = ()
+        self._shards: tuple[object, ...] = ()
+        self._has_other_shards = False
         self._looks_again = True
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._found_inf: Tensor | None = None
@@ -82,6 +85,11 @@ class Tracking:
         )
         if seen == self._seen and not self._looks_again:
             return
+        if seen != self._seen:
+            every = (p for group in param_groups for p in group["params"])
+            shards = tuple(of for of, p in zip(seen, every, strict=True) if distributed.layout(p) is not None)
+            self._has_other_shards = self._has_other_shards or shards != self._shards
+            self._shards = shards
         # Now, and not where all went well: what fails is not tried again on one process alone.
         self._seen, self._looks_again = seen, False
         parameters = name_parameters(param_groups, self._model, self._names)
@@ -162,9 +170,10 @@ class Tracking:
         # Before what may fail: other processes wait for the end of the step, too.
         self._is_open = True
         if self.tracker.is_tracking:
-            seen = self._seen
-            if not self._attempt(self.select, optimizer, strict=False) and self._seen != seen:
-                self.tracker.abandon(knows_weights=False)
+            are_known = self._attempt(self.select, optimizer, strict=False)
+            if self._has_other_shards:
+                self.tracker.expect_others(are_known=are_known)
+                self._has_other_shards = False
         self._attempt(self.tracker.before_step, self._weights)
         if has_closure:
             self.tracker.forget_gradients()
@@ -320,7 +329,8 @@ class Tracking:
             name: self._plan.skipped[name] for name in self._plan.skipped_by_model
         }
         known.update({n: q for n, q in self._plan.tracked.items() if (len(q) > 1) == (n in self._plan.listed)})
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_weights", "_seen", "_finalizer", "_plan")}
+        of_process = ("_weights", "_seen", "_shards", "_finalizer", "_plan")
+        state = {k: v for k, v in self.__dict__.items() if k not in of_process}
         return {**state, "_model": None, "_known": {**self._known, **known}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
