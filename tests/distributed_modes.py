@@ -699,7 +699,7 @@ def several_optimizers(rank: int, world: int) -> dict[str, object]:
     """Two optimizers of one run; in the first, something breaks at logging points on one process."""
     results = {}
     for name in ("whole", "broken"):
-        sharded = Sharded(fsdp)
+        sharded, calls = Sharded(fsdp), []
         model, quantizer, records = sharded.model, Breaks("plain"), []
         of_first = [model.first.weight, model.three.weight]
         others = [model.second.weight, model.uneven.weight, model.single.weight]
@@ -716,14 +716,17 @@ def several_optimizers(rank: int, world: int) -> dict[str, object]:
             for step in range(STEPS):
                 quantizer.is_broken = name == "broken" and step >= 3
                 sharded.set_gradients(step)
-                second.step()
-                first.step()
+                with Collectives() as done:
+                    second.step()
+                    first.step()
+                calls.append(done.calls)
             first.close()
         both = [numbers(optimizer.tracker) for optimizer in (first, second)]
         results[name] = {
             **{key: both[0][key] | both[1][key] for key in ("flips", "updates", "stalled")},
             "records": [record.to_dict() for record in records],
             "warnings": [str(w.message) for w in caught],
+            "calls": calls[1:],
         }
     return results
 

@@ -333,8 +333,15 @@ def test_a_process_without_sinks_looks_at_its_weights_for_those_with(runs):
 def test_several_optimizers_are_one_run(runs):
     expected, _, _ = modes.run(quantizer=BROKEN, log_every=3)
     first, second = of_mode(runs, 2, "several_optimizers")
+    # Three tensorwise weights in the second, which steps first, one in the first; then what each has counted.
+    step, sums = [["allreduce_", 6], ["allreduce_", 2]], [["allreduce_", 16], ["allreduce_", 24]]
     for result in (first, second):
         assert_counts(result["whole"], expected)
+        assert (
+            result["whole"]["calls"]
+            == result["broken"]["calls"]
+            == [step, [*step, *sums], step, step, [*step, *sums], step, step]
+        )
         for layer in OTHERS:
             assert result["broken"]["flips"][layer] == expected["flips"][layer]
     by_name = {layer["name"]: layer for layer in json.loads(json.dumps(expected["records"][-1]))["layers"]}

@@ -109,9 +109,10 @@ def layout(parameter: Tensor) -> Layout | None:
         known[key] = _layout(key[0], mesh, key[1])
     found = known[key]
     if found is not None and found.shard is not None and mesh.ndim == 1:
-        group = mesh.get_group()
-        is_default = group is torch.distributed.group.WORLD
-        _groups_of_now().setdefault((found.device_type, found.ranks), None if is_default else group)
+        groups, place = _groups_of_now(), (found.device_type, found.ranks)
+        if place not in groups:
+            group = mesh.get_group()
+            groups[place] = None if group is torch.distributed.group.WORLD else group
     return found
 
 
