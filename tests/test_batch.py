@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -287,3 +290,88 @@ def test_a_fault_of_a_scale_gives_up_its_layers_and_no_others():
         else:
             tracker.after_step()
     assert tracker.get_flip_counts() == {"good": 4 * 3, "bad": 2 * 15}
+
+
+def weights_with_gradients(format, shape=(8, 64)):
+    generator = torch.Generator().manual_seed(0)
+    weights = [
+        TrackedWeight(name, torch.nn.Parameter(torch.randn(shape, generator=generator)), resolve(format))
+        for name in ("a", "b")
+    ]
+    for weight in weights:
+        weight.parameter.grad = torch.randn(shape, generator=generator)
+    return weights, generator
+
+
+@pytest.mark.parametrize("format", ["float8_e4m3", "mxfp4", "int4:g32"])
+@pytest.mark.parametrize("why", ["sparse gradient", "expanded gradient", "new memory"])
+def test_a_weight_that_went_alone_goes_together_again(format, why):
+    weights, generator = weights_with_gradients(format)
+    weight, quantizer = weights[0], resolve(format)
+    tracker = WeightFlipTracker()
+    flips = changes = 0
+    for step in range(4):
+        old = quantizer.encode(weight.parameter)
+        is_odd = step == 1
+        gradient = torch.randn(weight.parameter.shape, generator=generator)
+        weight.parameter.grad = gradient
+        if is_odd and why == "sparse gradient":
+            weight.parameter.grad = gradient.to_sparse()
+        elif is_odd and why == "expanded gradient":
+            weight.parameter.grad = gradient[:1].expand_as(gradient)
+        tracker.before_step(weights)
+        new = weight.parameter.data * (1 + 0.3 * torch.rand(weight.parameter.shape, generator=generator))
+        if is_odd and why == "new memory":
+            weight.parameter.data = new
+        else:
+            with torch.no_grad():
+                weight.parameter.copy_(new)
+        tracker.after_step()
+        codes = quantizer.encode(weight.parameter)
+        flips += int((codes.ordinals != old.ordinals).sum())
+        if quantizer.group:
+            changes += int((quantizer.scale_codes(codes.scale) != quantizer.scale_codes(old.scale)).sum())
+        assert together(tracker) == ([512] if is_odd else [512, 512])
+        counts = tracker.record().layers[0].total
+        assert (counts.flips, counts.scale_changes) == (flips, changes)
+
+
+def test_low_memory_holds_no_codes_between_steps():
+    weights, _ = weights_with_gradients("float8_e4m3")
+    tracker = WeightFlipTracker(low_memory=True)
+    tracker.before_step(weights)
+    codes = [weakref.ref(layer.codes) for layer in tracker._layers.values()]
+    assert len(codes) == 2
+    tracker.after_step()
+    gc.collect()
+    assert [code() for code in codes] == [None, None]
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_another_shape_in_the_same_memory_is_encoded_anew(backend):
+    weights, _ = weights_with_gradients("e3m4:row", (16, 8))
+    weight, quantizer = weights[0], resolve("e3m4:row")
+    tracker = WeightFlipTracker(backend=backend)
+    tracker.before_step(weights)
+    tracker.after_step()
+    weight.parameter.grad = None
+    weight.parameter.data = weight.parameter.data.view(8, 16)
+    old = quantizer.encode(weight.parameter).ordinals
+    tracker.before_step(weights)
+    with torch.no_grad():
+        weight.parameter[0, :4] *= 3
+    tracker.after_step()
+    assert tracker.get_flip_counts()["a"] == int((quantizer.encode(weight.parameter).ordinals != old).sum()) > 0
+
+
+def test_a_default_device_of_another_kind():
+    weights, _ = weights_with_gradients("float8_e4m3")
+    tracker = WeightFlipTracker()
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            tracker.before_step(weights)
+            with torch.no_grad():
+                weights[0].parameter.mul_(-1)
+            tracker.after_step()
+    assert tracker.get_flip_counts() == {"a": 2 * 512, "b": 0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import os
+import time
 import warnings
 
 import numba
@@ -282,3 +283,18 @@ def test_a_subclass_with_its_own_encode_into_is_asked():
     found = torch.ones(5, 5, dtype=torch.int8)
     functional.encode_into(weight, Zero(FloatFormat("e3m4", 3, 4, 3)), found, kernels.ScratchPool())
     assert found.count_nonzero() == 0
+
+
+def test_an_interrupt_waits_for_the_other_threads():
+    """They write to memory that whoever is interrupted may give back."""
+    written = []
+
+    def work(part):
+        if part == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        written.append(part)
+
+    with pytest.raises(KeyboardInterrupt):
+        cpu._in_threads(work, 3)
+    assert sorted(written) == [1, 2]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from weightflip import BitStallDetector, Codes, WeightFlipTracker, compute_flip_
 from weightflip.formats import E3M4, E5M2
 from weightflip.layer import TrackedWeight
 from weightflip.quantizers import resolve
+from weightflip.quantizers.floatx import FloatxQuantizer
 
 NAN, INF = float("nan"), float("inf")
 
@@ -578,3 +581,62 @@ def test_codes_that_depend_on_more_than_the_weight_are_not_kept(has_state):
         tracker.after_step()
         quantizer.offset = -2.0
     assert tracker.get_flip_counts() == {"w": 0 if has_state else 4}
+
+
+AWAY_FROM_0 = torch.linspace(1, 2, 256).view(8, 32).tolist()
+
+
+def test_what_inference_mode_makes_can_be_written_to_later():
+    weight = weight_of(AWAY_FROM_0, "float8_e4m3")
+    inside, outside = WeightFlipTracker(metrics=("flips", "coverage")), WeightFlipTracker()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for turn in range(3):
+            step(outside, [weight], lambda p: p.neg_())
+            with torch.inference_mode():
+                # Evaluation in the middle of a training, which flushes; and a training without gradients.
+                outside.record()
+                step(inside, [weight], lambda p: p.neg_())
+            assert inside.record().model.total.flips == outside.get_flip_counts()["w"] == 256 * (turn + 1)
+
+
+def test_a_weight_that_was_away_comes_back_with_a_baseline():
+    weights = [weight_of(AWAY_FROM_0, "float8_e4m3", name=name) for name in "ab"]
+    tracker = WeightFlipTracker()
+    step(tracker, weights, lambda p: p.neg_())
+    held = weakref.ref(tracker._layers["b"].codes)
+    away = weights.pop()
+    step(tracker, weights, lambda p: p.neg_())
+    gc.collect()
+    assert held() is None
+    # As a fused kernel, or a write through .data, leaves it: without a trace.
+    away.parameter.data.neg_()
+    step(tracker, [*weights, away], lambda p: p)
+    step(tracker, [*weights, away], lambda p: p.neg_())
+    assert tracker.get_flip_counts() == {"a": 3 * 256, "b": 2 * 256}
+
+
+class InterruptedOnce(FloatxQuantizer):
+    is_due = False
+
+    def scale_of(self, largest):
+        if self.is_due:
+            self.is_due = False
+            raise KeyboardInterrupt
+        return super().scale_of(largest)
+
+
+def test_an_interrupted_count_leaves_a_baseline():
+    interrupted = InterruptedOnce(E3M4, "tensor")
+    weights = [weight_of(AWAY_FROM_0, quantizer) for quantizer in ("float8_e4m3", interrupted)]
+    weights[1] = weights[1]._replace(name="interrupted")
+    tracker = WeightFlipTracker()
+    step(tracker, weights)
+    interrupted.is_due = True
+    with pytest.raises(KeyboardInterrupt):
+        step(tracker, weights, lambda p: p.neg_())
+    for _ in range(2):
+        step(tracker, weights)
+    assert tracker.get_flip_counts() == {"w": 0, "interrupted": 0}
+    step(tracker, weights, lambda p: p.neg_())
+    assert tracker.get_flip_counts() == {"w": 256, "interrupted": 256}

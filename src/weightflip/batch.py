@@ -162,7 +162,7 @@ class Batch:
         """
         counts = torch.zeros(len(self.members), 3, dtype=torch.int64, device=self._device)
         scale_changes = torch.zeros(len(self.members), dtype=torch.int64, device=self._device)
-        addresses = torch.tensor(updates, dtype=torch.int64) if self.with_updates else None
+        addresses = torch.tensor(updates, dtype=torch.int64, device="cpu") if self.with_updates else None
         failed: list[tuple[int, Exception]] = []
         for indices, parts in self._groups:
             try:
@@ -227,9 +227,9 @@ class _Part:
             kind,
         )
         self.members = [piece.member for piece in pieces]
-        self.owners = torch.tensor(self.members)
+        self.owners = torch.tensor(self.members, device="cpu")
         self.owners_there = kernels.upload(self.owners, first.codes.device)
-        self.offsets = torch.tensor([piece.first * item for piece in pieces])
+        self.offsets = torch.tensor([piece.first * item for piece in pieces], device="cpu")
         self.scale_codes = [
             stored.view(-1)[piece.first // member.group :][: piece.numel // member.group]
             for piece, member, stored in ((p, members[p.member], members[p.member].scale_codes) for p in pieces)

@@ -285,7 +285,7 @@ def agree(description: str, team: Team) -> bool:
 
 def add_up(numbers: Sequence[float], team: Team) -> list[float]:
     """The sum over the processes of the team, number by number. One collective, of 8 bytes a number (float64)."""
-    packed = torch.tensor(numbers, dtype=torch.float64).to(team.device)
+    packed = torch.tensor(numbers, dtype=torch.float64, device=team.device)
     _all_reduce_(packed, team, "SUM")
     return cast("list[float]", packed.tolist())
 

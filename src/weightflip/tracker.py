@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ class MemoryUsage(NamedTuple):
     counters: int
     buffers: int
     metrics: int = 0
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _outside_of_autograd(method: _Method) -> _Method:
+    """Without gradients, and not in inference mode: what is made there could not be written to later."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
 @dataclass
@@ -160,7 +168,7 @@ class WeightFlipTracker:
         """Codes of the weights that have a snapshot and no post-step count yet."""
         return {name: snapshot.codes for name, snapshot in self._snapshots.items()}
 
-    @torch.no_grad()
+    @_outside_of_autograd
     def snapshot_pre_step(
         self,
         name: str,
@@ -199,7 +207,7 @@ class WeightFlipTracker:
         self._snapshots[name] = _Snapshot(codes, updated, updates)
         self._tell()
 
-    @torch.no_grad()
+    @_outside_of_autograd
     def compute_flips_post_step(
         self, name: str, weight: Tensor, format: Any, scale: Tensor | float | None = None
     ) -> int:
@@ -259,7 +267,7 @@ class WeightFlipTracker:
         """Optimizer steps so far, skipped ones not counted. Waits for the device if any step may have been skipped."""
         return self._steps - (0 if self._skipped is None else int(self._skipped.item()))
 
-    @torch.no_grad()
+    @_outside_of_autograd
     def before_step(self, weights: Iterable[TrackedWeight]) -> None:
         """Have the codes of the weights at hand, just before the optimizer's step.
 
@@ -321,7 +329,7 @@ class WeightFlipTracker:
         self._grads.clear()
         self._forget_list()
 
-    @torch.no_grad()
+    @_outside_of_autograd
     def after_step(self, valid: Tensor | None = None) -> None:
         """Count what the optimizer's step did to the weights of ``before_step``.
 
@@ -337,6 +345,24 @@ class WeightFlipTracker:
             self._skipped = skipped if self._skipped is None else self._skipped.to(skipped.device) + skipped
         if not tracked_step:
             return
+        try:
+            self._count_step(valid)
+        except Exception:
+            raise
+        except BaseException:
+            # Interrupted: some codes are of before the step, some of after it.
+            self._forget_codes()
+            raise
+        if not self.is_tracking:
+            # An untracked step changes weights, and not every optimizer's kernel moves their version counters.
+            self._forget_codes()
+        elif self.low_memory:
+            for layer in self._layers.values():
+                layer.drop_codes(stamp=False)
+            self._together = {}
+        self._tell()
+
+    def _count_step(self, valid: Tensor | None) -> None:
         self._has_news = True
         for ledger in self._ledgers.values():
             ledger.begin_step()
@@ -355,16 +381,8 @@ class WeightFlipTracker:
         for ledger in self._ledgers.values():
             ledger.end_step(valid)
         self._grads.clear()
-        if not self.is_tracking:
-            # An untracked step changes weights, and not every optimizer's kernel moves their version counters.
-            self._forget_codes()
-        elif self.low_memory:
-            for layer in self._layers.values():
-                layer.drop_codes(stamp=False)
-            self._together = {}
-        self._tell()
 
-    @torch.no_grad()
+    @_outside_of_autograd
     def record(self, *, may_be_empty: bool = False) -> FlipRecord | None:
         """What was counted since the last record, and altogether. One transfer from each device.
 
@@ -424,7 +442,7 @@ class WeightFlipTracker:
         self._current = [tracked for tracked in self._current if tracked.name not in self._failed]
         self._gauge()
 
-    @torch.no_grad()
+    @_outside_of_autograd
     def synchronize(self, *, is_logging_point: bool = False) -> None:
         """Add up what the processes have counted of weights that are sharded over them.
 
@@ -525,6 +543,11 @@ class WeightFlipTracker:
             self._compares = self._is_lost = False
             # Held, so that their ids are not given to others.
             self._listed, self._listed_weights = listed, weights
+            names = {tracked.name for tracked in weights}
+            for name, layer in self._layers.items():
+                if name not in names:
+                    # Frozen, or gone: who knows what becomes of it until it is back.
+                    layer.drop_codes()
             if was_compared:
                 self._marks = None
                 for name, reason in self._sharded.refused.items():
@@ -789,11 +812,13 @@ class WeightFlipTracker:
             self._unsure.add(tracked.name)
         is_kept = layer.codes is not None and not self.fresh_snapshots and not is_told
         is_kept = is_kept and not getattr(quantizer, "has_state", False)
-        if is_kept and is_unwritten:
+        if is_kept and is_unwritten and layer.codes is not None and layer.codes.shape == weight.shape:
             if layer.member is not None:
                 # Another object for the same weight: the model was looked at again.
                 is_same = layer.member.describes(weight, quantizer, layer.codes)
                 layer.tracked, layer.member = (tracked, layer.member) if is_same else (None, None)
+            elif may_wait and isinstance(quantizer, ElementwiseQuantizer):
+                self._is_member(layer, tracked, weight)
             return True
         layer.stamp = None
         if not isinstance(quantizer, ElementwiseQuantizer):
@@ -863,7 +888,9 @@ class WeightFlipTracker:
             row[SCALE_CHANGES].copy_(torch.count_nonzero(scale_codes != layer.scale_codes))
             row[SCALE_STEPS].fill_(scale_codes.numel())
         layer.scale_codes = scale_codes
-        layer.tracked = layer.member = None
+        if layer.member is not None:
+            # Alone in this step, for its gradient or its place; maybe not in the next one.
+            self._is_member(layer, tracked, weight)
         if sparse is not None:
             updated = sparse.values() != 0
             counts[kernels.UPDATES].add_(torch.count_nonzero(updated))
@@ -913,7 +940,7 @@ class WeightFlipTracker:
         quantizer, codes = tracked.quantizer, layer.codes
         assert codes is not None
         if layer.member is not None and layer.member.describes(weight, quantizer, codes):
-            layer.tracked = tracked
+            self._join(layer, tracked)
             return True
         layer.tracked = layer.member = None
         if not isinstance(quantizer, ElementwiseQuantizer) or self._groups or tracked.parameter.is_inference():
@@ -924,8 +951,15 @@ class WeightFlipTracker:
             layer.member = make_member(weight, quantizer, codes, self.backend, with_updates="stalls" in self.metrics)
         if layer.member is None:
             return False
-        layer.tracked, layer.scale_codes = tracked, layer.member.scale_codes
+        self._join(layer, tracked)
         return True
+
+    def _join(self, layer: Layer, tracked: TrackedWeight) -> None:
+        assert layer.member is not None
+        mine, theirs = layer.scale_codes, layer.member.scale_codes
+        if mine is not None and theirs is not None and mine is not theirs:
+            theirs.copy_(mine)
+        layer.tracked, layer.scale_codes = tracked, theirs
 
     def _is_untouched(self, tracked: TrackedWeight) -> bool:
         """What ``_ensure_codes`` finds out of a member that has its codes, asked as cheaply as can be."""
@@ -935,7 +969,8 @@ class WeightFlipTracker:
         parameter, stamp = tracked.parameter, layer.stamp
         return (
             parameter._version == stamp.versions[0]
-            and parameter.numel() == layer.weights
+            and layer.codes is not None
+            and parameter.shape == layer.codes.shape
             and stamp.is_of(parameter.data_ptr())
         )
 
@@ -978,10 +1013,11 @@ class WeightFlipTracker:
             stamp = layer.stamp
             if stamp is None:
                 weight = parameter.detach()
-                is_there = member.describes(weight, tracked.quantizer, member.codes)
+                is_there = member.describes(weight, tracked.quantizer, layer.codes)
                 layer.stamp = Stamp.of(parameter, weight)
             else:
-                is_there = stamp.is_of(parameter.data_ptr()) and parameter.numel() == member.numel
+                is_there = stamp.is_of(parameter.data_ptr()) and parameter.dtype is member.dtype
+                is_there = is_there and parameter.shape == member.codes.shape
                 version = parameter._version
                 stamp.versions = (version, version)
             if not is_there:
@@ -1181,7 +1217,8 @@ class _Together:
         assert layers[0].ledger is not None
         self._ledger = layers[0].ledger
         scales = [0 if layer.scale_codes is None else layer.scale_codes.numel() for layer in layers]
-        of_layers = torch.tensor([[layer.row for layer in layers], [layer.weights for layer in layers], scales])
+        numbers = [layer.row for layer in layers], [layer.weights for layer in layers], scales
+        of_layers = torch.tensor(numbers, device="cpu")
         self._rows, self._weights, self._scales = kernels.upload(of_layers, self._ledger.device)
         self._has_scales = any(scales)
 

@@ -269,11 +269,6 @@ class Tracking:
     def _guarded(self, action: Callable[..., None], *args: Any) -> None:
         if self._broken and not self.tracker.is_sharded:
             return
-        if torch.is_inference_mode_enabled():
-            # Tensors that are made in it cannot be written to outside of it.
-            with torch.inference_mode(False), torch.no_grad():
-                self._guarded(action, *args)
-            return
         try:
             action(*args)
         except Exception as error:

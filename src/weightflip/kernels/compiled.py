@@ -189,8 +189,9 @@ _kernels: dict[tuple[Any, ...], Any] = {}
 _EMPTY = np.zeros((1, COLUMNS), dtype=np.int64)
 
 
-def _zeros(dtype: torch.dtype | None) -> Any:
-    return None if dtype is None else torch.zeros(1, dtype=dtype).numpy()
+def like(dtype: torch.dtype | None) -> Any:
+    """An array of this dtype, for a kernel to see what it is to read."""
+    return None if dtype is None else torch.zeros(1, dtype=dtype, device="cpu").numpy()
 
 
 def count_range(
@@ -201,7 +202,7 @@ def count_range(
     ``kernel(start, stop, places, scale, divide, weight_like, update_like, codes_like, counts, constants)`` adds flips,
     updates and stalled weights to the rows of ``counts``, int64 of shape (stretches, 3).
     """
-    arrays = _zeros(weight), _zeros(update), _zeros(codes)
+    arrays = like(weight), like(update), like(codes)
     return _kernel(
         _count_range,
         (weight, update, codes),
@@ -215,9 +216,10 @@ def largest_range(weight: torch.dtype) -> Any:
     ``kernel(start, stop, places, weight_like, mask, largest, shared)`` writes the bits of the largest magnitude under
     each scale to ``largest``. For a scale whose elements begin before ``start``, index and bits go to ``shared``.
     """
-    like = _zeros(weight)
     return _kernel(
-        _largest_range, (weight,), (0, 0, _EMPTY, like, np.int32(0), np.zeros(1, np.int32), np.zeros(2, np.int64))
+        _largest_range,
+        (weight,),
+        (0, 0, _EMPTY, like(weight), np.int32(0), np.zeros(1, np.int32), np.zeros(2, np.int64)),
     )
 
 

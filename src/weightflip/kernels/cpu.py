@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ class Run:
         self._scales = int(scales.sum())
         self._numel = int(table[:, 2].sum())
         self._likes = tuple(
-            None if dtype is None else torch.zeros(1, dtype=views[dtype]).numpy()
+            compiled.like(None if dtype is None else views[dtype])
             for dtype, views in ((kind.weight, _STORED), (kind.update, _BITS), (kind.codes, _CODES))
         )
 
@@ -77,7 +77,7 @@ class Run:
 
     def largest(self) -> Tensor:
         bits = _BITS[self.kind.weight]
-        kernel, like = compiled.largest_range(bits), torch.zeros(1, dtype=bits).numpy()
+        kernel, like = compiled.largest_range(bits), compiled.like(bits)
         largest = np.zeros(self._scales, dtype=np.int32)
         bounds = self._bounds()
         shared = np.full((len(bounds) - 1, 2), -1, dtype=np.int64)
@@ -137,6 +137,10 @@ def _count_range(kind: Kind, numbers: tuple[np.generic, ...]) -> Any:
 
 def _in_threads(work: Callable[[int], None], parts: int) -> None:
     others = [_threads().submit(work, part) for part in range(1, parts)]
-    work(0)
+    try:
+        work(0)
+    finally:
+        # Also when this is interrupted: they write to memory that may be given back then.
+        wait(others)
     for other in others:
         other.result()

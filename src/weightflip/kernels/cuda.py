@@ -191,7 +191,9 @@ class Run:
             tiles = _tiles(group[indices], scales[indices], columns)
             places[indices, 5] = tiles.cumsum() - tiles
             stretch_of = torch.from_numpy(np.repeat(np.array(indices, dtype=np.int32), tiles))
-            self._launches.append(_Launch(torch.tensor(indices), upload(stretch_of, kind.device), columns, is_aligned))
+            self._launches.append(
+                _Launch(torch.tensor(indices, device="cpu"), upload(stretch_of, kind.device), columns, is_aligned)
+            )
         self._places = upload(torch.from_numpy(places), kind.device)
 
     @staticmethod

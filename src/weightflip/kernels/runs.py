@@ -121,7 +121,9 @@ def count_alone(
         return True
     alone = run([Stretch(weight.data_ptr(), codes.data_ptr(), weight.numel(), group)], kind)
     flat_scale = None if scale is None else scale.detach().reshape(-1).contiguous()
-    counts.add_(alone.count_(flat_scale, None if update is None else torch.tensor([update.data_ptr()]))[0])
+    counts.add_(
+        alone.count_(flat_scale, None if update is None else torch.tensor([update.data_ptr()], device="cpu"))[0]
+    )
     return True
 
 

@@ -132,9 +132,9 @@ class _LayerTravel(LayerMetric):
 def _sample(numel: int, name: str) -> Tensor:
     """Flat indices: one at random out of each of so many equal parts, the same ones in every run."""
     if numel <= _SAMPLE:
-        return torch.arange(numel)
-    borders = torch.arange(_SAMPLE + 1, dtype=torch.float64).mul_(numel / _SAMPLE).long()
+        return torch.arange(numel, device="cpu")
+    borders = torch.arange(_SAMPLE + 1, dtype=torch.float64, device="cpu").mul_(numel / _SAMPLE).long()
     # A generator of its own: training must not see a difference.
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    shares = torch.rand(_SAMPLE, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
+    shares = torch.rand(_SAMPLE, generator=generator, dtype=torch.float64, device="cpu")
     return borders[:-1] + (shares * (borders[1:] - borders[:-1])).long()

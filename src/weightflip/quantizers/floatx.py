@@ -16,7 +16,7 @@ from weightflip.quantizers.native import ORDINAL_DTYPES, bits_to_ordinals_
 
 Granularity: TypeAlias = Literal["tensor", "row", "none"]
 
-_ALL_BUT_SIGN = torch.tensor(127, dtype=torch.int8)
+_ALL_BUT_SIGN = torch.tensor(127, dtype=torch.int8, device="cpu")
 _TORCH_FLOAT8 = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 
 # Formats with a wider exponent are scaled so that their largest number meets 2**512 instead of itself: float64 holds
@@ -88,7 +88,8 @@ def round_to_ordinals(
     is_nan = torch.ne(values, values, out=scratch("nan", values, torch.bool))
     magnitude = values.abs_()
     largest = format.value(format.max_ordinal, exponent_shift=exponent_shift)
-    if math.isfinite(largest):
+    is_within = largest <= torch.finfo(values.dtype).max
+    if is_within:
         magnitude.clamp_(max=largest)
 
     bits = magnitude.view(integer)
@@ -96,7 +97,7 @@ def round_to_ordinals(
     # Even means an even code: without mantissa bits the last bit kept belongs to the exponent, which the bias moves.
     codes.sub_(offset).bitwise_and_(1).add_(bits).add_((1 << (cut - 1)) - 1)
     codes.bitwise_right_shift_(cut).sub_(offset)
-    if not math.isfinite(largest):
+    if not is_within:
         codes.masked_fill_(magnitude == math.inf, format.max_ordinal)
 
     is_subnormal = scratch("subnormal", values, torch.bool)
@@ -134,8 +135,8 @@ def _value_table(format: FloatFormat, exponent_shift: int, dtype: torch.dtype, d
     half = 1 << (format.storage_bits - 1)
     last = format.max_ordinal if format.inf_ordinal is None else format.inf_ordinal
     values = [format.value(ordinal, exponent_shift=exponent_shift) for ordinal in range(-last, last + 1)]
-    table = torch.full((2 * half,), math.nan, dtype=torch.float64)
-    table[half - last : half + last + 1] = torch.tensor(values, dtype=torch.float64)
+    table = torch.full((2 * half,), math.nan, dtype=torch.float64, device="cpu")
+    table[half - last : half + last + 1] = torch.tensor(values, dtype=torch.float64, device="cpu")
     return table.to(device=device, dtype=dtype)
 
 

@@ -20,7 +20,9 @@ STORED_FORMATS: dict[torch.dtype, FloatFormat] = {
 }
 ORDINAL_DTYPES = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 # Tensors, because torch makes one of a Python number at each call. 0-dim ones on the CPU go with tensors of any device.
-_SIGN_BIT = {dtype: torch.tensor(torch.iinfo(dtype).min, dtype=dtype) for dtype in ORDINAL_DTYPES.values()}
+_SIGN_BIT = {
+    dtype: torch.tensor(torch.iinfo(dtype).min, dtype=dtype, device="cpu") for dtype in ORDINAL_DTYPES.values()
+}
 
 
 def bits_to_ordinals_(bits: Tensor, format: FloatFormat, scratch: Scratch, *, nan_is_positive: bool = False) -> None:
