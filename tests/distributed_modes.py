@@ -846,12 +846,22 @@ def second_world(rank: int, world: int, store: str) -> dict[str, object]:
     """After another default group has been made, which is when the first one is let go."""
     old = weakref.ref(dist.group.WORLD)
     first, sharded, optimizer = run(fsdp_and_tp, quantizer="float8_e4m3")
-    del sharded, optimizer
     dist.destroy_process_group()
+    sharded.set_gradients(STEPS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+        optimizer.close()
+    del sharded, optimizer
     gc.collect()
     is_gone = old() is None
     connect(rank, world, store)
-    return {"first": first, "second": run(fsdp_and_tp, quantizer="float8_e4m3")[0], "is_gone": is_gone}
+    return {
+        "first": first,
+        "second": run(fsdp_and_tp, quantizer="float8_e4m3")[0],
+        "is_gone": is_gone,
+        "warnings": [str(w.message) for w in caught],
+    }
 
 
 def refusals(rank: int, world: int) -> dict[str, str]:

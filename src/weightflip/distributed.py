@@ -108,7 +108,7 @@ def layout(parameter: Tensor) -> Layout | None:
     if key not in known:
         known[key] = _layout(key[0], mesh, key[1])
     found = known[key]
-    if found is not None and found.shard is not None and mesh.ndim == 1:
+    if found is not None and found.shard is not None and mesh.ndim == 1 and _is_available():
         groups, place = _groups_of_now(), (found.device_type, found.ranks)
         if place not in groups:
             group = mesh.get_group()
@@ -258,7 +258,13 @@ _groups: weakref.WeakKeyDictionary[Any, dict[tuple[str, tuple[int, ...]], Any]] 
 
 
 def _groups_of_now() -> dict[tuple[str, tuple[int, ...]], Any]:
-    return _groups.setdefault(torch.distributed.group.WORLD, {})
+    world = torch.distributed.group.WORLD
+    if world is None:
+        raise RuntimeError(
+            "weights lie on several processes, and there is no process group to add them up; call close() before "
+            "torch.distributed.destroy_process_group()"
+        )
+    return _groups.setdefault(world, {})
 
 
 def _group(team: Team) -> Any:
