@@ -11,19 +11,16 @@ PORT ?= 6006
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
 
-# pip would compile thousands of files that nobody imports; Python compiles those that it does.
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
-
 # torch first, by its pin alone: as one of many requirements it could pull a build with gigabytes of CUDA.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch
-	$(INSTALL) --editable '.[examples,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[examples,dev]'
 	touch $@
 
 # Apart, because the demo and most of the tests do not need them.
 $(VENV)/integrations: $(VENV)/installed
-	$(INSTALL) --editable '.[integrations]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[integrations]'
 	touch $@
 
 integrations: $(VENV)/integrations  ## install Accelerate, transformers, Lightning and others, so that `make test` runs them too
