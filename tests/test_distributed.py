@@ -18,8 +18,6 @@ from test_sinks import scalars
 from weightflip import distributed
 from weightflip.distributed import Layout, Statistic, StatisticsTable, Team, span, teams
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 COUNTS = ("flips", "updates", "stalled")
 
 # Forked from one process that has imported what all of them need: by itself each would take seconds for that.
