@@ -56,7 +56,7 @@ class Member:
     codes: Tensor
     scale_codes: Tensor | None
     quantizer: Shared
-    rounding: kernels.Rounding | kernels.IntegerRounding
+    rounding: kernels.Rounding
     group: int
     run: type[kernels.Run]
 

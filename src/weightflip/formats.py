@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class FloatFormat:
         return f"{significand:g} * 2**{exponent}"
 
 
-class Rounding(NamedTuple):
+class FloatRounding(NamedTuple):
     """How a weight becomes an ordinal, as data that a compiled kernel can follow.
 
     The weight is taken as float32, multiplied or divided by the scale in float32 where there is one, and rounded to the
@@ -223,6 +223,9 @@ class IntegerRounding(NamedTuple):
     largest: int
     nan: int
     divides: bool = False
+
+
+Rounding: TypeAlias = FloatRounding | IntegerRounding
 
 
 def _finite(exponent_bits: int, mantissa_bits: int) -> FloatFormat:

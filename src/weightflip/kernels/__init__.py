@@ -6,7 +6,7 @@ exactly.
 
 from __future__ import annotations
 
-from weightflip.formats import IntegerRounding, Rounding
+from weightflip.formats import Rounding
 from weightflip.kernels.backend import check_backend, one_pass, run
 from weightflip.kernels.eager import count_
 from weightflip.kernels.runs import Kind, Run, Stretch, upload
@@ -21,7 +21,6 @@ __all__ = [
     "STALLED",
     "UPDATES",
     "Index",
-    "IntegerRounding",
     "Kind",
     "Rounding",
     "Run",

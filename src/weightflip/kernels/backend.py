@@ -10,12 +10,10 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from weightflip.formats import IntegerRounding, Rounding
+from weightflip.formats import Rounding
 from weightflip.kernels.runs import Run, count_alone
 
-OnePass: TypeAlias = Callable[
-    [Tensor, "Tensor | None", "Rounding | IntegerRounding", Tensor, "Tensor | None", Tensor], bool
-]
+OnePass: TypeAlias = Callable[[Tensor, "Tensor | None", Rounding, Tensor, "Tensor | None", Tensor], bool]
 
 BACKENDS = ("auto", "eager", "numba", "triton")
 

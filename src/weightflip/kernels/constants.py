@@ -34,7 +34,7 @@ class Constants(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def constants(rounding: Rounding | IntegerRounding) -> Constants | None:
+def constants(rounding: Rounding) -> Constants | None:
     """Of a format; None for one that cannot be rounded to in float32."""
     if isinstance(rounding, IntegerRounding):
         # Fixed point, whose quantum is 1.

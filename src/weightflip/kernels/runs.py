@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from weightflip.formats import IntegerRounding, Rounding
+from weightflip.formats import Rounding
 
 
 class Stretch(NamedTuple):
@@ -41,7 +41,7 @@ class Kind(NamedTuple):
     weight: torch.dtype
     update: torch.dtype | None
     codes: torch.dtype
-    rounding: Rounding | IntegerRounding
+    rounding: Rounding
     device: torch.device
 
 
@@ -89,7 +89,7 @@ def count_alone(
     run: type[Run],
     weight: Tensor,
     scale: Tensor | None,
-    rounding: Rounding | IntegerRounding,
+    rounding: Rounding,
     codes: Tensor,
     update: Tensor | None,
     counts: Tensor,
@@ -121,9 +121,8 @@ def count_alone(
         return True
     alone = run([Stretch(weight.data_ptr(), codes.data_ptr(), weight.numel(), group)], kind)
     flat_scale = None if scale is None else scale.detach().reshape(-1).contiguous()
-    counts.add_(
-        alone.count_(flat_scale, None if update is None else torch.tensor([update.data_ptr()], device="cpu"))[0]
-    )
+    address = None if update is None else torch.tensor([update.data_ptr()], device="cpu")
+    counts.add_(alone.count_(flat_scale, address)[0])
     return True
 
 

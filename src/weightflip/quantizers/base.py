@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from weightflip.formats import FloatFormat, IntegerRounding, Rounding
+from weightflip.formats import FloatFormat, Rounding
 
 Scope: TypeAlias = Literal["element", "group", "row", "tensor"]
 Reduction: TypeAlias = Literal["max", "mean"]
@@ -179,7 +179,7 @@ class ElementwiseQuantizer(ABC):
         """As ``encode_into``, for a scale that need not be the weight's own: what lies beyond the format saturates."""
         self.encode_into(weight, scale, out, scratch)
 
-    def rounding(self, weight: Tensor) -> Rounding | IntegerRounding | None:
+    def rounding(self, weight: Tensor) -> Rounding | None:
         """What ``encode_into`` does to ``weight``, as data, for kernels that do more in one pass; None: ask it.
 
         The scale that a :class:`Rounding` speaks of is ``applied_scale``.

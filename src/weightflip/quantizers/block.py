@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from weightflip.formats import E2M1, E2M3, E3M2, E4M3, E5M2, FP32, FloatFormat, Rounding
+from weightflip.formats import E2M1, E2M3, E3M2, E4M3, E5M2, FP32, FloatFormat, FloatRounding
 from weightflip.quantizers.base import ElementwiseQuantizer, Scope, Scratch, register
 from weightflip.quantizers.floatx import amax, cast_to_float8, ordinals_to_values, round_to_ordinals
 
@@ -68,8 +68,8 @@ class _BlockQuantizer(ElementwiseQuantizer):
         else:
             round_to_ordinals(values, self.format, out, scratch)
 
-    def rounding(self, weight: Tensor) -> Rounding:
-        return Rounding(self.format, self.format.max_ordinal)
+    def rounding(self, weight: Tensor) -> FloatRounding:
+        return FloatRounding(self.format, self.format.max_ordinal)
 
     def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
         assert scale is not None

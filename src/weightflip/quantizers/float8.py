@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from weightflip.formats import E4M3, E5M2, FloatFormat, Rounding
+from weightflip.formats import E4M3, E5M2, FloatFormat, FloatRounding
 from weightflip.quantizers.base import ElementwiseQuantizer, Scratch, register
 from weightflip.quantizers.floatx import amax, cast_to_float8, ordinals_to_values
 
@@ -91,8 +91,8 @@ class Float8Quantizer(ElementwiseQuantizer):
         values.mul_(scale).clamp_(-self.format.max, self.format.max)
         cast_to_float8(values, self.format, out, scratch)
 
-    def rounding(self, weight: Tensor) -> Rounding:
-        return Rounding(self.format, self.format.max_ordinal)
+    def rounding(self, weight: Tensor) -> FloatRounding:
+        return FloatRounding(self.format, self.format.max_ordinal)
 
     def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
         values = ordinals_to_values(ordinals, self.format, torch.float32)

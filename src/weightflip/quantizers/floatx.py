@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from weightflip.formats import E4M3, E5M2, FP32, FP64, FloatFormat, Rounding, exmy
+from weightflip.formats import E4M3, E5M2, FP32, FP64, FloatFormat, FloatRounding, exmy
 from weightflip.quantizers.base import ElementwiseQuantizer, Scope, Scratch, register
 from weightflip.quantizers.native import ORDINAL_DTYPES, bits_to_ordinals_
 
@@ -246,10 +246,10 @@ class FloatxQuantizer(ElementwiseQuantizer):
         else:
             round_to_ordinals(values, self.format, out, scratch, exponent_shift=self._exponent_shift)
 
-    def rounding(self, weight: Tensor) -> Rounding | None:
+    def rounding(self, weight: Tensor) -> FloatRounding | None:
         if self._compute_dtype(weight.dtype) is torch.float64:
             return None
-        return Rounding(self.format, self.format.max_ordinal, divides=True)
+        return FloatRounding(self.format, self.format.max_ordinal, divides=True)
 
     def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
         dtype = scale.dtype if scale is not None else self._compute_dtype(torch.float32)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from weightflip.formats import BF16, E4M3, E5M2, FP16, FP32, FP64, FloatFormat, Rounding
+from weightflip.formats import BF16, E4M3, E5M2, FP16, FP32, FP64, FloatFormat, FloatRounding
 from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Scope, Scratch, register
 
 STORED_FORMATS: dict[torch.dtype, FloatFormat] = {
@@ -98,9 +98,9 @@ class NativeQuantizer(ElementwiseQuantizer):
         out.view(dtype).copy_(weight)
         bits_to_ordinals_(out, STORED_FORMATS[dtype], scratch)
 
-    def rounding(self, weight: Tensor) -> Rounding | None:
+    def rounding(self, weight: Tensor) -> FloatRounding | None:
         format = STORED_FORMATS[self.stored_dtype(weight)]
-        return Rounding(format, format.max_ordinal if format.inf_ordinal is None else format.inf_ordinal)
+        return FloatRounding(format, format.max_ordinal if format.inf_ordinal is None else format.inf_ordinal)
 
     def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
         return _bits_as_values(ordinals, _format_of_width(ordinals.element_size() * 8))
