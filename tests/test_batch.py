@@ -187,9 +187,9 @@ def live(backend, quantizer, **options):
             fifth.data = fifth.data.clone()
         if step == 5:
             # The same values of another quantizer object, as after a second look at the model.
-            weights = [tracked._replace(quantizer=resolve(quantizer)) for tracked in weights]
+            weights = [TrackedWeight(tracked.name, tracked.parameter, resolve(quantizer)) for tracked in weights]
         if step == 6:
-            weights[6] = weights[6]._replace(parameter=torch.nn.Parameter(weights[6].parameter.detach() * 2))
+            weights[6].parameter = torch.nn.Parameter(weights[6].parameter.detach() * 2)
         seen = weights[:7] if step in (7, 8) else weights
         tracker.before_step(seen)
         if step == 9:

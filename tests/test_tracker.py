@@ -202,7 +202,7 @@ def test_another_quantizer_for_the_same_weight_is_a_baseline():
     weight = weight_of([[1.0, 2.0, 3.3]], "float8_e4m3")
     tracker = WeightFlipTracker()
     for quantizer in ("float8_e4m3", "e3m4", "float8_e4m3:row:pow2"):
-        step(tracker, [weight._replace(quantizer=resolve(quantizer))])
+        step(tracker, [TrackedWeight("w", weight.parameter, resolve(quantizer))])
     assert tracker.get_flip_counts() == {"w": 0}
 
 
@@ -249,7 +249,7 @@ def test_codes_that_are_a_view_of_the_weight():
         def encode(self, weight):
             return Codes(weight.view(torch.int32))
 
-    weight = weight_of([[1.0, 2.0, 3.0]])._replace(quantizer=StoredBits())
+    weight = TrackedWeight("w", weight_of([[1.0, 2.0, 3.0]]).parameter, StoredBits())
     tracker = WeightFlipTracker()
     for _ in range(2):
         step(tracker, [weight], lambda p: p[0, 0].mul_(2))
@@ -628,8 +628,7 @@ class InterruptedOnce(FloatxQuantizer):
 
 def test_an_interrupted_count_leaves_a_baseline():
     interrupted = InterruptedOnce(E3M4, "tensor")
-    weights = [weight_of(AWAY_FROM_0, quantizer) for quantizer in ("float8_e4m3", interrupted)]
-    weights[1] = weights[1]._replace(name="interrupted")
+    weights = [weight_of(AWAY_FROM_0, "float8_e4m3"), weight_of(AWAY_FROM_0, interrupted, "interrupted")]
     tracker = WeightFlipTracker()
     step(tracker, weights)
     interrupted.is_due = True

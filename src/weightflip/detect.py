@@ -511,10 +511,12 @@ def _of_optimizer(optimizer: Any) -> dict[int, Quantizer]:
     """The quantizers of weights that the optimizer itself quantizes."""
     if not quantizes_weights(optimizer):
         return {}
+    regularized = {id(group) for group in optimizer.regularized_param_groups()}
     return {
-        id(parameter): torchao.ParqQuantizer(optimizer, parameter, group["quant_bits"])
-        for group in optimizer.regularized_param_groups()
-        for parameter in group["params"]
+        id(parameter): torchao.ParqQuantizer(optimizer, (i, j), group["quant_bits"])
+        for i, group in enumerate(optimizer.param_groups)
+        if id(group) in regularized
+        for j, parameter in enumerate(group["params"])
     }
 
 

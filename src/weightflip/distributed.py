@@ -72,6 +72,26 @@ def _is_dtensor(tensor: object) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+class Identity:
+    """Which tensor object this is, told without holding the tensor.
+
+    Once a tensor is gone its id may be given to another one, on one process and not on another, and then processes
+    would disagree on whether their weights have been replaced. The attribute dictionary of a tensor is its own for as
+    long as either lives, so it is held instead. It holds what was attached to the tensor, and not its data.
+    """
+
+    __slots__ = ("_attributes",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._attributes = tensor.__dict__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Identity) and self._attributes is other._attributes
+
+    def __hash__(self) -> int:
+        return id(self._attributes)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's shard of a DTensor; any other tensor as it is."""
     if not _is_dtensor(tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +19,31 @@ from weightflip.quantizers.base import Quantizer
 _storage_has_expired: Callable[[int], bool] = torch.UntypedStorage._expired  # type: ignore[assignment]
 
 
-class TrackedWeight(NamedTuple):
-    """One weight of a step: its name, the parameter, and how it is quantized."""
+class TrackedWeight:
+    """One weight of a step: its name, the parameter, and how it is quantized.
 
-    name: str
+    Frameworks replace parameters between two steps, and the old ones may be a whole unsharded model. So whoever makes
+    these objects for many steps calls ``release`` after each step and sets ``parameter`` again before the next one.
+    """
+
+    __slots__ = ("name", "parameter", "quantizer")
+
     parameter: Tensor
-    quantizer: Quantizer
+
+    def __init__(self, name: str, parameter: Tensor, quantizer: Quantizer) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.quantizer = quantizer
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the parameter is at hand."""
+        return hasattr(self, "parameter")
+
+    def release(self) -> None:
+        """Let go of the parameter; reading it raises AttributeError from here on."""
+        if self.is_held:
+            del self.parameter
 
     def unwrapped(self) -> tuple[Tensor, Quantizer]:
         """What is encoded, and by what: of a shard, this process's; where a subclass holds a master copy, that."""
@@ -40,14 +59,17 @@ class TrackedWeight(NamedTuple):
 
 @dataclass
 class Stamp:
-    """Tells whether a parameter was written, replaced or moved since."""
+    """Tells whether a parameter was written, replaced, moved or viewed in another way since."""
 
-    # Not a weak reference: torch.utils.swap_tensors, and with it Module.to(), refuses tensors that have one. The
-    # tracker holds the parameter itself for as long as the stamp is of use, so the id is not given to another.
+    # An id, not a weak reference: torch.utils.swap_tensors, and with it Module.to(), refuses tensors that have one. If
+    # the id is given to another parameter, its storage differs as well.
     parameter: int
     # Memory that was given back may be given out again for the next storage: an address alone does not tell.
     storage: StorageWeakRef
     data_ptr: int
+    storage_offset: int
+    strides: tuple[int, ...]
+    dtype: torch.dtype
     versions: tuple[int, int]
 
     def is_of(self, address: int) -> bool:
@@ -61,8 +83,35 @@ class Stamp:
         if parameter.is_inference():
             # Inference tensors have no version counter.
             return None
-        storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
-        return cls(id(parameter), storage, weight.data_ptr(), (parameter._version, weight._version))
+        return cls(
+            id(parameter),
+            StorageWeakRef(weight.untyped_storage()),  # type: ignore[no-untyped-call]
+            weight.data_ptr(),
+            int(weight.storage_offset()),
+            weight.stride(),
+            weight.dtype,
+            (parameter._version, weight._version),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Where a layer is counted. One object, so that an interrupt never leaves a ledger without its index."""
+
+    ledger: Ledger
+    index: int
+
+    @property
+    def total(self) -> Tensor:
+        return self.ledger.total[self.index]
+
+    @property
+    def step(self) -> Tensor:
+        return self.ledger.step[self.index]
+
+    def clear(self) -> None:
+        """Forget all that was counted here."""
+        self.ledger.clear_row(self.index)
 
 
 @dataclass
@@ -79,8 +128,7 @@ class Layer:
     """Of a sharded weight, what this process has counted before this ledger."""
     given: list[float] = field(default_factory=list)
     """And what of all it has counted is in ``base``."""
-    ledger: Ledger | None = None
-    row: int = -1
+    row: Row | None = None
     codes: Tensor | None = None
     scale_codes: Tensor | None = None
     """Of block and group scales."""
@@ -99,10 +147,13 @@ class Layer:
     code_kind: tuple[torch.Size, torch.dtype] | None = None
     """Shape and dtype of the codes that groups began with."""
 
-    def drop_codes(self, *, stamp: bool = True) -> None:
+    def drop_codes(self, *, stamp: bool = True, metrics: bool = False) -> None:
+        """Give back memory; with ``metrics``, also what metric groups remember of each weight."""
         self.codes = self.scale_codes = self.scale = self.tracked = self.member = None
         if stamp:
             self.stamp = None
+        if metrics:
+            self.metrics, self.saved = None, {}
 
     def close_metrics(self) -> None:
         """Groups begin anew with the next codes, from what they kept."""

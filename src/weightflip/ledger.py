@@ -26,6 +26,7 @@ class Ledger:
     more_total: Tensor | None = None
     more_step: Tensor | None = None
     """float64, which counts exactly up to 2**53. Not there without groups: not every device has float64."""
+    _prepared: tuple[Tensor, Tensor | None] | None = None
 
     def __post_init__(self) -> None:
         self.total = torch.zeros(0, COLUMNS, dtype=torch.int64, device=self.device)
@@ -43,8 +44,9 @@ class Ledger:
         return sum(table.nbytes for table in self._tables.values())
 
     def add_row(self) -> int:
-        if self.rows == self.total.size(0):
-            for name, table in self._tables.items():
+        for name, table in self._tables.items():
+            # Each by itself: an interrupt may have left some that have grown and some that have not.
+            if self.rows == table.size(0):
                 setattr(self, name, torch.cat([table, table.new_zeros(max(16, self.rows), table.size(1))]))
         self.rows += 1
         return self.rows - 1
@@ -58,16 +60,24 @@ class Ledger:
         if self.more_step is not None:
             self.more_step.zero_()
 
-    def end_step(self, valid: Tensor | None) -> None:
-        """Add what was counted in the step, if it was one."""
+    def prepare(self, valid: Tensor | None) -> None:
+        """Add what was counted in the step, if it was one, to copies of the totals, which ``commit`` puts in place."""
         if valid is None:
-            self.total.add_(self.step)
+            total = self.total + self.step
         else:
             valid = valid.to(self.device, torch.int64, non_blocking=True)
-            self.total.addcmul_(self.step, valid)
+            total = torch.addcmul(self.total, self.step, valid)
+        more_total = None
         if self.more_total is not None and self.more_step is not None:
             # Not a product: what a group made of a step that was none may be infinite.
-            self.more_total.add_(self.more_step if valid is None else self.more_step.where(valid != 0, 0.0))
+            more_total = self.more_total + (self.more_step if valid is None else self.more_step.where(valid != 0, 0.0))
+        self._prepared = total, more_total
+
+    def commit(self) -> None:
+        """Put the totals of ``prepare`` in place. To do so twice is harmless."""
+        if self._prepared is not None:
+            self.total, self.more_total = self._prepared
+            self._prepared = None
 
     def keep(self, rows: list[int], wanted: Tensor) -> None:
         """Forget what was counted in this step of those of the layers that are not wanted.

@@ -205,12 +205,12 @@ class FlipTrackingOptimizer(Optimizer):
             What the inner optimizer's step returns.
         """
         tracking, inner = self._tracking, self.inner
-        tracking.guarded(tracking.before, inner, closure is not None)
         try:
+            tracking.guarded(tracking.before, inner, closure is not None)
             result = inner.step(closure, *args, **kwargs) if args or closure is not None else inner.step(**kwargs)
         except BaseException:
-            # Whoever catches it may want the memory of the gradients, of which the tracker holds references.
-            tracking.tracker.forget_gradients()
+            # Whoever catches it may want the memory of parameters and gradients.
+            tracking.abort()
             raise
         tracking.finish()
         return result

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from weightflip import distributed, functional, kernels
 from weightflip.batch import Batch, Member, make_member
-from weightflip.layer import Layer, Stamp, TrackedWeight
+from weightflip.layer import Layer, Row, Stamp, TrackedWeight
 from weightflip.ledger import COLUMNS, COUNTED, NONFINITE, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS, Ledger
 from weightflip.metrics import CORE_VALUES, LayerMetric, Slice, Weight
 from weightflip.metrics.columns import METRICS, Group, MetricsLike, gauges_of, make_groups, ratios_of
@@ -42,6 +44,17 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 def _outside_of_autograd(method: _Method) -> _Method:
     """Without gradients, and not in inference mode: what is made there could not be written to later."""
     return torch.inference_mode(False)(torch.no_grad()(method))
+
+
+class _Progress(NamedTuple):
+    """How far a tracker is. Replaced as a whole, so that an interrupt finds a step counted, or not counted."""
+
+    steps: int = 0
+    """Optimizer steps, skipped ones included."""
+    skipped: Tensor | None = None
+    """How many of them were none, 0-dim int64; None while no step could be one."""
+    is_settled: bool = True
+    """Whether the ledgers have the totals that belong to it."""
 
 
 @dataclass
@@ -123,6 +136,7 @@ class WeightFlipTracker:
         self.fresh_snapshots = fresh_snapshots
         self.backend = backend
         self.holds_warnings = False
+        self._holding: weakref.WeakMethod[Callable[[], AbstractContextManager[None]]] | None = None
         self._untold: list[str] = []
         self.reset()
 
@@ -136,8 +150,7 @@ class WeightFlipTracker:
         self._grads: dict[str, Tensor | None] = {}
         self._in_step = False
         self._failed: set[str] = set()
-        self._steps = 0
-        self._skipped: Tensor | None = None
+        self._progress = _Progress()
         self._window_base: dict[str, list[float]] = {}
         self._gauged: dict[str, int] = {}
         self._has_news = False
@@ -150,10 +163,9 @@ class WeightFlipTracker:
         self._forget_list()
 
     def _forget_list(self) -> None:
-        self._listed: list[tuple[str, int, int]] = []
-        self._listed_weights: list[TrackedWeight] = []
+        self._listed: list[TrackedWeight] = []
         self._asked: dict[str, TrackedWeight] = {}
-        self._marks: list[tuple[int, int | None]] | None = None
+        self._marks: list[tuple[distributed.Identity, int | None]] | None = None
 
     @property
     def value_names(self) -> frozenset[str]:
@@ -239,33 +251,42 @@ class WeightFlipTracker:
             raise ValueError(
                 f"the snapshot of '{name}' holds {snapshot.codes.dtype} codes, format {format} gives {codes.dtype}"
             )
+        row = self._layers[name].row
+        assert row is not None
+        counts = torch.zeros(COLUMNS, dtype=torch.int64, device=weight.device)
+        functional.compare(snapshot.codes, codes, snapshot.updated, counts[COUNTED], self._scratch)
+        counts[WEIGHT_STEPS].fill_(weight.numel())
+        flips = int(counts[kernels.FLIPS].item())
         del self._snapshots[name]
-        layer = self._layers[name]
-        assert layer.ledger is not None
-        counts = torch.zeros(3, dtype=torch.int64, device=weight.device)
-        functional.compare(snapshot.codes, codes, snapshot.updated, counts, self._scratch)
-        row = layer.ledger.total[layer.row]
-        row[COUNTED].add_(counts)
-        row[WEIGHT_STEPS].add_(weight.numel())
-        return int(counts[kernels.FLIPS].item())
+        row.total.add_(counts)
+        return flips
 
     # ------------------------------------------------------------------ many weights, a step at a time
 
     @property
     def is_tracking(self) -> bool:
         """Whether the coming step is one that is tracked."""
-        if self._steps < self.start_step or self._is_over:
+        return self._is_due(self._steps)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a step is one that is tracked, from 0."""
+        if step < self.start_step or (self.end_step is not None and step >= self.end_step):
             return False
-        return (self._steps - self.start_step) % self.track_every == 0
+        return (step - self.start_step) % self.track_every == 0
 
     @property
     def _is_over(self) -> bool:
         return self.end_step is not None and self._steps >= self.end_step
 
     @property
+    def _steps(self) -> int:
+        return self._progress.steps
+
+    @property
     def step_count(self) -> int:
         """Optimizer steps so far, skipped ones not counted. Waits for the device if any step may have been skipped."""
-        return self._steps - (0 if self._skipped is None else int(self._skipped.item()))
+        steps, skipped, _ = self._progress
+        return steps - (0 if skipped is None else int(skipped.item()))
 
     @_outside_of_autograd
     def before_step(self, weights: Iterable[TrackedWeight]) -> None:
@@ -275,8 +296,10 @@ class WeightFlipTracker:
         between; then it is encoded anew, and that change is no flip.
 
         Args:
-            weights: The weights of this step; names are unique.
+            weights: The weights of this step; names are unique. They are looked at until the next step begins, as far
+                as they have not been released.
         """
+        self._settle()
         if self._in_step:
             # The last step raised half way: nobody knows what it wrote.
             self._forget_codes()
@@ -312,6 +335,14 @@ class WeightFlipTracker:
             self._encode_together(stale)
         self._tell()
 
+    def take_weights_from(self, holding: Callable[[], AbstractContextManager[None]]) -> None:
+        """Say how to have the weights of ``before_step`` at hand between two steps, where they are released then.
+
+        Args:
+            holding: A method; its object is not kept alive.
+        """
+        self._holding = weakref.WeakMethod(holding)
+
     def forget_gradients(self) -> None:
         """Let go of the gradients of ``before_step``: a closure makes the step's own.
 
@@ -320,14 +351,16 @@ class WeightFlipTracker:
         self._grads.clear()
 
     def drop_codes(self) -> None:
-        """Give back the memory of codes and buffers; the numbers stay, and the next step starts with a baseline."""
+        """Give back all memory but that of the numbers; the next step starts with a baseline."""
+        self._give_back()
+        self._forget_list()
+
+    def _give_back(self) -> None:
         for layer in self._layers.values():
-            layer.drop_codes()
-            layer.metrics, layer.saved = None, {}
+            layer.drop_codes(metrics=True)
         self._current, self._scratch = [], kernels.ScratchPool()
         self._together = {}
         self._grads.clear()
-        self._forget_list()
 
     @_outside_of_autograd
     def after_step(self, valid: Tensor | None = None) -> None:
@@ -337,22 +370,30 @@ class WeightFlipTracker:
             valid: 0-dim, on any device: whether the step was one at all (a fused optimizer under a gradient scaler
                 skips steps without telling the host). None: it was.
         """
-        self._in_step = self._is_told = False
-        tracked_step = self.is_tracking
-        self._steps += 1
+        self._is_told = False
+        skipped = self._progress.skipped
         if valid is not None:
-            skipped = valid.logical_not().to(torch.int64)
-            self._skipped = skipped if self._skipped is None else self._skipped.to(skipped.device) + skipped
-        if not tracked_step:
+            more = valid.logical_not().to(torch.int64)
+            skipped = more if skipped is None else skipped.to(more.device) + more
+        after = _Progress(self._steps + 1, skipped)
+        if not self.is_tracking:
+            self._progress, self._in_step = after, False
             return
         try:
             self._count_step(valid)
-        except Exception:
-            raise
-        except BaseException:
-            # Interrupted: some codes are of before the step, some of after it.
+            for ledger in self._ledgers.values():
+                ledger.prepare(valid)
+        except BaseException as error:
+            # Some codes are of before the step, some of after it.
             self._forget_codes()
+            if isinstance(error, Exception):
+                # Other processes go on, and the number of steps says when they need this one.
+                self._progress, self._in_step = after, False
             raise
+        # Up to here the step is not counted, from here on it is.
+        self._progress = after._replace(is_settled=False)
+        self._settle()
+        self._has_news = True
         if not self.is_tracking:
             # An untracked step changes weights, and not every optimizer's kernel moves their version counters.
             self._forget_codes()
@@ -360,15 +401,25 @@ class WeightFlipTracker:
             for layer in self._layers.values():
                 layer.drop_codes(stamp=False)
             self._together = {}
+        if self._is_over or not self._current:
+            self._scratch = kernels.ScratchPool()
+        # Last: what is interrupted before makes the next step take its snapshots anew.
+        self._in_step = False
         self._tell()
 
+    def _settle(self) -> None:
+        """Finish counting a step that was interrupted while its totals were put in place."""
+        if not self._progress.is_settled:
+            for ledger in self._ledgers.values():
+                ledger.commit()
+            self._progress = self._progress._replace(is_settled=True)
+
     def _count_step(self, valid: Tensor | None) -> None:
-        self._has_news = True
         for ledger in self._ledgers.values():
             ledger.begin_step()
         self._bring_together()
         # At once: what fails below on this process must not make it ask the others before the next step, nor not ask.
-        self._marks = self._marks_now() if self._asked and self.is_tracking else None
+        self._marks = self._marks_now() if self._asked and self._is_due(self._steps + 1) else None
         for tracked in self._count_together():
             if tracked.name in self._failed:
                 continue
@@ -378,8 +429,6 @@ class WeightFlipTracker:
                 self._give_up(tracked.name, error)
         self._current = [tracked for tracked in self._current if tracked.name not in self._failed]
         self._end_sharded()
-        for ledger in self._ledgers.values():
-            ledger.end_step(valid)
         self._grads.clear()
 
     @_outside_of_autograd
@@ -394,6 +443,7 @@ class WeightFlipTracker:
         Returns:
             The record; None when no step was tracked since the last one.
         """
+        self._settle()
         try:
             self._look()
         finally:
@@ -429,10 +479,17 @@ class WeightFlipTracker:
 
     def _look(self) -> None:
         """Find what is found at logging points."""
+        holding = None if self._holding is None else self._holding()
+        with nullcontext() if holding is None else holding():
+            self._look_at_weights()
+
+    def _look_at_weights(self) -> None:
         for tracked in self._current:
-            layer = self._layers[tracked.name]
-            assert layer.ledger is not None
-            count = layer.ledger.total[layer.row, NONFINITE]
+            if not tracked.is_held:
+                continue
+            row = self._layers[tracked.name].row
+            assert row is not None
+            count = row.total[NONFINITE]
             try:
                 plain = getattr(tracked.quantizer, "plain", None)
                 weight = distributed.local(tracked.parameter).detach()
@@ -520,9 +577,7 @@ class WeightFlipTracker:
     def abandon(self) -> None:
         """Count nothing more, and go on taking part in what other processes wait for."""
         self._failed.update(self._layers, self._sharded)
-        self._current = []
-        for layer in self._layers.values():
-            layer.drop_codes()
+        self._give_back()
 
     def _begin_sharded(self, weights: list[TrackedWeight]) -> None:
         """Find the sharded weights, and have at hand what their codes before the step need.
@@ -531,23 +586,23 @@ class WeightFlipTracker:
         So it depends on the list of weights, the number of steps, and on what a program has to do to a DTensor on all
         processes: replace it, or write to it as a whole.
         """
-        listed = [(tracked.name, id(tracked.parameter), id(tracked.quantizer)) for tracked in weights]
-        if listed != self._listed or self._compares:
+        if weights != self._listed or self._compares:
             before = set(self._sharded)
             was_compared = self._sharded.follow(
-                weights,
+                [(tracked.name, tracked.parameter, tracked.quantizer) for tracked in weights],
                 quantizer_name,
                 compare=self._compares,
                 is_lost=self._is_lost,
             )
             self._compares = self._is_lost = False
-            # Held, so that their ids are not given to others.
-            self._listed, self._listed_weights = listed, weights
+            self._listed = weights
             names = {tracked.name for tracked in weights}
             for name, layer in self._layers.items():
                 if name not in names:
                     # Frozen, or gone: who knows what becomes of it until it is back.
                     layer.drop_codes()
+            # Batches hold codes, too.
+            self._together = {}
             if was_compared:
                 self._marks = None
                 for name, reason in self._sharded.refused.items():
@@ -568,8 +623,8 @@ class WeightFlipTracker:
         """A weight is not added up any more: what all have counted is in its base; what this process has, is a part."""
         layer = self._layers.get(name)
         if layer is not None:
-            if layer.ledger is not None:
-                layer.ledger.clear_row(layer.row)
+            if layer.row is not None:
+                layer.row.clear()
             layer.own, layer.given = [], []
 
     def _open_layers(self, weights: list[TrackedWeight]) -> None:
@@ -581,9 +636,9 @@ class WeightFlipTracker:
                 except Exception as error:
                     self._give_up(tracked.name, error)
 
-    def _marks_now(self) -> list[tuple[int, int | None]]:
+    def _marks_now(self) -> list[tuple[distributed.Identity, int | None]]:
         parameters = [tracked.parameter for tracked in self._asked.values()]
-        return [(id(p), None if p.is_inference() else p._version) for p in parameters]
+        return [(distributed.Identity(p), None if p.is_inference() else p._version) for p in parameters]
 
     def _bring_together(self) -> None:
         """What quantizers have to know of whole weights, of which each process holds a part. One collective."""
@@ -616,9 +671,9 @@ class WeightFlipTracker:
             is_counted = table.is_counted
             for ledger in self._ledgers.values():
                 rows = {
-                    index: layer.row
+                    index: layer.row.index
                     for index, name in enumerate(names)
-                    if (layer := self._layers.get(name)) is not None and layer.ledger is ledger
+                    if (layer := self._layers.get(name)) is not None and layer.row and layer.row.ledger is ledger
                 }
                 if rows:
                     ledger.keep(list(rows.values()), is_counted[list(rows)])
@@ -757,11 +812,11 @@ class WeightFlipTracker:
             )
         steps = int(state_dict["steps"])
         self.reset()
-        self._layers, self._window_base, self._steps = layers, window_base, steps
+        self._layers, self._window_base, self._progress = layers, window_base, _Progress(steps)
 
     def __getstate__(self) -> dict[str, Any]:
         passing: dict[str, Any] = {"_current": [], "_grads": {}, "_asked": {}, "_marks": None, "_together": {}}
-        passing.update(_listed=[], _listed_weights=[])
+        passing.update(_listed=[], _holding=None)
         return {**self.__dict__, **passing, "_scratch": kernels.ScratchPool()}
 
     # ------------------------------------------------------------------ inside
@@ -778,25 +833,29 @@ class WeightFlipTracker:
             )
             self._untold.append(f"weightflip: {name!r} {change} now; its counts start anew")
             self._window_base.pop(name, None)
-            if layer.ledger is not None:
-                layer.ledger.clear_row(layer.row)
-            place: dict[str, Any] = {"ledger": layer.ledger, "row": layer.row}
-            layer = self._layers[name] = Layer(name, weights, quantizer, self._zeros(), **place)
+            if layer.row is not None:
+                layer.row.clear()
+            layer = self._layers[name] = Layer(name, weights, quantizer, self._zeros(), row=layer.row)
         if layer is None:
             layer = self._layers[name] = Layer(name, weights, quantizer, self._zeros())
-        if layer.ledger is None or layer.ledger.device != weight.device:
-            if layer.ledger is not None:
-                row = self._read_rows()[1][name]
-                if name in self._sharded:
-                    layer.own = self._own(name, {name: row})
-                else:
-                    layer.base = self._added(layer.base, row)
-                layer.ledger.clear_row(layer.row)
-            layer.ledger = self._ledgers.setdefault(weight.device, Ledger(weight.device, self._columns - COLUMNS))
-            layer.row = layer.ledger.add_row()
-            layer.drop_codes()
-            layer.close_metrics()
+        if layer.row is None or layer.row.ledger.device != weight.device:
+            layer = self._layers[name] = self._moved(layer, weight.device)
         return layer
+
+    def _moved(self, layer: Layer, device: torch.device) -> Layer:
+        """The layer with a row on a device, where it starts with a baseline. A new object: it is moved or it is not."""
+        own, base = layer.own, layer.base
+        if layer.row is not None:
+            row = self._read_rows()[1][layer.name]
+            if layer.name in self._sharded:
+                own = self._own(layer.name, {layer.name: row})
+            else:
+                base = self._added(base, row)
+        ledger = self._ledgers.setdefault(device, Ledger(device, self._columns - COLUMNS))
+        moved = replace(layer, own=own, base=base, row=Row(ledger, ledger.add_row()))
+        moved.drop_codes()
+        moved.close_metrics()
+        return moved
 
     def _zeros(self) -> list[float]:
         return [0] * self._columns
@@ -847,13 +906,13 @@ class WeightFlipTracker:
         layer = self._layers[tracked.name]
         weight, quantizer = tracked.unwrapped()
         assert layer.codes is not None
-        assert layer.ledger is not None
+        assert layer.row is not None
         # After the step, since a closure makes them in it; before the step, where a hook has taken them away in it.
         grad = self._grads.pop(tracked.name, None)
         if "stalls" in self.metrics and tracked.parameter.grad is not None:
             grad = tracked.parameter.grad
         grad = None if grad is None else distributed.local_gradient(grad, tracked.parameter)
-        row = layer.ledger.step[layer.row]
+        row = layer.row.step
         counts = row[COUNTED]
 
         sparse = grad if grad is not None and grad.layout is not torch.strided else None
@@ -910,10 +969,9 @@ class WeightFlipTracker:
     def _give_up(self, name: str, error: Exception) -> None:
         self._failed.add(name)
         layer = self._layers.get(name)
-        if layer is not None and layer.ledger is not None:
-            layer.ledger.discard(layer.row)
-            layer.drop_codes()
-            layer.close_metrics()
+        if layer is not None and layer.row is not None:
+            layer.row.ledger.discard(layer.row.index)
+            layer.drop_codes(metrics=True)
         self._together = {}
         self._untold.append(
             f"weightflip: {name!r} is not tracked any more, training goes on: {type(error).__name__}: {error}"
@@ -969,8 +1027,18 @@ class WeightFlipTracker:
         parameter, stamp = tracked.parameter, layer.stamp
         return (
             parameter._version == stamp.versions[0]
+            and id(parameter) == stamp.parameter
             and layer.codes is not None
-            and parameter.shape == layer.codes.shape
+            and self._lies_as_member(parameter, layer.codes, stamp)
+        )
+
+    @staticmethod
+    def _lies_as_member(parameter: Tensor, codes: Tensor, stamp: Stamp) -> bool:
+        """Whether a weight that is counted together with others lies in memory as it did: those are contiguous."""
+        return (
+            parameter.shape == codes.shape
+            and parameter.dtype is stamp.dtype
+            and parameter.is_contiguous()
             and stamp.is_of(parameter.data_ptr())
         )
 
@@ -1016,8 +1084,7 @@ class WeightFlipTracker:
                 is_there = member.describes(weight, tracked.quantizer, layer.codes)
                 layer.stamp = Stamp.of(parameter, weight)
             else:
-                is_there = stamp.is_of(parameter.data_ptr()) and parameter.dtype is member.dtype
-                is_there = is_there and parameter.shape == member.codes.shape
+                is_there = self._lies_as_member(parameter, member.codes, stamp)
                 version = parameter._version
                 stamp.versions = (version, version)
             if not is_there:
@@ -1073,8 +1140,7 @@ class WeightFlipTracker:
         """The groups that look at this step, with what they keep of the layer."""
         if layer.metrics is None:
             return []
-        # Asked before the step, and after it with the step counted already.
-        tracked_steps = (self._steps - (not self._in_step) - self.start_step) // self.track_every
+        tracked_steps = (self._steps - self.start_step) // self.track_every
         return [
             (group, metric)
             for group in self._groups
@@ -1094,9 +1160,9 @@ class WeightFlipTracker:
             )
 
     def _sums(self, layer: Layer, group: Group) -> Tensor:
-        assert layer.ledger is not None
-        assert layer.ledger.more_step is not None
-        return layer.ledger.more_step[layer.row, group.sums].view(-1, 2)
+        assert layer.row is not None
+        assert layer.row.ledger.more_step is not None
+        return layer.row.ledger.more_step[layer.row.index, group.sums].view(-1, 2)
 
     def _observer(
         self, layer: Layer, weight: Tensor, quantizer: Quantizer, valid: Tensor | None
@@ -1133,16 +1199,18 @@ class WeightFlipTracker:
             return
         self._gauged.update({group.metric.name: self._steps for group in due})
         for tracked in self._current:
-            layer = self._layers[tracked.name]
+            if not tracked.is_held:
+                continue
             try:
                 self._ensure_codes(tracked)
             except Exception as error:
                 self._give_up(tracked.name, error)
                 continue
+            layer = self._layers[tracked.name]
             seen = _seen(layer, *tracked.unwrapped())
-            assert layer.ledger is not None
-            assert layer.ledger.more_total is not None
-            row = layer.ledger.more_total[layer.row]
+            assert layer.row is not None
+            assert layer.row.ledger.more_total is not None
+            row = layer.row.ledger.more_total[layer.row.index]
             for group in due:
                 metric = (layer.metrics or {}).get(group.metric.name)
                 if metric is not None:
@@ -1168,9 +1236,10 @@ class WeightFlipTracker:
 
     def _read_rows(self) -> tuple[int, dict[str, list[float]]]:
         """Steps, and what this process has counted of all layers since they have their rows."""
+        self._settle()
         skipped = 0
         tables: dict[torch.device, list[list[float]]] = {}
-        pending = self._skipped
+        pending = self._progress.skipped
         for device, ledger in self._ledgers.items():
             table = ledger.total[: ledger.rows]
             if ledger.more_total is not None:
@@ -1189,7 +1258,7 @@ class WeightFlipTracker:
         if pending is not None:
             skipped = int(pending.item())
         rows = {
-            name: self._zeros() if layer.ledger is None else tables[layer.ledger.device][layer.row]
+            name: self._zeros() if layer.row is None else tables[layer.row.ledger.device][layer.row.index]
             for name, layer in self._layers.items()
         }
         return self._steps - skipped, rows
@@ -1214,10 +1283,10 @@ class _Together:
 
     def __init__(self, layers: Sequence[Layer], batch: Batch) -> None:
         self.batch = batch
-        assert layers[0].ledger is not None
-        self._ledger = layers[0].ledger
+        rows = [layer.row for layer in layers if layer.row is not None]
+        self._ledger = rows[0].ledger
         scales = [0 if layer.scale_codes is None else layer.scale_codes.numel() for layer in layers]
-        numbers = [layer.row for layer in layers], [layer.weights for layer in layers], scales
+        numbers = [row.index for row in rows], [layer.weights for layer in layers], scales
         of_layers = torch.tensor(numbers, device="cpu")
         self._rows, self._weights, self._scales = kernels.upload(of_layers, self._ledger.device)
         self._has_scales = any(scales)

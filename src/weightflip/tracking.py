@@ -8,7 +8,8 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,9 +63,13 @@ class Tracking:
         self._start()
 
     def _start(self) -> None:
+        self.tracker.take_weights_from(self.holding)
         self._weights: list[TrackedWeight] = []
+        self._places: list[int] = []
+        self._optimizer: weakref.ref[Optimizer] | None = None
         self._plan = Plan()
         self._seen: tuple[object, ...] = ()
+        self._is_selecting = False
         self._shards: tuple[object, ...] = ()
         self._has_other_shards = False
         self._looks_again = True
@@ -79,19 +84,27 @@ class Tracking:
         They are read from the groups each time: FSDP2 under Accelerate replaces them in place, and users add groups,
         freeze and unfreeze.
         """
-        param_groups = optimizer.param_groups
-        seen = tuple(
-            (id(p), type(p), p.dtype, p.device.type, p.requires_grad) for group in param_groups for p in group["params"]
-        )
-        if seen == self._seen and not self._looks_again:
+        every = _parameters(optimizer)
+        seen = _described(every)
+        if seen == self._seen and not (self._looks_again or self._is_selecting):
             return
         if seen != self._seen:
-            every = (p for group in param_groups for p in group["params"])
             shards = tuple(of for of, p in zip(seen, every, strict=True) if distributed.layout(p) is not None)
             self._has_other_shards = self._has_other_shards or shards != self._shards
             self._shards = shards
         # Now, and not where all went well: what fails is not tried again on one process alone.
         self._seen, self._looks_again = seen, False
+        # What is interrupted is.
+        self._is_selecting = True
+        try:
+            self._select(optimizer, every, strict)
+        except Exception:
+            self._is_selecting = False
+            raise
+        self._is_selecting = False
+
+    def _select(self, optimizer: Optimizer, every: Sequence[Tensor], strict: bool) -> None:
+        param_groups = optimizer.param_groups
         parameters = name_parameters(param_groups, self._model, self._names)
         names = {id(parameter): name for name, parameter in parameters.items()}
         self._names = [[names[id(p)] for p in group["params"]] for group in param_groups]
@@ -135,7 +148,8 @@ class Tracking:
                 logger.warning("weightflip: %s", note)
         # Again at the first step: until then a model may still be converted, which leaves its parameters what they are.
         self._looks_again = strict
-        self._weights = weights
+        places = {id(parameter): place for place, parameter in reversed(list(enumerate(every)))}
+        self._weights, self._places = weights, [places[id(weight.parameter)] for weight in weights]
         described = {
             weight.name: (
                 "x".join(str(size) for size in weight.parameter.shape) or "scalar",
@@ -144,6 +158,8 @@ class Tracking:
             )
             for weight in self._weights
         }
+        self._optimizer = weakref.ref(optimizer)
+        self._release()
         # Kept, because a copy of an optimizer has no model in it.
         self._types.update(owner_types(parameters, self._model))
         self.source.groups = make_groups(self._groups, list(parameters), self._types, strict=strict)
@@ -156,6 +172,30 @@ class Tracking:
     @property
     def info(self) -> RunInfo:
         return self.source.info
+
+    def _hold(self, optimizer: Optimizer) -> None:
+        """Take the parameters at hand, until ``_release``."""
+        every = _parameters(optimizer)
+        for weight, place in zip(self._weights, self._places, strict=True):
+            weight.parameter = every[place]
+
+    def _release(self) -> None:
+        for weight in self._weights:
+            weight.release()
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Have the parameters at hand between two tracked steps, if they are still those of the last one."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        are_held = any(weight.is_held for weight in self._weights)
+        if are_held or optimizer is None or _described(_parameters(optimizer)) != self._seen:
+            yield
+            return
+        self._hold(optimizer)
+        try:
+            yield
+        finally:
+            self._release()
 
     def before(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Have the codes at hand."""
@@ -174,6 +214,7 @@ class Tracking:
             if self._has_other_shards:
                 self.tracker.expect_others(are_known=are_known)
                 self._has_other_shards = False
+            self._attempt(self._hold, optimizer)
         self._attempt(self.tracker.before_step, self._weights)
         if has_closure:
             self.tracker.forget_gradients()
@@ -194,7 +235,18 @@ class Tracking:
         # Closed already where a subclass's step calls its parent's, and torch runs the hooks of both.
         if not self._is_open:
             return
+        try:
+            self._count()
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Let go of what is only held in a step: parameters and gradients."""
         self._is_open = False
+        self._release()
+        self.tracker.forget_gradients()
+
+    def _count(self) -> None:
         self._attempt(self.tracker.after_step, None if self._found_inf is None else self._found_inf == 0)
         self._calls += 1
         if self._finalizer is None:
@@ -228,7 +280,7 @@ class Tracking:
         if self._finalizer is not None:
             self._finalizer.detach()
         self.tracker.drop_codes()
-        self._model, self._weights = None, []
+        self._model, self._weights, self._places = None, [], []
 
     def guarded(self, action: Callable[..., None], *args: Any) -> None:
         """Run something that must not stop a training: a fault is warned about once, and tracking ends."""
@@ -279,6 +331,9 @@ class Tracking:
         if self.tracker.is_sharded:
             # Other processes count on, and wait for this one in each step.
             self.tracker.abandon()
+        else:
+            self.tracker.drop_codes()
+            self._release()
         if not was_broken:
             self.log.untold.append(
                 f"weightflip: tracking has stopped, training goes on: {type(error).__name__}: {error}"
@@ -324,7 +379,7 @@ class Tracking:
             name: self._plan.skipped[name] for name in self._plan.skipped_by_model
         }
         known.update({n: q for n, q in self._plan.tracked.items() if (len(q) > 1) == (n in self._plan.listed)})
-        of_process = ("_weights", "_seen", "_shards", "_finalizer", "_plan")
+        of_process = ("_weights", "_places", "_optimizer", "_seen", "_shards", "_finalizer", "_plan")
         state = {k: v for k, v in self.__dict__.items() if k not in of_process}
         return {**state, "_model": None, "_known": {**self._known, **known}}
 
@@ -332,6 +387,25 @@ class Tracking:
         self.__dict__.update(state)
         self.source.adopt(self)
         self._start()
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _described(parameters: Sequence[Tensor]) -> tuple[object, ...]:
+    """What tells whether parameters are those of before. Holds none of them."""
+    # An id can be given again, which processes have to see alike where they share weights; see Identity.
+    return tuple(
+        (
+            id(p) if type(p) is nn.Parameter else distributed.Identity(p),
+            type(p),
+            p.dtype,
+            p.device.type,
+            p.requires_grad,
+        )
+        for p in parameters
+    )
 
 
 def _is_phantom_step(optimizer: Optimizer) -> bool:

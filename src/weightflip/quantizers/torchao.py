@@ -310,15 +310,15 @@ class ParqQuantizer:
 
     Args:
         optimizer: The ``QuantOptimizer``.
-        parameter: The weight; levels are kept for each.
+        place: The indices of the weight's param group and of the weight in it; levels are kept for each weight.
         bits: What its group has as ``quant_bits``.
     """
 
     has_state = True
 
-    def __init__(self, optimizer: Any, parameter: Tensor, bits: int) -> None:
+    def __init__(self, optimizer: Any, place: tuple[int, int], bits: int) -> None:
         self.optimizer = optimizer
-        self.parameter = parameter
+        self.place = place
         self.bits = bits
 
     @property
@@ -326,8 +326,10 @@ class ParqQuantizer:
         return self._levels() is not None
 
     def _levels(self) -> Tensor | None:
+        group, index = self.place
+        parameter = self.optimizer.param_groups[group]["params"][index]
         # get(): to index the state would put an entry into it.
-        levels: Tensor | None = self.optimizer.state.get(self.parameter, {}).get("quants")
+        levels: Tensor | None = self.optimizer.state.get(parameter, {}).get("quants")
         return levels
 
     def encode(self, weight: Tensor) -> Codes:
