@@ -639,3 +639,42 @@ def test_an_interrupted_count_leaves_a_baseline():
     assert tracker.get_flip_counts() == {"w": 0, "interrupted": 0}
     step(tracker, weights, lambda p: p.neg_())
     assert tracker.get_flip_counts() == {"w": 256, "interrupted": 256}
+
+
+# ---------------------------------------------------------------------- the same memory, seen in another way
+
+
+def _transpose(parameter):
+    parameter.data = parameter.data.t()
+
+
+def _other_dtype_of_the_same_memory(parameter):
+    parameter.data = parameter.data.view(torch.float16)
+
+
+def _next_row(parameter):
+    parameter.data = parameter.data.as_strided((32, 32), (32, 1), 32)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("quantizer", ["e3m4", "float8_e4m3:row", "mxfp4", "native", "int8"])
+@pytest.mark.parametrize("change", [_transpose, _other_dtype_of_the_same_memory, _next_row])
+def test_the_same_memory_seen_in_another_way_is_a_baseline(change, quantizer, backend):
+    memory = torch.randn(33, 32, generator=torch.Generator().manual_seed(0))
+    if change is _other_dtype_of_the_same_memory:
+        memory = memory.to(torch.bfloat16)
+    parameter = torch.nn.Parameter(memory[:32])
+    weight = TrackedWeight("w", parameter, resolve(quantizer))
+    tracker = WeightFlipTracker(metrics=("flips",), backend=backend)
+
+    def codes():
+        return resolve(quantizer).encode(parameter.detach()).ordinals.clone()
+
+    expected = 0
+    for at in range(4):
+        if at == 2:
+            change(parameter)
+        before = codes()
+        step(tracker, [weight], lambda p: p.mul_(1 + 0.2 * torch.eye(32).to(p.dtype)))
+        expected += int((codes() != before).sum())
+    assert tracker.get_flip_counts() == {"w": expected}
