@@ -211,7 +211,9 @@ def test_data_writes_need_fresh_snapshots():
     for fresh in (False, True):
         weight = weight_of([[1.0, 2.0]])
         tracker = WeightFlipTracker(fresh_snapshots=fresh)
-        step(tracker, [weight])
+        # So many that a look for such writes is not due.
+        for _ in range(25):
+            step(tracker, [weight])
         weight.parameter.data.mul_(2)
         step(tracker, [weight])
         counts[fresh] = tracker.get_flip_counts()["w"]

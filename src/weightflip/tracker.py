@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weightflip import distributed, functional, kernels
 from weightflip.batch import Batch, Member, make_member
+from weightflip.canary import Canary
 from weightflip.layer import Layer, Row, Stamp, TrackedWeight
 from weightflip.ledger import COLUMNS, COUNTED, NONFINITE, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS, Ledger
 from weightflip.metrics import CORE_VALUES, LayerMetric, Slice, Weight
@@ -145,6 +146,8 @@ class WeightFlipTracker:
         self._layers: dict[str, Layer] = {}
         self._ledgers: dict[torch.device, Ledger] = {}
         self._scratch = kernels.ScratchPool()
+        self._canary = Canary()
+        self._has_warned_of_silent_writes = False
         self._snapshots: dict[str, _Snapshot] = {}
         self._current: list[TrackedWeight] = []
         self._grads: dict[str, Tensor | None] = {}
@@ -310,6 +313,7 @@ class WeightFlipTracker:
         stale: list[TrackedWeight] = []
         weights = list(weights)
         self._begin_sharded(weights)
+        self._distrust(self._canary.find(weights, self._is_unwritten))
         for tracked in weights:
             try:
                 is_there = self._is_untouched(tracked)
@@ -358,7 +362,7 @@ class WeightFlipTracker:
     def _give_back(self) -> None:
         for layer in self._layers.values():
             layer.drop_codes(metrics=True)
-        self._current, self._scratch = [], kernels.ScratchPool()
+        self._current, self._scratch, self._canary = [], kernels.ScratchPool(), Canary()
         self._together = {}
         self._grads.clear()
 
@@ -403,6 +407,8 @@ class WeightFlipTracker:
             self._together = {}
         if self._is_over or not self._current:
             self._scratch = kernels.ScratchPool()
+        if self.is_tracking and not (self.low_memory or self.fresh_snapshots):
+            self._canary.remember(self._steps, self._current)
         # Last: what is interrupted before makes the next step take its snapshots anew.
         self._in_step = False
         self._tell()
@@ -743,7 +749,7 @@ class WeightFlipTracker:
             + sum(tensor.nbytes for tensors in layer.saved.values() for tensor in tensors.values())
             for layer in self._layers.values()
         )
-        return MemoryUsage(codes, counters, self._scratch.nbytes, metrics)
+        return MemoryUsage(codes, counters, self._scratch.nbytes + self._canary.nbytes, metrics)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -816,7 +822,7 @@ class WeightFlipTracker:
 
     def __getstate__(self) -> dict[str, Any]:
         passing: dict[str, Any] = {"_current": [], "_grads": {}, "_asked": {}, "_marks": None, "_together": {}}
-        passing.update(_listed=[], _holding=None)
+        passing.update(_listed=[], _holding=None, _canary=Canary())
         return {**self.__dict__, **passing, "_scratch": kernels.ScratchPool()}
 
     # ------------------------------------------------------------------ inside
@@ -957,8 +963,33 @@ class WeightFlipTracker:
         row[WEIGHT_STEPS].fill_(weight.numel())
         layer.stamp = Stamp.of(tracked.parameter, weight)
 
+    def _is_unwritten(self, tracked: TrackedWeight) -> bool:
+        """Whether a weight is in the same memory and has not been written, as far as that leaves a trace."""
+        layer = self._layers.get(tracked.name)
+        if layer is None or layer.stamp is None:
+            return False
+        return layer.stamp == Stamp.of(tracked.parameter, tracked.unwrapped()[0])
+
+    def _distrust(self, written: str | None) -> None:
+        """Take the snapshots of the next step anew, because a weight was written without a trace.
+
+        In a sharded run other processes may not have noticed, so that the marks, on which collectives depend, stay.
+        """
+        if written is None:
+            return
+        for layer in self._layers.values():
+            layer.stamp = None
+        if not self._has_warned_of_silent_writes:
+            self._has_warned_of_silent_writes = True
+            self._untold.append(
+                f"weightflip: {written!r} was written between two steps in a way that leaves no trace, such as through "
+                "its .data; such changes are counted as flips of the next step. Snapshots are taken anew where it is "
+                "noticed; pass fresh_snapshots=True to take them anew in each step"
+            )
+
     def _forget_codes(self) -> None:
         self._marks = None
+        self._canary.forget()
         for layer in self._layers.values():
             layer.stamp = None
             if self.low_memory or self._is_over:
@@ -1238,25 +1269,30 @@ class WeightFlipTracker:
         """Steps, and what this process has counted of all layers since they have their rows."""
         self._settle()
         skipped = 0
+        answers: dict[int, int] = {}
         tables: dict[torch.device, list[list[float]]] = {}
         pending = self._progress.skipped
         for device, ledger in self._ledgers.items():
             table = ledger.total[: ledger.rows]
             if ledger.more_total is not None:
                 table = torch.cat([table, ledger.more_total[: ledger.rows].view(torch.int64)], dim=1)
-            flat = table.flatten()
+            here = [i for i, (_, answer) in enumerate(self._canary.pending) if answer.device == device]
+            others = [self._canary.pending[i][1].view(1) for i in here]
             if pending is not None and pending.device == device:
-                host = torch.cat([flat, pending.view(1)]).cpu()
-                skipped, pending = int(host[-1]), None
-            else:
-                host = flat.cpu()
-            host = host[: flat.numel()].view(table.shape)
+                others.append(pending.view(1))
+            host = torch.cat([table.flatten(), *others]).cpu() if others else table.flatten().cpu()
+            numbers = host[table.numel() :].tolist()
+            if len(numbers) > len(here):
+                skipped, pending = numbers[-1], None
+            answers.update(zip(here, numbers, strict=False))
+            host = host[: table.numel()].view(table.shape)
             more = host[:, COLUMNS:].view(torch.float64) if ledger.more else host[:, COLUMNS:]
             tables[device] = [
                 [*row, *numbers] for row, numbers in zip(host[:, :COLUMNS].tolist(), more.tolist(), strict=True)
             ]
         if pending is not None:
             skipped = int(pending.item())
+        self._distrust(self._canary.answered([answers.get(i, 0) for i in range(len(self._canary.pending))]))
         rows = {
             name: self._zeros() if layer.row is None else tables[layer.row.ledger.device][layer.row.index]
             for name, layer in self._layers.items()

@@ -1,0 +1,154 @@
+"""Writes that leave no trace are noticed now and then, and said once."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from conftest import FORMS, BruteForce, backward, digits_model
+from torch import nn
+
+from weightflip.canary import Canary
+from weightflip.layer import TrackedWeight
+from weightflip.quantizers import resolve
+
+
+def run(form, digits, steps, writes, **options):
+    """Train, with a write through ``.data`` before some steps; what was warned of and brute force beside the tracker."""
+    model = digits_model()
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer, tracker = form(inner, model)
+    for name, value in options.items():
+        setattr(tracker, name, value)
+    brute = BruteForce(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(steps):
+            if step in writes:
+                for parameter in model.parameters():
+                    parameter.data.lerp_(torch.ones_like(parameter), 0.01)
+            backward(model, digits, step)
+            brute.before()
+            optimizer.step()
+            brute.after()
+    return [str(warning.message) for warning in caught], brute, tracker
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_writes_in_the_first_steps_are_noticed_and_counts_are_right(form, digits):
+    messages, brute, tracker = run(form, digits, 16, range(1, 16))
+    assert len(messages) == 1
+    assert "'2.weight' was written between two steps" in messages[0]
+    assert "fresh_snapshots=True" in messages[0]
+    brute.check(tracker)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("every", [10, 64, 100])
+def test_a_moving_average_that_is_written_back_seldom_is_noticed(form, every, digits):
+    messages, brute, tracker = run(form, digits, every + 1, [every])
+    assert len(messages) == 1
+    brute.check(tracker)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_what_is_not_noticed_is_counted_as_flips_as_documented(form, digits):
+    messages, brute, tracker = run(form, digits, 26, [25])
+    assert messages == []
+    assert sum(tracker.get_flip_counts().values()) != sum(brute.flips.values())
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("options", [{"fresh_snapshots": True}, {"low_memory": True}], ids=str)
+def test_where_snapshots_are_fresh_there_is_nothing_to_say(form, options, digits):
+    messages, brute, tracker = run(form, digits, 12, range(1, 12), **options)
+    assert messages == []
+    brute.check(tracker)
+
+
+def test_writes_that_leave_a_trace_are_no_news(digits):
+    model = digits_model()
+    optimizer, tracker = FORMS["wrapper"](torch.optim.AdamW(model.parameters(), lr=1e-3), model)
+    brute = BruteForce(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(16):
+            backward(model, digits, step)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(0.99)
+            brute.before()
+            optimizer.step()
+            brute.after()
+    brute.check(tracker)
+
+
+def test_it_looks_often_at_first_and_then_every_thousand_steps():
+    due = [steps for steps in range(5001) if Canary.is_due(steps)]
+    assert [
+        *range(17),
+        20,
+        32,
+        50,
+        64,
+        100,
+        128,
+        200,
+        256,
+        500,
+        512,
+        1000,
+        1024,
+        2000,
+        2048,
+        3000,
+        4000,
+        4096,
+        5000,
+    ] == due
+
+
+def weights(*shapes: tuple[int, ...]) -> list[TrackedWeight]:
+    return [TrackedWeight(f"w{i}", nn.Parameter(torch.ones(shape)), resolve("e3m4")) for i, shape in enumerate(shapes)]
+
+
+def test_each_look_is_at_the_next_weight():
+    tracked = weights((4, 4), (3, 3), (2, 2))
+    canary, found = Canary(), []
+    for steps in range(1, 7):
+        canary.remember(steps, tracked)
+        for weight in tracked:
+            weight.parameter.data.add_(1)
+        found.append(canary.find(tracked, lambda weight: True))
+    assert found == ["w1", "w2", "w0", "w1", "w2", "w0"]
+
+
+@pytest.mark.parametrize("shape", [(1,), (5000,), (1, 100_000), (300, 700), (40, 30, 20), (2, 3, 4, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_sample_is_small_and_comes_from_all_over_the_weight(shape, dtype):
+    weight = TrackedWeight("w", nn.Parameter(torch.ones(shape).to(dtype), requires_grad=False), resolve("native"))
+    canary = Canary()
+    canary.remember(1, [weight])
+    elements = canary.nbytes // dtype.itemsize
+    assert 0 < elements <= 4096
+    assert elements >= min(weight.parameter.numel(), 60)
+    assert canary.find([weight], lambda weight: True) is None
+    canary.remember(1, [weight])
+    weight.parameter.data.fill_(2)
+    assert canary.find([weight], lambda weight: True) == "w"
+
+
+def test_a_nan_that_stays_is_no_write():
+    (weight,) = weights((4, 4))
+    weight.parameter.data.fill_(torch.nan)
+    canary = Canary()
+    canary.remember(1, [weight])
+    assert canary.find([weight], lambda weight: True) is None
+
+
+def test_an_answer_of_a_device_waits_for_the_logging_point():
+    canary = Canary()
+    canary.pending = [("a", torch.tensor(0)), ("b", torch.tensor(1))]
+    assert canary.answered([0, 1]) == "b"
+    assert canary.pending == []
