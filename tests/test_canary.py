@@ -15,7 +15,7 @@ from weightflip.quantizers import resolve
 
 
 def run(form, digits, steps, writes, **options):
-    """Train, with a write through ``.data`` before some steps; what was warned of and brute force beside the tracker."""
+    """Train, writing through ``.data`` before some steps; returns the warnings, brute-force counts and the tracker."""
     model = digits_model()
     inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
     optimizer, tracker = form(inner, model)

@@ -10,6 +10,7 @@ implementations. Left out, with the reason:
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any, NamedTuple
 
 import pytest
@@ -205,6 +206,43 @@ def test_first_input_of_each_optimizer_in_the_hook_form(case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_input_of_each_optimizer(case, form):
     conforms(case, form)
+
+
+def replaced_parameters_that_stay_alive(case: Case, wrap) -> list[str]:
+    """Train two steps, replace all parameters, and name those of the old ones that are still there."""
+    net = Net(case.info)
+    optimizer = build(case, net, wrap)
+    for step in range(2):
+        step_once(case, net, optimizer, lambda step=step: optimizer.zero_grad() or backward_of(net, step))
+    old = {name: weakref.ref(parameter.untyped_storage()) for name, parameter in net.named_parameters()}
+    for module in net.children():
+        for name, parameter in list(module.named_parameters()):
+            setattr(module, name, nn.Parameter(parameter.detach().clone()))
+    new = list(net.parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [new.pop(0) for _ in group["params"]]
+    optimizer.state.clear()
+    del parameter
+    return [name for name, reference in old.items() if reference() is not None]
+
+
+def backward_of(net: Net, step: int) -> Tensor:
+    with torch.enable_grad():
+        loss = net.loss(step)
+        loss.backward()
+    return loss
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("form", [tracked, hooked], ids=["wrapper", "hooks"])
+@pytest.mark.parametrize(
+    "case", [case for case in FAST if not case.kwargs.get("differentiable")], ids=lambda case: case.name
+)
+def test_replaced_parameters_are_freed_as_by_the_bare_optimizer(case, form):
+    bare = replaced_parameters_that_stay_alive(case, lambda optimizer, net: optimizer)
+    # LBFGS keeps a list of its own.
+    assert bool(bare) == (case.info.optim_cls is torch.optim.LBFGS)
+    assert replaced_parameters_that_stay_alive(case, form) == bare
 
 
 def test_the_database_is_what_we_think():
