@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ from conftest import assert_same, backward, digits_model
 from processes import run_python
 from test_sinks import scalars
 
-from weightflip import FlipTrackingOptimizer
+from weightflip import FlipTrackingOptimizer, WeightFlipTracker
 
 TOTAL, SAVED_AT = 33, 14
 
@@ -115,3 +119,124 @@ def test_loading_leaves_the_callers_state_alone(digits):
     state = optimizer.state_dict()
     optimizer.load_state_dict(state)
     assert "flip_tracking" in state
+
+
+def damaged_states():
+    """What became of a tracker's state, with what is said about it."""
+    huge = 10**400
+    cells = {
+        "text": "5",
+        "a float": 5.0,
+        "NaN": math.nan,
+        "a boolean": True,
+        "negative": -5,
+        "above int64": 2**63,
+        "of 400 digits": huge,
+        "none": None,
+        "a list": [1],
+        "a tensor": torch.ones(3),
+    }
+    for what, value in cells.items():
+        yield f"steps {what}", lambda s, v=value: s.update(steps=v), "'steps'"
+        yield f"weights {what}", lambda s, v=value: s["layers"][0].__setitem__(1, v), "the weights of layer '0.weight'"
+        yield f"total {what}", lambda s, v=value: s["layers"][0][3].__setitem__(0, v), "flips in the totals of layer"
+        yield f"base {what}", lambda s, v=value: s["layers"][1][4].__setitem__(4, v), "non-finite weights in the totals"
+        yield f"total is {what}", lambda s, v=value: s["layers"][0].__setitem__(3, v), "a list of 7 entries"
+        yield f"layers are {what}", lambda s, v=value: s.update(layers=v if v != [1] else 5), "a list as 'layers'"
+        yield f"ratios are {what}", lambda s, v=value: s.update(ratios=v if v != [1] else 5), "a list as 'ratios'"
+        yield f"remembered is {what}", lambda s, v=value: s.update(weights=v), "a dictionary as 'weights'"
+        yield f"version {what}", lambda s, v=value: s.update(version=v), "of version 1 returned, got version"
+    for what in ("text", "a boolean", "of 400 digits", "none", "a list"):
+        value = cells[what]
+        yield f"ratio {what}", lambda s, v=value: s["ratios"][0].__setitem__(3, v), "numbers of float64"
+    yield "total too short", lambda s: s["layers"][0][3].pop(), "a list of 7 entries as the totals of layer"
+    yield "total too long", lambda s: s["layers"][0][3].append(0), "a list of 7 entries as the totals of layer"
+    yield "base too short", lambda s: s["layers"][0][4].pop(), "at the last record of layer '0.weight', got 6"
+    yield "layer too short", lambda s: s["layers"][0].pop(), "a list of 5 entries as a layer, got 4"
+    yield "ratio too short", lambda s: s["ratios"][0].pop(), "a list of 6 entries as a ratio, got 5"
+    yield "layer twice", lambda s: s["layers"].append(s["layers"][0]), "each layer once"
+    yield "ratio twice", lambda s: s["ratios"].append(s["ratios"][0]), "each ratio of a layer once"
+    yield "name a number", lambda s: s["layers"][0].__setitem__(0, 5), "names of a layer and of its quantizer"
+    yield "ratio of no layer", lambda s: s["ratios"][0].__setitem__(0, "x"), "of a layer in 'layers', got 'x'"
+    yield "tensors of no layer", lambda s: s["weights"].update(x={}), "of a layer in 'layers', got 'x'"
+    yield "no tensor", lambda s: s["weights"]["0.weight"]["oscillation"].update(x=5), "tensors, by name"
+    yield "more flips than weights", lambda s: s["layers"][0][3].__setitem__(0, 2**62), "flips between 0 and"
+    yield "more stalled than updates", lambda s: s["layers"][0][3].__setitem__(2, 2**62), "stalled between 0 and"
+    yield "fewer than at the record", lambda s: s["layers"][0][3].__setitem__(0, 0), "since then of layer '0.weight'"
+    for key in ("version", "steps", "layers"):
+        yield f"no {key}", lambda s, k=key: s.pop(k), f"a dictionary without ['{key}']"
+
+
+def test_damaged_counts_are_refused_and_an_optimizer_starts_anew(digits):
+    records = []
+    options = {"metrics": ("flips", "stalls", "oscillation"), "sinks": [records.append], "quantizer": "int8"}
+    model = digits_model()
+    optimizer = tracked(model, **options)
+    run(model, optimizer, digits, 0, 6)
+    state = optimizer.state_dict()
+    assert state["flip_tracking"]["tracker"]["layers"][0][4][0] > 0, "no flips before the last record"
+
+    fresh = digits_model()
+    reference = tracked(fresh, **options)
+    bare = {key: value for key, value in state.items() if key != "flip_tracking"}
+    reference.load_state_dict(copy.deepcopy(bare))
+    run(fresh, reference, digits, 6, 9)
+    counts = reference.tracker.get_flip_counts()
+
+    for what, damage, message in damaged_states():
+        bad = copy.deepcopy(state["flip_tracking"]["tracker"])
+        damage(bad)
+        tracker = WeightFlipTracker(metrics=options["metrics"])
+        tracker.load_state_dict(state["flip_tracking"]["tracker"])
+        with pytest.raises(ValueError, match=re.escape(message)) as raised:
+            tracker.load_state_dict(bad)
+        assert str(raised.value).startswith("expected "), what
+        assert ", got " in str(raised.value), what
+        assert len(str(raised.value)) < 300, what
+        # What was there is left alone.
+        assert_same(tracker.state_dict()["layers"], state["flip_tracking"]["tracker"]["layers"])
+
+    for bad in (5, None, [], "text", {}, {"tracker": 5, "calls": 3}, {"tracker": state["flip_tracking"]["tracker"]}):
+        check_starts_anew(digits, {**state, "flip_tracking": bad}, options, counts, "expected ")
+    for calls in (-5, 10**400, True, "5", 2.0, math.nan):
+        bad = {"tracker": state["flip_tracking"]["tracker"], "calls": calls}
+        check_starts_anew(digits, {**state, "flip_tracking": bad}, options, counts, "calls")
+    for _, damage, message in list(damaged_states())[::7]:
+        bad = copy.deepcopy(state["flip_tracking"])
+        damage(bad["tracker"])
+        check_starts_anew(digits, {**state, "flip_tracking": bad}, options, counts, message)
+
+
+def check_starts_anew(digits, state, options, counts, message):
+    """One warning; then training as it would have been, and counts from zero, also where there were some before."""
+    model = digits_model()
+    optimizer = tracked(model, **options)
+    run(model, optimizer, digits, 0, 2)
+    model.load_state_dict(digits_model().state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        # Torch takes over the tensors as they are.
+        optimizer.load_state_dict(copy.deepcopy(state))
+        run(model, optimizer, digits, 6, 9)
+    (warning,) = caught
+    assert "start anew" in str(warning.message)
+    assert message in str(warning.message)
+    assert optimizer.tracker.step_count == 3
+    assert optimizer.tracker.get_flip_counts() == counts
+
+
+def test_what_is_no_state_at_all_is_said_in_plain_words():
+    expected = "expected what WeightFlipTracker.state_dict() returned, a dictionary, got 5"
+    with pytest.raises(TypeError, match=f"^{re.escape(expected)}$"):
+        WeightFlipTracker().load_state_dict(5)
+
+
+def test_a_state_without_metric_groups_and_a_json_of_it_load(digits):
+    model = digits_model()
+    optimizer = tracked(model, sinks=[])
+    run(model, optimizer, digits, 0, 6)
+    state = optimizer.tracker.state_dict()
+    for given in (state, json.loads(json.dumps(state)), {k: state[k] for k in ("version", "steps", "layers")}):
+        tracker = WeightFlipTracker()
+        tracker.load_state_dict(given)
+        assert tracker.get_flip_counts() == optimizer.tracker.get_flip_counts()

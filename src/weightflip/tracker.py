@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from weightflip import distributed, functional, kernels
+from weightflip import checkpoint, distributed, functional, kernels
 from weightflip.batch import Batch, Member, make_member
 from weightflip.canary import Canary
 from weightflip.layer import Layer, Row, Stamp, TrackedWeight
@@ -776,7 +776,7 @@ class WeightFlipTracker:
             for name, layer in self._layers.items()
             if name not in self._sharded and (kept := layer.metric_tensors())
         }
-        return {"version": 1, "steps": steps, "layers": layers, "ratios": ratios, "weights": weights}
+        return {"version": checkpoint.VERSION, "steps": steps, "layers": layers, "ratios": ratios, "weights": weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from ``state_dict``. The next step's first snapshot is a baseline.
@@ -784,41 +784,34 @@ class WeightFlipTracker:
         A layer that has another number of weights now starts anew, with a warning.
 
         Raises:
-            ValueError: Not a tracker's state, or one of a later version.
+            TypeError: Not a dictionary.
+            ValueError: Not a tracker's state, a damaged one, or one of a later version. The tracker is as it was.
         """
-        missing = {"version", "steps", "layers"} - set(state_dict)
-        if missing or state_dict["version"] != 1:
-            raise ValueError(
-                "expected what WeightFlipTracker.state_dict() of version 1 returned, got "
-                + (f"a dictionary without {sorted(missing)}" if missing else f"version {state_dict['version']!r}")
-            )
-        layers, window_base = {}, {}
-        for name, weights, quantizer, total, base in state_dict["layers"]:
-            layers[name] = Layer(name, int(weights), quantizer, [*map(int, total), *self._zeros()[COLUMNS:]])
-            window_base[name] = [*map(int, base), *self._zeros()[COLUMNS:]]
+        steps, saved = checkpoint.parse(state_dict)
         columns = {
             ratio: COLUMNS + group.sums.start + 2 * i
             for group in self._groups
             for i, ratio in enumerate(group.metric.ratios)
         }
-        for name, ratio, *numbers in state_dict.get("ratios", []):
-            if ratio in columns:
-                at = slice(columns[ratio], columns[ratio] + 2)
-                layers[name].base[at], window_base[name][at] = numbers[:2], numbers[2:]
         asked = {group.metric.name for group in self._groups}
         unasked: set[str] = set()
-        for name, kept in state_dict.get("weights", {}).items():
-            layers[name].saved = {group: dict(tensors) for group, tensors in kept.items() if group in asked}
-            unasked.update(kept.keys() - asked)
+        layers, window_base = {}, {}
+        for name, of in saved.items():
+            layer = layers[name] = Layer(name, of.weights, of.quantizer, [*of.total, *self._zeros()[COLUMNS:]])
+            base = window_base[name] = [*of.base, *self._zeros()[COLUMNS:]]
+            for ratio in columns.keys() & of.ratios.keys():
+                at = slice(columns[ratio], columns[ratio] + 2)
+                layer.base[at], base[at] = of.ratios[ratio][:2], of.ratios[ratio][2:]
+            layer.saved = {group: tensors for group, tensors in of.tensors.items() if group in asked}
+            unasked.update(of.tensors.keys() - asked)
+        self.reset()
+        self._layers, self._window_base, self._progress = layers, window_base, _Progress(steps)
         if unasked:
             warnings.warn(
                 f"weightflip: what {sorted(unasked)} remembered of each weight in the checkpoint is dropped, since "
                 "metrics= does not ask for it",
                 stacklevel=2,
             )
-        steps = int(state_dict["steps"])
-        self.reset()
-        self._layers, self._window_base, self._progress = layers, window_base, _Progress(steps)
 
     def __getstate__(self) -> dict[str, Any]:
         passing: dict[str, Any] = {"_current": [], "_grads": {}, "_asked": {}, "_marks": None, "_together": {}}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weightflip import distributed
+from weightflip import checkpoint, distributed
 from weightflip.detect import Plan, make_groups, make_plan, name_parameters, owner_types
 from weightflip.layer import TrackedWeight
 from weightflip.log import Log, Source, restricted
@@ -358,6 +358,8 @@ class Tracking:
         try:
             self.load_state_dict(state_dict)
         except Exception as error:
+            self.tracker.reset()
+            self._calls = 0
             warnings.warn(
                 "weightflip: the counts of this checkpoint cannot be read and start anew, the optimizer's state is "
                 f"loaded: {type(error).__name__}: {error}",
@@ -368,7 +370,12 @@ class Tracking:
         return {"tracker": self.tracker.state_dict(), "calls": self._calls}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        calls = int(state_dict["calls"])
+        if not isinstance(state_dict, Mapping) or not {"tracker", "calls"} <= set(state_dict):
+            raise ValueError(
+                f"expected a dictionary with 'tracker' and 'calls' under {STATE_KEY!r}, got "
+                + (str(sorted(map(str, state_dict))) if isinstance(state_dict, Mapping) else type(state_dict).__name__)
+            )
+        calls = checkpoint.count(state_dict["calls"], "'calls'")
         self.tracker.load_state_dict(state_dict["tracker"])
         self._calls = calls
         self.log.first_step = max(self.log.first_step, self.tracker.step_count)

@@ -1,0 +1,183 @@
+"""A tracker's saved counts, checked: what a checkpoint holds as plain data, or an error that says what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from weightflip.kernels import FLIPS, STALLED, UPDATES
+from weightflip.ledger import COLUMNS, NONFINITE, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS
+
+VERSION = 1
+_INT64_MAX = 2**63 - 1
+_COLUMN_NAMES = {
+    FLIPS: "flips",
+    UPDATES: "updates",
+    STALLED: "stalled",
+    WEIGHT_STEPS: "weight steps",
+    NONFINITE: "non-finite weights",
+    SCALE_STEPS: "scale steps",
+    SCALE_CHANGES: "scale changes",
+}
+# Of these pairs the first one is a part of the second one.
+_PARTS = ((FLIPS, WEIGHT_STEPS), (UPDATES, WEIGHT_STEPS), (STALLED, UPDATES), (SCALE_CHANGES, SCALE_STEPS))
+
+
+@dataclass
+class SavedLayer:
+    """What was counted of one layer.
+
+    Attributes:
+        weights: Number of weights.
+        quantizer: Its name.
+        total: The ledger's columns since tracking began.
+        base: The same, up to the last record.
+        ratios: Name of a metric group's ratio to numerator and denominator, since tracking began and up to the last
+            record.
+        tensors: Name of a metric group to what it remembers of each weight.
+    """
+
+    weights: int
+    quantizer: str
+    total: list[int]
+    base: list[int]
+    ratios: dict[str, tuple[float, float, float, float]] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def parse(state_dict: Any) -> tuple[int, dict[str, SavedLayer]]:
+    """Steps and layers, by name, from what ``WeightFlipTracker.state_dict`` returned.
+
+    Args:
+        state_dict: Anything: a checkpoint may be of another program, of another version, or damaged.
+
+    Raises:
+        TypeError: Not a dictionary.
+        ValueError: Anything in it is not what is saved there.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"expected what WeightFlipTracker.state_dict() returned, a dictionary, got {_got(state_dict)}")
+    missing = {"version", "steps", "layers"} - set(state_dict)
+    version = state_dict.get("version")
+    if missing or type(version) is not int or version != VERSION:
+        raise ValueError(
+            f"expected what WeightFlipTracker.state_dict() of version {VERSION} returned, got "
+            + (f"a dictionary without {sorted(missing)}" if missing else f"version {_got(version)}")
+        )
+    steps = count(state_dict["steps"], "'steps'")
+    layers: dict[str, SavedLayer] = {}
+    for row in _rows(state_dict["layers"], "'layers'"):
+        name, weights, quantizer, total, base = _row(row, 5, "a layer")
+        where = f"layer {name!r}"
+        if not isinstance(name, str) or not isinstance(quantizer, str):
+            raise ValueError(
+                f"expected names of a layer and of its quantizer as text, got {_got(name)}, {_got(quantizer)}"
+            )
+        if name in layers:
+            raise ValueError(f"expected each layer once, got {where} twice")
+        layers[name] = SavedLayer(
+            count(weights, f"the weights of {where}"),
+            quantizer,
+            _counts(total, f"the totals of {where}"),
+            _counts(base, f"the totals at the last record of {where}"),
+        )
+        _check_order(layers[name], where)
+    for row in _rows(state_dict.get("ratios", ()), "'ratios'"):
+        name, ratio, *numbers = _row(row, 6, "a ratio")
+        where = f"ratio {_got(ratio)} of layer {_got(name)}"
+        of = _known(layers, name, where)
+        if not isinstance(ratio, str) or ratio in of.ratios:
+            raise ValueError(f"expected each ratio of a layer once, by name, got {where}")
+        now, of_now, then, of_then = (_number(number, where) for number in numbers)
+        of.ratios[ratio] = now, of_now, then, of_then
+    for name, groups in _mapping(state_dict.get("weights", {}), "'weights'").items():
+        of = _known(layers, name, f"what is remembered of layer {_got(name)}")
+        for group, tensors in _mapping(groups, f"what is remembered of layer {name!r}").items():
+            where = f"what {_got(group)} remembers of layer {name!r}"
+            kept = dict(_mapping(tensors, where))
+            if not isinstance(group, str) or not all(isinstance(tensor, Tensor) for tensor in kept.values()):
+                raise ValueError(f"expected tensors, by name, as {where}, got {_got(tensors)}")
+            of.tensors[group] = kept
+    return steps, layers
+
+
+def count(value: Any, what: str) -> int:
+    """The value, if it is a number that can be counted up to.
+
+    Args:
+        value: Anything.
+        what: What it is, for the error.
+
+    Raises:
+        ValueError: Not a whole number from 0 to 2**63 - 1.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _INT64_MAX:
+        raise ValueError(f"expected a whole number from 0 to 2**63 - 1 as {what}, got {_got(value)}")
+    return int(value)
+
+
+def _counts(row: Any, what: str) -> list[int]:
+    numbers = _row(row, COLUMNS, what)
+    return [count(number, f"{_COLUMN_NAMES[column]} in {what}") for column, number in enumerate(numbers)]
+
+
+def _check_order(layer: SavedLayer, where: str) -> None:
+    """No part is larger than the whole, now and in the window since the last record."""
+    window = [now - then for now, then in zip(layer.total, layer.base, strict=True)]
+    for period, numbers in (("in all", layer.total), ("at the last record", layer.base), ("since then", window)):
+        for part, whole in _PARTS:
+            if not 0 <= numbers[part] <= numbers[whole]:
+                raise ValueError(
+                    f"expected {_COLUMN_NAMES[part]} between 0 and {_COLUMN_NAMES[whole]} {period} of {where}, got "
+                    f"{numbers[part]} and {numbers[whole]}"
+                )
+
+
+def _number(value: Any, what: str) -> float:
+    """Sums of a metric group: their meaning, and so their sign, is the group's own."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            float(value)
+        except OverflowError:
+            pass
+        else:
+            return value
+    raise ValueError(f"expected numbers of float64 as {what}, got {_got(value)}")
+
+
+def _known(layers: Mapping[str, SavedLayer], name: Any, what: str) -> SavedLayer:
+    if not isinstance(name, str) or name not in layers:
+        raise ValueError(f"expected {what} to be of a layer in 'layers', got {_got(name)}")
+    return layers[name]
+
+
+def _rows(value: Any, what: str) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"expected a list as {what}, got {_got(value)}")
+    return value
+
+
+def _row(value: Any, length: int, what: str) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)) or len(value) != length:
+        got = f"{len(value)}" if isinstance(value, (list, tuple)) else _got(value)
+        raise ValueError(f"expected a list of {length} entries as {what}, got {got}")
+    return value
+
+
+def _mapping(value: Any, what: str) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected a dictionary as {what}, got {_got(value)}")
+    return value
+
+
+def _got(value: Any) -> str:
+    """What came, in a few words: it may be a tensor, or a number of 400 digits."""
+    if isinstance(value, int) and not -(10**30) < value < 10**30:
+        return f"a whole number of {value.bit_length()} bits"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        text = repr(value)
+        return text if len(text) <= 80 else f"{text[:77]}..."
+    return type(value).__name__
