@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from weightflip.records import AlertEvent, FlipRecord, LayerRecord, split_variant, variant
+from weightflip.records import AlertEvent, FlipRecord, LayerRecord, shown, split_variant, variant
 
 logger = logging.getLogger("weightflip")
 
@@ -210,7 +210,7 @@ class AlertWatch:
         episode.is_told = True
         of_highest = f" of {episode.highest:.4g}" if alert.comparison == "drops" else ""
         when = f", since step {since}" if since < step else ""
-        message = f"step {step}: {alert.rule}: {layer} ({value:.4g}{of_highest}{when})"
+        message = f"step {step}: {alert.rule}: {shown(layer)} ({value:.4g}{of_highest}{when})"
         return AlertEvent(step, layer, alert.rule, value, since, message)
 
     def _log(self, events: Sequence[AlertEvent]) -> None:
@@ -220,7 +220,7 @@ class AlertWatch:
                 logger.warning("weightflip: %s", event.message)
             return
         first = events[0]
-        names = ", ".join(event.layer for event in events[:_NAMED])
+        names = ", ".join(shown(event.layer) for event in events[:_NAMED])
         logger.warning("weightflip: step %d: %s: %s and %d more", first.step, first.rule, names, len(events) - _NAMED)
 
     def _call_back(self, index: int, events: Sequence[AlertEvent]) -> None:

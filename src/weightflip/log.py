@@ -11,7 +11,7 @@ from typing import Any
 
 from weightflip import distributed
 from weightflip.alerts import AlertWatch
-from weightflip.records import Counts, FlipRecord, RunInfo, split_variant
+from weightflip.records import Counts, FlipRecord, RunInfo, shown, split_variant
 from weightflip.sinks import SinkGroup
 from weightflip.tracker import WeightFlipTracker
 
@@ -146,7 +146,7 @@ class Log:
         """Warn of what was found, now that no process waits for this one: a warning may be an error."""
         untold, self.untold = [text for source in self.sources for text in source.take_warnings()] + self.untold, []
         for text in untold:
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(shown(text), stacklevel=2)
 
     def close(self, *, together: bool = True) -> None:
         """Write the last record and let the sinks go.

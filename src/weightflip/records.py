@@ -125,6 +125,29 @@ def split_variant(name: str) -> tuple[str, str]:
     return name, quantizer
 
 
+def shown(text: str) -> str:
+    r"""Text for people, with what would not print as itself escaped, as ``repr`` does.
+
+    A layer's name may hold anything. In a terminal, escapes and overrides of the direction of writing would be obeyed,
+    and a lone surrogate cannot be written to a file. What prints stays, so that this can be done twice.
+
+    Example:
+        >>> print(shown("blocks.0\x1b[2J"), shown("schicht.\u00fc"))
+        blocks.0\x1b[2J schicht.\u00fc
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def table_cell(value: object) -> object:
+    """A cell of a CSV file: text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    if not isinstance(value, str):
+        return value
+    text = shown(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
 @dataclass(frozen=True)
 class LayerRecord:
     """One layer, or the sum of all, at one logging point.
@@ -375,26 +398,29 @@ class RunInfo:
     def to_markdown(self) -> str:
         """The text panel."""
         lines = [f"**weightflip** tracks {len(self.tracked)} weights, skips {len(self.skipped)}.", ""]
-        lines += [f"- {note}" for note in self.notes]
+        lines += [f"- {shown(note)}" for note in self.notes]
         lines += ["", "| weight | shape | dtype | quantizer |", "|---|---|---|---|"]
-        lines += [f"| `{name}` | {' | '.join(row)} |" for name, row in self.tracked.items()]
+        lines += [f"| `{shown(name)}` | {' | '.join(map(shown, row))} |" for name, row in self.tracked.items()]
         if self.skipped:
             lines += ["", "| skipped | why |", "|---|---|"]
-            lines += [f"| `{name}` | {reason} |" for name, reason in self.skipped.items()]
+            lines += [f"| `{shown(name)}` | {shown(reason)} |" for name, reason in self.skipped.items()]
         if self.groups:
             lines += ["", "| group | weights |", "|---|---|"]
-            lines += [f"| {group} | {', '.join(f'`{n}`' for n in names)} |" for group, names in self.groups.items()]
-        lines += ["", ", ".join(f"{name}={value}" for name, value in self.settings.items())]
+            lines += [
+                f"| {shown(group)} | {', '.join(f'`{shown(name)}`' for name in names)} |"
+                for group, names in self.groups.items()
+            ]
+        lines += ["", shown(", ".join(f"{name}={value}" for name, value in self.settings.items()))]
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        width = max((len(name) for name in (*self.tracked, *self.skipped)), default=0)
+        width = max((len(shown(name)) for name in (*self.tracked, *self.skipped)), default=0)
         lines = [f"{len(self.tracked)} weights tracked, {len(self.skipped)} skipped"]
         lines += [
-            f"  {name:<{width}}  {quantizer}  {shape} {dtype}"
+            f"  {shown(name):<{width}}  {quantizer}  {shape} {dtype}"
             for name, (shape, dtype, quantizer) in self.tracked.items()
         ]
-        lines += [f"  {name:<{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"  {shown(name):<{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
         lines += [f"  group {group}: {', '.join(names)}" for group, names in self.groups.items()]
         lines += [f"  {note}" for note in self.notes]
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))

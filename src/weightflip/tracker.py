@@ -20,7 +20,7 @@ from weightflip.ledger import COLUMNS, COUNTED, NONFINITE, SCALE_CHANGES, SCALE_
 from weightflip.metrics import CORE_VALUES, LayerMetric, Slice, Weight
 from weightflip.metrics.columns import METRICS, Group, MetricsLike, gauges_of, make_groups, ratios_of
 from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, bits_of_scale, quantizer_name, resolve
-from weightflip.records import Counts, FlipRecord, LayerRecord, split_variant
+from weightflip.records import Counts, FlipRecord, LayerRecord, shown, split_variant
 
 
 class MemoryUsage(NamedTuple):
@@ -1012,7 +1012,7 @@ class WeightFlipTracker:
 
     def take_warnings(self) -> list[str]:
         """What has not been warned about yet, where ``holds_warnings`` is set."""
-        untold, self._untold = self._untold, []
+        untold, self._untold = [shown(text) for text in self._untold], []
         return untold
 
     # ------------------------------------------------------------------ many weights in one call
@@ -1343,7 +1343,7 @@ def _seen(layer: Layer, weight: Tensor, quantizer: Quantizer) -> Weight:
 def _table_row(name: str, quantizer: str, weights: int, counts: Counts) -> tuple[str, ...]:
     per_weight = f"{counts.flips / weights:.2f}" if weights else "-"
     stall_ratio = f"{counts.stall_ratio:.1%}" if counts.updates else "-"
-    return name, quantizer, f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio
+    return shown(name), shown(quantizer), f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio
 
 
 def _scale_codes(quantizer: Quantizer, scale: Tensor | None, ndim: int) -> Tensor | None:

@@ -21,7 +21,7 @@ from weightflip.detect import Plan, make_groups, make_plan, name_parameters, own
 from weightflip.layer import TrackedWeight
 from weightflip.log import Log, Source, restricted
 from weightflip.quantizers.base import Quantizer, quantizer_name
-from weightflip.records import RunInfo, split_variant, variant
+from weightflip.records import RunInfo, shown, split_variant, variant
 from weightflip.tracker import WeightFlipTracker
 
 logger = logging.getLogger("weightflip")
@@ -145,7 +145,7 @@ class Tracking:
             sentence = note.rpartition(" (")[0]
             if sentence not in self._noted:
                 self._noted.add(sentence)
-                logger.warning("weightflip: %s", note)
+                logger.warning("weightflip: %s", shown(note))
         # Again at the first step: until then a model may still be converted, which leaves its parameters what they are.
         self._looks_again = strict
         places = {id(parameter): place for place, parameter in reversed(list(enumerate(every)))}
@@ -362,7 +362,7 @@ class Tracking:
             self._calls = 0
             warnings.warn(
                 "weightflip: the counts of this checkpoint cannot be read and start anew, the optimizer's state is "
-                f"loaded: {type(error).__name__}: {error}",
+                f"loaded: {type(error).__name__}: {shown(str(error))}",
                 stacklevel=3,
             )
 

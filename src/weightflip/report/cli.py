@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from weightflip.records import shown
 from weightflip.report.findings import find
 from weightflip.report.read import ReportError, read_runs
 from weightflip.report.table import write_csv
@@ -41,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _report(args.runs, args.html, args.csv)
     except ReportError as error:
-        print(f"weightflip: {error}", file=sys.stderr)
+        print(f"weightflip: {shown(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # `weightflip report ... | head`: nobody reads on. The interpreter would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"weightflip: {error}", file=sys.stderr)
+        print(f"weightflip: {shown(str(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -64,7 +65,7 @@ def _report(paths: Sequence[str], html: str | None, csv: str | None) -> None:
     print_report(runs, findings)
     for file in (html, csv):
         if file is not None:
-            print(f"Wrote {file}")
+            print(f"Wrote {shown(file)}")
     sys.stdout.flush()
 
 

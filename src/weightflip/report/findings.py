@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from weightflip.records import shown
 from weightflip.report.read import Layer, Run, Series, sums
 
 # Points that a rule about a development over time needs.
@@ -69,6 +70,10 @@ class Finding:
     runs: tuple[str, ...]
     layers: tuple[str, ...] = ()
     step: int | None = None
+
+    def __post_init__(self) -> None:
+        # Names are in the sentence, and people read it.
+        object.__setattr__(self, "text", shown(self.text))
 
 
 def find(runs: Sequence[Run]) -> list[Finding]:

@@ -6,13 +6,14 @@ import io
 import math
 import re
 from collections.abc import Iterable, Sequence
-from html import escape
+from html import escape as escape_html
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from weightflip.records import shown
 from weightflip.report.findings import Finding, Severity, percent
 from weightflip.report.read import Layer, ReportError, Run, Series
 from weightflip.report.table import VALUES, Value, cell, columns, concerns, formats, model_series, ranked
@@ -63,6 +64,11 @@ figcaption { color: var(--soft); font-size: 13px; margin: 2px 0 14px; }
 dl { display: grid; grid-template-columns: max-content auto; gap: 2px 16px; margin: 0; font-size: 13px; }
 dt { font-weight: 600; } dd { margin: 0; }
 """
+
+
+def escape(text: str, quote: bool = True) -> str:
+    """Text of the page: names may hold what no page can."""
+    return escape_html(shown(text), quote)
 
 
 def write_html(runs: Sequence[Run], findings: Sequence[Finding], path: str | PathLike[str]) -> None:
@@ -311,7 +317,7 @@ def _curve_set(figures: _Figures, lines: Sequence[tuple[str, Run, str]], title: 
             marker = "." if there.sum() <= 30 else ""
             color, dashes = _COLORS[at % len(_COLORS)], "-" if at < len(_COLORS) else "--"
             axes.plot(edges[1:][there], points[there], marker=marker, color=color, linewidth=1.4, linestyle=dashes)
-        axes.set_title(value.title, loc="left", fontweight="bold", color="#374151")
+        axes.set_title(shown(value.title), loc="left", fontweight="bold", color="#374151")
         axes.set_xlabel("step")
         axes.grid(axis="y", color="#e5e7eb", linewidth=0.7)
         axes.set_axisbelow(True)
@@ -326,7 +332,13 @@ def _curve_set(figures: _Figures, lines: Sequence[tuple[str, Run, str]], title: 
         from matplotlib.lines import Line2D
 
         handles = [
-            Line2D([], [], color=_COLORS[at % len(_COLORS)], linestyle="-" if at < len(_COLORS) else "--", label=name)
+            Line2D(
+                [],
+                [],
+                color=_COLORS[at % len(_COLORS)],
+                linestyle="-" if at < len(_COLORS) else "--",
+                label=shown(name),
+            )
             for at, (name, _, _) in enumerate(lines)
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=min(6, len(lines)), frameon=False)
@@ -339,7 +351,7 @@ def _labels(names: Sequence[str]) -> tuple[list[int], list[str]]:
     """Which rows get a label: all of them, or evenly spread ones."""
     every = math.ceil(len(names) / _ROW_LABELS)
     at = list(range(0, len(names), every))
-    return at, [names[row] for row in at]
+    return at, [shown(names[row]) for row in at]
 
 
 def _heat_maps(figures: _Figures, runs: Sequence[Run]) -> str:
@@ -384,7 +396,7 @@ def _heat_map_row(figures: _Figures, runs: Sequence[Run], scale: Sequence[Run], 
         axes.tick_params(axis="y", length=0)
         axes.spines[:].set_visible(False)
         axes.set_xlabel("step")
-        axes.set_title(run.name if len(scale) > 1 else "", loc="left", color="#374151")
+        axes.set_title(shown(run.name) if len(scale) > 1 else "", loc="left", color="#374151")
     bar = figure.colorbar(mesh, ax=list(grid), pad=0.01, aspect=30, format=PercentFormatter(1.0, decimals=None))
     bar.outline.set_visible(False)
     label = f"{value.title}: {value.meaning}"
@@ -414,7 +426,9 @@ def _format_matrix(figures: _Figures, run: Run) -> str:
     axes.invert_yaxis()
     rows, names = _labels([*weights, "all"])
     axes.set_yticks([row + 0.5 for row in rows], names, fontsize=7.5)
-    axes.set_xticks([column + 0.5 for column in range(len(variants))], [name or "one format" for name in variants])
+    axes.set_xticks(
+        [column + 0.5 for column in range(len(variants))], [shown(name) or "one format" for name in variants]
+    )
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, axis="x", labelsize=7.5)
     axes.tick_params(length=0, axis="y")
     axes.spines[:].set_visible(False)

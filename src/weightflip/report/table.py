@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
+from weightflip.records import table_cell
 from weightflip.report.findings import Finding, percent
 from weightflip.report.read import EMPTY, Layer, Run, Series
 
@@ -105,7 +106,8 @@ def write_csv(runs: Sequence[Run], path: str | PathLike[str]) -> int:
     """Every number of every record, one a row, in long form.
 
     The columns are run, step, layer, quantizer, value, number. The layer is empty for all layers together; numbers are
-    written with all their digits.
+    written with all their digits. In names, what does not print is escaped, and one that a spreadsheet would take for a
+    formula begins with an apostrophe.
 
     Args:
         runs: Read with ``every_record``.
@@ -124,7 +126,7 @@ def write_csv(runs: Sequence[Run], path: str | PathLike[str]) -> int:
             for name, quantizer, values in sources:
                 for value, series in values.items():
                     for step, number in zip(series.steps.tolist(), series.values.tolist(), strict=True):
-                        writer.writerow([run.name, step, name, quantizer, value, number])
+                        writer.writerow(map(table_cell, [run.name, step, name, quantizer, value, number]))
                         rows += 1
     return rows
 

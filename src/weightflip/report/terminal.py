@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from weightflip.records import shown as escaped
 from weightflip.report.findings import Finding, Severity
 from weightflip.report.read import Layer, ReportError, Run, Series
 from weightflip.report.table import cell, columns, concerns, formats, model_series, ranked
@@ -16,6 +17,7 @@ from weightflip.report.table import cell, columns, concerns, formats, model_seri
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 _STYLES = {
     Severity.SERIOUS: ("bold red", "serious"),
@@ -82,9 +84,13 @@ def _table(console: Console, **options: Any) -> Table:
     return Table(box=box.SIMPLE_HEAD if _is_unicode(console) else box.ASCII, pad_edge=False, **options)
 
 
-def _print_runs(console: Console, runs: Sequence[Run]) -> None:
+def _text(text: str, style: str = "") -> Text:
     from rich.text import Text
 
+    return Text(escaped(text), style=style)
+
+
+def _print_runs(console: Console, runs: Sequence[Run]) -> None:
     rows = []
     for run in runs:
         for variant in run.models:
@@ -105,18 +111,17 @@ def _print_runs(console: Console, runs: Sequence[Run]) -> None:
     table = _table(console)
     table.add_column("run", overflow="fold")
     for column in shown:
-        table.add_column(column.title, justify="left" if column.left else "right", overflow="fold")
+        table.add_column(_text(column.title), justify="left" if column.left else "right", overflow="fold")
     for at, name in enumerate(names):
-        table.add_row(Text(name), *(Text(column.cells[at]) for column in shown))
+        table.add_row(_text(name), *(_text(column.cells[at]) for column in shown))
     console.print(table)
     for run in runs:
         for note in run.notes:
-            console.print(Text(f"{run.name}: {note}" if len(runs) > 1 else note, style="dim"))
+            console.print(_text(f"{run.name}: {note}" if len(runs) > 1 else note, style="dim"))
 
 
 def _print_findings(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -124,7 +129,7 @@ def _print_findings(console: Console, runs: Sequence[Run], findings: Sequence[Fi
     for finding in findings:
         style, word = _STYLES[finding.severity]
         whose = f"{finding.runs[0]}: " if len(runs) > 1 and len(finding.runs) == 1 else ""
-        table.add_row(Text(word, style=style), Text(whose + finding.text + "."))
+        table.add_row(_text(word, style=style), _text(whose + finding.text + "."))
     console.print(table, width=min(console.width, _TEXT_WIDTH))
 
 
@@ -196,7 +201,6 @@ def _print_layers(console: Console, run: Run, findings: Sequence[Finding], title
 
 def _print_side_by_side(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> None:
     """One table, with a column of each run for each number."""
-    from rich.text import Text
 
     def worst(name: str) -> int:
         return max(
@@ -207,7 +211,7 @@ def _print_side_by_side(console: Console, runs: Sequence[Run], findings: Sequenc
     shown = [next(run.layers[name] for run in runs if name in run.layers) for name in names[:_LAYERS_SHOWN]]
     letters = "ABCDEFGH"
     for letter, run in zip(letters, runs, strict=False):
-        console.print(Text(f"{letter} = {run.name}: {formats(run)}", style="bold"))
+        console.print(_text(f"{letter} = {run.name}: {formats(run)}", style="bold"))
     others = []
     for at, value in enumerate(columns(layer for run in runs for layer in run.layers.values())):
         for letter, run in zip(letters, runs, strict=False):
@@ -228,26 +232,24 @@ def _print_table(
     findings: Sequence[Finding],
     others: Sequence[_Column],
 ) -> None:
-    from rich.text import Text
-
     shown = _fitting(console, [layer.name for layer in layers], others)
     table = _table(console)
     table.add_column("")
     table.add_column("layer", overflow="fold", min_width=12)
     for column in shown:
-        table.add_column(column.title, justify="left" if column.left else "right", no_wrap=True)
+        table.add_column(_text(column.title), justify="left" if column.left else "right", no_wrap=True)
     for at, layer in enumerate(layers):
         marks = [_mark(run, findings, layer.name) for run in runs if layer.name in run.layers]
         mark, style = max(marks, key=lambda pair: ["", "*", "!", "!!"].index(pair[0]))
-        cells = [Text(column.cells[at]) for column in shown]
-        table.add_row(Text(mark, style=style), Text(layer.name, style=style if mark else ""), *cells)
+        cells = [_text(column.cells[at]) for column in shown]
+        table.add_row(_text(mark, style=style), _text(layer.name, style=style if mark else ""), *cells)
     if titled is not None:
-        console.print(Text(f"{titled.name}: {formats(titled)}", style="bold"))
+        console.print(_text(f"{titled.name}: {formats(titled)}", style="bold"))
     console.print(table)
     late = " and ".join(dict.fromkeys(f"{max(0, int(run.late)):,} to {run.end:,}" for run in runs))
-    console.print(Text(f"Means of the last quarter, steps {late}; shares of weights at its end.", style="dim"))
+    console.print(_text(f"Means of the last quarter, steps {late}; shares of weights at its end.", style="dim"))
     if of > len(layers):
-        console.print(Text(f"{of - len(layers):,} more layers: --html and --csv have all.", style="dim"))
+        console.print(_text(f"{of - len(layers):,} more layers: --html and --csv have all.", style="dim"))
     hidden = list(dict.fromkeys(column.value for column in others if column not in shown))
     if hidden:
-        console.print(Text(f"Left out in this width: {', '.join(hidden)}.", style="dim"))
+        console.print(_text(f"Left out in this width: {', '.join(hidden)}.", style="dim"))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from weightflip.records import AlertEvent, FlipRecord, RunInfo
+from weightflip.records import AlertEvent, FlipRecord, RunInfo, shown
 
 
 @runtime_checkable
@@ -171,4 +171,4 @@ class SinkGroup:
                 )
         # After the last sink: a warning may be an error.
         for text in failed:
-            warnings.warn(text, stacklevel=3)
+            warnings.warn(shown(text), stacklevel=3)

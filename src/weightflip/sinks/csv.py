@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterable
 
-from weightflip.records import FlipRecord, LayerRecord, RunInfo, split_variant
+from weightflip.records import FlipRecord, LayerRecord, RunInfo, split_variant, table_cell
 from weightflip.sinks.files import AppendedFile
 
 _COLUMNS = ("step", "layer", "quantizer", "name", "value")
@@ -18,7 +18,8 @@ class CSVSink:
 
     ``layer`` is a parameter's name, ``model`` for the sum of all, ``group:<name>`` for a group of layers. ``quantizer``
     is empty for a sum of layers with different ones. ``name`` is that of the value, such as ``flip_rate``; what has no
-    value, such as a stall ratio without updates, has no row.
+    value, such as a stall ratio without updates, has no row. In names, what does not print is escaped, and one that a
+    spreadsheet would take for a formula begins with an apostrophe; numbers are numbers.
 
     A resumed run appends to the same file; rows of steps after the checkpoint stand there twice, the later one counts.
     The last row of a run that was killed while it wrote is removed: its number may be cut off.
@@ -85,5 +86,5 @@ class CSVSink:
 
     def _rows(self, rows: Iterable[Iterable[object]]) -> None:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
+        csv.writer(text, lineterminator="\n").writerows([table_cell(value) for value in row] for row in rows)
         self._file.append(text.getvalue())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from weightflip.records import FlipRecord, Quotient
+from weightflip.records import FlipRecord, Quotient, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -240,6 +240,7 @@ def _colours(positions: Any) -> Pixels:
 
 def _shortened(name: str) -> str:
     """The end of a long name tells layers apart better than its beginning."""
+    name = shown(name)
     return name if len(name) <= _NAME_CHARACTERS else "..." + name[3 - _NAME_CHARACTERS :]
 
 

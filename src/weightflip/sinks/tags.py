@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weightflip.records import MODEL_TAGS, FlipRecord, variant
+from weightflip.records import MODEL_TAGS, FlipRecord, shown, variant
 
 HISTOGRAMS_OF_ALL = 64
 
@@ -11,7 +11,7 @@ def tagged_values(record: FlipRecord) -> dict[str, float]:
     """The numbers that a logging point adds, by tag: the model's, then the layers', then the groups'.
 
     A number ``<value>`` is ``flips/<value>`` for the model, ``<value>/<layer>`` for a layer and
-    ``<value>_by_group/<group>`` for a group of layers.
+    ``<value>_by_group/<group>`` for a group of layers. What does not print in a name is escaped.
     """
     tagged = {}
     for quantizer, model in record.models.items():
@@ -24,7 +24,7 @@ def tagged_values(record: FlipRecord) -> dict[str, float]:
             tagged[f"nonfinite_weights/{layer.name}"] = float(layer.nonfinite)
     for group, summed in record.group_sums.items():
         tagged.update({f"{name}_by_group/{group}": value for name, value in summed.news.items()})
-    return tagged
+    return {shown(tag): value for tag, value in tagged.items()}
 
 
 def has_histograms(point: int) -> bool:

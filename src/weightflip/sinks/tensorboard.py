@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from weightflip.records import AlertEvent, FlipRecord, Histogram, RunInfo
+from weightflip.records import AlertEvent, FlipRecord, Histogram, RunInfo, shown
 from weightflip.sinks.files import check_writable
 from weightflip.sinks.heatmap import History, draw
 from weightflip.sinks.tags import has_histograms, tagged_values
@@ -131,7 +131,7 @@ class TensorBoardSink:
         if has_histograms(self._points):
             for layer in record.layers:
                 for name, histogram in layer.histograms.items():
-                    self._histogram(f"{name}/{layer.name}", histogram, record.step)
+                    self._histogram(shown(f"{name}/{layer.name}"), histogram, record.step)
         for history in self._histories.values():
             history.add(record, self._last_step)
         self._last_step = record.step
