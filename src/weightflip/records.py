@@ -366,6 +366,7 @@ class RunInfo:
         settings: Name to value, as text.
         notes: Sentences worth reading, such as which format was assumed.
         groups: Name of a group to the names of its tracked parameters.
+        gauges: Names of the metric groups' numbers that are of one moment; all others are of a window.
     """
 
     tracked: dict[str, tuple[str, str, str]]
@@ -373,6 +374,7 @@ class RunInfo:
     settings: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    gauges: tuple[str, ...] = ()
 
     @classmethod
     def merged(cls, infos: Sequence[RunInfo]) -> RunInfo:
@@ -393,6 +395,7 @@ class RunInfo:
             {name: " and ".join(values) for name, values in settings.items()},
             tuple(dict.fromkeys(note for info in infos for note in info.notes)),
             groups,
+            tuple(dict.fromkeys(gauge for info in infos for gauge in info.gauges)),
         )
 
     def to_markdown(self) -> str:
@@ -410,6 +413,8 @@ class RunInfo:
                 f"| {shown(group)} | {', '.join(f'`{shown(name)}`' for name in names)} |"
                 for group, names in self.groups.items()
             ]
+        if self.gauges:
+            lines += ["", "| number of one moment |", "|---|", *(f"| `{shown(gauge)}` |" for gauge in self.gauges)]
         lines += ["", shown(", ".join(f"{name}={value}" for name, value in self.settings.items()))]
         return "\n".join(lines)
 

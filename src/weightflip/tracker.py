@@ -176,6 +176,11 @@ class WeightFlipTracker:
         groups = (group.metric for group in self._groups)
         return frozenset(CORE_VALUES).union(*((*metric.ratios, *metric.gauges) for metric in groups))
 
+    @property
+    def gauge_names(self) -> tuple[str, ...]:
+        """Those of them that metric groups find at logging points."""
+        return tuple(name for group in self._groups for name in group.metric.gauges)
+
     # ------------------------------------------------------------------ one weight at a time
 
     @property

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
+import mmap
 import os
 import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from weightflip.records import MODEL_TAGS, FlipRecord, LayerRecord, RunInfo, split_variant
+from weightflip.records import MODEL_TAGS, LayerRecord, RunInfo, split_variant
+from weightflip.report import lines as jsonl
 
 # Numbers of one moment; all others are quotients over the window since the last logging point.
 GAUGES = {
@@ -45,7 +47,7 @@ WINDOWS = {
 # What a run of 10,000 points of 200 layers has forty times of; a view shows a few hundred points at most.
 _BYTES_READ_AT_MOST = 24_000_000
 _POINTS_READ_AT_LEAST = 200
-_RECORD = re.compile(rb'\s*\{\s*"record"\s*:\s*\{\s*"step"\s*:\s*(\d+)\s*,')
+_RECORD = re.compile(rb'\s*\{\s*"record"\s*:\s*\{\s*"step"\s*:\s*(\d{1,18})\s*,')
 _MODEL_VALUES = {tag.removeprefix("flips/"): name for name, tag in MODEL_TAGS.items()}
 
 
@@ -83,9 +85,9 @@ class Series:
         """Of a gauge its last value, else the quotient of the sums; NaN where there is nothing."""
         if not len(self):
             return math.nan
-        if self.gauge:
-            return float(self.values[-1])
-        return float(self.numerators.sum() / self.denominators.sum())
+        with np.errstate(all="ignore"):
+            number = float(self.values[-1] if self.gauge else self.numerators.sum() / self.denominators.sum())
+        return number if math.isfinite(number) else math.nan
 
     def part(self, after: float, to: float = math.inf) -> Series:
         """The points of the steps in (after, to]."""
@@ -167,7 +169,7 @@ class Run:
 
     Attributes:
         name: Its path, as short as tells the runs of a report apart.
-        path: Where it was read.
+        path: Where it was read; with ``writer 1``, ``writer 2``, ... below it where several wrote at once.
         info: What is tracked and how; without rows where the files do not say.
         layers: By name, in the order of the records.
         models: Numbers of all layers together, by name, for each quantizer; the key is empty where there is but one.
@@ -251,9 +253,11 @@ def _read_below(path: Path, every_record: bool) -> Iterator[Run]:
     if path.is_file():
         if path.suffix != ".jsonl" and "tfevents" not in path.name:
             raise ReportError(f"{path}: neither a .jsonl file nor an event file (*tfevents*) nor a directory")
-        run = _read_jsonl(path, every_record) if path.suffix == ".jsonl" else _read_events(path)
-        if run is not None:
-            yield run
+        if path.suffix == ".jsonl":
+            run = _read_jsonl(path, every_record)
+            yield from [] if run is None else [run]
+        else:
+            yield from _read_events(path)
         return
     for directory, below, files in os.walk(path):
         below.sort()
@@ -262,8 +266,7 @@ def _read_below(path: Path, every_record: bool) -> Iterator[Run]:
         if len(runs) == 1:
             runs = [replace(runs[0], path=Path(directory))]
         if not runs and any("tfevents" in file for file in files):
-            run = _read_events(Path(directory))
-            runs = [] if run is None else [run]
+            runs = _read_events(Path(directory))
         yield from runs
 
 
@@ -281,6 +284,8 @@ def _read_jsonl(path: Path, every_record: bool) -> Run | None:
     lines: list[_Line] = []
     info = RunInfo({}, {})
     alerts: list[Alert] = []
+    damaged = turns = 0
+    has_begun = False
     with path.open("rb") as file:
         offset = 0
         for line in file:
@@ -288,16 +293,29 @@ def _read_jsonl(path: Path, every_record: bool) -> Run | None:
             if match:
                 step = int(match[1])
                 if lines and lines[-1].step >= step:
+                    if _is_damaged(line, step):
+                        # It must not stand in for whole lines.
+                        damaged += 1
+                        offset += len(line)
+                        continue
+                    turns += not has_begun
                     # A run that was resumed, or begun anew, does these steps again.
                     lines = [earlier for earlier in lines if earlier.step < step]
                     alerts = [alert for alert in alerts if alert.step < step]
                 lines.append(_Line(step, offset, len(line)))
-            elif line.startswith((b'{"info"', b'{"alert"')):
-                data = _parse(line)
-                if isinstance(data.get("info"), dict):
-                    info = _updated(info, _info_from_dict(data["info"]))
-                if isinstance(data.get("alert"), dict):
-                    alerts.append(_alert_from_dict(data["alert"]))
+                has_begun = False
+            elif line.strip():
+                try:
+                    data = jsonl.parse(line)
+                    if "info" in data:
+                        info = _updated(info, jsonl.info_of(data["info"]))
+                        has_begun = True
+                    elif "alert" in data:
+                        alerts.append(_alert_from_dict(data["alert"]))
+                    elif "record" in data:
+                        damaged += 1
+                except jsonl.DamagedLine:
+                    damaged += 1
             offset += len(line)
         chosen = lines if every_record else _spread(lines)
         notes = []
@@ -306,14 +324,13 @@ def _read_jsonl(path: Path, every_record: bool) -> Run | None:
         table = _Table()
         before: dict[str, LayerRecord] = {}
         last = -1
-        unread = 0
         positions = {line.offset: at for at, line in enumerate(lines)}
         for line_of in chosen:
             file.seek(line_of.offset)
             try:
-                record = FlipRecord.from_dict(_parse(file.read(line_of.length))["record"])
-            except (KeyError, TypeError, ValueError):
-                unread += 1
+                record = jsonl.record_of(file.read(line_of.length), line_of.step)
+            except jsonl.DamagedLine:
+                damaged += 1
                 continue
             at = positions[line_of.offset]
             for layer in record.layers:
@@ -322,19 +339,32 @@ def _read_jsonl(path: Path, every_record: bool) -> Run | None:
             last = at
     if not before:
         return None
-    if unread:
-        notes.append(f"{unread} torn line{'s' * (unread > 1)} left out: the training was killed, or is still writing")
+    if damaged:
+        notes.append(
+            f"{damaged:,} damaged line{'s' * (damaged > 1)} left out: torn, where the training was killed or is still "
+            "writing, or changed afterwards"
+        )
+    if turns > 1:
+        notes.append(
+            f"steps go back {turns:,} times without a new beginning: two trainings wrote to this file at once, or one "
+            "loaded checkpoints as often. Of each step the later point counts; give each training a file of its own"
+        )
+    if table.left_out:
+        notes.append(_of_nonfinite(table.left_out))
     layers = table.layers(info)
     return Run(path.name, path, info, layers, _models(layers), tuple(alerts), tuple(notes))
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    """A torn line is empty."""
+def _is_damaged(line: bytes, step: int) -> bool:
     try:
-        data = json.loads(line)
-    except ValueError:
-        return {}
-    return data if isinstance(data, dict) else {}
+        jsonl.record_of(line, step)
+    except jsonl.DamagedLine:
+        return True
+    return False
+
+
+def _of_nonfinite(points: int) -> str:
+    return f"{points:,} point{'s' * (points > 1)} left out that are not finite"
 
 
 def _spread(lines: Sequence[_Line]) -> Sequence[_Line]:
@@ -350,27 +380,29 @@ def _spread(lines: Sequence[_Line]) -> Sequence[_Line]:
 def _widened(layer: LayerRecord, before: LayerRecord | None) -> LayerRecord:
     """With the window since an earlier record than the last one, where counting was not begun anew in between."""
     window = layer.total - before.total if before is not None else layer.total
-    counted = (window.weight_steps, window.flips, window.updates, window.stalled, window.scale_steps)
+    counted = [number for name, number in vars(window).items() if name != "ratios"]
     return layer if min(counted) < 0 else replace(layer, window=window)
 
 
-def _info_from_dict(data: Mapping[str, Any]) -> RunInfo:
-    return RunInfo(
-        {name: (row[0], row[1], row[2]) for name, row in data.get("tracked", {}).items()},
-        dict(data.get("skipped", {})),
-        dict(data.get("settings", {})),
-        tuple(data.get("notes", ())),
-    )
-
-
-def _alert_from_dict(data: Mapping[str, Any]) -> Alert:
+def _alert_from_dict(data: Any) -> Alert:
+    if not isinstance(data, dict):
+        raise jsonl.DamagedLine
     step, *words = (data.get(name, "") for name in Alert._fields)
-    return Alert(int(step or 0), *(str(word) for word in words))
+    step = step or 0
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise jsonl.DamagedLine
+    return Alert(step, *(str(word) for word in words))
 
 
 def _updated(info: RunInfo, newer: RunInfo) -> RunInfo:
     """What was tracked at any time, as it was last."""
-    return RunInfo({**info.tracked, **newer.tracked}, newer.skipped, newer.settings or info.settings, newer.notes)
+    return RunInfo(
+        {**info.tracked, **newer.tracked},
+        newer.skipped,
+        newer.settings or info.settings,
+        newer.notes,
+        gauges=tuple(dict.fromkeys((*info.gauges, *newer.gauges))),
+    )
 
 
 @dataclass
@@ -380,13 +412,17 @@ class _Table:
     points: dict[str, dict[str, list[tuple[float, float, float]]]] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     gauges: set[str] = field(default_factory=lambda: set(GAUGES))
+    left_out: int = 0
 
     def add(self, step: int, layer: LayerRecord) -> None:
         rows = self.points.setdefault(layer.name, {})
         self.weights[layer.name] = layer.weights
         self.gauges.update(layer.gauges)
         for name, quotient in layer.quotients.items():
-            rows.setdefault(name, []).append((step, *quotient))
+            if all(map(math.isfinite, (*quotient, quotient.value))):
+                rows.setdefault(name, []).append((step, *quotient))
+            else:
+                self.left_out += 1
         if layer.nonfinite:
             rows.setdefault("nonfinite_weights", []).append((step, layer.nonfinite, 1))
 
@@ -418,39 +454,117 @@ def sums(layers: Sequence[Layer]) -> dict[str, Series]:
 # ---------------------------------------------------------------------- event files
 
 
-def _read_events(path: Path) -> Run | None:
-    """None for event files without our tags."""
+_MARK = b"flips/rate"
+
+
+def _span(path: Path) -> tuple[float, float] | None:
+    """The times of the first and of the last point of ours in an event file; None where there is none.
+
+    A file is a row of records: length (8 bytes), its checksum (4), an event, the event's checksum (4). An event begins
+    with its time: a tag, 9, and a double.
+    """
+    first = last = None
+    if not path.stat().st_size:
+        return None
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = 0
+        while at + 12 <= len(data):
+            begin = at + 12
+            end = begin + struct.unpack_from("<Q", data, at)[0]
+            if end > len(data):
+                break
+            if end - begin >= 9 and data[begin] == 9 and data.find(_MARK, begin, end) >= 0:
+                (last,) = struct.unpack_from("<d", data, begin + 1)
+                first = last if first is None else first
+            at = end + 4
+    return None if first is None or last is None else (first, last)
+
+
+def _writers(spans: Sequence[tuple[float, float]]) -> list[list[int]]:
+    """Which of some spans of time follow each other: those of one training, that was resumed. Others wrote at once."""
+    chains: list[list[int]] = []
+    for index in sorted(range(len(spans)), key=lambda index: spans[index][0]):
+        over = [chain for chain in chains if spans[chain[-1]][1] <= spans[index][0]]
+        if over:
+            max(over, key=lambda chain: spans[chain[-1]][1]).append(index)
+        else:
+            chains.append([index])
+    return chains
+
+
+def _read_events(path: Path) -> list[Run]:
+    """One run; several where their writers were at work at once; none for event files without our tags."""
+    files = [path] if path.is_file() else sorted(path.glob("*tfevents*"))
+    spans = {file: span for file in files if len(files) > 1 and file.is_file() and (span := _span(file)) is not None}
+    ours = list(spans)
+    chains = _writers(list(spans.values()))
+    if len(chains) < 2:
+        run = _read_event_files(path, [path])
+        return [] if run is None else [run]
+    runs = [_read_event_files(path, [ours[index] for index in chain]) for chain in chains]
+    note = (
+        f"one of {len(chains)} trainings that wrote to this directory at once, kept apart; "
+        "give each a directory of its own"
+    )
+    return [
+        replace(run, path=path / f"writer {at}", notes=(*run.notes, note))
+        for at, run in enumerate(runs, 1)
+        if run is not None
+    ]
+
+
+class _Events(NamedTuple):
+    """What we read of event files: points by tag, and the text panels."""
+
+    scalars: dict[str, list[Any]]
+    texts: list[str]
+
+
+def _load(paths: Sequence[Path]) -> _Events:
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError as error:
         raise ReportError("reading event files needs the tensorboard package: pip install tensorboard") from error
     # All scalars and text, and nothing else that a user's writer may hold.
     sizes = {"scalars": 0, "tensors": 1000, "images": 1, "audio": 1, "histograms": 1, "compressedHistograms": 1}
-    events: Any = EventAccumulator(str(path), sizes)
+    accumulators: list[Any] = [EventAccumulator(str(path), sizes) for path in paths]
     logger = logging.getLogger("tensorboard")
     level = logger.level
     # It says that a resumed run replaces points of the one before: as it should.
     logger.setLevel(logging.ERROR)
     try:
-        events.Reload()
+        for events in accumulators:
+            events.Reload()
     finally:
         logger.setLevel(level)
-    tags = events.Tags()
-    info = RunInfo({}, {})
-    if "weightflip/tracking/text_summary" in tags["tensors"]:
-        for event in events.Tensors("weightflip/tracking/text_summary"):
-            for text in event.tensor_proto.string_val:
-                info = _updated(info, _info_from_markdown(text.decode("utf-8", "replace")))
+    loaded = _Events({}, [])
+    panel = "weightflip/tracking/text_summary"
+    for events in accumulators:
+        tags = events.Tags()
+        for tag in tags["scalars"]:
+            loaded.scalars.setdefault(tag, []).extend(events.Scalars(tag))
+        for event in events.Tensors(panel) if panel in tags["tensors"] else ():
+            loaded.texts.extend(text.decode("utf-8", "replace") for text in event.tensor_proto.string_val)
+    return loaded
 
-    scalars = set(tags["scalars"])
-    names = GAUGES | WINDOWS
+
+def _read_event_files(path: Path, files: Sequence[Path]) -> Run | None:
+    """None for event files without our tags."""
+    loaded = _load(files)
+    info = RunInfo({}, {})
+    for text in loaded.texts:
+        info = _updated(info, _info_from_markdown(text))
+    scalars = loaded.scalars
+    gauges = GAUGES | set(info.gauges)
+    names = gauges | WINDOWS
     names |= {split_variant(tag.removeprefix("flips/"))[0] for tag in scalars if tag.startswith("flips/")}
-    restarts = _restarts(events, [tag for tag in scalars if split_variant(tag)[0] == "flips/rate"])
+    restarts = _restarts([points for tag, points in scalars.items() if split_variant(tag)[0] == "flips/rate"])
+    left_out = 0
     of_layers: dict[str, dict[str, Series]] = {}
     models: dict[str, dict[str, Series]] = {}
     every = _whole_number(info.settings.get("track_every"), 1)
     tracked = info.tracked or {tag.partition("/")[2] for tag in scalars if tag.startswith("flip_rate/")}
-    for tag in tags["scalars"]:
+    for tag, found in scalars.items():
         value, _, of = tag.partition("/")
         if value == "flips":
             value, variant = split_variant(of)
@@ -459,22 +573,24 @@ def _read_events(path: Path) -> Run | None:
             rows, weights = of_layers.setdefault(of, {}), _size(info, of)
         else:
             continue
-        points = _points(events.Scalars(tag), restarts)
-        rows[value] = _from_quotients(points, value in GAUGES, max(1, weights), every, value == "nonfinite_weights")
+        points = _points(found, restarts)
+        finite = [(step, number) for step, number in points if math.isfinite(number)]
+        left_out += len(points) - len(finite)
+        rows[value] = _from_quotients(finite, value in gauges, max(1, weights), every, value == "nonfinite_weights")
     layers = {}
     for name in (name for name in [*info.tracked, *of_layers] if name in of_layers and name not in layers):
         _, dtype, quantizer = info.tracked.get(name, ("", "", split_variant(name)[1]))
         layers[name] = Layer(name, _size(info, name), dtype, quantizer, of_layers[name])
     if not any(len(layer.get("flip_rate")) for layer in layers.values()):
         return None
-    return Run(path.name, path, info, layers, models or _models(layers))
+    notes = (_of_nonfinite(left_out),) if left_out else ()
+    return Run(path.name, path, info, layers, models or _models(layers), notes=notes)
 
 
-def _restarts(events: Any, tags: Sequence[str]) -> list[tuple[int, float]]:
+def _restarts(series: Iterable[Sequence[Any]]) -> list[tuple[int, float]]:
     """Step and time of the points after which a run that was resumed, or begun anew, does steps again."""
     found = []
-    for tag in tags:
-        scalars = events.Scalars(tag)
+    for scalars in series:
         for before, after in itertools.pairwise(scalars):
             if after.step <= before.step:
                 found.append((after.step, after.wall_time))
@@ -505,11 +621,14 @@ def _size(info: RunInfo, name: str) -> int:
     shape = info.tracked.get(name, ("", "", ""))[0]
     if shape == "scalar":
         return 1
-    return math.prod(int(size) for size in shape.split("x")) if re.fullmatch(r"\d+(x\d+)*", shape) else 0
+    if not re.fullmatch(r"[0-9]{1,18}(x[0-9]{1,18}){,16}", shape):
+        return 0
+    size = math.prod(int(size) for size in shape.split("x"))
+    return size if size < 2**63 else 0
 
 
 def _whole_number(text: str | None, otherwise: int) -> int:
-    return int(text) if text is not None and text.isdecimal() and int(text) else otherwise
+    return int(text) if text is not None and re.fullmatch("[0-9]{1,18}", text) and int(text) else otherwise
 
 
 def _info_from_markdown(text: str) -> RunInfo:
@@ -519,5 +638,7 @@ def _info_from_markdown(text: str) -> RunInfo:
     for row in re.finditer(r"^\| `(.+)` \| ([^|]*) \| ([^|]*) \| (.*) \|$", table, re.M):
         tracked[row[1]] = (row[2], row[3], row[4])
     settings = dict(part.split("=", 1) for part in text.splitlines()[-1].split(", ") if "=" in part)
+    moments = text.partition("| number of one moment |\n|---|\n")[2].partition("\n\n")[0]
+    gauges = tuple(row[1] for row in re.finditer(r"^\| `(.+)` \|$", moments, re.M))
     notes = tuple(line[2:] for line in text.partition("| weight |")[0].splitlines() if line.startswith("- "))
-    return RunInfo(tracked, {}, settings, notes)
+    return RunInfo(tracked, {}, settings, notes, gauges=gauges)

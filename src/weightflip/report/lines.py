@@ -1,0 +1,97 @@
+"""Lines of a JSONL file, checked: whatever a damaged one holds, it is said to be damaged."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from weightflip.records import Counts, FlipRecord, Quotient, RunInfo
+
+# Of counts and steps; and of what metric groups sum up, so that sums of it are finite.
+_COUNT_LIMIT, _SUM_LIMIT = 2**63, 1e250
+
+
+class DamagedLine(ValueError):
+    """Torn, changed afterwards, or of another program."""
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """The object in a line.
+
+    Raises:
+        DamagedLine: There is none.
+    """
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DamagedLine from error
+    if not isinstance(data, dict):
+        raise DamagedLine
+    return data
+
+
+def record_of(line: bytes, step: int) -> FlipRecord:
+    """The record in a line.
+
+    Args:
+        line: It begins with a record of this step.
+        step: Optimizer steps.
+
+    Raises:
+        DamagedLine: It is none, or one with numbers that no training counts.
+    """
+    try:
+        record = FlipRecord.from_dict(parse(line)["record"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedLine from error
+    names = [layer.name for layer in record.layers]
+    if record.step != step or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise DamagedLine
+    for layer in record.layers:
+        counts = [layer.weights, layer.nonfinite]
+        pairs = dict(layer.gauges)
+        for period in (layer.window, layer.total):
+            counts += _counts(period)
+            _check_pairs(period.ratios)
+        _check_pairs(pairs)
+        if not all(type(count) is int and 0 <= count < _COUNT_LIMIT for count in counts):
+            raise DamagedLine
+    return record
+
+
+def _counts(counts: Counts) -> list[Any]:
+    return [number for name, number in vars(counts).items() if name != "ratios"]
+
+
+def _check_pairs(pairs: Mapping[Any, Quotient]) -> None:
+    for pair in pairs.values():
+        for number in pair:
+            # One that is not finite is damage of the weights, and not of the line.
+            if type(number) not in (int, float) or (not _is_nonfinite(number) and abs(number) > _SUM_LIMIT):
+                raise DamagedLine
+        if pair.denominator < 0:
+            raise DamagedLine
+
+
+def _is_nonfinite(number: float) -> bool:
+    return isinstance(number, float) and not math.isfinite(number)
+
+
+def info_of(data: Any) -> RunInfo:
+    """What is tracked.
+
+    Raises:
+        DamagedLine: Not as ``RunInfo`` is written.
+    """
+    try:
+        tracked = {name: (str(row[0]), str(row[1]), str(row[2])) for name, row in data.get("tracked", {}).items()}
+        skipped, settings = dict(data.get("skipped", {})), dict(data.get("settings", {}))
+        notes, gauges = tuple(data.get("notes", ())), tuple(data.get("gauges", ()))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedLine from error
+    texts = (*skipped.values(), *settings.values(), *notes, *gauges)
+    if not all(isinstance(text, str) for text in texts):
+        raise DamagedLine
+    return RunInfo(tracked, skipped, settings, notes, gauges=gauges)
