@@ -10,6 +10,7 @@ implementations. Left out, with the reason:
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from typing import Any, NamedTuple
 
@@ -243,6 +244,58 @@ def test_replaced_parameters_are_freed_as_by_the_bare_optimizer(case, form):
     # LBFGS keeps a list of its own.
     assert bool(bare) == (case.info.optim_cls is torch.optim.LBFGS)
     assert replaced_parameters_that_stay_alive(case, form) == bare
+
+
+METHODS = (
+    "step",
+    "zero_grad",
+    "add_param_group",
+    "state_dict",
+    "load_state_dict",
+    "register_step_pre_hook",
+    "register_step_post_hook",
+    "register_state_dict_pre_hook",
+    "register_state_dict_post_hook",
+    "register_load_state_dict_pre_hook",
+    "register_load_state_dict_post_hook",
+)
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("form", [tracked, hooked], ids=["wrapper", "hooks"])
+@pytest.mark.parametrize("case", FAST, ids=lambda case: case.name)
+def test_each_optimizer_is_as_the_bare_one_to_who_looks_at_it(case, form):
+    """The signatures of its methods, what hooks are given, and where new attributes go."""
+    if case.kwargs.get("differentiable"):
+        case = case._replace(kwargs={**case.kwargs, "differentiable": False})
+    net = Net(case.info)
+    inner = build(case, net, lambda optimizer, net: optimizer)
+    signatures = {name: inspect.signature(getattr(inner, name)) for name in METHODS}
+    optimizer = form(inner, net)
+    assert {name: inspect.signature(getattr(optimizer, name)) for name in METHODS} == signatures
+
+    seen = []
+    optimizer.register_step_pre_hook(lambda *given: seen.append(given))
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: (args, {**kwargs, "closure": closure}))
+    optimizer.register_step_post_hook(lambda *given: seen.append(given))
+    inner.register_step_pre_hook(lambda o, *_: setattr(o, "sum", getattr(o, "brand_new", 0) + 1))
+
+    def closure():
+        optimizer.zero_grad()
+        return backward_of(net, 0)
+
+    optimizer.brand_new = 41
+    # LBFGS and others that need it are given the closure by the hook.
+    loss = optimizer.step(**({"closure": closure} if case.info.step_requires_closure else {}))
+    assert torch.equal(loss.detach(), Net(case.info).loss(0).detach())
+    assert [(o is optimizer, args[0] is optimizer, len(args)) for o, args, _ in seen] == [(True, True, 1)] * 2
+    assert (optimizer.sum, inner.sum, vars(inner)["brand_new"]) == (42, 42, 41)
+    del optimizer.brand_new
+    assert not hasattr(inner, "brand_new")
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is not None for p in net.parameters())
+    optimizer.zero_grad(set_to_none=True)
+    assert all(p.grad is None for p in net.parameters())
 
 
 def test_the_database_is_what_we_think():

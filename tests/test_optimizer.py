@@ -585,8 +585,19 @@ def total(weight):
         (TypeError, "the class SGD; build it first", lambda m: FlipTrackingOptimizer(torch.optim.SGD, m)),
         (
             TypeError,
-            "expected a torch.optim.Optimizer such as .* got torch.nn.modules.container.Sequential, which lacks step.*give the optimizer first",
+            "expected a torch.optim.Optimizer such as .* got torch.nn.modules.container.Sequential, which lacks step, "
+            "param_groups and state; give the optimizer first",
             lambda m: FlipTrackingOptimizer(m),
+        ),
+        (
+            TypeError,
+            "got list, which lacks step, .* wrap each optimizer by itself, and give the others sinks=first",
+            lambda m: FlipTrackingOptimizer([sgd(m)], m),
+        ),
+        (
+            TypeError,
+            "got torch.optim.lr_scheduler.StepLR, which lacks zero_grad, .*in its attribute 'optimizer' instead",
+            lambda m: FlipTrackingOptimizer(torch.optim.lr_scheduler.StepLR(sgd(m), 1), m),
         ),
         (
             TypeError,
