@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from weightflip import distributed
+from weightflip.checks import described, globs
 from weightflip.quantizers import Codes, ElementwiseQuantizer, Quantizer, resolve, torchao
 from weightflip.quantizers.base import quantizer_name
 
@@ -182,7 +183,7 @@ def make_plan(
         TypeError: Something that is no quantizer.
     """
     rules = _rules(quantizer)
-    include_globs, exclude_globs = _globs("include", include), _globs("exclude", exclude)
+    include_globs, exclude_globs = globs("include", include), globs("exclude", exclude)
     if strict:
         _check_globs("quantizer", list(rules) if isinstance(quantizer, Mapping) else [], parameters)
         _check_globs("include", include_globs, parameters)
@@ -245,7 +246,7 @@ def owner_types(parameters: Mapping[str, Tensor], model: nn.Module | None) -> di
 
 
 def make_groups(
-    groups: Mapping[str, str | Sequence[str]] | str | None,
+    groups: Mapping[str, str | Sequence[str]] | Literal["type"] | None,
     names: Sequence[str],
     types: Mapping[str, str],
     *,
@@ -263,12 +264,11 @@ def make_groups(
         The groups, in the order in which they were given, or first met.
 
     Raises:
-        TypeError: Something else than names and globs.
         ValueError: If ``strict``: a glob that matches nothing, or ``"type"`` without types.
     """
     if groups is None:
         return {}
-    if isinstance(groups, str) and groups == "type":
+    if isinstance(groups, str):
         if strict and not types:
             raise ValueError("groups='type' looks at the model's modules; pass model=, or globs over parameter names")
         found: dict[str, tuple[str, ...]] = {}
@@ -276,20 +276,23 @@ def make_groups(
             if name in types:
                 found[types[name]] = (*found.get(types[name], ()), name)
         return found
-    if not isinstance(groups, Mapping) or not all(isinstance(group, str) and group for group in groups):
-        raise TypeError(
-            f"groups= is 'type' or a mapping from names to globs, such as {{'attention': '*.attn.*'}}; got {groups!r}"
-        )
-    globs = {group: _globs(f"groups[{group!r}]", matching) for group, matching in groups.items()}
+    rules = {group: globs(f"groups[{group!r}]", matching) for group, matching in groups.items()}
     if strict:
-        for matching in globs.values():
+        for matching in rules.values():
             _check_globs("groups", matching, names)
-    return {group: tuple(name for name in names if _matches(name, matching)) for group, matching in globs.items()}
+    return {group: tuple(name for name in names if _matches(name, matching)) for group, matching in rules.items()}
 
 
 def _rules(quantizer: Any) -> dict[str, tuple[Any, ...]]:
     """Glob to quantizers, each resolved or "auto"."""
     rules = dict(quantizer) if isinstance(quantizer, Mapping) else {"*": quantizer}
+    if not rules:
+        raise ValueError("quantizer= is an empty mapping; expected globs over names, such as {'*': 'auto'}")
+    for glob in rules:
+        if not isinstance(glob, str):
+            raise TypeError(
+                f"quantizer= maps globs over names, such as 'blocks.*', to quantizers; got the key {described(glob)}"
+            )
     return {glob: _specs(specs) for glob, specs in rules.items()}
 
 
@@ -304,13 +307,6 @@ def _specs(specs: Any) -> tuple[Any, ...]:
             f"quantizer= takes a list of different quantizers, got {names}; objects and functions need a name each"
         )
     return found
-
-
-def _globs(option: str, globs: str | Sequence[str] | None) -> tuple[str, ...]:
-    globs = () if globs is None else (globs,) if isinstance(globs, str) else tuple(globs)
-    if not all(isinstance(glob, str) for glob in globs):
-        raise TypeError(f"{option}= is a glob over parameter names or a sequence of them, got {globs!r}")
-    return globs
 
 
 def _check_globs(option: str, globs: Sequence[str], names: Iterable[str]) -> None:

@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from weightflip.detect import quantizes_weights
 from weightflip.inner import check_optimizer, full_name
-from weightflip.optimizer import FlipTrackingOptimizer, TrackingOptions
+from weightflip.optimizer import FlipTrackingOptimizer
+from weightflip.options import TrackingOptions, check_names
 from weightflip.tracked import Tracked
 from weightflip.tracking import STATE_KEY, Tracking
 
@@ -113,6 +114,7 @@ def track_flips(
         >>> handle.tracker.get_update_counts()
         {'weight': 8}
     """
+    check_names("track_flips()", options)
     check_optimizer(optimizer)
     _check_hooks(optimizer)
     return FlipTrackingHandle(optimizer, FlipTrackingOptimizer(optimizer, model, **options)._tracking)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from os import PathLike, fspath
-from typing import Any, TypedDict
+from os import PathLike
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.optim import Optimizer
@@ -15,33 +15,13 @@ from weightflip.alerts import Alert, AlertWatch
 from weightflip.inner import check_optimizer, delegated, runs_hooks_itself, seen_from
 from weightflip.log import Log
 from weightflip.metrics.columns import METRICS, MetricsLike
+from weightflip.options import Options, check_names
 from weightflip.sinks import SinkGroup, TensorBoardSink, make_sink
 from weightflip.tracked import Tracked
 from weightflip.tracker import WeightFlipTracker
 from weightflip.tracking import STATE_KEY, Tracking
 
 _OWN_ATTRIBUTES = frozenset({"inner", "_tracking"})
-
-
-class TrackingOptions(TypedDict, total=False):
-    """The keyword arguments of :class:`FlipTrackingOptimizer`."""
-
-    quantizer: Any
-    include: str | Sequence[str] | None
-    exclude: str | Sequence[str] | None
-    groups: Mapping[str, str | Sequence[str]] | str | None
-    metrics: MetricsLike
-    oscillation_ema: float | tuple[float, float] | None
-    track_every: int
-    start_step: int
-    end_step: int | None
-    log_dir: str | PathLike[str] | None
-    log_every: int
-    sinks: Any
-    alerts: Sequence[str | Alert] | None
-    low_memory: bool
-    fresh_snapshots: bool
-    backend: str
 
 
 class FlipTrackingOptimizer(Tracked, Optimizer):
@@ -141,39 +121,55 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
         low_memory: bool = False,
         fresh_snapshots: bool = False,
         backend: str = "auto",
+        **unknown: NoReturn,
     ) -> None:
         # Not super().__init__(): it would make a second set of groups and state beside the inner optimizer's.
         _check(optimizer, model)
-        if not isinstance(log_every, int) or isinstance(log_every, bool) or log_every < 1:
-            raise ValueError(
-                f"log_every= is a whole number of at least 1, got {log_every!r}; for no output use sinks=[]"
-            )
-        tracker = WeightFlipTracker(
+        check_names(f"{type(self).__name__}()", unknown)
+        options = Options(
+            quantizer=quantizer,
+            include=include,
+            exclude=exclude,
+            groups=groups,
             metrics=metrics,
             oscillation_ema=oscillation_ema,
             track_every=track_every,
             start_step=start_step,
             end_step=end_step,
+            log_dir=log_dir,
+            log_every=log_every,
+            sinks=sinks,
+            alerts=alerts,
             low_memory=low_memory,
             fresh_snapshots=fresh_snapshots,
             backend=backend,
         )
+        tracker = WeightFlipTracker(
+            metrics=options.metrics,
+            oscillation_ema=options.oscillation_ema,
+            track_every=options.track_every,
+            start_step=options.start_step,
+            end_step=options.end_step,
+            low_memory=options.low_memory,
+            fresh_snapshots=options.fresh_snapshots,
+            backend=options.backend,
+        )
         settings = {
             "optimizer": type(optimizer).__name__,
             "metrics": "+".join(tracker.metrics),
-            "track_every": str(track_every),
-            "log_every": str(log_every),
+            "track_every": str(options.track_every),
+            "log_every": str(options.log_every),
         }
         tracking = Tracking(
             tracker,
-            _make_log(log_dir, sinks),
-            log_every,
+            _make_log(options.log_dir, options.sinks),
+            options.log_every,
             model,
-            {"quantizer": quantizer, "include": include, "exclude": exclude},
-            groups,
+            {"quantizer": options.quantizer, "include": options.include, "exclude": options.exclude},
+            options.groups,
             settings,
         )
-        watch = AlertWatch(alerts, tracker.value_names)
+        watch = AlertWatch(options.alerts, tracker.value_names)
         tracking.select(optimizer, strict=True)
         watch.check_layers([*tracking.info.tracked, *tracking.info.skipped])
         tracking.log.alerts.extend(watch)
@@ -362,12 +358,11 @@ def _check(optimizer: Any, model: Any) -> None:
         raise TypeError(f"model= is a torch.nn.Module or None, got {type(model).__name__}")
 
 
-def _make_log(log_dir: str | PathLike[str] | None, sinks: Any) -> Log:
+def _make_log(log_dir: str | None, sinks: Any) -> Log:
     # Other processes do not even look at the place.
     is_writer = distributed.is_writer()
     if sinks is None:
-        place = None if log_dir is None else fspath(log_dir)
-        return Log(SinkGroup([TensorBoardSink(place)] if is_writer else []), is_wanted=True)
+        return Log(SinkGroup([TensorBoardSink(log_dir)] if is_writer else []), is_wanted=True)
     if log_dir is not None:
         raise ValueError("log_dir= says where the default sink writes; with sinks= give SummaryWriter(log_dir) there")
     if isinstance(sinks, Tracked):

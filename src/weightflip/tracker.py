@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from weightflip import checkpoint, distributed, functional, kernels
+from weightflip import checkpoint, checks, distributed, functional, kernels
 from weightflip.batch import Batch, Member, make_member
 from weightflip.canary import Canary
 from weightflip.layer import Layer, Row, Stamp, TrackedWeight
@@ -122,19 +122,15 @@ class WeightFlipTracker:
     ) -> None:
         kernels.check_backend(backend)
         names, self._groups = make_groups(metrics, oscillation_ema)
-        _check_whole("track_every", track_every, 1)
-        _check_whole("start_step", start_step, 0)
-        if end_step is not None:
-            _check_whole("end_step", end_step, start_step + 1)
         self.metrics = tuple(names)
         self._columns = COLUMNS + (self._groups[-1].bins.stop if self._groups else 0)
         now = {NONFINITE}.union(*(range(COLUMNS + g.gauges.start, COLUMNS + g.bins.stop) for g in self._groups))
         self._is_gauge = [column in now for column in range(self._columns)]
-        self.track_every = track_every
-        self.start_step = start_step
-        self.end_step = end_step
-        self.low_memory = low_memory
-        self.fresh_snapshots = fresh_snapshots
+        self.track_every = checks.whole("track_every", track_every, 1)
+        self.start_step = checks.whole("start_step", start_step, 0)
+        self.end_step = None if end_step is None else checks.whole("end_step", end_step, self.start_step + 1)
+        self.low_memory = checks.flag("low_memory", low_memory)
+        self.fresh_snapshots = checks.flag("fresh_snapshots", fresh_snapshots)
         self.backend = backend
         self.holds_warnings = False
         self._holding: weakref.WeakMethod[Callable[[], AbstractContextManager[None]]] | None = None
@@ -1371,8 +1367,3 @@ def _address_beside(grad: Tensor, member: Member) -> int:
         and grad.numel() == member.numel
     )
     return grad.data_ptr() if fits else 0
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}= is a whole number of at least {least}, got {value!r}")

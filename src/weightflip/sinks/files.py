@@ -38,6 +38,11 @@ class AppendedFile:
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
+        if self.path.is_dir():
+            raise IsADirectoryError(
+                f"{path!r} in sinks= is a directory; name a file in it, such as "
+                f"{str(self.path / ('flips' + self.path.suffix))!r}, or give log_dir= for TensorBoard's files"
+            )
         check_writable(self.path.parent, "the directory of " + str(path))
         if self.path.exists():
             with self.path.open("a"):
