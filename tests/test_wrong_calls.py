@@ -165,7 +165,7 @@ def test_paths(tmp_path):
         with pytest.raises(IsADirectoryError, match=rf"{name}' in sinks= is a directory; name a file in it, such as"):
             wrapped(sinks=[tmp_path / name])
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot be written.*choose another place"):
+    with pytest.raises(OSError, match=r"cannot be written.*choose another place"):
         wrapped(sinks=None, log_dir=tmp_path / "file")
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from weightflip import distributed
 from weightflip.checks import described, globs
 from weightflip.quantizers import Codes, ElementwiseQuantizer, Quantizer, resolve, torchao
-from weightflip.quantizers.base import quantizer_name
+from weightflip.quantizers.base import _fresh, quantizer_name
 
 logger = logging.getLogger("weightflip")
 
@@ -246,7 +249,7 @@ def owner_types(parameters: Mapping[str, Tensor], model: nn.Module | None) -> di
 
 
 def make_groups(
-    groups: Mapping[str, str | Sequence[str]] | Literal["type"] | None,
+    groups: Mapping[str, str | Sequence[str]] | str | None,
     names: Sequence[str],
     types: Mapping[str, str],
     *,
@@ -392,10 +395,12 @@ def _has_at_most_one_scale(quantizer: Quantizer, weight: Tensor, *, otherwise: b
         return False
     try:
         # Of a single row, a scale a row and a scale a tensor look alike.
-        scale = quantizer.scale(torch.ones(2, 2, dtype=weight.dtype, device=weight.device))
+        scale = _try(quantizer, torch.ones(2, 2, dtype=weight.dtype, device=weight.device))
     except ValueError:
         # A scale of the user's own, for weights of another shape.
         return False
+    except Exception as error:
+        raise Skip(_why_not(quantizer, weight, error), misfit=otherwise) from None
     return scale is None or scale.numel() == 1
 
 
@@ -451,21 +456,64 @@ def _choose(
                 _try(quantizer, distributed.local(parameter).detach())
             except Exception as error:
                 # Whatever it is that a format, or a tensor subclass, does not support.
-                raise Skip(f"shape {tuple(parameter.shape)}: {error}", misfit=spec != "auto") from None
+                raise Skip(_why_not(quantizer, parameter, error), misfit=spec != "auto") from None
     return tuple(chosen.values()), notes
 
 
+def _why_not(quantizer: Quantizer, parameter: Tensor, error: Exception) -> str:
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return (
+        f"{quantizer_name(quantizer)!r} does not encode it, dtype {_dtype(parameter)}, shape {tuple(parameter.shape)}: "
+        f"{kind}{error}; name another quantizer for it in quantizer=, or leave it out with exclude="
+    )
+
+
 @torch.no_grad()
-def _try(quantizer: Quantizer, weight: Tensor) -> None:
-    """Find out now what would fail at the first step.
+def _try(quantizer: Quantizer, weight: Tensor) -> Tensor | None:
+    """Find out now what would fail at the first step; random numbers go on from where they were.
+
+    A quantizer that goes element by element shows on a row what it does. Any other sees the whole weight, as in each
+    step: it may need all of its shape.
+
+    Returns:
+        The scale of the weight.
 
     Raises:
         Exception: Whatever the quantizer raises, or ValueError for codes that are none.
     """
-    if isinstance(quantizer, ElementwiseQuantizer):
-        quantizer.scale(quantizer.grouped(weight))
-        return
-    codes = quantizer.encode(weight)
+    with _random_numbers_kept(weight.device):
+        if not isinstance(quantizer, ElementwiseQuantizer):
+            codes = quantizer.encode(weight)
+            _check_codes(quantizer, codes, weight)
+            return codes.scale
+        weight = quantizer.grouped(weight)
+        scale = quantizer.scale(weight)
+        if weight.numel():
+            row = (slice(0, 1),) * (weight.ndim - 1)
+            piece, scale_of_piece = weight[row], scale
+            if scale is not None and scale.ndim:
+                scale_of_piece = scale[(slice(0, 1),) * (scale.ndim - 1)]
+            out = torch.empty(piece.shape, dtype=quantizer.code_dtype(weight), device=weight.device)
+            quantizer.encode_into(piece, scale_of_piece, out, _fresh)
+        return scale
+
+
+@contextmanager
+def _random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """What is drawn inside, by a quantizer of the user's, is drawn again afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    numpy = sys.modules.get("numpy")
+    of_python, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
+
+
+def _check_codes(quantizer: Quantizer, codes: Any, weight: Tensor) -> None:
     if not isinstance(codes, Codes) or codes.ordinals.shape != weight.shape or codes.ordinals.dtype not in _ORDINALS:
         got = (
             f"{codes.ordinals.dtype} ordinals of shape {tuple(codes.ordinals.shape)}"

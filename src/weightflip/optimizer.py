@@ -358,7 +358,7 @@ def _check(optimizer: Any, model: Any) -> None:
         raise TypeError(f"model= is a torch.nn.Module or None, got {type(model).__name__}")
 
 
-def _make_log(log_dir: str | None, sinks: Any) -> Log:
+def _make_log(log_dir: Any, sinks: Any) -> Log:
     # Other processes do not even look at the place.
     is_writer = distributed.is_writer()
     if sinks is None:

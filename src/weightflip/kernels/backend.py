@@ -50,10 +50,9 @@ def check_backend(backend: str) -> None:
         ImportError: ``"numba"`` or ``"triton"`` without a Numba or Triton that can be imported.
     """
     if not isinstance(backend, str) or backend not in BACKENDS:
-        hint = checks.near(backend, BACKENDS)
-        raise ValueError(
-            f"backend= is one of {BACKENDS}, got {backend!r}" + (f"; did you mean {hint!r}?" if hint else "")
-        )
+        meant = checks.near(backend, BACKENDS)
+        hint = "" if meant is None else f"; did you mean {meant!r}?"
+        raise ValueError(f"backend= is one of {BACKENDS}, got {backend!r}{hint}")
     if backend not in _MODULES:
         return
     compiled = _compiled(backend)

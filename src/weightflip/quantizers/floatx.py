@@ -181,11 +181,8 @@ class FloatxQuantizer(ElementwiseQuantizer):
             # Also NumPy's numbers.
             fixed_scale = float(fixed_scale)
         elif isinstance(fixed_scale, Tensor) and fixed_scale.is_complex():
-            raise TypeError(
-                "scale= is a number or a torch.Tensor of such, got a "
-                + str(fixed_scale.dtype).removeprefix("torch.")
-                + " tensor"
-            )
+            dtype = str(fixed_scale.dtype).removeprefix("torch.")
+            raise TypeError(f"scale= is a number or a torch.Tensor of real numbers, got a {dtype} tensor")
         elif fixed_scale is not None and not isinstance(fixed_scale, Tensor):
             hint = "; make a tensor of it with torch.tensor(...)" if hasattr(fixed_scale, "__len__") else ""
             raise TypeError(f"scale= is a number or a torch.Tensor, got {checks.described(fixed_scale)}{hint}")
