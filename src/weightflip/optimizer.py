@@ -16,7 +16,7 @@ from weightflip.inner import check_optimizer, delegated, runs_hooks_itself, seen
 from weightflip.log import Log
 from weightflip.metrics.columns import METRICS, MetricsLike
 from weightflip.options import Options, check_names
-from weightflip.sinks import SinkGroup, TensorBoardSink, make_sink
+from weightflip.sinks import SinkGroup, TensorBoardSink, make_sinks
 from weightflip.tracked import Tracked
 from weightflip.tracker import WeightFlipTracker
 from weightflip.tracking import STATE_KEY, Tracking
@@ -174,6 +174,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
         watch.check_layers([*tracking.info.tracked, *tracking.info.skipped])
         tracking.log.alerts.extend(watch)
         self.__dict__.update(inner=optimizer, _tracking=tracking)
+        tracking.log.sinks.claim()
 
     @delegated
     @runs_hooks_itself
@@ -371,4 +372,4 @@ def _make_log(log_dir: Any, sinks: Any) -> Log:
         raise TypeError(f"sinks= is a list, got {type(sinks).__name__}; put it in brackets: sinks=[...]")
     if any(isinstance(sink, Tracked) for sink in sinks):
         raise TypeError("another tracked optimizer stands alone, not in a list: sinks=first")
-    return Log(SinkGroup([make_sink(spec) for spec in sinks] if is_writer else []), is_wanted=bool(sinks))
+    return Log(SinkGroup(make_sinks(sinks) if is_writer else []), is_wanted=bool(sinks))

@@ -341,8 +341,7 @@ class Tracking:
 
     def flush(self) -> None:
         self.guarded(self.log.write)
-        self.log.sinks.flush()
-        self.log.tell()
+        self.log.flush()
 
     def save_into(self, state_dict: dict[str, Any]) -> None:
         """Add the counts to an optimizer's state dict."""

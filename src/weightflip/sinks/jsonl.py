@@ -22,15 +22,21 @@ class JSONLSink:
 
     def __init__(self, path: str) -> None:
         self._file = AppendedFile(path)
+        self._info = ""
+
+    @property
+    def place(self) -> str:
+        """Where it writes; no two sinks of a run have the same."""
+        return self._file.place
 
     def start(self, info: RunInfo, first_step: int) -> None:
         if not self._file.is_open:
             self._file.open()
             if self._file.is_torn:
                 self._file.append("\n")
-        self._line(
-            {"info": {**vars(info), "notes": list(info.notes), "gauges": list(info.gauges)}, "first_step": first_step}
-        )
+        about = {**vars(info), "notes": list(info.notes), "gauges": list(info.gauges)}
+        self._info = json.dumps({"info": about, "first_step": first_step}) + "\n"
+        self._file.append(self._info)
 
     def write(self, record: FlipRecord) -> None:
         self._line({"record": record.to_dict()})
@@ -45,4 +51,4 @@ class JSONLSink:
         self._file.close()
 
     def _line(self, data: dict[str, object]) -> None:
-        self._file.append(json.dumps(data) + "\n")
+        self._file.append(json.dumps(data) + "\n", heading=self._info)
