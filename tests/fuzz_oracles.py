@@ -186,7 +186,8 @@ class Integers(Oracle):
         shape = weight.shape
         weight = weight.contiguous().view(1, -1) if weight.ndim < 2 else weight.contiguous()
         group = self.group or weight.shape[-1]
-        if weight.dtype is not torch.float64 and weight.isfinite().all():
+        # torchao takes a scale of the whole tensor where each weight has its own.
+        if group > 1 and weight.dtype is not torch.float64 and weight.isfinite().all():
             scale, codes, _ = integer_codes(weight, self.bits, self.group)
             scale, codes = scale.numpy().reshape(*weight.shape[:-1], -1), codes.numpy().astype(np.int64)
         else:
@@ -453,8 +454,8 @@ class BruteForce:
         before, after = oracle.values(old.codes, old.scale), oracle.values(new.codes, new.scale)
         quantized = np.abs(after - before)
         is_finite = np.isfinite(moved) & np.isfinite(quantized)
-        layer.add("moved", moved[is_finite].sum())
-        layer.add("quantized_moved", quantized[is_finite].sum())
+        layer.add("moved", np.where(is_finite, moved, 0.0).sum())
+        layer.add("quantized_moved", np.where(is_finite, quantized, 0.0).sum())
         layer.add("flips_seen_by_travel", int((is_finite & (new.codes != old.codes)).sum()))
         smallest, largest = oracle.outermost
         codes = old.codes.clip(smallest, largest)
@@ -466,7 +467,7 @@ class BruteForce:
         layer.add("expected_flips", np.nan_to_num(share.clip(max=1), nan=0.0).sum())
         layer.travelled += np.where(is_finite, moved, 0.0)
         layer.quantized_travelled += np.where(is_finite, quantized, 0.0)
-        layer.slack += 1e-6 * float((np.abs(before) + np.abs(after))[is_finite].sum())
+        layer.slack += 1e-6 * float(np.where(is_finite, np.abs(before) + np.abs(after), 0.0).sum())
 
     # ------------------------------------------------------------------ what the library has to say
 

@@ -374,7 +374,7 @@ class _Maker:
             "step",
             grads=grads,
             size=r.choice([0.1, 1.0, 1.0]),
-            zero_grad=r.choice(["set_to_none", "zero", "default"]),
+            zero_grad=r.choice(["set_to_none", "zero", "default", "not called"]),
             closure="raises" if fails else "gives gradients" if closure else None,
             found_inf=found_inf,
         )
@@ -398,8 +398,9 @@ class _Maker:
         if images and self.chance(0.15):
             found.append(self._action("channels last .data", r.choice(images)))
         others = [slot for slot in weights if slot != (0, 0)]
-        if others and self.chance(0.15):
-            found.append(self._action("freeze or unfreeze", r.choice(others)))
+        if others and self.chance(0.5 if self.optimizer.skips else 0.15):
+            # Fused optimizers move frozen weights without a trace: often the same one, so that it comes back.
+            found.append(self._action("freeze or unfreeze", others[0] if self.optimizer.skips else r.choice(others)))
         if self.chance(0.12):
             found.append(self._action("replace", r.choice(weights)))
         if not self._is_alone() and self.chance(0.1):
