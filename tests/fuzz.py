@@ -211,6 +211,8 @@ class Training:
         try:
             self.optimizer.step(closure) if details["closure"] else self.optimizer.step()
         except _Raised:
+            # No hook runs then: the handle has the parameters until the next step.
+            self.brute.are_held = self.handle is not None and self.brute.is_tracking
             return
         finally:
             if details["found_inf"] is not None:
@@ -322,9 +324,12 @@ class Training:
     def _leave(self) -> None:
         """The end of the optimizer, which writes its last record."""
         if self.tracked:
-            (self.optimizer if self.handle is None else self.handle).close()
+            self.close()
             if self.scenario.logs:
                 self._check_written(is_last=True)
+
+    def close(self) -> None:
+        (self.optimizer if self.handle is None else self.handle).close()
 
     def _deepcopy(self, action: Action, generator: torch.Generator) -> None:
         self._continue_with(copy.deepcopy((self.optimizer, self.model)))
@@ -390,6 +395,14 @@ def run(scenario: Scenario) -> bool:
     """
     RECORDS.clear()
     trainings = [Training(scenario, tracked) for tracked in (False, True)]
+    try:
+        return _run(scenario, trainings)
+    finally:
+        # Or its last record comes at garbage collection, among those of another scenario.
+        trainings[1].close()
+
+
+def _run(scenario: Scenario, trainings: list[Training]) -> bool:
     others = random.getstate(), np.random.get_state()[1].tobytes()
     for n, action in enumerate(scenario.actions):
         states, told = [], []

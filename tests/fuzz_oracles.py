@@ -379,6 +379,8 @@ class BruteForce:
         self.looked: list[tuple[object, ...]] = []
         self.has_news = False
         self.gauged: dict[str, int] = {}
+        self.are_held = False
+        """Whether the weights of the last tracked step are at hand, whatever has become of the optimizer's."""
         self._is_open = False
 
     @property
@@ -391,6 +393,7 @@ class BruteForce:
 
     def before(self, weights: list[Seen], looked: list[tuple[object, ...]]) -> None:
         self._is_open = self.is_tracking
+        self.are_held = self.are_held and not self._is_open
         if not self._is_open:
             return
         self.current, self.looked = weights, looked
@@ -414,6 +417,7 @@ class BruteForce:
             if is_step:
                 for seen, (weight, encoded) in zip(self.current, self.old, strict=True):
                     self._count(seen, self.layers[seen.name], weight, encoded)
+        self.are_held = False
         self.calls += 1
         self.skipped += not is_step
 
@@ -486,7 +490,7 @@ class BruteForce:
     def begin_anew(self) -> None:
         """A tracker that has loaded what another one saved: skipped steps are gone, and no gauge has been looked at."""
         self.calls, self.skipped = self.calls - self.skipped, 0
-        self.gauged, self.has_news, self.current = {}, False, []
+        self.gauged, self.has_news, self.current, self.are_held = {}, False, [], False
 
     def check_record(self, record: Any, looked: list[tuple[object, ...]], *, is_last: bool = False) -> None:
         """Compare a record; the next window begins, unless it is the last one of a tracker that others go on from."""
@@ -494,7 +498,7 @@ class BruteForce:
             name: {of: number - layer.last.get(of, 0) for of, number in layer.total.items()}
             for name, layer in self.layers.items()
         }
-        are_there = looked == self.looked
+        are_there = self.are_held or looked == self.looked
         due = self._look(is_last)
         is_expected = any(window.get("weight_steps") for window in windows.values())
         if record is None:
