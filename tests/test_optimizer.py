@@ -631,7 +631,7 @@ def total(weight):
         (
             ValueError,
             "nothing to track among 2 parameters",
-            lambda m: FlipTrackingOptimizer(torch.optim.SGD([m[0].bias, m[2].bias], lr=0.1), m),
+            lambda m: FlipTrackingOptimizer(torch.optim.SGD([m[0].bias, m[2].bias], lr=0.1), m, exclude="0.*"),
         ),
         (
             ValueError,

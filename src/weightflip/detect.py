@@ -84,6 +84,15 @@ class Plan:
     skipped_by_model: set[str] = field(default_factory=set)
     notes: tuple[str, ...] = ()
 
+    @property
+    def nothing_to_track(self) -> str:
+        """What there was instead, and why it is left out, if all of it is."""
+        names_of: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            names_of.setdefault(reason, []).append(name)
+        reasons = "; ".join(f"{_some(names)}: {reason}" for reason, names in names_of.items())
+        return f"nothing to track among {len(self.skipped)} parameters ({reasons or 'there are none'})"
+
 
 def name_parameters(
     param_groups: Iterable[Mapping[str, Any]], model: nn.Module | None, earlier: Sequence[Sequence[str]] = ()
@@ -172,7 +181,7 @@ def make_plan(
         exclude: Globs over names.
         strict: Whether a rule that leads nowhere is an error. While training goes on, a parameter that cannot be
             tracked any more is skipped with its reason instead.
-        may_be_empty: Whether having nothing to track is no error, even if ``strict``.
+        may_be_empty: Whether patterns that leave nothing to track are no error, even if ``strict``.
         optimizer: Where ``"auto"`` looks for an optimizer that quantizes the weights itself.
         known: Name to the quantizers, or the reason for none, that a model said which is not at hand any more.
 
@@ -181,8 +190,8 @@ def make_plan(
 
     Raises:
         ValueError: An unknown quantizer. If ``strict``: a glob that matches nothing; a weight that does not fit the
-            format named for it; a parameter that is included by its full name and cannot be tracked; nothing left to
-            track.
+            format named for it; a parameter that is included by its full name and cannot be tracked; patterns that
+            leave nothing to track, now or later.
         TypeError: Something that is no quantizer.
     """
     rules = _rules(quantizer)
@@ -197,7 +206,8 @@ def make_plan(
     flat = _flattened(parameters.values(), model)
     # Ranks have different shards of FSDP1, and must not come to different ends; ZeRO-3's partitions are yet to come.
     may_be_empty |= any(id(p) in flat and not getattr(p, "_is_flat_param", False) for p in parameters.values())
-    if strict and model is not None and not any(id(parameter) in owners for parameter in parameters.values()):
+    is_strange = bool(parameters) and not any(id(parameter) in owners for parameter in parameters.values())
+    if strict and model is not None and is_strange:
         raise ValueError(
             f"model= ({type(model).__name__}) holds none of the optimizer's {len(parameters)} parameters; pass the "
             "model whose parameters() the optimizer was built with, or none"
@@ -220,6 +230,7 @@ def make_plan(
             if strict and (reason.misfit or (name in include_globs and not reason.is_elsewhere)):
                 raise ValueError(f"parameter {name!r} cannot be tracked as asked for: {reason}") from None
             plan.skipped[name] = str(reason)
+            may_be_empty |= reason.is_elsewhere
             if reason.is_of_model:
                 plan.skipped_by_model.add(name)
             if reason.unknown is not None:
@@ -230,16 +241,20 @@ def make_plan(
                 plan.listed.add(name)
             for note in notes:
                 noted.setdefault(note, []).append(name)
-    for cls in unknown:
+    for cls in unknown if distributed.is_writer() else ():
         logger.warning("weightflip: torchao's %s is not known yet; its weights are not tracked", cls)
-    if strict and not plan.tracked and not may_be_empty:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:5])
+    # Without patterns of the user's, having nothing is no mistake: an optimizer of biases is a script that runs.
+    has_patterns = bool(include_globs or exclude_globs) or isinstance(quantizer, Mapping)
+    if strict and has_patterns and not plan.tracked and not may_be_empty:
         raise ValueError(
-            f"nothing to track among {len(parameters)} parameters ({reasons or 'there are none'}); "
-            "expected a floating-point weight with two dimensions, or name others with include="
+            f"{plan.nothing_to_track}; expected a floating-point weight with two dimensions that the patterns in "
+            "include=, exclude= and quantizer= leave, or others that include= names"
         )
-    sentences = (f"{note} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for note, names in noted.items())
-    return replace(plan, notes=tuple(sentences))
+    return replace(plan, notes=tuple(f"{note} ({_some(names)})" for note, names in noted.items()))
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
 
 def owner_types(parameters: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, str]:
@@ -337,14 +352,14 @@ def _check_trackable(
     if include and not _matches(name, include):
         raise Skip("not included")
     if nn.parameter.is_lazy(parameter):
-        raise Skip("not initialised yet")
+        raise _elsewhere("not initialised yet")
     ndim = parameter.ndim if ndim_before is None else ndim_before
     if not include and ndim < 2:
         raise Skip(f"{ndim}-dimensional (name it in include= to track it)")
     if not parameter.is_floating_point():
         raise Skip(f"dtype {_dtype(parameter)} is not floating-point")
     if parameter.is_meta:
-        raise Skip("on the meta device, without data")
+        raise _elsewhere("on the meta device, without data yet")
     if parameter.numel() == 0 and ndim_before is None:
         raise Skip("empty")
     if parameter.layout is not torch.strided:
@@ -361,13 +376,18 @@ def _check_flat(parameter: Tensor, named: Sequence[Quantizer]) -> None:
     """
     _check_formats_of_flat(parameter, named, named=True)
     if parameter.numel() == 0:
-        reason = Skip(
+        raise _elsewhere(
             "ZeRO-3 keeps it in partitions, which are tracked once DeepSpeed gives them to the optimizer"
             if hasattr(parameter, "ds_shape")
             else "none of it is on this rank"
         )
-        reason.is_elsewhere = True
-        raise reason
+
+
+def _elsewhere(reason: str) -> Skip:
+    """Other processes, or later steps, have the weights."""
+    skip = Skip(reason)
+    skip.is_elsewhere = True
+    return skip
 
 
 def _check_formats_of_flat(parameter: Tensor, quantizers: Iterable[Quantizer], *, named: bool) -> None:

@@ -145,7 +145,9 @@ class Tracking:
             sentence = note.rpartition(" (")[0]
             if sentence not in self._noted:
                 self._noted.add(sentence)
-                logger.warning("weightflip: %s", shown(note))
+                self._say(note)
+        if strict and not weights and not others:
+            self._say(f"{plan.nothing_to_track}; they are looked at again at the first step, and whenever they change")
         # Again at the first step: until then a model may still be converted, which leaves its parameters what they are.
         self._looks_again = strict
         places = {id(parameter): place for place, parameter in reversed(list(enumerate(every)))}
@@ -168,6 +170,11 @@ class Tracking:
         if self.source not in self.log.sources:
             self.source.follow(self.log.sources)
             self.log.sources.append(self.source)
+
+    def _say(self, text: str) -> None:
+        """A line in the log that all processes would have: on the first one alone."""
+        if distributed.is_writer():
+            logger.warning("weightflip: %s", shown(text))
 
     @property
     def info(self) -> RunInfo:
