@@ -359,6 +359,37 @@ def test_no_process_waits_for_another_to_know_a_phantom_step(runs):
     assert sum(first["flips"].values()) > 0
 
 
+@pytest.mark.parametrize("quantizer", ["float8_e4m3", "float8_e4m3:row"])
+def test_all_processes_agree_whether_a_step_only_makes_state(runs, quantizer):
+    def one_more(model):
+        optimizer = adamw_with_state(model)
+        assert len(optimizer.state) == 5
+        return optimizer
+
+    expected, _, _ = modes.run(quantizer=quantizer, make=one_more, log_every=3)
+    first, second = of_mode(runs, 2, "made_states")
+    for result in (first, second):
+        found = result[f"framework {quantizer}"]
+        assert_counts(found, expected)
+        assert found["steps"] == modes.STEPS
+    ours, theirs = (result[f"warm-up {quantizer}"] for result in (first, second))
+    assert ours["steps"] == theirs["steps"] == modes.STEPS + 1
+    for key in COUNTS:
+        assert ours[key] == theirs[key]
+    assert sum(ours["updates"].values()) > sum(expected["updates"].values())
+
+
+def adamw_with_state(model) -> torch.optim.Optimizer:
+    optimizer = modes.adamw(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    (group,) = optimizer.param_groups
+    group["lr"] = 0.0
+    optimizer.step()
+    group["lr"] = 0.02
+    return optimizer
+
+
 def test_steps_in_inference_mode(runs):
     expected, _, _ = modes.run(
         quantizer="float8_e4m3", make=lambda model: torch.optim.SGD(model.parameters(), lr=0.02), log_every=3

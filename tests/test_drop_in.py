@@ -218,6 +218,52 @@ def test_distributed_checkpoint_makes_state_by_a_step_that_is_none(lr, make, for
     assert tracker.step_count == 4
 
 
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """As torchtitan's ``init_optim_state`` does, before it saves or loads."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+        group["lr"] = torch.tensor(0.0) if isinstance(group["lr"], torch.Tensor) else 0.0
+    optimizer.step(closure=None)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+
+
+@each_form
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["float lr", "tensor lr"])
+def test_a_step_that_makes_state_is_known_by_what_it_is(lr, form, digits):
+    def train(model, optimizer, digits):
+        make_state(optimizer)
+        for step in range(4):
+            backward(model, digits, step)
+            optimizer.step()
+        return []
+
+    same_as_bare(form, lambda p: torch.optim.AdamW(p, lr=copy.deepcopy(lr)), train, digits)
+    model = digits_model()
+    optimizer, tracker = form(torch.optim.AdamW(model.parameters(), lr=copy.deepcopy(lr)), model)
+    train(model, optimizer, digits)
+    assert tracker.step_count == 4
+    # Not a step of 0 later on, nor one whose gradients come in a closure.
+    optimizer.param_groups[0]["lr"] = 0.0
+    backward(model, digits, 0)
+    for p in model.parameters():
+        p.grad.zero_()
+    optimizer.step()
+    assert tracker.step_count == 5
+
+
+@each_form
+def test_a_warmup_from_zero_with_a_closure_is_a_step(form, digits):
+    model = digits_model()
+    optimizer, tracker = form(torch.optim.AdamW(model.parameters(), lr=0.0), model)
+    optimizer.step(lambda: backward(model, digits, 0))
+    assert tracker.step_count == 1
+    assert sum(tracker.get_update_counts().values()) > 0
+
+
 @each_form
 def test_distributed_checkpoint_saves_the_tracker_as_its_own_object(form, digits, tmp_path):
     import torch.distributed.checkpoint as dcp

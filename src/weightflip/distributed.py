@@ -309,6 +309,22 @@ def agree(description: str, team: Team) -> bool:
     return bool(largest == -smallest)
 
 
+def is_any(flag: Tensor, layouts: Iterable[Layout]) -> Tensor:
+    """Whether a flag is set on any process that holds a part of these weights. One collective a team, of 8 bytes.
+
+    Args:
+        flag: 0-dim, not negative; set where it is not 0.
+        layouts: How the weights lie, of which this process has a part each.
+
+    Returns:
+        0-dim bool, without waiting for the device.
+    """
+    for team in dict.fromkeys(teams(list(layouts))):
+        flag = flag.to(team.device, torch.int64).clamp(max=1).view(1)
+        _all_reduce_(flag, team, "MAX")
+    return flag.view(()) != 0
+
+
 def add_up(numbers: Sequence[float], team: Team) -> list[float]:
     """The sum over the processes of the team, number by number. One collective, of 8 bytes a number (float64)."""
     packed = torch.tensor(numbers, dtype=torch.float64, device=team.device)

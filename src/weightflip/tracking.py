@@ -75,6 +75,7 @@ class Tracking:
         self._looks_again = True
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._found_inf: Tensor | None = None
+        self._is_step: Tensor | None = None
         self._is_open = False
         self._has_logged = False
 
@@ -223,8 +224,33 @@ class Tracking:
                 self._has_other_shards = False
             self._attempt(self._hold, optimizer)
         self._attempt(self.tracker.before_step, self._weights)
-        if has_closure:
+        self._is_step = None
+        if not has_closure:
+            self._attempt(self._look_for_step, optimizer)
+        else:
             self.tracker.forget_gradients()
+
+    def _look_for_step(self, optimizer: Optimizer) -> None:
+        """Find out, without waiting for the device, whether the coming step only makes the optimizer's state.
+
+        Checkpoints of frameworks have it do so by a step with a learning rate of 0 and gradients of 0. Warm-ups begin
+        with such a rate, too, and have other gradients. Where weights are sharded, a process may have nothing but zeros
+        in its shards, or a state where others have none, so that all ask each other; the rate is the same on all.
+        """
+        if not _has_zero_rates(optimizer):
+            return
+        every = _parameters(optimizer)
+        layouts = [layout for p in every if (layout := distributed.layout(p)) is not None and layout.shard is not None]
+        if not self.tracker.is_sharded:
+            # Sharded parameters that are not tracked (yet): nobody asks, and nobody decides alone.
+            self._is_step = None if layouts or optimizer.state else _count_updates(every) != 0
+            return
+        try:
+            flag = torch.ones((), dtype=torch.int64, device="cpu") if optimizer.state else _count_updates(every)
+        except Exception:
+            # What cannot be looked at counts. The others are asked for in any case.
+            flag = torch.ones((), dtype=torch.int64, device="cpu")
+        self._is_step = distributed.is_any(flag, layouts)
 
     def _leave_out_capture(self) -> None:
         """Do nothing in a step that a CUDA graph records: host code does not run again when the graph is replayed."""
@@ -254,7 +280,10 @@ class Tracking:
         self.tracker.forget_gradients()
 
     def _count(self) -> None:
-        self._attempt(self.tracker.after_step, None if self._found_inf is None else self._found_inf == 0)
+        valid = None if self._found_inf is None else self._found_inf == 0
+        if self._is_step is not None:
+            valid = self._is_step if valid is None else valid & self._is_step.to(valid.device, non_blocking=True)
+        self._attempt(self.tracker.after_step, valid)
         self._calls += 1
         if self._finalizer is None:
             # Also at garbage collection and at interpreter exit: a script that never calls close() loses no record. Not
@@ -422,16 +451,34 @@ def _described(parameters: Sequence[Tensor]) -> tuple[object, ...]:
 
 
 def _is_phantom_step(optimizer: Optimizer) -> bool:
-    """Whether the coming step only makes the optimizer's state, as torch.distributed.checkpoint has it do.
+    """Whether torch.distributed.checkpoint is about to have the optimizer make its state.
 
-    It does so at a learning rate of 0, with gradients of 0, where the optimizer has no state. Each process finds that
-    out by itself: a state may be on one process only, a shard of zeros tells nothing about others, and to ask them or
-    the device would be to wait. So it is seen by who calls.
+    A process does so where it has no state, which the others may have. So this has to be known before anything that
+    they take part in, and is seen by who calls; other callers' steps are known by what they are (``_look_for_step``).
     """
-    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates) or any(rates):
+    if any("lr" in group for group in optimizer.param_groups) and not _has_zero_rates(optimizer):
         return False
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
         frame = frame.f_back
     return frame.f_back is not None
+
+
+def _has_zero_rates(optimizer: Optimizer) -> bool:
+    """Whether all learning rates are 0, as far as that is known without waiting for the device."""
+    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    return bool(rates) and not any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate for rate in rates)
+
+
+@torch.no_grad()
+def _count_updates(parameters: Sequence[Tensor]) -> Tensor:
+    """How many elements of the gradients are not 0, on this process: 0-dim, on the device of the first."""
+    counts = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradient = distributed.local(parameter.grad)
+            sparse = gradient.layout is not torch.strided
+            counts.append(torch.count_nonzero(gradient.to_sparse_coo().coalesce().values() if sparse else gradient))
+    if not counts:
+        return torch.zeros((), dtype=torch.int64, device="cpu")
+    return torch.stack([count.to(counts[0].device, non_blocking=True) for count in counts]).sum()
