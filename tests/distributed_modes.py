@@ -768,6 +768,25 @@ def phantom_steps(rank: int, world: int) -> dict[str, object]:
     return {**numbers(optimizer.tracker), "inner_steps": optimizer.inner.steps}
 
 
+def frozen_on_one(rank: int, world: int) -> dict[str, object]:
+    """The last process alone freezes a weight, and both freeze another one later."""
+    patience, distributed.PATIENCE = distributed.PATIENCE, timedelta(seconds=1)
+
+    def freeze(step: int, model: nn.Module) -> None:
+        if step == 4 and rank == world - 1:
+            model.three.weight.requires_grad_(False)
+        if step == 7:
+            model.single.weight.requires_grad_(False)
+
+    results = {}
+    for quantizer in ("float8_e4m3", "float8_e4m3:row"):
+        start = time.monotonic()
+        found = steps_with_faults("always", shard=fsdp, quantizer=quantizer, log_every=3, before=freeze)
+        results[quantizer] = {**found, "seconds": time.monotonic() - start}
+    distributed.PATIENCE = patience
+    return results
+
+
 def made_states(rank: int, world: int) -> dict[str, object]:
     """A framework makes the state by a step that is none; and a warm-up begins where one process has only zeros."""
     results = {}
@@ -1033,6 +1052,7 @@ def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> Non
         modes["readers"] = lambda: readers(rank, world)
         modes["several_optimizers"] = lambda: several_optimizers(rank, world)
         modes["phantom_steps"] = lambda: phantom_steps(rank, world)
+        modes["frozen_on_one"] = lambda: frozen_on_one(rank, world)
         modes["made_states"] = lambda: made_states(rank, world)
         modes["inference"] = lambda: inference(rank, world)
         modes["refusals"] = lambda: refusals(rank, world)

@@ -539,7 +539,7 @@ class WeightFlipTracker:
                     (now if self._is_gauge[column] else now - then) if is_counted else 0
                     for column, (now, then) in enumerate(zip(own, given or self._zeros(), strict=True))
                 ]
-                numbers.append(member.name in self._failed)
+                numbers.append(team.failure if member.name in self._failed else 0)
             sums = distributed.add_up(numbers, team)
             for i, member in enumerate(members):
                 *news, failures = sums[i * (self._columns + 1) : (i + 1) * (self._columns + 1)]
@@ -548,7 +548,8 @@ class WeightFlipTracker:
                     news = self._zeros()
                 totals[member.name] = self._take(member, news, self._own(member.name, rows))
                 if failures and member.name not in self._failed:
-                    self._give_up(member.name, RuntimeError("it is not on another process"))
+                    error = RuntimeError("it is not on another process")
+                    self._give_up(member.name, error, tells=team.tells_of(failures))
         self._added_up = steps, totals
 
     def _own(self, name: str, rows: Mapping[str, list[float]]) -> list[float]:
@@ -616,7 +617,7 @@ class WeightFlipTracker:
                     if name in before:
                         self._part_with(name)
                     if name not in self._failed:
-                        self._give_up(name, ValueError(reason))
+                        self._give_up(name, ValueError(reason), tells=name not in self._sharded.told_elsewhere)
                 self._open_layers(weights)
         self._unsure = set()
         asked = {name for _, names in self._sharded.tables for name in names}
@@ -991,13 +992,20 @@ class WeightFlipTracker:
         if self.low_memory or self._is_over:
             self._together = {}
 
-    def _give_up(self, name: str, error: Exception) -> None:
+    def give_up(self, name: str, reason: str) -> None:
+        """Count a weight no more; where it is sharded, others do so, too, from the next logging point on."""
+        if name not in self._failed:
+            self._give_up(name, ValueError(reason))
+
+    def _give_up(self, name: str, error: Exception, *, tells: bool = True) -> None:
         self._failed.add(name)
         layer = self._layers.get(name)
         if layer is not None and layer.row is not None:
             layer.row.ledger.discard(layer.row.index)
             layer.drop_codes(metrics=True)
         self._together = {}
+        if not tells:
+            return
         self._untold.append(
             f"weightflip: {name!r} is not tracked any more, training goes on: {type(error).__name__}: {error}"
         )

@@ -70,8 +70,8 @@ class Tracking:
         self._plan = Plan()
         self._seen: tuple[object, ...] = ()
         self._is_selecting = False
-        self._shards: tuple[object, ...] = ()
-        self._has_other_shards = False
+        self._shards: tuple[tuple[object, distributed.Layout], ...] = ()
+        self._has_other_shards = self._has_compared = self._is_apart = False
         self._looks_again = True
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._found_inf: Tensor | None = None
@@ -85,13 +85,20 @@ class Tracking:
         They are read from the groups each time: FSDP2 under Accelerate replaces them in place, and users add groups,
         freeze and unfreeze.
         """
+        if self._is_apart:
+            return
         every = _parameters(optimizer)
         seen = _described(every)
         if seen == self._seen and not (self._looks_again or self._is_selecting):
             return
         if seen != self._seen:
-            shards = tuple(of for of, p in zip(seen, every, strict=True) if distributed.layout(p) is not None)
-            self._has_other_shards = self._has_other_shards or shards != self._shards
+            layouts = [distributed.layout(parameter) for parameter in every]
+            shards = tuple((of, lies) for of, lies in zip(seen, layouts, strict=True) if lies is not None)
+            if shards != self._shards:
+                if self._has_compared and not self._do_others_come(shards):
+                    self._part(seen)
+                    return
+                self._has_other_shards = True
             self._shards = shards
         # Now, and not where all went well: what fails is not tried again on one process alone.
         self._seen, self._looks_again = seen, False
@@ -172,6 +179,31 @@ class Tracking:
             self.source.follow(self.log.sources)
             self.log.sources.append(self.source)
 
+    def _do_others_come(self, shards: Sequence[tuple[object, distributed.Layout]]) -> bool:
+        """Whether the sharded parameters have become others on all processes, that are going to compare them."""
+        layouts = [layout for _, layout in (*self._shards, *shards) if layout.shard is not None]
+        try:
+            return distributed.have_all_come(layouts, str([layout.shape for _, layout in self._shards]))
+        except Exception:
+            return False
+
+    def _part(self, seen: tuple[object, ...]) -> None:
+        """Go on with the weights that all processes know of, without those that are others on this one alone."""
+        self._is_apart = True
+        seconds = int(distributed.PATIENCE.total_seconds())
+        reason = f"sharded parameters were frozen, added or replaced on this process alone in {seconds} s"
+        self.log.untold.append(
+            f"weightflip: {reason}: what is tracked stays as it was before, without what is another one now; do the "
+            "same to the parameters on all processes"
+        )
+        if max(self._places, default=0) >= len(seen):
+            self.tracker.abandon()
+            return
+        for weight, place in zip(self._weights, self._places, strict=True):
+            if seen[place] != self._seen[place]:
+                self.tracker.give_up(weight.name, reason)
+        self._seen, self._looks_again = seen, False
+
     def _say(self, text: str) -> None:
         """A line in the log that all processes would have: on the first one alone."""
         if distributed.is_writer():
@@ -221,7 +253,7 @@ class Tracking:
             are_known = self._attempt(self.select, optimizer, strict=False)
             if self._has_other_shards:
                 self.tracker.expect_others(are_known=are_known)
-                self._has_other_shards = False
+                self._has_other_shards, self._has_compared = False, True
             self._attempt(self._hold, optimizer)
         self._attempt(self.tracker.before_step, self._weights)
         self._is_step = None
@@ -477,8 +509,9 @@ def _count_updates(parameters: Sequence[Tensor]) -> Tensor:
     for parameter in parameters:
         if parameter.grad is not None:
             gradient = distributed.local(parameter.grad)
-            sparse = gradient.layout is not torch.strided
-            counts.append(torch.count_nonzero(gradient.to_sparse_coo().coalesce().values() if sparse else gradient))
+            if gradient.layout is not torch.strided:
+                gradient = gradient.to_sparse_coo().coalesce().values()  # type: ignore[no-untyped-call]
+            counts.append(torch.count_nonzero(gradient))
     if not counts:
         return torch.zeros((), dtype=torch.int64, device="cpu")
     return torch.stack([count.to(counts[0].device, non_blocking=True) for count in counts]).sum()
