@@ -326,3 +326,68 @@ class NaiveWrapper(torch.optim.Optimizer):
 def test_a_naive_wrapper_fails(case):
     with pytest.raises((AssertionError, AttributeError)):
         conforms(case, lambda optimizer, net: NaiveWrapper(optimizer))
+
+
+def takes_vectors(case: Case) -> bool:
+    is_other = case.info.only_supports_sparse_grads or case.info.optim_cls is torch.optim.Muon
+    return not (is_other or case.kwargs.get("differentiable"))
+
+
+def takes_meta(case: Case) -> bool:
+    # Of the old parameters LBFGS keeps a list and Adagrad a state, and fused implementations refuse the meta device.
+    keeps = case.info.optim_cls in (torch.optim.LBFGS, torch.optim.Adagrad)
+    return takes_vectors(case) and not (keeps or case.kwargs.get("fused"))
+
+
+def trained(case: Case, net: Net, optimizer: torch.optim.Optimizer, brute: BruteForce | None = None) -> list[Any]:
+    result: list[Any] = []
+    for step in range(4):
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            return backward_of(net, step)
+
+        if brute is not None:
+            brute.before()
+        result.append(step_once(case, net, optimizer, closure))
+        if brute is not None:
+            brute.take_gradients()
+            brute.after()
+    return [*result, *(p.detach().clone() for p in net.parameters()), bare_state(optimizer)]
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("form", [tracked, hooked], ids=["wrapper", "hooks"])
+@pytest.mark.parametrize("case", [case for case in FAST if takes_vectors(case)], ids=lambda case: case.name)
+def test_vectors_only(case, form):
+    results = []
+    for wrap in (lambda optimizer, net: optimizer, form):
+        net = Net(case.info)
+        vectors = [p for p in net.parameters() if p.ndim == 1]
+        optimizer = wrap(case.info.optim_cls(vectors, **copy.deepcopy(case.kwargs)), net)
+        results.append(trained(case, net, optimizer))
+    assert_same(*results)
+    assert optimizer.tracker.get_flip_counts() == {}
+    assert optimizer.tracker.step_count == 4
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("form", [tracked, hooked], ids=["wrapper", "hooks"])
+@pytest.mark.parametrize("case", [case for case in FAST if takes_meta(case)], ids=lambda case: case.name)
+def test_parameters_on_the_meta_device_that_get_data_later(case, form):
+    results = []
+    for wrap in (lambda optimizer, net: optimizer, form):
+        with torch.device("meta"):
+            net = Net(case.info)
+        optimizer, real = build(case, net, wrap), Net(case.info)
+        for module, other in zip(net.children(), real.children(), strict=True):
+            for name, parameter in list(other.named_parameters()):
+                setattr(module, name, parameter)
+        new = list(net.parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [new.pop(0) for _ in group["params"]]
+        brute = BruteForce(net)
+        results.append(trained(case, net, optimizer, brute))
+    assert_same(*results)
+    brute.check(optimizer.tracker)
+    assert sum(brute.updates.values()) > 0

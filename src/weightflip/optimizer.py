@@ -81,7 +81,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
     Raises:
         TypeError: ``optimizer`` is no optimizer, or ``model`` no module.
         ValueError: An unknown quantizer or metric, a pattern that matches nothing, a format that a weight does not fit,
-            nothing to track, a rule that cannot be read, or a step number that makes no sense.
+            patterns that leave nothing to track, a rule that cannot be read, or a step number that makes no sense.
         OSError: ``log_dir``, or a file of ``sinks``, cannot be written.
         ImportError: ``backend="numba"`` without Numba.
 

@@ -808,7 +808,7 @@ class WeightFlipTracker:
             unasked.update(of.tensors.keys() - asked)
         self.reset()
         self._layers, self._window_base, self._progress = layers, window_base, _Progress(steps)
-        if unasked:
+        if unasked and distributed.is_writer():
             warnings.warn(
                 f"weightflip: what {sorted(unasked)} remembered of each weight in the checkpoint is dropped, since "
                 "metrics= does not ask for it",

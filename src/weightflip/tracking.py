@@ -290,6 +290,8 @@ class Tracking:
             self._saw_capture = True
             # Replays write weights without a trace.
             self.tracker.fresh_snapshots = True
+            if not distributed.is_writer():
+                return
             self.log.untold.append(
                 "weightflip: a step that is captured in a CUDA graph, and its replays, are not tracked; to track them, "
                 "leave optimizer.step() outside the graph"
