@@ -1,4 +1,4 @@
-"""Pure functions between codes and rates. The stateful classes of :mod:`weightflip.tracker` are thin over these."""
+"""Pure functions between codes and rates. The stateful classes of :mod:`weightflip.counting` are thin over these."""
 
 from __future__ import annotations
 

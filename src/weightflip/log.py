@@ -12,9 +12,9 @@ from typing import Any
 
 from weightflip import distributed
 from weightflip.alerts import AlertWatch
+from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import Counts, FlipRecord, RunInfo, shown, split_variant
 from weightflip.sinks import SinkGroup
-from weightflip.tracker import WeightFlipTracker
 
 
 class Source:

@@ -12,13 +12,13 @@ from torch.utils.hooks import RemovableHandle
 
 from weightflip import distributed
 from weightflip.alerts import Alert, AlertWatch
+from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.inner import check_optimizer, delegated, runs_hooks_itself, seen_from
 from weightflip.log import Log
 from weightflip.metrics.columns import METRICS, MetricsLike
 from weightflip.options import Options, check_names
 from weightflip.sinks import SinkGroup, TensorBoardSink, make_sinks
 from weightflip.tracked import Tracked
-from weightflip.tracker import WeightFlipTracker
 from weightflip.tracking import STATE_KEY, Tracking
 
 _OWN_ATTRIBUTES = frozenset({"inner", "_tracking"})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import RunInfo
-from weightflip.tracker import WeightFlipTracker
 from weightflip.tracking import Tracking
 
 

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weightflip import checkpoint, distributed
+from weightflip import distributed
+from weightflip.counting import checkpoint
+from weightflip.counting.layer import TrackedWeight
+from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.detect import Plan, make_groups, make_plan, name_parameters, owner_types
-from weightflip.layer import TrackedWeight
 from weightflip.log import Log, Source, restricted
 from weightflip.quantizers.base import Quantizer, quantizer_name
 from weightflip.records import RunInfo, shown, split_variant, variant
-from weightflip.tracker import WeightFlipTracker
 
 logger = logging.getLogger("weightflip")
 

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from weightflip import checkpoint, checks, distributed, functional, kernels
-from weightflip.batch import Batch, Member, make_member
-from weightflip.canary import Canary
-from weightflip.layer import Layer, Row, Stamp, TrackedWeight
-from weightflip.ledger import COLUMNS, COUNTED, NONFINITE, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS, Ledger
+from weightflip import checks, distributed, functional, kernels
+from weightflip.counting import checkpoint
+from weightflip.counting.batch import Batch, Member, make_member
+from weightflip.counting.canary import Canary
+from weightflip.counting.layer import Layer, Row, Stamp, TrackedWeight
+from weightflip.counting.ledger import COLUMNS, COUNTED, NONFINITE, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS, Ledger
 from weightflip.metrics import CORE_VALUES, LayerMetric, Slice, Weight
 from weightflip.metrics.columns import METRICS, Group, MetricsLike, gauges_of, make_groups, ratios_of
 from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, bits_of_scale, quantizer_name, resolve
