@@ -214,7 +214,7 @@ def test_training_is_counted_as_by_eager(options):
     assert found == expected
     assert all(torch.equal(a, b) for a, b in zip(parameters, same, strict=True))
     if options == {}:
-        assert [len(together.batch.members) for together in tracker._together.values()] == [6]
+        assert [len(batch.members) for batch in tracker.batches] == [6]
 
 
 @runs_here
