@@ -1,7 +1,7 @@
-"""What tracking costs on an accelerator: beside a fused AdamW step, a plain read of the same bytes, and a whole training.
+"""What tracking costs on an accelerator: beside a fused AdamW step, a plain read of the same bytes, a whole training.
 
-``python benchmarks/gpu.py`` prints a table in below two minutes. Bare and tracked steps take turns; times are medians, from
-the device's own events and from the host's clock: where both are alike, the host is what is waited for.
+``python benchmarks/gpu.py`` prints a table in below two minutes. Bare and tracked steps take turns; times are medians,
+from the device's own events and from the host's clock: where both are alike, the host is what is waited for.
 """
 
 from __future__ import annotations
@@ -155,6 +155,8 @@ def step_costs(
 
 
 class Block(nn.Module):
+    """Attention and two layers, as in GPT-2."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -171,6 +173,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """GPT-2 with the sizes that are given; input and output share their table."""
+
     def __init__(self, vocabulary: int, length: int, width: int, heads: int, layers: int) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
@@ -184,7 +188,7 @@ class GPT(nn.Module):
 
 
 def training(device: torch.device, backends: Sequence[str], tiny: bool) -> list[Row]:
-    """A training step of GPT-2 small under bfloat16 autocast, batch 8 x 512; the format is named, all else as by default."""
+    """A training step of GPT-2 small under bfloat16 autocast, batch 8 x 512; all but the format is by default."""
     sizes = (256, 64, 64, 2, 2) if tiny else (50304, 512, 768, 12, 12)
     batch, length = (2, 32) if tiny else (8, 512)
     stopwatch = Stopwatch(device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -146,7 +147,7 @@ def live(device: torch.device, backend: str, quantizer, shapes_fit: Callable[[Te
         for i, (weight, _) in enumerate(steps[0])
     ]
     records = []
-    for now, following in zip(steps, steps[1:], strict=False):
+    for now, following in itertools.pairwise(steps):
         for weight, (_, grad) in zip(tracked, now, strict=True):
             weight.parameter.grad = None if grad is None else grad.to(device)
         tracker.before_step(tracked)
@@ -290,7 +291,7 @@ def test_random_numbers_are_not_touched(data, backend):
 # ---------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("saved_on, resumed_on", [(DEVICE, DEVICE), (CPU, DEVICE), (DEVICE, CPU)], ids=str)
+@pytest.mark.parametrize(("saved_on", "resumed_on"), [(DEVICE, DEVICE), (CPU, DEVICE), (DEVICE, CPU)], ids=str)
 def test_checkpoints_move_between_devices(saved_on, resumed_on, digits, tmp_path):
     def make(device: torch.device, seed: int = 0):
         model = digits_model(seed).to(device)
@@ -417,7 +418,7 @@ def test_a_model_on_two_devices(backend, data):
     model[2].to("cuda:1")
     optimizer = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters()), model, sinks=[], backend=backend)
     brute = BruteForce(model)
-    for step in range(4):
+    for _ in range(4):
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         brute.before()

@@ -79,8 +79,8 @@ class WeightFlipTracker:
         fresh_snapshots: Encode anew before each step, for scripts that write weights through ``.data``, which leaves
             no trace.
         backend: ``"auto"`` for the fastest there is, ``"eager"`` for plain torch, ``"numba"`` to insist on the
-            compiled kernel for weights on the CPU, ``"triton"`` for the one for weights on a GPU, which ``"auto"``
-            does not take yet. They count the same; what a kernel does not cover goes to eager.
+            compiled kernel for weights on the CPU, ``"triton"`` for the one for weights on a GPU. They count the same:
+            a kernel is tried before it is used. What it does not cover, or counts otherwise, goes to eager.
 
     Raises:
         ValueError: An unknown metric or backend, ``"triton"`` without a GPU, or step numbers that make no sense.

@@ -7,7 +7,7 @@ exactly.
 from __future__ import annotations
 
 from weightflip.formats import Rounding
-from weightflip.kernels.backend import check_backend, one_pass, run
+from weightflip.kernels.backend import check_backend, one_pass, run, run_for
 from weightflip.kernels.eager import count_
 from weightflip.kernels.runs import Kind, Run, Stretch, upload
 from weightflip.kernels.scratch import ScratchPool
@@ -30,6 +30,7 @@ __all__ = [
     "count_",
     "one_pass",
     "run",
+    "run_for",
     "slice_elements",
     "slices",
     "take",

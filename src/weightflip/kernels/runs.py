@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -93,6 +93,7 @@ def count_alone(
     codes: Tensor,
     update: Tensor | None,
     counts: Tensor,
+    may_count: Callable[[Kind, bool], bool] | None = None,
 ) -> bool:
     """Encode one weight, compare, add to ``counts`` and store the new codes, if these tensors are of the kinds known.
 
@@ -105,6 +106,7 @@ def count_alone(
         update: The gradient, or a bool mask of the weights that had one, laid out as the weight; None counts no
             updates.
         counts: int64 of shape (3,): flips, updates, stalled; added to.
+        may_count: Whether the kernel is to be used for a kind, with a scale or without; None: wherever it can be.
 
     Returns:
         Whether it was done; False leaves everything as it was.
@@ -115,7 +117,7 @@ def count_alone(
     if not all(_is_laid_out(tensor, weight) for tensor in (weight, codes, update) if tensor is not None):
         return False
     kind = Kind(weight.dtype, None if update is None else update.dtype, codes.dtype, rounding, weight.device)
-    if not run.can_do(kind, scaled=False):
+    if not (run.can_do(kind, scaled=False) if may_count is None else may_count(kind, scale is not None)):
         return False
     if weight.numel() == 0:
         return True
