@@ -13,10 +13,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from weightflip import FlipTrackingOptimizer
+from weightflip.canary import Canary
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FORMATS = ["float8_e4m3", "float8_e4m3:row", "float8_e5m2:pow2", "e3m4", "mxfp8_e4m3", "mxfp4", "nvfp4", "int8",
            "int4:g32", "bfloat16"]  # fmt: skip
+ON_TRITON = ["float8_e4m3", "mxfp8_e4m3", "bfloat16"]
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero"}
 
 
@@ -48,8 +50,8 @@ def asked_in_a_step(backend: str, quantizer: str, tensors: int, monkeypatch) -> 
     )
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    for _ in range(22):
-        # Past the steps after which the canary looks.
+    monkeypatch.setattr(Canary, "is_due", staticmethod(lambda steps: False))
+    for _ in range(2):
         optimizer.step()
     calls = Calls()
     if backend == "triton":
@@ -91,10 +93,10 @@ def test_numba(quantizer, monkeypatch):
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="the interpreter is chosen before Triton is imported")
-@pytest.mark.parametrize("quantizer", FORMATS)
+@pytest.mark.parametrize("quantizer", ON_TRITON)
 def test_triton(quantizer, monkeypatch):
-    # The interpreter takes a millisecond for a tile: fewer tensors tell as much.
-    assert_bounded("triton", quantizer, monkeypatch, 100)
+    # The interpreter takes its time for each tile: fewer tensors tell as much.
+    assert_bounded("triton", quantizer, monkeypatch, 40)
 
 
 @pytest.mark.skipif(IS_INTERPRETED or importlib.util.find_spec("triton") is None, reason="no Triton, or run already")
@@ -102,4 +104,4 @@ def test_triton_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-q", __file__]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
-    assert f"{len(FORMATS)} passed" in result.stdout
+    assert f"{len(ON_TRITON)} passed" in result.stdout

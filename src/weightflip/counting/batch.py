@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,7 +170,7 @@ class Batch:
         """
         counts = torch.zeros(len(self.members), 3, dtype=torch.int64, device=self._device)
         scale_changes = torch.zeros(len(self.members), dtype=torch.int64, device=self._device)
-        addresses = torch.tensor(updates, dtype=torch.int64, device="cpu") if self.with_updates else None
+        addresses = np.array(updates, dtype=np.int64) if self.with_updates else None
         failed: list[tuple[int, Exception]] = []
         for indices, parts in self._groups:
             try:
@@ -234,9 +235,8 @@ class _Part:
             kind,
         )
         self.members = [piece.member for piece in pieces]
-        self.owners = torch.tensor(self.members, device="cpu")
-        self.owners_there = kernels.upload(self.owners, first.codes.device)
-        self.offsets = torch.tensor([piece.first * item for piece in pieces], device="cpu")
+        self.owners_there = kernels.upload(torch.tensor(self.members, device="cpu"), first.codes.device)
+        self.offsets = np.array([piece.first * item for piece in pieces], dtype=np.int64)
         # Of these pieces' scales, and all of them in one piece of memory, where a lasting batch has put them there.
         self.scale_codes = [
             stored.view(-1)[piece.first // member.group :][: piece.numel // member.group]
@@ -249,12 +249,12 @@ class _Part:
             ends = torch.tensor([codes.numel() for codes in self.scale_codes], device="cpu").cumsum(0)
             self._ends = kernels.upload(ends - 1, first.codes.device)
 
-    def advance(self, updates: Tensor | None, counts: Tensor, scale_changes: Tensor) -> None:
+    def advance(self, updates: kernels.Addresses | None, counts: Tensor, scale_changes: Tensor) -> None:
         scale = self.quantizer.scale_of(self.run.largest().to(self.dtype)) if self.is_scaled else None
         addresses = None
         if updates is not None:
-            of_pieces = updates[self.owners]
-            addresses = torch.where(of_pieces == 0, 0, of_pieces + self.offsets)
+            of_pieces = updates[self.members]
+            addresses = np.where(of_pieces == 0, 0, of_pieces + self.offsets)
         found = self.run.count_(self.quantizer.applied_scale(scale), addresses)
         counts.index_add_(0, self.owners_there, found)
         if scale is not None and self.scale_codes:
@@ -268,9 +268,9 @@ class _Part:
         if self._ends is None:
             scale_changes[self.members[0]].add_(torch.count_nonzero(has_changed))
         else:
-            until = torch.cumsum(has_changed, 0, dtype=torch.int32).index_select(0, self._ends).to(torch.int64)
-            until[1:] -= until[:-1].clone()
+            until = torch.cumsum(has_changed, 0).index_select(0, self._ends)
             scale_changes.index_add_(0, self.owners_there, until)
+            scale_changes.index_add_(0, self.owners_there[1:], until[:-1], alpha=-1)
         if in_one is None:
             torch._foreach_copy_(self.scale_codes, torch.split(new, [codes.numel() for codes in self.scale_codes]))
         else:

@@ -82,7 +82,7 @@ class BatchedRoute:
     def encode(self, layers: Sequence[Layer]) -> None:
         for indices in _by_device(members := _members_of(layers)):
             try:
-                batch = Batch([members[index] for index in indices], with_updates=False)
+                batch = Batch([members[index] for index in indices], with_updates=False, lasts=False)
                 failed = dict(batch.advance([]).failed)
             except Exception as error:
                 failed = dict.fromkeys(range(len(indices)), error)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -222,9 +223,7 @@ def _fault(run: type[Run], question: Question) -> str | None:
     addresses = None
     if updates is not None:
         step = updates.element_size()
-        addresses = torch.tensor(
-            [updates.data_ptr() + part.first * step if part.has_update else 0 for part in parts], device="cpu"
-        )
+        addresses = np.array([updates.data_ptr() + part.first * step if part.has_update else 0 for part in parts])
     found = kernel.count_(scales, addresses)
     wrong = int(torch.count_nonzero(codes != expected))
     if wrong:
@@ -266,7 +265,7 @@ def _speedup(run: type[Run], question: Question, eager: Eager) -> float:
     counts = torch.zeros(3, dtype=torch.int64, device=kind.device)
     updates = None if kind.update is None else weights.to(kind.update)
     scales = torch.ones(len(weights), device=kind.device) if question.takes_scale else None
-    addresses = None if updates is None else torch.tensor([update.data_ptr() for update in updates], device="cpu")
+    addresses = None if updates is None else np.array([update.data_ptr() for update in updates])
     numel = weights[0].numel()
     kernel = run([Stretch(w.data_ptr(), c.data_ptr(), numel, numel) for w, c in zip(weights, codes, strict=True)], kind)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from weightflip.formats import Rounding
+
+Addresses: TypeAlias = "npt.NDArray[np.int64]"
 
 
 class Stretch(NamedTuple):
@@ -65,12 +69,12 @@ class Run(Protocol):
         """
         ...
 
-    def count_(self, scale: Tensor | None, updates: Tensor | None) -> Tensor:
+    def count_(self, scale: Tensor | None, updates: Addresses | None) -> Tensor:
         """Encode, compare, count, and store the new codes.
 
         Args:
             scale: float32, one for each element of :meth:`largest`; None where weights are rounded as they are.
-            updates: int64, on the CPU: addresses of the updates, a stretch each; 0 for one that has none. Not wider
+            updates: Addresses of the updates, a stretch each; 0 for one that has none. Not wider
                 than the weight. None where none are counted.
 
         Returns:
@@ -123,7 +127,7 @@ def count_alone(
         return True
     alone = run([Stretch(weight.data_ptr(), codes.data_ptr(), weight.numel(), group)], kind)
     flat_scale = None if scale is None else scale.detach().reshape(-1).contiguous()
-    address = None if update is None else torch.tensor([update.data_ptr()], device="cpu")
+    address = None if update is None else np.array([update.data_ptr()], dtype=np.int64)
     counts.add_(alone.count_(flat_scale, address)[0])
     return True
 
