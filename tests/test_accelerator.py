@@ -24,7 +24,7 @@ from kernel_cases import QUANTIZERS, gradient_of, hard_numbers, stale_codes
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, WeightFlipTracker, functional, kernels
-from weightflip.layer import TrackedWeight
+from weightflip.counting.layer import TrackedWeight
 from weightflip.metrics import metric_names
 from weightflip.quantizers import resolve
 from weightflip.quantizers.block import MX_NAMES, MXQuantizer

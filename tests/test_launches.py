@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from weightflip import FlipTrackingOptimizer
-from weightflip.canary import Canary
+from weightflip.counting.canary import Canary
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FORMATS = ["float8_e4m3", "float8_e4m3:row", "float8_e5m2:pow2", "e3m4", "mxfp8_e4m3", "mxfp4", "nvfp4", "int8",
