@@ -261,6 +261,16 @@ def optimizers() -> Iterator[Any]:
             yield pytest.param(cls, {**base, **options}, id=f"{name} {'-'.join(options) or 'plain'}")
 
 
+def has_fused(cls) -> bool:
+    weight = torch.ones(2, 2, device=DEVICE, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    try:
+        cls([weight], lr=1e-2, fused=True).step()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
 def model_of(cls) -> nn.Sequential:
     torch.manual_seed(0)
     bias = cls is not torch.optim.Muon
@@ -275,6 +285,8 @@ def data(digits) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("cls", "kwargs"), list(optimizers()))
 @pytest.mark.parametrize("form", FORMS)
 def test_training_is_that_of_the_bare_optimizer_and_counts_are_brute_force(cls, kwargs, form, data):
+    if kwargs.get("fused") and not has_fused(cls):
+        pytest.skip(f"torch has no fused {cls.__name__} for this device")
     results = []
     for is_tracked in (False, True):
         model = model_of(cls)

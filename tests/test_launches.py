@@ -67,7 +67,7 @@ def asked_in_a_step(backend: str, quantizer: str, tensors: int, monkeypatch) -> 
         monkeypatch.setattr(cuda.Run, "_start", launch)
     with calls:
         optimizer.step()
-    members = [len(together.batch.members) for together in optimizer.tracker._together.values()]
+    members = [len(batch.members) for batch in optimizer.tracker.batches]
     assert members == [tensors]
     assert all(optimizer.tracker.get_flip_counts().values())
     return calls
