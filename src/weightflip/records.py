@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+Kind: TypeAlias = Literal["rate", "gauge", "histogram"]
 
 MODEL_TAGS = {
     "flip_rate": "flips/rate",
@@ -13,6 +15,71 @@ MODEL_TAGS = {
     "stall_ratio": "flips/stall_ratio",
 }
 """Where there are tags, those of the model's numbers that are not ``flips/<value>``."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One of the numbers of a record: what it is, and how and where it is shown.
+
+    It is declared where the number is counted, and goes with the records to all that show it.
+
+    Attributes:
+        name: As in records and tags.
+        kind: ``"rate"``: counted over the steps since the last logging point. ``"gauge"``: found at the logging point.
+            ``"histogram"``: the same, of a number that each weight has.
+        title: The head of its column, in a word or two; from the name, unless it is said.
+        description: What it is, in a few words: the title of its chart.
+        unit: ``"share"`` of a whole, written in per cent; ``"count"`` of something; any other ``"number"``.
+        chart: What charts it stands among in TensorBoard's layout; the metric group's, unless it is said.
+        order: Its place among the numbers, the lowest first: the last ones are left out first where there is no room.
+        heat_map: Whether it has a picture of all layers over time.
+    """
+
+    name: str
+    kind: Kind = "rate"
+    title: str = ""
+    description: str = ""
+    unit: Literal["share", "count", "number"] = "number"
+    chart: str = ""
+    order: int = 100
+    heat_map: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", self.title or self.name.replace("_", " "))
+
+
+CORE_VALUES = (
+    Value("flip_rate", "rate", "flip rate", "share of weights that flip in a step", "share", "weightflip", 0, True),
+    Value(
+        "stall_ratio", "rate", "stall ratio", "share of updates swallowed by rounding", "share", "weightflip", 1, True
+    ),
+    Value(
+        "cumulative_flip_rate", "gauge", "flips/weight", "flips since the start / weights", "number", "weightflip", 55
+    ),
+    Value(
+        "scale_changes",
+        "rate",
+        "scale changes",
+        "share of block or group scales that change in a step",
+        "share",
+        "weightflip: scale",
+        60,
+    ),
+    Value("nonfinite_weights", "gauge", "non-finite", "NaN and infinite weights", "count", "weightflip", 1000),
+)
+"""The numbers that every run has."""
+
+
+def shown_as(names: Iterable[str], values: Iterable[Value]) -> list[Value]:
+    """How some numbers are shown, in their order.
+
+    Args:
+        names: Of the numbers.
+        values: Those that a run declares; one that nobody declares is shown under its name.
+    """
+    known = {value.name: value for value in (*CORE_VALUES, *values)}
+    found = [known.get(name) or Value(name) for name in dict.fromkeys(names)]
+    return sorted(found, key=lambda value: (value.order, value.name))
 
 
 class Quotient(NamedTuple):
@@ -366,7 +433,7 @@ class RunInfo:
         settings: Name to value, as text.
         notes: Sentences worth reading, such as which format was assumed.
         groups: Name of a group to the names of its tracked parameters.
-        gauges: Names of the metric groups' numbers that are of one moment; all others are of a window.
+        values: The metric groups' numbers, and how each is shown.
     """
 
     tracked: dict[str, tuple[str, str, str]]
@@ -374,7 +441,7 @@ class RunInfo:
     settings: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    gauges: tuple[str, ...] = ()
+    values: tuple[Value, ...] = ()
 
     @classmethod
     def merged(cls, infos: Sequence[RunInfo]) -> RunInfo:
@@ -395,8 +462,12 @@ class RunInfo:
             {name: " and ".join(values) for name, values in settings.items()},
             tuple(dict.fromkeys(note for info in infos for note in info.notes)),
             groups,
-            tuple(dict.fromkeys(gauge for info in infos for gauge in info.gauges)),
+            tuple(dict.fromkeys(value for info in infos for value in info.values)),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and texts."""
+        return {**vars(self), "notes": list(self.notes), "values": [dict(vars(value)) for value in self.values]}
 
     def to_markdown(self) -> str:
         """The text panel."""
@@ -413,8 +484,12 @@ class RunInfo:
                 f"| {shown(group)} | {', '.join(f'`{shown(name)}`' for name in names)} |"
                 for group, names in self.groups.items()
             ]
-        if self.gauges:
-            lines += ["", "| number of one moment |", "|---|", *(f"| `{shown(gauge)}` |" for gauge in self.gauges)]
+        if self.values:
+            lines += ["", "| number | kind | unit | what it is |", "|---|---|---|---|"]
+            lines += [
+                f"| `{shown(value.name)}` | {value.kind} | {value.unit} | {shown(value.description or value.title)} |"
+                for value in shown_as((value.name for value in self.values), self.values)
+            ]
         lines += ["", shown(", ".join(f"{name}={value}" for name, value in self.settings.items()))]
         return "\n".join(lines)
 

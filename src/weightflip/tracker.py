@@ -20,7 +20,7 @@ from weightflip.ledger import COLUMNS, COUNTED, NONFINITE, SCALE_CHANGES, SCALE_
 from weightflip.metrics import CORE_VALUES, LayerMetric, Slice, Weight
 from weightflip.metrics.columns import METRICS, Group, MetricsLike, gauges_of, make_groups, ratios_of
 from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, bits_of_scale, quantizer_name, resolve
-from weightflip.records import Counts, FlipRecord, LayerRecord, shown, split_variant
+from weightflip.records import Counts, FlipRecord, LayerRecord, Value, shown, split_variant
 
 
 class MemoryUsage(NamedTuple):
@@ -177,9 +177,9 @@ class WeightFlipTracker:
         return frozenset(CORE_VALUES).union(*((*metric.ratios, *metric.gauges) for metric in groups))
 
     @property
-    def gauge_names(self) -> tuple[str, ...]:
-        """Those of them that metric groups find at logging points."""
-        return tuple(name for group in self._groups for name in group.metric.gauges)
+    def declared_values(self) -> tuple[Value, ...]:
+        """Those that metric groups give, and how each is shown."""
+        return tuple(value for group in self._groups for value in group.metric.declared)
 
     # ------------------------------------------------------------------ one weight at a time
 

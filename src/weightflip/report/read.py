@@ -18,32 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from weightflip.records import MODEL_TAGS, LayerRecord, RunInfo, split_variant
+from weightflip.records import CORE_VALUES, MODEL_TAGS, LayerRecord, RunInfo, split_variant
+from weightflip.report import legacy
 from weightflip.report import lines as jsonl
 
-# Numbers of one moment; all others are quotients over the window since the last logging point.
-GAUGES = {
-    "cumulative_flip_rate",
-    "nonfinite_weights",
-    "oscillating_fraction",
-    "ever_flipped",
-    "net_flipped",
-    "travel_high_fraction",
-    "zero_fraction",
-    "saturated_fraction",
-    "underflow_fraction",
-    "stable_rank",
-    "effective_rank",
-}
-WINDOWS = {
-    "flip_rate",
-    "stall_ratio",
-    "scale_changes",
-    "oscillation_ratio",
-    "weight_driven_fraction",
-    "travel_ratio",
-    "flip_excess",
-}
 # What a run of 10,000 points of 200 layers has forty times of; a view shows a few hundred points at most.
 _BYTES_READ_AT_MOST = 24_000_000
 _POINTS_READ_AT_LEAST = 200
@@ -351,6 +329,7 @@ def _read_jsonl(path: Path, every_record: bool) -> Run | None:
         )
     if table.left_out:
         notes.append(_of_nonfinite(table.left_out))
+    info = legacy.declared(info, table.gauges)
     layers = table.layers(info)
     return Run(path.name, path, info, layers, _models(layers), tuple(alerts), tuple(notes))
 
@@ -401,7 +380,7 @@ def _updated(info: RunInfo, newer: RunInfo) -> RunInfo:
         newer.skipped,
         newer.settings or info.settings,
         newer.notes,
-        gauges=tuple(dict.fromkeys((*info.gauges, *newer.gauges))),
+        values=tuple({value.name: value for value in (*info.values, *newer.values)}.values()),
     )
 
 
@@ -411,13 +390,13 @@ class _Table:
 
     points: dict[str, dict[str, list[tuple[float, float, float]]]] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
-    gauges: set[str] = field(default_factory=lambda: set(GAUGES))
+    gauges: dict[str, None] = field(default_factory=dict)
     left_out: int = 0
 
     def add(self, step: int, layer: LayerRecord) -> None:
         rows = self.points.setdefault(layer.name, {})
         self.weights[layer.name] = layer.weights
-        self.gauges.update(layer.gauges)
+        self.gauges.update(dict.fromkeys(layer.gauges))
         for name, quotient in layer.quotients.items():
             if all(map(math.isfinite, (*quotient, quotient.value))):
                 rows.setdefault(name, []).append((step, *quotient))
@@ -428,11 +407,16 @@ class _Table:
 
     def layers(self, info: RunInfo) -> dict[str, Layer]:
         found = {}
+        gauges = _gauges(info)
         for name, rows in self.points.items():
             _, dtype, quantizer = info.tracked.get(name, ("", "", split_variant(name)[1]))
-            values = {value: _series(points, value in self.gauges) for value, points in rows.items()}
+            values = {value: _series(points, value in gauges) for value, points in rows.items()}
             found[name] = Layer(name, self.weights[name], dtype, quantizer, values)
         return found
+
+
+def _gauges(info: RunInfo) -> set[str]:
+    return {value.name for value in (*CORE_VALUES, *info.values) if value.kind == "gauge"}
 
 
 def _series(points: Sequence[tuple[float, float, float]], gauge: bool) -> Series:
@@ -554,9 +538,10 @@ def _read_event_files(path: Path, files: Sequence[Path]) -> Run | None:
     info = RunInfo({}, {})
     for text in loaded.texts:
         info = _updated(info, _info_from_markdown(text))
+    info = legacy.declared(info)
     scalars = loaded.scalars
-    gauges = GAUGES | set(info.gauges)
-    names = gauges | WINDOWS
+    gauges = _gauges(info)
+    names = {value.name for value in (*CORE_VALUES, *info.values)}
     names |= {split_variant(tag.removeprefix("flips/"))[0] for tag in scalars if tag.startswith("flips/")}
     restarts = _restarts([points for tag, points in scalars.items() if split_variant(tag)[0] == "flips/rate"])
     left_out = 0
@@ -638,7 +623,10 @@ def _info_from_markdown(text: str) -> RunInfo:
     for row in re.finditer(r"^\| `(.+)` \| ([^|]*) \| ([^|]*) \| (.*) \|$", table, re.M):
         tracked[row[1]] = (row[2], row[3], row[4])
     settings = dict(part.split("=", 1) for part in text.splitlines()[-1].split(", ") if "=" in part)
-    moments = text.partition("| number of one moment |\n|---|\n")[2].partition("\n\n")[0]
-    gauges = tuple(row[1] for row in re.finditer(r"^\| `(.+)` \|$", moments, re.M))
+    numbers = text.partition("| number | kind | unit | what it is |\n")[2].partition("\n\n")[0]
+    rows = re.finditer(r"^\| `(.+)` \| (rate|gauge|histogram) \| (share|count|number) \| (.*) \|$", numbers, re.M)
+    values = [
+        jsonl.value_of(dict(zip(("name", "kind", "unit", "description"), row.groups(), strict=True))) for row in rows
+    ]
     notes = tuple(line[2:] for line in text.partition("| weight |")[0].splitlines() if line.startswith("- "))
-    return RunInfo(tracked, {}, settings, notes, gauges=gauges)
+    return RunInfo(tracked, {}, settings, notes, values=tuple(values))

@@ -28,9 +28,7 @@ class JSONLSink:
             self._file.open()
             if self._file.is_torn:
                 self._file.append("\n")
-        self._line(
-            {"info": {**vars(info), "notes": list(info.notes), "gauges": list(info.gauges)}, "first_step": first_step}
-        )
+        self._line({"info": info.to_dict(), "first_step": first_step})
 
     def write(self, record: FlipRecord) -> None:
         self._line({"record": record.to_dict()})
