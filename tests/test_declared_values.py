@@ -56,7 +56,7 @@ def train(digits, steps=40, model=None, **options):
     return optimizer
 
 
-@pytest.mark.parametrize("where", ["flips.jsonl"])
+@pytest.mark.parametrize("where", ["events", "flips.jsonl"])
 def test_a_users_metric_shows_up_everywhere(digits, tmp_path, capsys, monkeypatch, where):
     monkeypatch.delenv("COLUMNS", raising=False)
     path = tmp_path / where

@@ -16,7 +16,7 @@ from weightflip.detect import quantizes_weights
 from weightflip.log import Log
 from weightflip.metrics.columns import METRICS, MetricsLike
 from weightflip.records import RunInfo
-from weightflip.sinks import SinkGroup, TensorBoardSink, make_sink
+from weightflip.sinks import BesideSink, SinkGroup, TensorBoardSink, make_sink
 from weightflip.tracker import WeightFlipTracker
 from weightflip.tracking import STATE_KEY, Tracking
 
@@ -377,7 +377,10 @@ def _make_log(log_dir: str | PathLike[str] | None, sinks: Any) -> Log:
     is_writer = distributed.is_writer()
     if sinks is None:
         place = None if log_dir is None else fspath(log_dir)
-        return Log(SinkGroup([TensorBoardSink(place)] if is_writer else []), is_wanted=True)
+        if not is_writer:
+            return Log(SinkGroup([]), is_wanted=True)
+        tensorboard = TensorBoardSink(place)
+        return Log(SinkGroup([tensorboard, BesideSink(tensorboard)]), is_wanted=True)
     if log_dir is not None:
         raise ValueError("log_dir= says where the default sink writes; with sinks= give SummaryWriter(log_dir) there")
     if isinstance(sinks, (FlipTrackingOptimizer, FlipTrackingHandle)):

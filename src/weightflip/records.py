@@ -168,6 +168,14 @@ class Counts:
         return {**vars(self), "ratios": {name: list(quotient) for name, quotient in self.ratios.items()}}
 
 
+def _short(counts: Counts) -> list[int]:
+    """The numbers of ``counts`` in their order, without zeros at the end."""
+    numbers = [getattr(counts, name) for name in _NUMBERS]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return numbers
+
+
 _NUMBERS = tuple(f.name for f in fields(Counts) if f.name != "ratios")
 
 
@@ -307,6 +315,27 @@ class LayerRecord:
         }
         return {**vars(self), **given}
 
+    def to_row(self) -> list[Any]:
+        """Name, weights, the numbers of the window and of the total, and what else is not empty, but no histograms."""
+        more = {
+            "nonfinite": self.nonfinite,
+            "window": {name: list(quotient) for name, quotient in self.window.ratios.items()},
+            "total": {name: list(quotient) for name, quotient in self.total.ratios.items()},
+            "gauges": {name: list(quotient) for name, quotient in self.gauges.items()},
+        }
+        more = {name: content for name, content in more.items() if content}
+        return [self.name, self.weights, _short(self.window), _short(self.total), *([more] if more else [])]
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any]) -> LayerRecord:
+        """The inverse of ``to_row``."""
+        name, weights, *periods, more = row if len(row) > 4 else [*row, {}]
+        window, total = (
+            Counts(**dict(zip(_NUMBERS, numbers, strict=False)), ratios=_quotients(more.get(of, {})))
+            for of, numbers in zip(("window", "total"), periods, strict=True)
+        )
+        return cls(name, weights, window, total, more.get("nonfinite", 0), _quotients(more.get("gauges", {})))
+
 
 @dataclass(frozen=True)
 class FlipRecord:
@@ -371,9 +400,15 @@ class FlipRecord:
             "groups": {group: list(names) for group, names in self.groups.items()},
         }
 
+    def to_rows(self) -> dict[str, Any]:
+        """The same in a quarter of the room, without histograms and groups: what a report needs."""
+        return {"step": self.step, "rows": [layer.to_row() for layer in self.layers]}
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FlipRecord:
-        """The inverse of ``to_dict``; also of what earlier versions wrote."""
+        """The inverse of ``to_dict`` and ``to_rows``; also of what earlier versions wrote."""
+        if "rows" in data:
+            return cls(data["step"], tuple(map(LayerRecord.from_row, data["rows"])))
         groups = {group: tuple(names) for group, names in data.get("groups", {}).items()}
         return cls(data["step"], tuple(LayerRecord.from_dict(layer) for layer in data["layers"]), groups)
 

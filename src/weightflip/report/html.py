@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from weightflip.records import Value, shown, shown_as
 from weightflip.report.findings import Finding, Severity
-from weightflip.report.read import Layer, ReportError, Run, Series
+from weightflip.report.run import Layer, ReportError, Run, Series
 from weightflip.report.table import ALWAYS, cell, columns, concerns, formats, model_series, ranked
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from os import PathLike
 
 from weightflip.records import Value, shown_as, table_cell
 from weightflip.report.findings import Finding, percent
-from weightflip.report.read import EMPTY, Layer, Run, Series
+from weightflip.report.run import EMPTY, Layer, Run, Series
 
 # Numbers of every table, also where no layer has them.
 ALWAYS = ("flip_rate", "stall_ratio")

@@ -12,7 +12,7 @@ import numpy as np
 from weightflip.records import shown as escaped
 from weightflip.records import shown_as
 from weightflip.report.findings import Finding, Severity
-from weightflip.report.read import Layer, ReportError, Run, Series
+from weightflip.report.run import Layer, ReportError, Run, Series
 from weightflip.report.table import ALWAYS, cell, columns, concerns, formats, model_series, ranked
 
 if TYPE_CHECKING:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import socket
 import tempfile
+import time
 from pathlib import Path
 from typing import TextIO
+
+_writers = itertools.count()
+
+
+def writer_id() -> str:
+    """A name that no other writer has, made as those of event files are: time, host, process, number in it."""
+    return f"{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{next(_writers)}"
 
 
 def check_writable(directory: Path, what: str) -> None:

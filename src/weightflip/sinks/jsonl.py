@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 
 from weightflip.records import AlertEvent, FlipRecord, RunInfo
-from weightflip.sinks.files import AppendedFile
+from weightflip.sinks.files import AppendedFile, writer_id
 
 
 class JSONLSink:
     """Appends one JSON object a line: ``{"info": {...}}`` first, then ``{"record": {...}}`` and ``{"alert": {...}}``.
 
-    A resumed run appends to the same file; lines of steps after the checkpoint stand there twice, the later one counts.
+    Each line ends with ``"writer"``, a name that each opening of the file has anew, and ``"time"``, in seconds since
+    1970. A resumed run appends to the same file; lines of steps after the checkpoint stand there twice, the later one
+    counts. Two trainings at once are told apart by their writers.
 
     Args:
         path: The file; its directory is made when the first record comes.
@@ -22,16 +25,18 @@ class JSONLSink:
 
     def __init__(self, path: str) -> None:
         self._file = AppendedFile(path)
+        self._writer = ""
 
     def start(self, info: RunInfo, first_step: int) -> None:
         if not self._file.is_open:
             self._file.open()
+            self._writer = writer_id()
             if self._file.is_torn:
                 self._file.append("\n")
         self._line({"info": info.to_dict(), "first_step": first_step})
 
     def write(self, record: FlipRecord) -> None:
-        self._line({"record": record.to_dict()})
+        self._line({"record": self._contents(record)})
 
     def alert(self, event: AlertEvent) -> None:
         self._line({"alert": vars(event)})
@@ -42,5 +47,8 @@ class JSONLSink:
     def close(self) -> None:
         self._file.close()
 
+    def _contents(self, record: FlipRecord) -> dict[str, object]:
+        return record.to_dict()
+
     def _line(self, data: dict[str, object]) -> None:
-        self._file.append(json.dumps(data) + "\n")
+        self._file.append(json.dumps({**data, "writer": self._writer, "time": round(time.time(), 3)}) + "\n")
