@@ -86,7 +86,8 @@ class FlipTrackingOptimizer(Optimizer):
         track_every: Track every n-th step.
         start_step: First step to track, from 0.
         end_step: Track no step from this one on.
-        log_dir: Where TensorBoard files go; None for ``SummaryWriter``'s own default place. Made at the first record.
+        log_dir: Where TensorBoard files go, and a JSONL file beside them for reports; None for ``SummaryWriter``'s own
+            default place. Made at the first record.
         log_every: Steps between two records.
         sinks: Instead of TensorBoard in ``log_dir``: ``SummaryWriter`` objects, ``wandb`` runs, paths that end in
             ``.jsonl`` or ``.csv``, functions of a :class:`FlipRecord`, ``Sink`` objects. An empty list keeps the

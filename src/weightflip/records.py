@@ -401,7 +401,7 @@ class FlipRecord:
         }
 
     def to_rows(self) -> dict[str, Any]:
-        """The same in a quarter of the room, without histograms and groups: what a report needs."""
+        """The same in less room, without histograms and groups: what a report needs."""
         return {"step": self.step, "rows": [layer.to_row() for layer in self.layers]}
 
     @classmethod

@@ -15,7 +15,7 @@ class BesideSink:
     """Writes ``flips.<time>.<host>.<process>.<number>.jsonl`` into the directory of a TensorBoard sink.
 
     It is a sink of its own, so that a fault of this file does not cost TensorBoard its records. Lines are those of
-    :class:`JSONLSink`, with records as ``FlipRecord.to_rows`` has them: about a quarter of the event file's size. Each
+    :class:`JSONLSink`, with records as ``FlipRecord.to_rows`` has them: about two fifths of the event file's size. Each
     process that resumes a run writes a file of its own, as it does with event files.
 
     Args:
@@ -56,5 +56,7 @@ class BesideSink:
 
 
 class _Rows(JSONLSink):
+    _separators = (",", ":")
+
     def _contents(self, record: FlipRecord) -> dict[str, object]:
         return record.to_rows()

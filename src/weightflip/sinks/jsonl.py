@@ -23,6 +23,8 @@ class JSONLSink:
         OSError: The file cannot be written.
     """
 
+    _separators = (", ", ": ")
+
     def __init__(self, path: str) -> None:
         self._file = AppendedFile(path)
         self._writer = ""
@@ -51,4 +53,5 @@ class JSONLSink:
         return record.to_dict()
 
     def _line(self, data: dict[str, object]) -> None:
-        self._file.append(json.dumps({**data, "writer": self._writer, "time": round(time.time(), 3)}) + "\n")
+        data = {**data, "writer": self._writer, "time": round(time.time(), 3)}
+        self._file.append(json.dumps(data, separators=self._separators) + "\n")
