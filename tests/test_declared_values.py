@@ -11,6 +11,7 @@ from conftest import backward, digits_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import Page, read_one, run_cli
 from test_tensorboard import charts
+from torch.utils.tensorboard import SummaryWriter
 
 from weightflip import FlipTrackingOptimizer
 from weightflip.metrics import LayerMetric, Metric, metric_names, register
@@ -116,6 +117,44 @@ def test_a_number_that_is_only_named_is_shown_under_its_name(digits, tmp_path, c
         "bare ratio, by layer": ["^bare_ratio/.*"],
     }
     assert "bare gauge" in run_cli(capsys, tmp_path)
+
+
+def test_event_files_alone_say_what_is_a_gauge(digits, tmp_path):
+    train(digits, log_dir=tmp_path)
+    for path in tmp_path.glob("*.jsonl"):
+        path.unlink()
+    series = read_one(tmp_path).layers["2.weight"]
+    assert (series.get("wide_flips").gauge, series.get("reach").gauge) == (False, True)
+    value = next(value for value in read_one(tmp_path).info.values if value.name == "wide_flips")
+    assert (value.kind, value.unit, value.description) == ("rate", "share", "share of flips over several codes")
+
+
+def test_runs_of_before_are_read_as_they_were(digits, tmp_path, capsys):
+    path = tmp_path / "flips.jsonl"
+    model = digits_model()
+    metrics = ("flips", "stalls", "oscillation", "coverage", "rank", Wide())
+    optimizer = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters()), model, metrics=metrics, sinks=[path])
+    for step in range(20):
+        backward(model, digits, step)
+        optimizer.step()
+    optimizer.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        del line["writer"], line["time"]
+        line.get("info", {}).pop("values", None)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    layer = read_one(path).layers["0.weight"]
+    kinds = {name: series.gauge for name, series in layer.values.items()}
+    assert {name for name, gauge in kinds.items() if gauge} == {
+        "cumulative_flip_rate", "ever_flipped", "net_flipped", "stable_rank", "effective_rank", "reach",
+    }  # fmt: skip
+    head = next(line for line in run_cli(capsys, path).splitlines() if "layer " in line and "net flipped" in line)
+    assert head.index("oscillation") < head.index("net flipped") < head.index("stable rank")
+    with SummaryWriter(tmp_path / "events") as writer:
+        for tag in ("flips/rate", "flip_rate/a", "stable_rank/a", "oscillation_ratio/a"):
+            writer.add_scalar(tag, 0.5, 1)
+    layer = read_one(tmp_path / "events").layers["a"]
+    assert [layer.get(name).gauge for name in ("flip_rate", "stable_rank", "oscillation_ratio")] == [False, True, False]
 
 
 def test_what_there_is_says_what_it_is():

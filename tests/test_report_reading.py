@@ -19,6 +19,7 @@ from weightflip.report.html import write_html
 from weightflip.report.run import ReportError
 from weightflip.report.table import write_csv
 from weightflip.report.terminal import print_report
+from weightflip.sinks import BesideSink, TensorBoardSink
 
 
 class Progress(Metric):
@@ -161,8 +162,10 @@ def test_damaged_lines_are_counted_and_left_out(digits, tmp_path):
 def test_no_mutation_of_a_file_ends_a_report(tmp_path):
     path = tmp_path / "flips.jsonl"
     options = {"metrics": ("flips", "stalls", "oscillation", "travel", "range"), "alerts": ["flip_rate >= 0"]}
-    train_evil(sinks=[path], log_every=2, **options).close()
-    text = path.read_bytes()
+    tensorboard = TensorBoardSink(str(tmp_path / "run"))
+    train_evil(sinks=[path, tensorboard, BesideSink(tensorboard)], log_every=2, **options).close()
+    (rows,) = (tmp_path / "run").glob("*.jsonl")
+    texts = [path.read_bytes(), rows.read_bytes()]
     draw = random.Random(0)
     cells = [
         b'"x"',
@@ -179,7 +182,8 @@ def test_no_mutation_of_a_file_ends_a_report(tmp_path):
         b"\xff",
         b"\x00",
     ]
-    for at in range(300):
+    for at in range(400):
+        text = texts[at >= 300]
         data = bytearray(text)
         for _ in range(draw.choice((1, 3, 30))):
             begin = draw.randrange(len(data))
@@ -192,7 +196,7 @@ def test_no_mutation_of_a_file_ends_a_report(tmp_path):
                 data[begin:begin] = data[: draw.choice((10, 3000))]
             else:
                 # A number, by another value.
-                end = begin = data.find(b": ", begin) + 2
+                end = begin = data.find((b": ", b",")[at >= 300], begin) + (2, 1)[at >= 300]
                 while end < len(data) and data[end] in b"0123456789.":
                     end += 1
                 data[begin:end] = draw.choice(cells)
