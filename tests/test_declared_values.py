@@ -171,6 +171,16 @@ def test_what_there_is_says_what_it_is():
         assert len(set(taken)) == len(taken), of
 
 
+def test_mistakes_in_a_declaration_raise_at_once():
+    with pytest.raises(ValueError, match=r"the kind of Value\('x'\) is one of rate, gauge, histogram; got 'ratio'"):
+        Value("x", "ratio")
+    with pytest.raises(ValueError, match=r"the unit of Value\('x'\) is one of share, count, number; got '%'"):
+        Value("x", unit="%")
+    named = type("Named", (Wide,), {"name": "named", "values": ("x",)})()
+    with pytest.raises(TypeError, match=r"values of the group 'named' in metrics= are Value objects, got 'x'"):
+        make_metrics({named: None})
+
+
 def test_values_survive_json():
     info = RunInfo({}, {}, values=(*Wide.values, Value("plain")))
     from weightflip.report.lines import info_of

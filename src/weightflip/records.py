@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 Kind: TypeAlias = Literal["rate", "gauge", "histogram"]
+Unit: TypeAlias = Literal["share", "count", "number"]
 
 MODEL_TAGS = {
     "flip_rate": "flips/rate",
@@ -33,18 +34,24 @@ class Value:
         chart: What charts it stands among in TensorBoard's layout; the metric group's, unless it is said.
         order: Its place among the numbers, the lowest first: the last ones are left out first where there is no room.
         heat_map: Whether it has a picture of all layers over time.
+
+    Raises:
+        ValueError: A kind or a unit that there is not.
     """
 
     name: str
     kind: Kind = "rate"
     title: str = ""
     description: str = ""
-    unit: Literal["share", "count", "number"] = "number"
+    unit: Unit = "number"
     chart: str = ""
     order: int = 100
     heat_map: bool = False
 
     def __post_init__(self) -> None:
+        for what, given, known in (("kind", self.kind, get_args(Kind)), ("unit", self.unit, get_args(Unit))):
+            if given not in known:
+                raise ValueError(f"the {what} of Value({self.name!r}) is one of {', '.join(known)}; got {given!r}")
         object.__setattr__(self, "title", self.title or self.name.replace("_", " "))
 
 

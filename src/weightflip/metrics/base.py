@@ -239,6 +239,7 @@ def make_metrics(groups: Mapping[Any, int | None]) -> list[tuple[Metric, int]]:
 
     Raises:
         ValueError: An unknown name, two groups that give the same number, or a number of steps below 1.
+        TypeError: A group whose ``values`` are something else.
     """
     made: list[tuple[Metric, int]] = []
     taken = {"flips", "stalls", *(value.name for value in records.CORE_VALUES)}
@@ -249,6 +250,12 @@ def make_metrics(groups: Mapping[Any, int | None]) -> list[tuple[Metric, int]]:
             raise ValueError(
                 f"metrics={{{metric.name!r}: n}} looks every n steps, a whole number of at least 1; got {every!r}"
             )
+        for value in metric.values:
+            if not isinstance(value, Value):
+                raise TypeError(
+                    f"values of the group {metric.name!r} in metrics= are Value objects, got {value!r}; "
+                    f"Value({str(value)!r}) is the shortest"
+                )
         names = {metric.name, *(value.name for value in metric.declared)}
         if taken & names:
             raise ValueError(

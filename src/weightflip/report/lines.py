@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
-from weightflip.records import Counts, FlipRecord, Quotient, RunInfo, Value
+from weightflip.records import Counts, FlipRecord, Kind, Quotient, RunInfo, Unit, Value
 
 # Of counts and steps; and of what metric groups sum up, so that sums of it are finite.
 _COUNT_LIMIT, _SUM_LIMIT = 2**63, 1e250
@@ -100,10 +100,10 @@ def info_of(data: Any) -> RunInfo:
 # What each attribute of a value may be; one that a later version adds is left out.
 _VALUE = {
     "name": str,
-    "kind": ("rate", "gauge", "histogram"),
+    "kind": get_args(Kind),
     "title": str,
     "description": str,
-    "unit": ("share", "count", "number"),
+    "unit": get_args(Unit),
     "chart": str,
     "order": int,
     "heat_map": bool,
