@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG_DIR ?= runs
 PORT ?= 6006
+N ?= 500
+SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help integrations demo tensorboard test conformance check bench clean
+.PHONY: help integrations demo tensorboard test conformance fuzz check bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -39,6 +41,9 @@ test: $(VENV)/installed  ## run the tests
 
 conformance: $(VENV)/installed  ## wrapped equals bare for every input of PyTorch's own optimizer tests
 	$(BIN)/python -m pytest -m conformance tests/test_conformance.py
+
+fuzz: $(VENV)/installed  ## random trainings, bare and tracked, against brute force: N=500 of them from SEED=0 on
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seed $(SEED) --count $(N)
 
 check: $(VENV)/installed  ## ruff, mypy --strict, and the table of allowed imports
 	$(BIN)/ruff check .

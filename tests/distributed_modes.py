@@ -768,6 +768,48 @@ def phantom_steps(rank: int, world: int) -> dict[str, object]:
     return {**numbers(optimizer.tracker), "inner_steps": optimizer.inner.steps}
 
 
+def frozen_on_one(rank: int, world: int) -> dict[str, object]:
+    """The last process alone freezes a weight, and both freeze another one later."""
+    patience, distributed.PATIENCE = distributed.PATIENCE, timedelta(seconds=1)
+
+    def freeze(step: int, model: nn.Module) -> None:
+        if step == 4 and rank == world - 1:
+            model.three.weight.requires_grad_(False)
+        if step == 7:
+            model.single.weight.requires_grad_(False)
+
+    results = {}
+    for quantizer in ("float8_e4m3", "float8_e4m3:row"):
+        start = time.monotonic()
+        found = steps_with_faults("always", shard=fsdp, quantizer=quantizer, log_every=3, before=freeze)
+        results[quantizer] = {**found, "seconds": time.monotonic() - start}
+    distributed.PATIENCE = patience
+    return results
+
+
+def made_states(rank: int, world: int) -> dict[str, object]:
+    """A framework makes the state by a step that is none; and a warm-up begins where one process has only zeros."""
+    results = {}
+    for name in ("framework", "warm-up"):
+        for quantizer in ("float8_e4m3", "float8_e4m3:row"):
+            sharded = Sharded(fsdp)
+            optimizer = wrap(adamw(sharded.model), sharded.model, quantizer=quantizer, log_every=3)
+            (group,) = optimizer.param_groups
+            group["lr"] = 0.0
+            for p in sharded.model.parameters():
+                p.grad = torch.zeros_like(p)
+                if name == "warm-up" and rank == 0:
+                    local(p.grad).fill_(1.0)
+            optimizer.step()
+            group["lr"] = 0.02
+            for step in range(STEPS):
+                sharded.set_gradients(step)
+                optimizer.step()
+            optimizer.close()
+            results[f"{name} {quantizer}"] = numbers(optimizer.tracker)
+    return results
+
+
 def inference(rank: int, world: int) -> dict[str, object]:
     """Each second step is made in inference mode, which makes tensors that cannot be written to outside of it."""
     sharded = Sharded(fsdp)
@@ -1010,6 +1052,8 @@ def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> Non
         modes["readers"] = lambda: readers(rank, world)
         modes["several_optimizers"] = lambda: several_optimizers(rank, world)
         modes["phantom_steps"] = lambda: phantom_steps(rank, world)
+        modes["frozen_on_one"] = lambda: frozen_on_one(rank, world)
+        modes["made_states"] = lambda: made_states(rank, world)
         modes["inference"] = lambda: inference(rank, world)
         modes["refusals"] = lambda: refusals(rank, world)
         modes["on_one_only"] = lambda: on_one_only(rank, world)

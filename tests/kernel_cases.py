@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weightflip import batch, functional, kernels
+from weightflip import functional, kernels
+from weightflip.counting import batch
 from weightflip.formats import FloatFormat
 
 QUANTIZERS = [

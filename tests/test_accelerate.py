@@ -58,6 +58,7 @@ def train(
     overflows=(),
     save=None,
     load=None,
+    zero_grad=None,
 ) -> Run:
     """Two micro-batches a step, clipped gradients, a cosine over the steps; nothing but the wrapping differs."""
     accelerator = new_accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=ACCUMULATE)
@@ -84,7 +85,7 @@ def train(
                         norms.append(accelerator.clip_grad_norm_(model.parameters(), MAX_NORM))
                     prepared.step()
                     scheduler.step()
-                    prepared.zero_grad()
+                    prepared.zero_grad(**zero_grad or {})
                 losses.append(loss.detach())
                 lrs.append(inner.param_groups[0]["lr"])
         if save is not None:
@@ -130,6 +131,18 @@ def test_steps_that_the_scaler_skips_are_none(fused, form, digits):
     assert bare.warnings == run.warnings
     run.brute.check(run.tracker)
     assert run.tracker.step_count == STEPS - 3
+
+
+@each_form
+@pytest.mark.parametrize("set_to_none", [None, True, False])
+def test_zero_grad_passes_set_to_none_on(set_to_none, form, digits):
+    """Accelerate looks for it in the signature."""
+    bare, run = (train(digits, form=each, zero_grad={"set_to_none": set_to_none}) for each in (None, form))
+    assert_same(bare.losses, run.losses)
+    assert_same(dict(bare.model.state_dict()), dict(run.model.state_dict()))
+    run.brute.check(run.tracker)
+    for each in (bare, run):
+        assert {p.grad is None for p in each.model.parameters()} == {set_to_none is not False}
 
 
 def test_bf16_is_autocast_and_the_weights_stay_float32(digits):

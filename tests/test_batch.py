@@ -12,10 +12,11 @@ import torch
 from kernel_cases import QUANTIZERS, assert_together_as_alone, by_eager, each_alone, with_special
 from test_cpu_kernel import weights
 
-from weightflip import WeightFlipTracker, batch
+from weightflip import WeightFlipTracker
+from weightflip.counting import batch
+from weightflip.counting.layer import TrackedWeight
 from weightflip.formats import FloatFormat
 from weightflip.kernels import cpu
-from weightflip.layer import TrackedWeight
 from weightflip.quantizers import resolve
 from weightflip.quantizers.block import MX_NAMES, MXQuantizer
 from weightflip.quantizers.floatx import FloatxQuantizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import time
 import warnings
@@ -104,10 +103,11 @@ def test_resumed_runs_go_on_and_trainings_at_once_stay_apart(digits, tmp_path):
 
     at_once = tmp_path / "at once"
     models = [digits_model(seed=seed) for seed in range(2)]
-    both = [
-        FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=lr), model, log_dir=at_once)
-        for model, lr in zip(models, (0.1, 1e-6), strict=True)
-    ]
+    with pytest.warns(UserWarning, match="still tracked writes there"):
+        both = [
+            FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=lr), model, log_dir=at_once)
+            for model, lr in zip(models, (0.1, 1e-6), strict=True)
+        ]
     for step in range(30):
         for model, optimizer in zip(models, both, strict=True):
             backward(model, digits, step)
@@ -138,21 +138,13 @@ def test_where_it_does_not_reach_as_far_the_event_files_are_read(digits, tmp_pat
     assert not read_one(tmp_path).notes
 
 
-def test_a_full_disk_costs_the_file_and_not_tensorboard(digits, tmp_path):
-    model = digits_model()
-    optimizer = train(digits, 10, model=model, log_dir=tmp_path)
-    (path,) = beside(tmp_path)
-    # Every write to it fails from here on, as on a full disk.
-    (descriptor,) = (int(fd) for fd in os.listdir("/proc/self/fd") if _target(fd) == str(path))
-    full = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(full, descriptor)
-    os.close(full)
+def test_a_full_disk_costs_the_file_and_not_tensorboard(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("weightflip.sinks.beside.writer_id", lambda: "1.host.1.0")
+    # A device on which every write fails as on a full disk.
+    (tmp_path / "flips.1.host.1.0.jsonl").symlink_to("/dev/full")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for step in range(10, 40):
-            backward(model, digits, step)
-            optimizer.step()
-        optimizer.close()
+        train(digits, 40, log_dir=tmp_path).close()
     messages = [str(warning.message) for warning in caught if "weightflip" in str(warning.message)]
     assert len(messages) == 1
     assert "BesideSink failed" in messages[0]
@@ -160,11 +152,21 @@ def test_a_full_disk_costs_the_file_and_not_tensorboard(digits, tmp_path):
     assert [step for step, _ in scalars(tmp_path)["flips/rate"]] == [10, 20, 30, 40]
 
 
-def _target(descriptor: str) -> str:
-    try:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
-    except OSError:
-        return ""
+def test_deleted_midway_it_goes_on_without_a_word(digits, tmp_path):
+    model = digits_model()
+    optimizer = train(digits, 20, model=model, log_dir=tmp_path)
+    (path,) = beside(tmp_path)
+    path.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(20, 40):
+            backward(model, digits, step)
+            optimizer.step()
+        optimizer.close()
+    assert [path.name] == [file.name for file in beside(tmp_path)]
+    assert len(path.read_bytes().splitlines()) == 3
+    path.unlink()
+    assert read_one(tmp_path).steps.tolist() == [10, 20, 30, 40]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from oracles import SIGN, TORCHAO_ELEMENT, becomes_nan, block_codes, per_tensor_scale
 from torch import nn
 
 from weightflip import FlipTrackingOptimizer, decode, encode, functional, kernels
@@ -19,22 +20,14 @@ from weightflip.quantizers.block import MX_NAMES, MXQuantizer, NVFP4Quantizer
 pytest.importorskip("torchao")
 
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
-from torchao.prototype.mx_formats.kernels import unpack_uint4
-from torchao.prototype.mx_formats.mx_tensor import MXTensor, to_mx
-from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, nvfp4_quantize, per_tensor_amax_to_scale
+from torchao.prototype.mx_formats.mx_tensor import MXTensor
+from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 
 MODES = ("floor", "rceil", "ceil", "even")
 MX = [f"{name}:{mode}" for name in MX_NAMES for mode in MODES]
 NVFP4 = ["nvfp4", "nvfp4:tensor"]
 NAMES = [*MX, *NVFP4]
 
-TORCHAO_ELEMENT = {
-    "mxfp8_e4m3": torch.float8_e4m3fn,
-    "mxfp8_e5m2": torch.float8_e5m2,
-    "mxfp6_e2m3": "fp6_e2m3",
-    "mxfp6_e3m2": "fp6_e3m2",
-    "mxfp4": torch.float4_e2m1fn_x2,
-}
 NUMPY_ELEMENT = {
     "mxfp8_e4m3": ml_dtypes.float8_e4m3fn,
     "mxfp8_e5m2": ml_dtypes.float8_e5m2,
@@ -43,8 +36,7 @@ NUMPY_ELEMENT = {
     "mxfp4": ml_dtypes.float4_e2m1fn,
     "nvfp4": ml_dtypes.float4_e2m1fn,
 }
-# Sign bit, and the exponent of the power of two just below the largest number.
-SIGN = {"mxfp8_e4m3": 0x80, "mxfp8_e5m2": 0x80, "mxfp6_e2m3": 0x20, "mxfp6_e3m2": 0x20, "mxfp4": 8, "nvfp4": 8}
+# The exponent of the power of two just below the largest number.
 MAX_POW2 = {"mxfp8_e4m3": 8, "mxfp8_e5m2": 15, "mxfp6_e2m3": 2, "mxfp6_e3m2": 4, "mxfp4": 2}
 MANTISSA_BITS = {"mxfp8_e4m3": 3, "mxfp8_e5m2": 2, "mxfp6_e2m3": 3, "mxfp6_e3m2": 2, "mxfp4": 1}
 LARGEST = {"mxfp8_e4m3": 448, "mxfp8_e5m2": 57344, "mxfp6_e2m3": 7.5, "mxfp6_e3m2": 28, "mxfp4": 6}
@@ -129,34 +121,6 @@ WEIGHTS = [*FINITE, with_nan, with_infinity, with_both]
 SHAPES = [(64, 96), (3, 5, 64), (64,), (1, 32), (0, 32)]
 
 
-def per_tensor_scale(weight: torch.Tensor, name: str) -> torch.Tensor | None:
-    return per_tensor_amax_to_scale(weight.abs().max()) if name == "nvfp4:tensor" else None
-
-
-def torchao_codes(weight: torch.Tensor, name: str) -> tuple[np.ndarray, torch.Tensor]:
-    """Ordinals from the bits of torchao's elements, by hand, and its block scales. A NaN's bits are not looked at."""
-    family, _, mode = name.partition(":")
-    if family == "nvfp4":
-        scale, data = nvfp4_quantize(weight, 16, per_tensor_scale(weight, name))
-        scale = scale.view(*weight.shape[:-1], -1)
-        group = 16
-    else:
-        scale, data = to_mx(weight, TORCHAO_ELEMENT[family], 32, ScaleCalculationMode(mode))
-        group = 32
-    bits = unpack_uint4(data) if SIGN[family] == 8 else data.view(torch.uint8)
-    bits, sign = bits.numpy().astype(np.int64), SIGN[family]
-    ordinals = np.where(bits & sign, -(bits & (sign - 1)), bits)
-    nan = resolve(name).format.nan_ordinal
-    is_nan = scale.float().isnan().repeat_interleave(group, -1) | becomes_nan(weight, name)
-    return np.where(is_nan.numpy(), nan, ordinals), scale
-
-
-def becomes_nan(weight: torch.Tensor, name: str) -> torch.Tensor:
-    """Zeros times an inverse of the tensor's scale that overflows: torchao stores whatever that NaN's bits give."""
-    scale = per_tensor_scale(weight, name)
-    return (weight == 0) & (scale is not None and (1 / scale).isinf())
-
-
 def torchao_tensor(weight: torch.Tensor, name: str):
     family, _, mode = name.partition(":")
     if family == "nvfp4":
@@ -173,7 +137,7 @@ def assert_equals_torchao(weight: torch.Tensor, name: str) -> None:
         return
     # torchao's NVFP4 takes matrices.
     theirs = weight if weight.ndim > 1 else weight.unsqueeze(0)
-    ordinals, scale = torchao_codes(theirs, name)
+    ordinals, scale = block_codes(theirs, name)
     np.testing.assert_array_equal(codes.ordinals.numpy(), ordinals.reshape(weight.shape))
     assert codes.scale.shape == (*weight.shape[:-1], weight.shape[-1] // quantizer.group, 1)
     scale_bits = scale.view(torch.uint8).numpy()

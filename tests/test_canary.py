@@ -9,8 +9,8 @@ import torch
 from conftest import FORMS, BruteForce, backward, digits_model
 from torch import nn
 
-from weightflip.canary import Canary
-from weightflip.layer import TrackedWeight
+from weightflip.counting.canary import Canary
+from weightflip.counting.layer import TrackedWeight
 from weightflip.quantizers import resolve
 
 

@@ -10,6 +10,7 @@ implementations. Left out, with the reason:
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from typing import Any, NamedTuple
 
@@ -245,6 +246,58 @@ def test_replaced_parameters_are_freed_as_by_the_bare_optimizer(case, form):
     assert replaced_parameters_that_stay_alive(case, form) == bare
 
 
+METHODS = (
+    "step",
+    "zero_grad",
+    "add_param_group",
+    "state_dict",
+    "load_state_dict",
+    "register_step_pre_hook",
+    "register_step_post_hook",
+    "register_state_dict_pre_hook",
+    "register_state_dict_post_hook",
+    "register_load_state_dict_pre_hook",
+    "register_load_state_dict_post_hook",
+)
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("form", [tracked, hooked], ids=["wrapper", "hooks"])
+@pytest.mark.parametrize("case", FAST, ids=lambda case: case.name)
+def test_each_optimizer_is_as_the_bare_one_to_who_looks_at_it(case, form):
+    """The signatures of its methods, what hooks are given, and where new attributes go."""
+    if case.kwargs.get("differentiable"):
+        case = case._replace(kwargs={**case.kwargs, "differentiable": False})
+    net = Net(case.info)
+    inner = build(case, net, lambda optimizer, net: optimizer)
+    signatures = {name: inspect.signature(getattr(inner, name)) for name in METHODS}
+    optimizer = form(inner, net)
+    assert {name: inspect.signature(getattr(optimizer, name)) for name in METHODS} == signatures
+
+    seen = []
+    optimizer.register_step_pre_hook(lambda *given: seen.append(given))
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: (args, {**kwargs, "closure": closure}))
+    optimizer.register_step_post_hook(lambda *given: seen.append(given))
+    inner.register_step_pre_hook(lambda o, *_: setattr(o, "sum", getattr(o, "brand_new", 0) + 1))
+
+    def closure():
+        optimizer.zero_grad()
+        return backward_of(net, 0)
+
+    optimizer.brand_new = 41
+    # LBFGS and others that need it are given the closure by the hook.
+    loss = optimizer.step(**({"closure": closure} if case.info.step_requires_closure else {}))
+    assert torch.equal(loss.detach(), Net(case.info).loss(0).detach())
+    assert [(o is optimizer, args[0] is optimizer, len(args)) for o, args, _ in seen] == [(True, True, 1)] * 2
+    assert (optimizer.sum, inner.sum, vars(inner)["brand_new"]) == (42, 42, 41)
+    del optimizer.brand_new
+    assert not hasattr(inner, "brand_new")
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is not None for p in net.parameters())
+    optimizer.zero_grad(set_to_none=True)
+    assert all(p.grad is None for p in net.parameters())
+
+
 def test_the_database_is_what_we_think():
     names = {case.info.optim_cls.__name__ for case in CASES}
     missing = {name for name in torch.optim.__all__ if isinstance(getattr(torch.optim, name), type)} - names
@@ -273,3 +326,68 @@ class NaiveWrapper(torch.optim.Optimizer):
 def test_a_naive_wrapper_fails(case):
     with pytest.raises((AssertionError, AttributeError)):
         conforms(case, lambda optimizer, net: NaiveWrapper(optimizer))
+
+
+def takes_vectors(case: Case) -> bool:
+    is_other = case.info.only_supports_sparse_grads or case.info.optim_cls is torch.optim.Muon
+    return not (is_other or case.kwargs.get("differentiable"))
+
+
+def takes_meta(case: Case) -> bool:
+    # Of the old parameters LBFGS keeps a list and Adagrad a state, and fused implementations refuse the meta device.
+    keeps = case.info.optim_cls in (torch.optim.LBFGS, torch.optim.Adagrad)
+    return takes_vectors(case) and not (keeps or case.kwargs.get("fused"))
+
+
+def trained(case: Case, net: Net, optimizer: torch.optim.Optimizer, brute: BruteForce | None = None) -> list[Any]:
+    result: list[Any] = []
+    for step in range(4):
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            return backward_of(net, step)
+
+        if brute is not None:
+            brute.before()
+        result.append(step_once(case, net, optimizer, closure))
+        if brute is not None:
+            brute.take_gradients()
+            brute.after()
+    return [*result, *(p.detach().clone() for p in net.parameters()), bare_state(optimizer)]
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("form", [tracked, hooked], ids=["wrapper", "hooks"])
+@pytest.mark.parametrize("case", [case for case in FAST if takes_vectors(case)], ids=lambda case: case.name)
+def test_vectors_only(case, form):
+    results = []
+    for wrap in (lambda optimizer, net: optimizer, form):
+        net = Net(case.info)
+        vectors = [p for p in net.parameters() if p.ndim == 1]
+        optimizer = wrap(case.info.optim_cls(vectors, **copy.deepcopy(case.kwargs)), net)
+        results.append(trained(case, net, optimizer))
+    assert_same(*results)
+    assert optimizer.tracker.get_flip_counts() == {}
+    assert optimizer.tracker.step_count == 4
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("form", [tracked, hooked], ids=["wrapper", "hooks"])
+@pytest.mark.parametrize("case", [case for case in FAST if takes_meta(case)], ids=lambda case: case.name)
+def test_parameters_on_the_meta_device_that_get_data_later(case, form):
+    results = []
+    for wrap in (lambda optimizer, net: optimizer, form):
+        with torch.device("meta"):
+            net = Net(case.info)
+        optimizer, real = build(case, net, wrap), Net(case.info)
+        for module, other in zip(net.children(), real.children(), strict=True):
+            for name, parameter in list(other.named_parameters()):
+                setattr(module, name, parameter)
+        new = list(net.parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [new.pop(0) for _ in group["params"]]
+        brute = BruteForce(net)
+        results.append(trained(case, net, optimizer, brute))
+    assert_same(*results)
+    brute.check(optimizer.tracker)
+    assert sum(brute.updates.values()) > 0

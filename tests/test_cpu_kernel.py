@@ -151,7 +151,7 @@ import gc, os, sys, weakref
 import torch, weightflip
 from weightflip.quantizers import resolve
 from weightflip.quantizers.floatx import FloatxQuantizer
-from weightflip.layer import TrackedWeight
+from weightflip.counting.layer import TrackedWeight
 
 def train():
     weight = torch.ones(4, 4)

@@ -10,6 +10,7 @@ import os
 import pickle
 import warnings
 import weakref
+from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
@@ -153,8 +154,8 @@ def test_global_hooks_run_once_for_the_inner_optimizer(form, digits):
     other = torch.optim.SGD(digits_model().parameters(), 0.1)
     seen = []
     handles = [
-        register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: seen.append(("pre", optimizer))),
-        register_optimizer_step_post_hook(lambda optimizer, args, kwargs: seen.append(("post", optimizer))),
+        register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: seen.append(("pre", optimizer, args[0]))),
+        register_optimizer_step_post_hook(lambda optimizer, args, kwargs: seen.append(("post", optimizer, args[0]))),
     ]
     try:
         backward(model, digits, 0)
@@ -163,7 +164,8 @@ def test_global_hooks_run_once_for_the_inner_optimizer(form, digits):
     finally:
         for handle in handles:
             handle.remove()
-    assert [(name, id(o)) for name, o in seen] == [(name, id(o)) for o in (inner, other) for name in ("pre", "post")]
+    assert [(name, id(o)) for name, o, _ in seen] == [(name, id(o)) for o in (inner, other) for name in ("pre", "post")]
+    assert all(first is optimizer for _, optimizer, first in seen)
 
 
 @each_form
@@ -214,6 +216,52 @@ def test_distributed_checkpoint_makes_state_by_a_step_that_is_none(lr, make, for
     optimizer, tracker = form(make(model.parameters(), lr=copy.deepcopy(lr)), model)
     train(model, optimizer, digits)
     assert tracker.step_count == 4
+
+
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """As torchtitan's ``init_optim_state`` does, before it saves or loads."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+        group["lr"] = torch.tensor(0.0) if isinstance(group["lr"], torch.Tensor) else 0.0
+    optimizer.step(closure=None)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+
+
+@each_form
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["float lr", "tensor lr"])
+def test_a_step_that_makes_state_is_known_by_what_it_is(lr, form, digits):
+    def train(model, optimizer, digits):
+        make_state(optimizer)
+        for step in range(4):
+            backward(model, digits, step)
+            optimizer.step()
+        return []
+
+    same_as_bare(form, lambda p: torch.optim.AdamW(p, lr=copy.deepcopy(lr)), train, digits)
+    model = digits_model()
+    optimizer, tracker = form(torch.optim.AdamW(model.parameters(), lr=copy.deepcopy(lr)), model)
+    train(model, optimizer, digits)
+    assert tracker.step_count == 4
+    # Not a step of 0 later on, nor one whose gradients come in a closure.
+    optimizer.param_groups[0]["lr"] = 0.0
+    backward(model, digits, 0)
+    for p in model.parameters():
+        p.grad.zero_()
+    optimizer.step()
+    assert tracker.step_count == 5
+
+
+@each_form
+def test_a_warmup_from_zero_with_a_closure_is_a_step(form, digits):
+    model = digits_model()
+    optimizer, tracker = form(torch.optim.AdamW(model.parameters(), lr=0.0), model)
+    optimizer.step(lambda: backward(model, digits, 0))
+    assert tracker.step_count == 1
+    assert sum(tracker.get_update_counts().values()) > 0
 
 
 @each_form
@@ -736,10 +784,89 @@ def test_track_flips_refuses_what_has_no_hooks():
         param_groups = property(lambda self: self.inner_one.param_groups)
 
     outer = Outer(torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1))
-    with pytest.raises(TypeError, match="Outer has no step hooks; call track_flips on the optimizer inside it"):
+    with pytest.raises(
+        TypeError, match=r"Outer does not run: step_pre, .*; use FlipTrackingOptimizer\(optimizer, model"
+    ):
         track_flips(outer, sinks=[])
     with pytest.raises(TypeError, match="got an unexpected keyword argument 'log_evry'"):
         track_flips(outer.inner_one, log_evry=3)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """As timm's: without torch's constructor, and so with two kinds of hooks only, which its step does not run."""
+
+    def __init__(self, base, k=2, alpha=0.5):
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self.base, self.k, self.alpha, self.steps = base, k, alpha, 0
+        self.param_groups, self.defaults, self.state = base.param_groups, base.defaults, defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = self.base.step(closure)
+        self.steps += 1
+        for p in (p for group in self.param_groups for p in group["params"]):
+            slow = self.state[p].setdefault("slow", p.detach().clone())
+            if self.steps % self.k == 0:
+                p.copy_(slow.lerp_(p, self.alpha))
+        return loss
+
+    def state_dict(self):
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.base.load_state_dict(state_dict)
+
+
+def hooks_of(optimizer):
+    return [hook for name, hooks in vars(optimizer).items() if name.endswith("_hooks") for hook in hooks]
+
+
+def test_an_optimizer_that_lacks_a_kind_of_hook_is_left_as_it_was(digits):
+    model = digits_model()
+    optimizer = Lookahead(torch.optim.SGD(model.parameters(), 0.5))
+    with pytest.raises(
+        TypeError, match=r"Lookahead does not run: step_pre, step_post, state_dict_post, load_.*; use Flip"
+    ):
+        track_flips(optimizer, model, sinks=[])
+    assert not hooks_of(optimizer)
+    assert not hooks_of(optimizer.base)
+
+    # What the message recommends: all that the outer one does to the weights.
+    brute = BruteForce(model)
+    wrapped = FlipTrackingOptimizer(optimizer, model, sinks=[])
+    for step in range(6):
+        backward(model, digits, step)
+        brute.before()
+        wrapped.step()
+        brute.after()
+    brute.check(wrapped.tracker)
+    assert sum(brute.flips.values()) > 0
+
+
+def test_a_step_that_runs_no_hooks_is_found_out():
+    optimizer = Lookahead(torch.optim.SGD(digits_model().parameters(), 0.5))
+    for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+        setattr(optimizer, f"_optimizer_{kind}_hooks", OrderedDict())
+    with pytest.raises(TypeError, match="Lookahead does not run: step_pre, step_post; use"):
+        track_flips(optimizer, sinks=[])
+
+
+def test_a_fault_while_hooks_are_registered_leaves_none(tmp_path):
+    class Stubborn(torch.optim.SGD):
+        def register_load_state_dict_pre_hook(self, hook, prepend=False):
+            raise RuntimeError("no more hooks")
+
+    model = digits_model()
+    optimizer = Stubborn(model.parameters(), 0.1)
+    other = FlipTrackingOptimizer(
+        torch.optim.SGD([nn.Parameter(torch.ones(3, 3))], 0.1), sinks=[tmp_path / "run.jsonl"]
+    )
+    for _ in range(2):
+        # The second time its weights are nobody's, as at the first.
+        with pytest.raises(RuntimeError, match="no more hooks"):
+            track_flips(optimizer, model, sinks=other)
+        assert not hooks_of(optimizer)
+    assert set(FlipTrackingOptimizer(optimizer, model, sinks=other).info.tracked) == {"0.weight", "2.weight"}
 
 
 class SecondOrder(torch.optim.SGD):

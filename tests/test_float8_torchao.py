@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import plan_of
+from oracles import LAST, float8_ordinals
 from torch import nn
 
 from weightflip import decode, encode
@@ -21,16 +22,7 @@ from torchao.float8.config import ScalingGranularity, ScalingType
 from torchao.float8.float8_training_tensor import GemmInputRole
 from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
 
-# Largest magnitude pattern that is a number, infinity included.
-LAST = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7C}
 FORMATS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
-
-
-def float8_ordinals(data: torch.Tensor) -> np.ndarray:
-    """Bits to integers that are equal when the numbers are, by hand: sign and magnitude, one NaN."""
-    bits = data.contiguous().view(torch.uint8).numpy().astype(np.int64)
-    magnitude, last = bits & 0x7F, LAST[data.dtype]
-    return np.where(magnitude > last, last + 1, np.where(bits >= 0x80, -magnitude, magnitude))
 
 
 def rowwise(dtype: torch.dtype | None = None) -> CastConfig:

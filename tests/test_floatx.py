@@ -3,91 +3,32 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from fractions import Fraction
-from functools import cache
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from oracles import (
+    half_values,
+    largest_ordinal,
+    midpoints,
+    nearest,
+    nearest_array,
+    number,
+    split_name,
+)
 
 from weightflip import Codes, decode, encode, formats, quantize
 from weightflip.formats import E3M4, E4M3, E5M2, FloatFormat, exmy
 from weightflip.quantizers import resolve
 from weightflip.quantizers.floatx import FloatxQuantizer
 
-# E4M3 and the IEEE formats give some of their largest patterns to NaN and infinity; every other split is finite.
-SPECIAL_CODES = {(4, 3): 1, (5, 2): 4, (8, 7): 128, (5, 10): 1024}
-
 SPLITS = {bits: [(e, bits - 1 - e) for e in range(bits)] for bits in (4, 6, 8, 12, 16)}
 # Formats of up to 10 exponent bits are exact in float64, and so are the midpoints between their numbers.
 IN_FLOAT64 = [split for splits in SPLITS.values() for split in splits if split[0] <= 10]
 BEYOND_FLOAT64 = [split for splits in SPLITS.values() for split in splits if split[0] > 10]
 IN_FLOAT32 = [split for split in IN_FLOAT64 if split[0] <= 7]
-
-
-def split_name(split: tuple[int, int]) -> str:
-    return f"e{split[0]}m{split[1]}"
-
-
-def largest_ordinal(split: tuple[int, int]) -> int:
-    return 2 ** sum(split) - 1 - SPECIAL_CODES.get(split, 0)
-
-
-@cache
-def number(split: tuple[int, int], magnitude: int) -> Fraction:
-    exponent_bits, mantissa_bits = split
-    fraction = Fraction(magnitude % 2**mantissa_bits, 2**mantissa_bits)
-    if exponent_bits == 0:
-        return fraction
-    field, bias = magnitude // 2**mantissa_bits, 2 ** (exponent_bits - 1) - 1
-    return Fraction(2) ** (1 - bias) * fraction if field == 0 else Fraction(2) ** (field - bias) * (1 + fraction)
-
-
-def nearest(x: Fraction, split: tuple[int, int]) -> int:
-    """Ordinal of the number next to ``x``; between two, the even one; beyond the largest, that."""
-    magnitude, largest = abs(x), largest_ordinal(split)
-    above = bisect_left(range(largest + 1), magnitude, key=lambda k: number(split, k))
-    if above > largest:
-        ordinal = largest
-    elif above == 0:
-        ordinal = 0
-    else:
-        up, down = number(split, above) - magnitude, magnitude - number(split, above - 1)
-        ordinal = above if up < down or (up == down and above % 2 == 0) else above - 1
-    return -ordinal if x < 0 else ordinal
-
-
-@cache
-def half_values(split: tuple[int, int]) -> np.ndarray:
-    """All non-negative finite numbers, exact in float64."""
-    exponent_bits, mantissa_bits = split
-    assert exponent_bits <= 10
-    field, mantissa = np.divmod(np.arange(largest_ordinal(split) + 1), 2**mantissa_bits)
-    if exponent_bits == 0:
-        return np.ldexp(mantissa.astype(float), -mantissa_bits)
-    significand = mantissa + np.where(field > 0, 2**mantissa_bits, 0)
-    bias = 2 ** (exponent_bits - 1) - 1
-    return np.ldexp(significand.astype(float), np.maximum(field, 1) - bias - mantissa_bits)
-
-
-@cache
-def midpoints(split: tuple[int, int]) -> np.ndarray:
-    values = half_values(split)
-    return (values[:-1] + values[1:]) / 2
-
-
-def nearest_array(x: np.ndarray, split: tuple[int, int]) -> np.ndarray:
-    """``nearest`` of many float64 at once; NaN gives the format's NaN ordinal."""
-    x = x.astype(np.float64)
-    magnitude = np.abs(x)
-    below = np.searchsorted(midpoints(split), magnitude, side="left")
-    above = np.searchsorted(midpoints(split), magnitude, side="right")
-    # On a midpoint the two differ by one: take the even.
-    ordinals = np.where((below != above) & (below % 2 == 1), above, below)
-    ordinals = np.where(x < 0, -ordinals, ordinals)
-    return np.where(np.isnan(x), exmy(split_name(split)).nan_ordinal, ordinals)
 
 
 def hard_cases(split: tuple[int, int], dtype: type[np.floating]) -> np.ndarray:

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from oracles import integer_codes
 
 from weightflip import FlipTrackingOptimizer, decode, encode, quantize
 from weightflip.quantizers import resolve
@@ -46,26 +47,6 @@ WEIGHTS = {
 }
 
 
-def torchao_codes(weight, bits, group):
-    primitives = pytest.importorskip("torchao.quantization.quant_primitives")
-    weight = weight if weight.ndim > 1 else weight.unsqueeze(0)
-    block = (1,) * (weight.ndim - 1) + (group or weight.shape[-1],)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    scale, zero_point = primitives.choose_qparams_affine(
-        weight,
-        primitives.MappingType.SYMMETRIC,
-        block,
-        torch.int8,
-        low,
-        high,
-        scale_dtype=torch.float32,
-        keepdim=True,
-    )
-    codes = primitives.quantize_affine(weight, block, scale, zero_point, torch.int8, low, high)
-    values = primitives.dequantize_affine(codes, block, scale, zero_point, torch.int8, low, high)
-    return scale, codes, values
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("bits", BITS)
@@ -75,7 +56,7 @@ def test_rows_are_torchaos(bits, kind, dtype):
         if not weight.isfinite().all():
             continue
         codes = encode(weight, f"int{bits}")
-        scale, expected, values = torchao_codes(weight, bits, None)
+        scale, expected, values = integer_codes(weight, bits, None)
         assert codes.ordinals.dtype is torch.int8
         assert torch.equal(codes.ordinals, expected.view(shape))
         assert torch.equal(codes.scale.flatten(), scale.flatten())
@@ -90,7 +71,7 @@ def test_groups_are_torchaos(bits, group, dtype):
         for shape in [(1, 32), (33, 96), (2, 3, 64)]:
             weight = WEIGHTS[kind](shape).to(dtype)
             codes = encode(weight, f"int{bits}:g{group}")
-            _, expected, values = torchao_codes(weight, bits, group)
+            _, expected, values = integer_codes(weight, bits, group)
             assert torch.equal(codes.ordinals, expected)
             assert torch.equal(decode(codes), values)
 

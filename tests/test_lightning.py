@@ -168,6 +168,25 @@ def test_manual_optimization(form, digits, tmp_path):
     assert run.module.lrs == pytest.approx([LR * 0.9**step for step in range(steps)])
 
 
+@each_form
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_passes_set_to_none_on(set_to_none, form, digits, tmp_path):
+    grads = []
+
+    class Zeroed(ByHand):
+        def training_step(self, batch, index):
+            super().training_step(batch, index)
+            self.optimizers().zero_grad(set_to_none=set_to_none)
+            grads.append({p.grad is None for p in self.parameters()})
+
+    bare = train(digits, tmp_path / "bare", Zeroed(), epochs=1)
+    run = train(digits, tmp_path / "wrapped", Zeroed(form=form), epochs=1)
+    check_same_training(bare, run)
+    run.module.brute.check(run.module.tracker)
+    assert len(grads) == 2 * BATCHES_AN_EPOCH
+    assert all(seen == {set_to_none} for seen in grads)
+
+
 def test_mixed_precision_leaves_the_weights_float32(digits, tmp_path):
     full = train(digits, tmp_path / "full", Digits(form=by_wrapper), epochs=1)
     mixed = train(digits, tmp_path / "mixed", Digits(form=by_wrapper), epochs=1, precision="bf16-mixed")

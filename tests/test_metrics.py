@@ -15,7 +15,7 @@ from conftest import assert_same, backward, digits_model
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, WeightFlipTracker, quantize, track_flips
-from weightflip.layer import TrackedWeight
+from weightflip.counting.layer import TrackedWeight
 from weightflip.metrics import LayerMetric, Metric, metric_names, register
 from weightflip.metrics.coverage import Coverage
 from weightflip.quantizers import resolve

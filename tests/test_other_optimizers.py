@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from conftest import FORMS, BruteForce, assert_same, backward, digits_model, same_as_bare
 from torch import nn
 
-from weightflip import FlipTrackingOptimizer
+from weightflip import FlipTrackingOptimizer, track_flips
 
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
@@ -122,6 +123,104 @@ def test_only_schedule_free_optimizers_have_train_and_eval():
     assert hasattr(with_mode, "eval")
     assert not hasattr(without, "train")
     assert not hasattr(without, "eval")
+
+
+# ---------------------------------------------------------------------- no subclass of torch.optim.Optimizer
+
+
+class ByHand:
+    """The least that an optimizer is: six names. Its groups are made anew each time, as fastai's are."""
+
+    def __init__(self, parameters, lr):
+        self.parameters, self.lr, self.state = list(parameters), lr, {}
+
+    param_groups = property(lambda self: [{"params": self.parameters, "lr": self.lr}])
+
+    def step(self):
+        with torch.no_grad():
+            for p in self.parameters:
+                if p.grad is not None:
+                    p.sub_(self.lr * p.grad)
+
+    def zero_grad(self):
+        for p in self.parameters:
+            p.grad = None
+
+    def state_dict(self):
+        return {"lr": self.lr}
+
+    def load_state_dict(self, state):
+        self.lr = state.pop("lr")
+        assert not state
+
+
+def schedule_free_wrapper(parameters):
+    schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    return schedulefree.ScheduleFreeWrapper(torch.optim.SGD(parameters, lr=0.5), momentum=0.9)
+
+
+@pytest.mark.parametrize("make", [schedule_free_wrapper, lambda p: ByHand(p, 0.5)], ids=["schedulefree", "by hand"])
+def test_objects_that_only_behave_like_an_optimizer(make, digits):
+    results = []
+    for tracked in (False, True):
+        model = digits_model()
+        inner = make(model.parameters())
+        assert not isinstance(inner, torch.optim.Optimizer)
+        optimizer = FlipTrackingOptimizer(inner, model, sinks=[]) if tracked else inner
+        brute, trace = BruteForce(model), []
+        for step in range(8):
+            if hasattr(optimizer, "train"):
+                optimizer.train()
+            optimizer.zero_grad()
+            trace.append(backward(model, digits, step).detach())
+            brute.before()
+            assert optimizer.step() is None
+            brute.after()
+            if hasattr(optimizer, "eval"):
+                optimizer.eval()
+                trace.append(nn.functional.cross_entropy(model(digits[0]), digits[1]).detach())
+            if step == 3:
+                state = copy.deepcopy(optimizer.state_dict())
+                inner = make(model.parameters())
+                optimizer = FlipTrackingOptimizer(inner, model, sinks=[]) if tracked else inner
+                optimizer.load_state_dict(state)
+            elif step == 5:
+                model, optimizer, brute = copy.deepcopy((model, optimizer, brute))
+        results.append((trace, dict(model.state_dict())))
+    assert_same(*results)
+    brute.check(optimizer.tracker)
+    assert sum(brute.flips.values()) > 0
+    assert hasattr(optimizer, "train") == hasattr(inner, "train")
+    assert hasattr(optimizer, "add_param_group") == hasattr(inner, "add_param_group")
+    assert not hasattr(optimizer, "register_step_pre_hook")
+    with pytest.raises(TypeError, match=r"step_pre, step_post, .*; use FlipTrackingOptimizer\("):
+        track_flips(inner, model, sinks=[])
+
+
+@pytest.mark.parametrize("missing", ["step", "zero_grad", "state_dict", "load_state_dict", "param_groups", "state"])
+def test_what_lacks_something_is_named_with_its_module(missing):
+    names = {name: value for name, value in vars(ByHand).items() if name not in ("__dict__", "__weakref__", missing)}
+    kind = type("Optimizer", (), {**names, "__module__": "fastai.optimizer", "__qualname__": "Optimizer"})
+    thing = kind(digits_model().parameters(), 0.1)
+    if missing == "state":
+        del thing.state
+    with pytest.raises(TypeError, match=f"got fastai.optimizer.Optimizer, which lacks {missing}; wrap the object"):
+        FlipTrackingOptimizer(thing, sinks=[])
+    thing.opt = torch.optim.SGD(thing.parameters, 0.1)
+    with pytest.raises(TypeError, match=f"lacks {missing}; wrap the torch.optim.Optimizer in its attribute 'opt'"):
+        track_flips(thing, sinks=[])
+
+
+def test_groups_that_are_none():
+    kind = type("Bare", (ByHand,), {"param_groups": property(lambda self: self.parameters)})
+    with pytest.raises(TypeError, match="Bare, which lacks param_groups that are dictionaries with 'params'"):
+        FlipTrackingOptimizer(kind(digits_model().parameters(), 0.1), sinks=[])
+
+
+def test_deepspeeds_optimizer_is_refused():
+    kind = type("DeepSpeedZeroOptimizer", (ByHand,), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
+    with pytest.raises(TypeError, match=r"got deepspeed.runtime.*; track first, then deepspeed.initialize\(optimizer="):
+        FlipTrackingOptimizer(kind(digits_model().parameters(), 0.1), sinks=[])
 
 
 # ---------------------------------------------------------------------- a step that takes more than a closure

@@ -94,9 +94,9 @@ def test_names_in_any_case_and_order():
     [
         ("float8_e4m4", "float8_e4m3"),
         ("float8-e4m3", "float8_e4m3"),
-        ("float8_e4m3fn", "float8_e4m3"),
+        ("float8_e4m3fnu", "float8_e4m3"),
         ("float8_e5m3:row", "float8_e5m2"),
-        ("bf16", "bfloat16"),
+        ("bfloat", "bfloat16"),
         ("floot16", "float16"),
         ("nativ", "native"),
     ],
@@ -152,7 +152,7 @@ def test_a_class_instead_of_an_instance(cls):
         resolve(cls)
 
 
-@pytest.mark.parametrize("spec", [None, 8, 4.3, ["e4m3"], torch.zeros(2), torch.float8_e4m3fn])
+@pytest.mark.parametrize("spec", [None, 8, 4.3, ["e4m3"], torch.zeros(2), torch.strided])
 def test_what_is_no_quantizer(spec):
     with pytest.raises(TypeError, match=f"expected a quantizer name .*, got {type(spec).__name__}$"):
         resolve(spec)

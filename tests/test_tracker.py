@@ -12,8 +12,8 @@ import torch
 from conftest import float8_values
 
 from weightflip import BitStallDetector, Codes, WeightFlipTracker, compute_flip_rate, compute_stall_ratio, kernels
+from weightflip.counting.layer import TrackedWeight
 from weightflip.formats import E3M4, E5M2
-from weightflip.layer import TrackedWeight
 from weightflip.quantizers import resolve
 from weightflip.quantizers.floatx import FloatxQuantizer
 

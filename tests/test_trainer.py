@@ -140,6 +140,38 @@ def test_bf16_is_autocast_and_the_weights_stay_float32(digits, tmp_path):
     assert {row[1:] for row in mixed.optimizer.info.tracked.values()} == {("float32", "float8_e4m3")}
 
 
+@each_form
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_passes_set_to_none_on(set_to_none, form, digits, tmp_path):
+    """The Trainer's optimizer is Accelerate's, which looks for it in the signature."""
+
+    class Zeroes(transformers.TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            grads.append({p.grad is None for group in optimizer.param_groups for p in group["params"]})
+
+    grads = []
+    runs = []
+    for each in (None, form):
+        model = tiny_bert()
+        inner = torch.optim.AdamW(model.parameters(), lr=LR)
+        brute = watched(inner, model)
+        optimizer, tracker = each(inner, model) if each else (inner, None)
+        trainer = transformers.Trainer(
+            model,
+            settings(tmp_path, save_strategy="no"),
+            train_dataset=Tokens(digits),
+            optimizers=(optimizer, None),
+            callbacks=[Zeroes()],
+        )
+        trainer.train()
+        runs.append(dict(model.state_dict()))
+    assert_same(*runs)
+    brute.check(tracker)
+    assert len(grads) == 2 * STEPS
+    assert all(seen == {set_to_none} for seen in grads)
+
+
 def test_layers_have_the_models_names(digits, tmp_path):
     run = train(digits, tmp_path, form=by_wrapper)
     assert list(run.tracker.get_flip_counts())[:4] == [

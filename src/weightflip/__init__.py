@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from weightflip import formats
 from weightflip.alerts import Alert
+from weightflip.counting.stalls import BitStallDetector
+from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.functional import compute_flip_rate, compute_stall_ratio
-from weightflip.optimizer import FlipTrackingHandle, FlipTrackingOptimizer, track_flips
+from weightflip.hooks import FlipTrackingHandle, track_flips
+from weightflip.optimizer import FlipTrackingOptimizer
 from weightflip.quantizers import Codes, Quantizer, decode, encode, quantize, quantizer_names
 from weightflip.records import AlertEvent, FlipRecord, LayerRecord, RunInfo
 from weightflip.sinks import Sink
-from weightflip.stalls import BitStallDetector
-from weightflip.tracker import WeightFlipTracker
 
 __version__ = "0.1.0"
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from weightflip import checks
 from weightflip.records import AlertEvent, FlipRecord, LayerRecord, shown, split_variant, variant
 
 logger = logging.getLogger("weightflip")
@@ -51,7 +52,7 @@ class Alert:
 
     Raises:
         ValueError: ``rule`` cannot be read.
-        TypeError: ``rule`` is no text.
+        TypeError: ``rule`` is no text, ``layers`` no globs, or ``callback`` no function.
 
     Example:
         >>> import torch
@@ -87,6 +88,10 @@ class Alert:
         bound = math.nan if found is None else float(found["number"]) / (100 if found["percent"] else 1)
         if found is None or (not found["comparison"] and not (found["percent"] and 0 < bound <= 1)):
             raise ValueError(f"expected a rule such as {_EXAMPLES} in alerts=, got {self.rule!r}")
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(f"callback= is a function of an AlertEvent, got {checks.described(self.callback)}")
+        if not isinstance(self.layers, str) and self.layers is not None:
+            object.__setattr__(self, "layers", checks.globs("layers", self.layers))
         for name, value in {
             "value": found["value"],
             "comparison": found["comparison"] or "drops",
@@ -129,12 +134,10 @@ class AlertWatch:
 
     Raises:
         ValueError: A rule that cannot be read, or about a value that there is not.
-        TypeError: Something else than a sequence of rules.
+        TypeError: Something else than a rule.
     """
 
     def __init__(self, alerts: Iterable[str | Alert] | None = None, values: Set[str] = frozenset()) -> None:
-        if isinstance(alerts, (str, Alert)):
-            raise TypeError(f"alerts= is a list, got {type(alerts).__name__}; put it in brackets: alerts=[...]")
         self._alerts = [alert if isinstance(alert, Alert) else Alert(alert) for alert in alerts or ()]
         self._episodes: dict[tuple[int, str], _Episode] = {}
         known = {*values, _NONFINITE}
@@ -142,7 +145,7 @@ class AlertWatch:
             if alert.value not in known:
                 raise ValueError(
                     f"the rule {alert.rule!r} in alerts= is about {alert.value!r}, which none of the metrics= gives; "
-                    f"they give {', '.join(sorted(known))}"
+                    f"{checks.did_you_mean(alert.value, known)}They give {', '.join(sorted(known))}"
                 )
 
     def __bool__(self) -> bool:

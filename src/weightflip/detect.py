@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -12,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from weightflip import distributed
+from weightflip.checks import described, globs
 from weightflip.quantizers import Codes, ElementwiseQuantizer, Quantizer, resolve, torchao
-from weightflip.quantizers.base import quantizer_name
+from weightflip.quantizers.base import _fresh, quantizer_name
 
 logger = logging.getLogger("weightflip")
 
@@ -79,6 +83,15 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)
     skipped_by_model: set[str] = field(default_factory=set)
     notes: tuple[str, ...] = ()
+
+    @property
+    def nothing_to_track(self) -> str:
+        """What there was instead, and why it is left out, if all of it is."""
+        names_of: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            names_of.setdefault(reason, []).append(name)
+        reasons = "; ".join(f"{_some(names)}: {reason}" for reason, names in names_of.items())
+        return f"nothing to track among {len(self.skipped)} parameters ({reasons or 'there are none'})"
 
 
 def name_parameters(
@@ -168,7 +181,7 @@ def make_plan(
         exclude: Globs over names.
         strict: Whether a rule that leads nowhere is an error. While training goes on, a parameter that cannot be
             tracked any more is skipped with its reason instead.
-        may_be_empty: Whether having nothing to track is no error, even if ``strict``.
+        may_be_empty: Whether patterns that leave nothing to track are no error, even if ``strict``.
         optimizer: Where ``"auto"`` looks for an optimizer that quantizes the weights itself.
         known: Name to the quantizers, or the reason for none, that a model said which is not at hand any more.
 
@@ -177,12 +190,12 @@ def make_plan(
 
     Raises:
         ValueError: An unknown quantizer. If ``strict``: a glob that matches nothing; a weight that does not fit the
-            format named for it; a parameter that is included by its full name and cannot be tracked; nothing left to
-            track.
+            format named for it; a parameter that is included by its full name and cannot be tracked; patterns that
+            leave nothing to track, now or later.
         TypeError: Something that is no quantizer.
     """
     rules = _rules(quantizer)
-    include_globs, exclude_globs = _globs("include", include), _globs("exclude", exclude)
+    include_globs, exclude_globs = globs("include", include), globs("exclude", exclude)
     if strict:
         _check_globs("quantizer", list(rules) if isinstance(quantizer, Mapping) else [], parameters)
         _check_globs("include", include_globs, parameters)
@@ -193,7 +206,8 @@ def make_plan(
     flat = _flattened(parameters.values(), model)
     # Ranks have different shards of FSDP1, and must not come to different ends; ZeRO-3's partitions are yet to come.
     may_be_empty |= any(id(p) in flat and not getattr(p, "_is_flat_param", False) for p in parameters.values())
-    if strict and model is not None and not any(id(parameter) in owners for parameter in parameters.values()):
+    is_strange = bool(parameters) and not any(id(parameter) in owners for parameter in parameters.values())
+    if strict and model is not None and is_strange:
         raise ValueError(
             f"model= ({type(model).__name__}) holds none of the optimizer's {len(parameters)} parameters; pass the "
             "model whose parameters() the optimizer was built with, or none"
@@ -216,6 +230,7 @@ def make_plan(
             if strict and (reason.misfit or (name in include_globs and not reason.is_elsewhere)):
                 raise ValueError(f"parameter {name!r} cannot be tracked as asked for: {reason}") from None
             plan.skipped[name] = str(reason)
+            may_be_empty |= reason.is_elsewhere
             if reason.is_of_model:
                 plan.skipped_by_model.add(name)
             if reason.unknown is not None:
@@ -226,16 +241,20 @@ def make_plan(
                 plan.listed.add(name)
             for note in notes:
                 noted.setdefault(note, []).append(name)
-    for cls in unknown:
+    for cls in unknown if distributed.is_writer() else ():
         logger.warning("weightflip: torchao's %s is not known yet; its weights are not tracked", cls)
-    if strict and not plan.tracked and not may_be_empty:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:5])
+    # Without patterns of the user's, having nothing is no mistake: an optimizer of biases is a script that runs.
+    has_patterns = bool(include_globs or exclude_globs) or isinstance(quantizer, Mapping)
+    if strict and has_patterns and not plan.tracked and not may_be_empty:
         raise ValueError(
-            f"nothing to track among {len(parameters)} parameters ({reasons or 'there are none'}); "
-            "expected a floating-point weight with two dimensions, or name others with include="
+            f"{plan.nothing_to_track}; expected a floating-point weight with two dimensions that the patterns in "
+            "include=, exclude= and quantizer= leave, or others that include= names"
         )
-    sentences = (f"{note} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for note, names in noted.items())
-    return replace(plan, notes=tuple(sentences))
+    return replace(plan, notes=tuple(f"{note} ({_some(names)})" for note, names in noted.items()))
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
 
 def owner_types(parameters: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, str]:
@@ -263,12 +282,11 @@ def make_groups(
         The groups, in the order in which they were given, or first met.
 
     Raises:
-        TypeError: Something else than names and globs.
         ValueError: If ``strict``: a glob that matches nothing, or ``"type"`` without types.
     """
     if groups is None:
         return {}
-    if isinstance(groups, str) and groups == "type":
+    if isinstance(groups, str):
         if strict and not types:
             raise ValueError("groups='type' looks at the model's modules; pass model=, or globs over parameter names")
         found: dict[str, tuple[str, ...]] = {}
@@ -276,20 +294,23 @@ def make_groups(
             if name in types:
                 found[types[name]] = (*found.get(types[name], ()), name)
         return found
-    if not isinstance(groups, Mapping) or not all(isinstance(group, str) and group for group in groups):
-        raise TypeError(
-            f"groups= is 'type' or a mapping from names to globs, such as {{'attention': '*.attn.*'}}; got {groups!r}"
-        )
-    globs = {group: _globs(f"groups[{group!r}]", matching) for group, matching in groups.items()}
+    rules = {group: globs(f"groups[{group!r}]", matching) for group, matching in groups.items()}
     if strict:
-        for matching in globs.values():
+        for matching in rules.values():
             _check_globs("groups", matching, names)
-    return {group: tuple(name for name in names if _matches(name, matching)) for group, matching in globs.items()}
+    return {group: tuple(name for name in names if _matches(name, matching)) for group, matching in rules.items()}
 
 
 def _rules(quantizer: Any) -> dict[str, tuple[Any, ...]]:
     """Glob to quantizers, each resolved or "auto"."""
     rules = dict(quantizer) if isinstance(quantizer, Mapping) else {"*": quantizer}
+    if not rules:
+        raise ValueError("quantizer= is an empty mapping; expected globs over names, such as {'*': 'auto'}")
+    for glob in rules:
+        if not isinstance(glob, str):
+            raise TypeError(
+                f"quantizer= maps globs over names, such as 'blocks.*', to quantizers; got the key {described(glob)}"
+            )
     return {glob: _specs(specs) for glob, specs in rules.items()}
 
 
@@ -304,13 +325,6 @@ def _specs(specs: Any) -> tuple[Any, ...]:
             f"quantizer= takes a list of different quantizers, got {names}; objects and functions need a name each"
         )
     return found
-
-
-def _globs(option: str, globs: str | Sequence[str] | None) -> tuple[str, ...]:
-    globs = () if globs is None else (globs,) if isinstance(globs, str) else tuple(globs)
-    if not all(isinstance(glob, str) for glob in globs):
-        raise TypeError(f"{option}= is a glob over parameter names or a sequence of them, got {globs!r}")
-    return globs
 
 
 def _check_globs(option: str, globs: Sequence[str], names: Iterable[str]) -> None:
@@ -338,14 +352,14 @@ def _check_trackable(
     if include and not _matches(name, include):
         raise Skip("not included")
     if nn.parameter.is_lazy(parameter):
-        raise Skip("not initialised yet")
+        raise _elsewhere("not initialised yet")
     ndim = parameter.ndim if ndim_before is None else ndim_before
     if not include and ndim < 2:
         raise Skip(f"{ndim}-dimensional (name it in include= to track it)")
     if not parameter.is_floating_point():
         raise Skip(f"dtype {_dtype(parameter)} is not floating-point")
     if parameter.is_meta:
-        raise Skip("on the meta device, without data")
+        raise _elsewhere("on the meta device, without data yet")
     if parameter.numel() == 0 and ndim_before is None:
         raise Skip("empty")
     if parameter.layout is not torch.strided:
@@ -362,13 +376,18 @@ def _check_flat(parameter: Tensor, named: Sequence[Quantizer]) -> None:
     """
     _check_formats_of_flat(parameter, named, named=True)
     if parameter.numel() == 0:
-        reason = Skip(
+        raise _elsewhere(
             "ZeRO-3 keeps it in partitions, which are tracked once DeepSpeed gives them to the optimizer"
             if hasattr(parameter, "ds_shape")
             else "none of it is on this rank"
         )
-        reason.is_elsewhere = True
-        raise reason
+
+
+def _elsewhere(reason: str) -> Skip:
+    """Other processes, or later steps, have the weights."""
+    skip = Skip(reason)
+    skip.is_elsewhere = True
+    return skip
 
 
 def _check_formats_of_flat(parameter: Tensor, quantizers: Iterable[Quantizer], *, named: bool) -> None:
@@ -396,10 +415,12 @@ def _has_at_most_one_scale(quantizer: Quantizer, weight: Tensor, *, otherwise: b
         return False
     try:
         # Of a single row, a scale a row and a scale a tensor look alike.
-        scale = quantizer.scale(torch.ones(2, 2, dtype=weight.dtype, device=weight.device))
+        scale = _try(quantizer, torch.ones(2, 2, dtype=weight.dtype, device=weight.device))
     except ValueError:
         # A scale of the user's own, for weights of another shape.
         return False
+    except Exception as error:
+        raise Skip(_why_not(quantizer, weight, error), misfit=otherwise) from None
     return scale is None or scale.numel() == 1
 
 
@@ -455,21 +476,64 @@ def _choose(
                 _try(quantizer, distributed.local(parameter).detach())
             except Exception as error:
                 # Whatever it is that a format, or a tensor subclass, does not support.
-                raise Skip(f"shape {tuple(parameter.shape)}: {error}", misfit=spec != "auto") from None
+                raise Skip(_why_not(quantizer, parameter, error), misfit=spec != "auto") from None
     return tuple(chosen.values()), notes
 
 
+def _why_not(quantizer: Quantizer, parameter: Tensor, error: Exception) -> str:
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return (
+        f"{quantizer_name(quantizer)!r} does not encode it, dtype {_dtype(parameter)}, shape {tuple(parameter.shape)}: "
+        f"{kind}{error}; name another quantizer for it in quantizer=, or leave it out with exclude="
+    )
+
+
 @torch.no_grad()
-def _try(quantizer: Quantizer, weight: Tensor) -> None:
-    """Find out now what would fail at the first step.
+def _try(quantizer: Quantizer, weight: Tensor) -> Tensor | None:
+    """Find out now what would fail at the first step; random numbers go on from where they were.
+
+    A quantizer that goes element by element shows on a row what it does. Any other sees the whole weight, as in each
+    step: it may need all of its shape.
+
+    Returns:
+        The scale of the weight.
 
     Raises:
         Exception: Whatever the quantizer raises, or ValueError for codes that are none.
     """
-    if isinstance(quantizer, ElementwiseQuantizer):
-        quantizer.scale(quantizer.grouped(weight))
-        return
-    codes = quantizer.encode(weight)
+    with _random_numbers_kept(weight.device):
+        if not isinstance(quantizer, ElementwiseQuantizer):
+            codes = quantizer.encode(weight)
+            _check_codes(quantizer, codes, weight)
+            return codes.scale
+        weight = quantizer.grouped(weight)
+        scale = quantizer.scale(weight)
+        if weight.numel():
+            row = (slice(0, 1),) * (weight.ndim - 1)
+            piece, scale_of_piece = weight[row], scale
+            if scale is not None and scale.ndim:
+                scale_of_piece = scale[(slice(0, 1),) * (scale.ndim - 1)]
+            out = torch.empty(piece.shape, dtype=quantizer.code_dtype(weight), device=weight.device)
+            quantizer.encode_into(piece, scale_of_piece, out, _fresh)
+        return scale
+
+
+@contextmanager
+def _random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """What is drawn inside, by a quantizer of the user's, is drawn again afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    numpy = sys.modules.get("numpy")
+    of_python, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
+
+
+def _check_codes(quantizer: Quantizer, codes: Any, weight: Tensor) -> None:
     if not isinstance(codes, Codes) or codes.ordinals.shape != weight.shape or codes.ordinals.dtype not in _ORDINALS:
         got = (
             f"{codes.ordinals.dtype} ordinals of shape {tuple(codes.ordinals.shape)}"

@@ -11,14 +11,19 @@ import itertools
 import math
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 Span = Literal["tensor", "row"]
+
+PATIENCE = timedelta(seconds=60)
+"""How long a process whose sharded weights have become others waits for the rest to come and compare."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +259,24 @@ class Team(NamedTuple):
             return torch.device("cpu")
         return torch.device(self.device_type, torch.get_device_module(self.device_type).current_device())
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the first of them, which says what all would."""
+        return torch.distributed.get_rank() == self.ranks[0]
+
+    @property
+    def failure(self) -> int:
+        """What a process hands in for a weight that it has given up; see ``tells_of``."""
+        return len(self.ranks) if self.is_first else 1
+
+    def tells_of(self, failures: float) -> bool:
+        """Whether this process tells of failures on others: the first one does, or the second where the first failed.
+
+        Args:
+            failures: The sum of what was handed in.
+        """
+        return torch.distributed.get_rank() == self.ranks[failures >= len(self.ranks)]
+
     def counts(self, layout: Layout) -> bool:
         """Whether this process's shard is the one that is counted, of several that hold the same."""
         return layout.is_first_copy and self.ranks[0] in layout.ranks
@@ -307,6 +330,55 @@ def agree(description: str, team: Team) -> bool:
     _all_reduce_(numbers, team, "MAX")
     largest, smallest = numbers.tolist()
     return bool(largest == -smallest)
+
+
+# Default group to how often processes have met, by what they met about.
+_meetings: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
+
+
+def have_all_come(layouts: Iterable[Layout], about: str) -> bool:
+    """Whether all processes that hold parts of these weights come here within ``PATIENCE``; the same answer on each.
+
+    They meet in the default group's store: a collective that some do not come to would wait for the group's timeout,
+    and then leave a group that cannot be used any more.
+
+    Args:
+        layouts: How the weights lie, of which this process has a part each.
+        about: What all know alike and others do not meet about at the same time.
+    """
+    store = torch.distributed.distributed_c10d._get_default_store()
+    meetings = _meetings.setdefault(torch.distributed.group.WORLD, Counter())
+    for team in dict.fromkeys(teams(list(layouts))):
+        place = hashlib.sha256(f"{team} {about}".encode()).hexdigest()[:16]
+        meetings[place] += 1
+        here, end = (f"weightflip/{place}/{meetings[place]}/{key}" for key in ("here", "end"))
+        if store.add(here, 1) == len(team.ranks):
+            store.compare_set(end, "", "all")
+        else:
+            try:
+                store.wait([end], PATIENCE)
+            except RuntimeError:
+                # The one that gives up decides for those that come late.
+                store.compare_set(end, "", "some")
+        if store.get(end) != b"all":
+            return False
+    return True
+
+
+def is_any(flag: Tensor, layouts: Iterable[Layout]) -> Tensor:
+    """Whether a flag is set on any process that holds a part of these weights. One collective a team, of 8 bytes.
+
+    Args:
+        flag: 0-dim, not negative; set where it is not 0.
+        layouts: How the weights lie, of which this process has a part each.
+
+    Returns:
+        0-dim bool, without waiting for the device.
+    """
+    for team in dict.fromkeys(teams(list(layouts))):
+        flag = flag.to(team.device, torch.int64).clamp(max=1).view(1)
+        _all_reduce_(flag, team, "MAX")
+    return flag.view(()) != 0
 
 
 def add_up(numbers: Sequence[float], team: Team) -> list[float]:
@@ -460,6 +532,7 @@ class ShardedWeights:
     Attributes:
         tables: For each team, its table and the names of the weights in it, in order.
         refused: Name to the reason why a weight is not tracked; the same on each process.
+        told_elsewhere: Names of those whose reason the first process of the team tells.
     """
 
     def __init__(self) -> None:
@@ -467,6 +540,7 @@ class ShardedWeights:
         self._now: dict[str, ShardedWeight] = {}
         self.tables: list[tuple[StatisticsTable, list[str]]] = []
         self.refused: dict[str, str] = {}
+        self.told_elsewhere: set[str] = set()
 
     def __bool__(self) -> bool:
         return bool(self._members)
@@ -515,11 +589,13 @@ class ShardedWeights:
                     now[name] = ShardedWeight(name, reason, lies, None)
         if not compare and list(now.items()) == list(self._now.items()):
             return False
-        self._now, self.refused = now, refused
+        self._now, self.refused, self.told_elsewhere = now, refused, set()
         self._members = {**{name: known for name, known in self._members.items() if name not in now}, **now}
         for team, members in self.teams:
             if not agree("\n".join([*map(str, members), "?" * is_lost]), team):
                 for member in members:
+                    if member.name not in self.refused and not team.is_first:
+                        self.told_elsewhere.add(member.name)
                     self.refused.setdefault(
                         member.name,
                         f"processes {', '.join(map(str, team.ranks))} do not track the same weights in the same order, "

@@ -1,4 +1,4 @@
-"""Pure functions between codes and rates. The stateful classes of :mod:`weightflip.tracker` are thin over these."""
+"""Pure functions between codes and rates. The stateful classes of :mod:`weightflip.counting` are thin over these."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from weightflip import kernels
+from weightflip import checks, kernels
 
 Observer: TypeAlias = Callable[[kernels.Index, Tensor, Tensor], None]
 
@@ -40,12 +40,15 @@ def compute_flip_rate(prev_quantized: Tensor, curr_quantized: Tensor) -> float:
         Flips / elements, in [0, 1]; 0.0 for empty tensors.
 
     Raises:
+        TypeError: No tensors.
         ValueError: The shapes differ.
 
     Example:
         >>> compute_flip_rate(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 2.0, 2.5, 4.0]))
         0.25
     """
+    checks.tensor("prev_quantized", prev_quantized)
+    checks.tensor("curr_quantized", curr_quantized)
     if prev_quantized.shape != curr_quantized.shape:
         raise ValueError(
             f"Shape mismatch: prev_quantized has {tuple(prev_quantized.shape)}, "

@@ -7,13 +7,14 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from weightflip import distributed
 from weightflip.alerts import AlertWatch
+from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import Counts, FlipRecord, RunInfo, shown, split_variant
 from weightflip.sinks import SinkGroup
-from weightflip.tracker import WeightFlipTracker
 
 
 class Source:
@@ -89,6 +90,8 @@ class Log:
         self.untold: list[str] = []
         self._is_wanted = is_wanted
         self._is_writer = True
+        self._is_writing = False
+        self._deferred: list[Callable[[], None]] = []
 
     def find_writer(self) -> bool:
         """Whether this process writes: of several, one does. Known from then on, also when they have parted."""
@@ -105,6 +108,19 @@ class Log:
         Where weights are sharded, every process comes here at the same steps, whether it writes or not, and takes part
         in exactly one collective for each optimizer.
         """
+        if self._is_writing:
+            # A sink or a callback that flushes or closes: what it would have written is being written.
+            return
+        self._is_writing = True
+        try:
+            self._write()
+        finally:
+            self._is_writing = False
+            deferred, self._deferred = self._deferred, []
+            for action in deferred:
+                self._unless_warned(action)
+
+    def _write(self) -> None:
         is_writer = self.find_writer()
         is_used = bool(self.sinks) or bool(self.alerts)
         if not any(source.is_sharded for source in self.sources) and not (is_writer and is_used):
@@ -144,9 +160,19 @@ class Log:
 
     def tell(self) -> None:
         """Warn of what was found, now that no process waits for this one: a warning may be an error."""
+        if self._is_writing:
+            return
         untold, self.untold = [text for source in self.sources for text in source.take_warnings()] + self.untold, []
         for text in untold:
             warnings.warn(shown(text), stacklevel=2)
+
+    def flush(self) -> None:
+        """Have on disk what was written; where a sink or a callback asks for it, once the others have the record."""
+        if self._is_writing:
+            self._deferred.append(self.sinks.flush)
+            return
+        self.sinks.flush()
+        self.tell()
 
     def close(self, *, together: bool = True) -> None:
         """Write the last record and let the sinks go.
@@ -155,6 +181,10 @@ class Log:
             together: Whether all processes do so now. If not, what a sharded run has counted since its last record is
                 not written: the others would be waited for.
         """
+        if self._is_writing:
+            # Not while the record is on its way to the other sinks.
+            self._deferred.append(self.sinks.close)
+            return
         self._write_last(together)
         self.sinks.close()
         self.tell()
@@ -164,6 +194,9 @@ class Log:
         if os.getpid() != process:
             # A forked process that ends: the record, and the threads that write it, are the parent's.
             return
+        if self._is_writing:
+            self._deferred.append(partial(self.leave, source, process))
+            return
         self._write_last(together)
         untold = source.take_warnings()
         source.end()
@@ -171,6 +204,10 @@ class Log:
         if not any(source.is_live for source in self.sources):
             self.sinks.close()
         self.tell()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy that a callback makes.
+        return {**self.__dict__, "_is_writing": False, "_deferred": []}
 
     def _write_last(self, together: bool) -> None:
         if not together and any(source.is_sharded for source in self.sources):

@@ -214,8 +214,8 @@ def shown(text: str) -> str:
     and a lone surrogate cannot be written to a file. What prints stays, so that this can be done twice.
 
     Example:
-        >>> print(shown("blocks.0\x1b[2J"), shown("schicht.\u00fc"))
-        blocks.0\x1b[2J schicht.\u00fc
+        >>> print(shown("blocks.0\x1b[2J"), shown("blocks.0"))
+        blocks.0\x1b[2J blocks.0
     """
     if text.isprintable():
         return text

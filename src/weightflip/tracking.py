@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weightflip import checkpoint, distributed
+from weightflip import distributed
+from weightflip.counting import checkpoint
+from weightflip.counting.layer import TrackedWeight
+from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.detect import Plan, make_groups, make_plan, name_parameters, owner_types
-from weightflip.layer import TrackedWeight
 from weightflip.log import Log, Source, restricted
 from weightflip.quantizers.base import Quantizer, quantizer_name
 from weightflip.records import RunInfo, shown, split_variant, variant
-from weightflip.tracker import WeightFlipTracker
 
 logger = logging.getLogger("weightflip")
 
@@ -70,11 +71,12 @@ class Tracking:
         self._plan = Plan()
         self._seen: tuple[object, ...] = ()
         self._is_selecting = False
-        self._shards: tuple[object, ...] = ()
-        self._has_other_shards = False
+        self._shards: tuple[tuple[object, distributed.Layout], ...] = ()
+        self._has_other_shards = self._has_compared = self._is_apart = False
         self._looks_again = True
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._found_inf: Tensor | None = None
+        self._is_step: Tensor | None = None
         self._is_open = False
         self._has_logged = False
 
@@ -84,13 +86,20 @@ class Tracking:
         They are read from the groups each time: FSDP2 under Accelerate replaces them in place, and users add groups,
         freeze and unfreeze.
         """
+        if self._is_apart:
+            return
         every = _parameters(optimizer)
         seen = _described(every)
         if seen == self._seen and not (self._looks_again or self._is_selecting):
             return
         if seen != self._seen:
-            shards = tuple(of for of, p in zip(seen, every, strict=True) if distributed.layout(p) is not None)
-            self._has_other_shards = self._has_other_shards or shards != self._shards
+            layouts = [distributed.layout(parameter) for parameter in every]
+            shards = tuple((of, lies) for of, lies in zip(seen, layouts, strict=True) if lies is not None)
+            if shards != self._shards:
+                if self._has_compared and not self._do_others_come(shards):
+                    self._part(seen)
+                    return
+                self._has_other_shards = True
             self._shards = shards
         # Now, and not where all went well: what fails is not tried again on one process alone.
         self._seen, self._looks_again = seen, False
@@ -145,7 +154,9 @@ class Tracking:
             sentence = note.rpartition(" (")[0]
             if sentence not in self._noted:
                 self._noted.add(sentence)
-                logger.warning("weightflip: %s", shown(note))
+                self._say(note)
+        if strict and not weights and not others:
+            self._say(f"{plan.nothing_to_track}; they are looked at again at the first step, and whenever they change")
         # Again at the first step: until then a model may still be converted, which leaves its parameters what they are.
         self._looks_again = strict
         places = {id(parameter): place for place, parameter in reversed(list(enumerate(every)))}
@@ -168,6 +179,36 @@ class Tracking:
         if self.source not in self.log.sources:
             self.source.follow(self.log.sources)
             self.log.sources.append(self.source)
+
+    def _do_others_come(self, shards: Sequence[tuple[object, distributed.Layout]]) -> bool:
+        """Whether the sharded parameters have become others on all processes, that are going to compare them."""
+        layouts = [layout for _, layout in (*self._shards, *shards) if layout.shard is not None]
+        try:
+            return distributed.have_all_come(layouts, str([layout.shape for _, layout in self._shards]))
+        except Exception:
+            return False
+
+    def _part(self, seen: tuple[object, ...]) -> None:
+        """Go on with the weights that all processes know of, without those that are others on this one alone."""
+        self._is_apart = True
+        seconds = int(distributed.PATIENCE.total_seconds())
+        reason = f"sharded parameters were frozen, added or replaced on this process alone in {seconds} s"
+        self.log.untold.append(
+            f"weightflip: {reason}: what is tracked stays as it was before, without what is another one now; do the "
+            "same to the parameters on all processes"
+        )
+        if max(self._places, default=0) >= len(seen):
+            self.tracker.abandon()
+            return
+        for weight, place in zip(self._weights, self._places, strict=True):
+            if seen[place] != self._seen[place]:
+                self.tracker.give_up(weight.name, reason)
+        self._seen, self._looks_again = seen, False
+
+    def _say(self, text: str) -> None:
+        """A line in the log that all processes would have: on the first one alone."""
+        if distributed.is_writer():
+            logger.warning("weightflip: %s", shown(text))
 
     @property
     def info(self) -> RunInfo:
@@ -213,11 +254,36 @@ class Tracking:
             are_known = self._attempt(self.select, optimizer, strict=False)
             if self._has_other_shards:
                 self.tracker.expect_others(are_known=are_known)
-                self._has_other_shards = False
+                self._has_other_shards, self._has_compared = False, True
             self._attempt(self._hold, optimizer)
         self._attempt(self.tracker.before_step, self._weights)
-        if has_closure:
+        self._is_step = None
+        if not has_closure:
+            self._attempt(self._look_for_step, optimizer)
+        else:
             self.tracker.forget_gradients()
+
+    def _look_for_step(self, optimizer: Optimizer) -> None:
+        """Find out, without waiting for the device, whether the coming step only makes the optimizer's state.
+
+        Checkpoints of frameworks have it do so by a step with a learning rate of 0 and gradients of 0. Warm-ups begin
+        with such a rate, too, and have other gradients. Where weights are sharded, a process may have nothing but zeros
+        in its shards, or a state where others have none, so that all ask each other; the rate is the same on all.
+        """
+        if not _has_zero_rates(optimizer):
+            return
+        every = _parameters(optimizer)
+        layouts = [layout for p in every if (layout := distributed.layout(p)) is not None and layout.shard is not None]
+        if not self.tracker.is_sharded:
+            # Sharded parameters that are not tracked (yet): nobody asks, and nobody decides alone.
+            self._is_step = None if layouts or optimizer.state else _count_updates(every) != 0
+            return
+        try:
+            flag = torch.ones((), dtype=torch.int64, device="cpu") if optimizer.state else _count_updates(every)
+        except Exception:
+            # What cannot be looked at counts. The others are asked for in any case.
+            flag = torch.ones((), dtype=torch.int64, device="cpu")
+        self._is_step = distributed.is_any(flag, layouts)
 
     def _leave_out_capture(self) -> None:
         """Do nothing in a step that a CUDA graph records: host code does not run again when the graph is replayed."""
@@ -225,6 +291,8 @@ class Tracking:
             self._saw_capture = True
             # Replays write weights without a trace.
             self.tracker.fresh_snapshots = True
+            if not distributed.is_writer():
+                return
             self.log.untold.append(
                 "weightflip: a step that is captured in a CUDA graph, and its replays, are not tracked; to track them, "
                 "leave optimizer.step() outside the graph"
@@ -247,7 +315,10 @@ class Tracking:
         self.tracker.forget_gradients()
 
     def _count(self) -> None:
-        self._attempt(self.tracker.after_step, None if self._found_inf is None else self._found_inf == 0)
+        valid = None if self._found_inf is None else self._found_inf == 0
+        if self._is_step is not None:
+            valid = self._is_step if valid is None else valid & self._is_step.to(valid.device, non_blocking=True)
+        self._attempt(self.tracker.after_step, valid)
         self._calls += 1
         if self._finalizer is None:
             # Also at garbage collection and at interpreter exit: a script that never calls close() loses no record. Not
@@ -341,8 +412,7 @@ class Tracking:
 
     def flush(self) -> None:
         self.guarded(self.log.write)
-        self.log.sinks.flush()
-        self.log.tell()
+        self.log.flush()
 
     def save_into(self, state_dict: dict[str, Any]) -> None:
         """Add the counts to an optimizer's state dict."""
@@ -416,16 +486,35 @@ def _described(parameters: Sequence[Tensor]) -> tuple[object, ...]:
 
 
 def _is_phantom_step(optimizer: Optimizer) -> bool:
-    """Whether the coming step only makes the optimizer's state, as torch.distributed.checkpoint has it do.
+    """Whether torch.distributed.checkpoint is about to have the optimizer make its state.
 
-    It does so at a learning rate of 0, with gradients of 0, where the optimizer has no state. Each process finds that
-    out by itself: a state may be on one process only, a shard of zeros tells nothing about others, and to ask them or
-    the device would be to wait. So it is seen by who calls.
+    A process does so where it has no state, which the others may have. So this has to be known before anything that
+    they take part in, and is seen by who calls; other callers' steps are known by what they are (``_look_for_step``).
     """
-    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates) or any(rates):
+    if any("lr" in group for group in optimizer.param_groups) and not _has_zero_rates(optimizer):
         return False
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
         frame = frame.f_back
     return frame.f_back is not None
+
+
+def _has_zero_rates(optimizer: Optimizer) -> bool:
+    """Whether all learning rates are 0, as far as that is known without waiting for the device."""
+    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    return bool(rates) and not any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate for rate in rates)
+
+
+@torch.no_grad()
+def _count_updates(parameters: Sequence[Tensor]) -> Tensor:
+    """How many elements of the gradients are not 0, on this process: 0-dim, on the device of the first."""
+    counts = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradient = distributed.local(parameter.grad)
+            if gradient.layout is not torch.strided:
+                gradient = gradient.to_sparse_coo().coalesce().values()  # type: ignore[no-untyped-call]
+            counts.append(torch.count_nonzero(gradient))
+    if not counts:
+        return torch.zeros((), dtype=torch.int64, device="cpu")
+    return torch.stack([count.to(counts[0].device, non_blocking=True) for count in counts]).sum()

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from weightflip import checks
 from weightflip.formats import Rounding
 from weightflip.kernels.runs import Run, count_alone
 
@@ -48,8 +49,10 @@ def check_backend(backend: str) -> None:
         ValueError: An unknown name, or ``"triton"`` where torch sees no GPU.
         ImportError: ``"numba"`` or ``"triton"`` without a Numba or Triton that can be imported.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend= is one of {BACKENDS}, got {backend!r}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        meant = checks.near(backend, BACKENDS)
+        hint = "" if meant is None else f"; did you mean {meant!r}?"
+        raise ValueError(f"backend= is one of {BACKENDS}, got {backend!r}{hint}")
     if backend not in _MODULES:
         return
     compiled = _compiled(backend)

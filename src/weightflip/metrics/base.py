@@ -6,7 +6,6 @@ Every module of the folder is imported when the first name is looked up.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
@@ -16,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from weightflip import functional, records
+from weightflip import checks, functional, records
 from weightflip.kernels import Index, ScratchPool, take
 from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer
 from weightflip.records import Kind, Value
@@ -246,10 +245,7 @@ def make_metrics(groups: Mapping[Any, int | None]) -> list[tuple[Metric, int]]:
     for spec, every in groups.items():
         metric = spec if isinstance(spec, Metric) else _by_name(spec)
         every = metric.every if every is None else every
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(
-                f"metrics={{{metric.name!r}: n}} looks every n steps, a whole number of at least 1; got {every!r}"
-            )
+        every = checks.whole(f"metrics={{{metric.name!r}: n}} looks every n steps, and n", every, 1)
         for value in metric.values:
             if not isinstance(value, Value):
                 raise TypeError(
@@ -269,8 +265,7 @@ def make_metrics(groups: Mapping[Any, int | None]) -> list[tuple[Metric, int]]:
 def _by_name(name: Any) -> Metric:
     known = metric_names()
     if not isinstance(name, str) or name not in known:
-        close = difflib.get_close_matches(str(name), ["flips", "stalls", *known], n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = checks.did_you_mean(name, ["flips", "stalls", *known])
         if isinstance(name, type) and issubclass(name, Metric):
             hint = f"call it: {name.__name__}(). "
         raise ValueError(

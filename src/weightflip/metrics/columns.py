@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from weightflip import checks
 from weightflip.metrics.base import Metric, make_metrics
 from weightflip.metrics.oscillation import Oscillation
 from weightflip.records import Histogram, Quotient
@@ -30,21 +31,25 @@ def make_groups(metrics: Any, oscillation_ema: float | tuple[float, float] | Non
     if isinstance(metrics, Mapping):
         asked = dict(metrics)
     elif isinstance(metrics, Iterable) and not isinstance(metrics, str):
-        asked = dict.fromkeys(metrics)
+        metrics = list(metrics)
+        if all(isinstance(metric, Hashable) for metric in metrics):
+            asked = dict.fromkeys(metrics)
     names = [name for name in METRICS if name in asked]
     if "flips" not in asked:
+        hint = "did you mean 'flips'? " if any(checks.near(name, METRICS) == "flips" for name in asked) else ""
         raise ValueError(
             "metrics= is a sequence with 'flips' in it, or a mapping from such names to every how many steps each is "
-            f"looked at; got {metrics!r}"
+            f"looked at; {hint}got {metrics!r}"
         )
     for name in METRICS:
-        if asked.pop(name, None) not in (None, 1):
+        every = asked.pop(name, None)
+        if every is not None and checks.whole(f"metrics={{{name!r}: n}} looks every n steps, and n", every, 1) != 1:
             raise ValueError(f"metrics= counts {name!r} in every tracked step; use track_every= for fewer")
     if oscillation_ema is not None:
         if "oscillation" not in asked:
             raise ValueError("oscillation_ema= belongs to the group 'oscillation'; add it to metrics=")
         options = oscillation_ema if isinstance(oscillation_ema, (tuple, list)) else (oscillation_ema,)
-        if len(options) > 2:
+        if not 1 <= len(options) <= 2:
             raise ValueError(f"oscillation_ema= is a momentum, or a momentum and a threshold; got {oscillation_ema!r}")
         asked = {Oscillation(*options) if name == "oscillation" else name: every for name, every in asked.items()}
     groups, start = [], 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -51,17 +53,21 @@ class Oscillation(Metric):
     )
 
     def __init__(self, ema: float | None = None, threshold: float = _THRESHOLD) -> None:
-        if ema is not None and not (isinstance(ema, (int, float)) and 0 < ema <= 1):
+        if ema is not None and not (_is_number(ema) and 0 < ema <= 1):
             raise ValueError(f"oscillation_ema= is a momentum above 0 and at most 1, such as 0.01; got {ema!r}")
-        if not (isinstance(threshold, (int, float)) and 0 <= threshold < 1):
+        if not (_is_number(threshold) and 0 <= threshold < 1):
             raise ValueError(f"the threshold of the oscillation frequency lies in [0, 1), got {threshold!r}")
-        self.ema = ema
-        self.threshold = threshold
+        self.ema = None if ema is None else float(ema)
+        self.threshold = float(threshold)
         if ema is not None:
             self.values = (*self.values, _OFTEN)
 
     def open(self, name: str, weight: Weight) -> LayerMetric:
         return _LayerOscillation(weight, self.ema, self.threshold)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 class _LayerOscillation(LayerMetric):

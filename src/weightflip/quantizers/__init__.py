@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weightflip import checks
 from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Quantizer, quantizer_names, register, resolve
 
 __all__ = [
@@ -28,7 +29,8 @@ def encode(weight: Tensor, format: Any, scale: Tensor | float | None = None) -> 
 
     Args:
         weight: Floating-point, any shape.
-        format: A quantizer name, ``FloatFormat`` or ``Quantizer``, or a function from a weight to its quantized values.
+        format: A quantizer name, a ``torch.dtype`` that there is one format for, a ``FloatFormat`` or ``Quantizer``, or
+            a function from a weight to its quantized values.
         scale: What the weight is divided by before rounding, instead of the format's own rule; a number or a tensor
             that broadcasts to ``weight``. A ``FloatFormat`` without ``scale`` is not scaled.
 
@@ -37,13 +39,14 @@ def encode(weight: Tensor, format: Any, scale: Tensor | float | None = None) -> 
 
     Raises:
         ValueError: Unknown format, or a weight or scale that does not fit it.
-        TypeError: ``format`` is none of the above.
+        TypeError: ``weight`` is no tensor, ``format`` none of the above, or ``scale`` neither a number nor a tensor.
 
     Example:
         >>> from weightflip.formats import E2M1
         >>> encode(torch.tensor([0.0, 0.7, -6.0]), E2M1).ordinals
         tensor([ 0,  1, -7], dtype=torch.int8)
     """
+    checks.tensor("weight", weight)
     return resolve(format, scale).encode(weight)
 
 
@@ -59,6 +62,7 @@ def decode(codes: Codes, format: Any = None) -> Tensor:
         The codes' shape; float32, or float64 where the weight or the format needed it.
 
     Raises:
+        TypeError: ``codes`` are none.
         ValueError: The quantizer has no ``decode``, or is not known.
 
     Example:
@@ -66,6 +70,11 @@ def decode(codes: Codes, format: Any = None) -> Tensor:
         >>> decode(encode(torch.tensor([0.0, 0.7, -9.0]), E2M1))
         tensor([ 0.0000,  0.5000, -6.0000])
     """
+    if not isinstance(codes, Codes):
+        raise TypeError(
+            f"codes are what encode() gives, got {checks.described(codes)}; put your own together with "
+            "Codes(ordinals, scale)"
+        )
     if codes.quantizer is None and format is None:
         raise ValueError("these codes do not know their quantizer; pass its name as format=")
     quantizer = codes.quantizer if codes.quantizer is not None else resolve(format)
@@ -89,5 +98,6 @@ def quantize(weight: Tensor, format: Any, scale: Tensor | float | None = None) -
         >>> quantize(torch.tensor([0.1, 0.2, -0.4]), "float8_e4m3")
         tensor([ 0.1000,  0.2000, -0.4000])
     """
+    checks.tensor("weight", weight)
     quantizer = resolve(format, scale)
     return decode(quantizer.encode(weight), quantizer)

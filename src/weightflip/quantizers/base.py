@@ -6,7 +6,6 @@ of the folder is imported when the first name is looked up.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 import re
@@ -18,6 +17,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from weightflip import checks
 from weightflip.formats import FloatFormat, Rounding
 
 Scope: TypeAlias = Literal["element", "group", "row", "tensor"]
@@ -223,7 +223,24 @@ class ElementwiseQuantizer(ABC):
         return self.name
 
 
-QuantizerLike: TypeAlias = "str | FloatFormat | Quantizer | Callable[[Tensor], Tensor]"
+QuantizerLike: TypeAlias = "str | torch.dtype | FloatFormat | Quantizer | Callable[[Tensor], Tensor]"
+
+# What others call a format, where exactly one is meant; and where it may be any of several.
+_ALIASES = {"float8_e4m3fn": "float8_e4m3", "e4m3fn": "e4m3", "fp16": "float16", "bf16": "bfloat16"}
+_SEVERAL = {
+    **dict.fromkeys(("fp8", "float8"), ("float8_e4m3", "float8_e5m2")),
+    "mxfp8": ("mxfp8_e4m3", "mxfp8_e5m2"),
+    "mxfp6": ("mxfp6_e2m3", "mxfp6_e3m2"),
+    "fp4": ("mxfp4", "nvfp4"),
+    **dict.fromkeys(("fp32", "float32", "fp64", "float64"), ("native",)),
+}
+_OF_DTYPE = {
+    torch.float8_e4m3fn: "float8_e4m3",
+    torch.float8_e5m2: "float8_e5m2",
+    torch.int8: "int8",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 Factory: TypeAlias = Callable[[str, tuple[str, ...]], ElementwiseQuantizer]
 
@@ -276,12 +293,15 @@ def quantizer_names() -> list[str]:
 def _by_name(name: str) -> ElementwiseQuantizer:
     _load_rooms()
     family, *options = name.lower().split(":")
-    for entry in _registry:
-        if entry.pattern.fullmatch(family):
-            return entry.factory(family, tuple(options))
+    # What is registered comes first.
+    for candidate in (family, _ALIASES.get(family)):
+        for entry in _registry:
+            if candidate is not None and entry.pattern.fullmatch(candidate):
+                return entry.factory(candidate, tuple(options))
     known = quantizer_names()
-    close = difflib.get_close_matches(family, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = checks.did_you_mean(family, known)
+    if family in _SEVERAL:
+        hint = f"did you mean {' or '.join(map(repr, _SEVERAL[family]))}? "
     raise ValueError(
         f"unknown quantizer {name!r}; {hint}Expected one of {', '.join(known)} (and any eXmY of up to 16 bits), "
         "a FloatFormat, an object with encode(weight), or a function from a weight to its quantized values"
@@ -292,18 +312,26 @@ def resolve(spec: Any, scale: Tensor | float | None = None) -> Quantizer:
     """The quantizer that ``spec`` means.
 
     Args:
-        spec: A name (``"float8_e4m3:row"``), a ``FloatFormat`` (unscaled unless ``scale`` is given), an object with
-            ``encode(weight) -> Codes``, or a function from a weight to its quantized values.
+        spec: A name (``"float8_e4m3:row"``), a ``torch.dtype`` that there is one format for, a ``FloatFormat``
+            (unscaled unless ``scale`` is given), an object with ``encode(weight) -> Codes``, or a function from a
+            weight to its quantized values.
         scale: What the weight is divided by before rounding, a number or a tensor that broadcasts to the weight;
             instead of the format's own rule. Only for formats with a ``FloatFormat`` element.
 
     Raises:
-        ValueError: An unknown name or option, or a scale for something that takes none.
+        ValueError: An unknown name, option or dtype, or a scale for something that takes none.
         TypeError: Nothing of the above.
     """
     from weightflip.quantizers.floatx import FloatxQuantizer
     from weightflip.quantizers.native import FunctionQuantizer
 
+    if isinstance(spec, torch.dtype):
+        if spec not in _OF_DTYPE:
+            raise ValueError(
+                f"there is no one format for {spec}; expected {', '.join(map(str, _OF_DTYPE))}, or a name such as "
+                "'e3m4', or 'native' for the bits that are stored"
+            )
+        spec = _OF_DTYPE[spec]
     if isinstance(spec, str):
         spec = _by_name(spec)
     if isinstance(spec, FloatFormat):

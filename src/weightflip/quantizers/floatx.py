@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from weightflip import checks
 from weightflip.formats import E4M3, E5M2, FP32, FP64, FloatFormat, FloatRounding, exmy
 from weightflip.quantizers.base import ElementwiseQuantizer, Scope, Scratch, register
 from weightflip.quantizers.native import ORDINAL_DTYPES, bits_to_ordinals_
@@ -159,6 +161,7 @@ class FloatxQuantizer(ElementwiseQuantizer):
         fixed_scale: A scale of the user's own instead, a number or a tensor that broadcasts to the weight.
 
     Raises:
+        TypeError: A scale that is neither a number nor a tensor.
         ValueError: More than 16 bits, an unknown granularity, or a number as scale that is not positive and finite. The
             elements of a tensor are not looked at: that would wait for the device.
     """
@@ -174,7 +177,16 @@ class FloatxQuantizer(ElementwiseQuantizer):
             raise ValueError(f"ExMy formats have up to 16 bits, got {format}")
         if granularity not in get_args(Granularity):
             raise ValueError(f"granularity is one of {get_args(Granularity)}, got {granularity!r}")
-        if isinstance(fixed_scale, (int, float)) and not 0 < fixed_scale < math.inf:
+        if isinstance(fixed_scale, Real) and not isinstance(fixed_scale, bool):
+            # Also NumPy's numbers.
+            fixed_scale = float(fixed_scale)
+        elif isinstance(fixed_scale, Tensor) and fixed_scale.is_complex():
+            dtype = str(fixed_scale.dtype).removeprefix("torch.")
+            raise TypeError(f"scale= is a number or a torch.Tensor of real numbers, got a {dtype} tensor")
+        elif fixed_scale is not None and not isinstance(fixed_scale, Tensor):
+            hint = "; make a tensor of it with torch.tensor(...)" if hasattr(fixed_scale, "__len__") else ""
+            raise TypeError(f"scale= is a number or a torch.Tensor, got {checks.described(fixed_scale)}{hint}")
+        if isinstance(fixed_scale, float) and not 0 < fixed_scale < math.inf:
             raise ValueError(
                 f"scale= is what the weight is divided by and has to be positive and finite, got {fixed_scale}"
             )

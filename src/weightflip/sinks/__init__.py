@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weightflip.sinks.base import CallableSink, Sink, SinkGroup, make_sink
+from weightflip.sinks.base import CallableSink, Sink, SinkGroup, make_sink, make_sinks
 from weightflip.sinks.beside import BesideSink
 from weightflip.sinks.csv import CSVSink
 from weightflip.sinks.jsonl import JSONLSink
@@ -19,4 +19,5 @@ __all__ = [
     "TensorBoardSink",
     "WandbSink",
     "make_sink",
+    "make_sinks",
 ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from weightflip import checks
 from weightflip.records import AlertEvent, FlipRecord, RunInfo, shown
 
 
@@ -39,6 +41,9 @@ class Sink(Protocol):
         """Flush and let go; a later ``start`` opens again."""
         ...
 
+
+# Those of all runs that are not closed.
+_at_work: weakref.WeakSet[SinkGroup] = weakref.WeakSet()
 
 SinkLike: TypeAlias = "Sink | str | PathLike[str] | Callable[[FlipRecord], object] | Any"
 
@@ -95,7 +100,7 @@ def make_sink(spec: SinkLike) -> Sink:
     from weightflip.sinks.wandb import WandbSink
 
     if isinstance(spec, (str, PathLike)):
-        path = fspath(spec)
+        path = checks.path("a path in sinks=", spec)
         if path.endswith(".jsonl"):
             return JSONLSink(path)
         if path.endswith(".csv"):
@@ -121,12 +126,49 @@ def make_sink(spec: SinkLike) -> Sink:
     )
 
 
+def make_sinks(specs: Sequence[SinkLike]) -> list[Sink]:
+    """The sinks for ``sinks=``.
+
+    Raises:
+        TypeError: As :func:`make_sink`.
+        ValueError: As :func:`make_sink`; or one is there twice.
+        OSError: As :func:`make_sink`.
+    """
+    sinks: list[Sink] = []
+    seen: set[object] = set()
+    for spec in specs:
+        sink = make_sink(spec)
+        keys = {id(spec), getattr(sink, "place", None)} - {None}
+        if seen & keys:
+            shown = repr(str(spec)) if isinstance(spec, (str, PathLike)) else checks.described(spec)
+            raise ValueError(f"{shown} is twice in sinks=, and every point would be written twice; leave one out")
+        seen |= keys
+        sinks.append(sink)
+    return sinks
+
+
 class SinkGroup:
     """All sinks of a run. A sink that raises is warned about once and dropped; the others go on."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)
         self._started: RunInfo | None = None
+        self._busy: set[str] = set()
+
+    def claim(self) -> None:
+        """From here to ``close`` the places are this run's: warn if they are those of another one, too."""
+        _at_work.add(self)
+        taken = set().union(*(group._places() for group in _at_work if group is not self))
+        for place in sorted(self._places() & taken):
+            warnings.warn(
+                f"weightflip: {place!r}: another optimizer that is still tracked writes there, so that every point is "
+                "there twice; close() that one first, choose another place, or, if the two are parts of one run, give "
+                "the first to the second: sinks=first",
+                stacklevel=3,
+            )
+
+    def _places(self) -> set[str]:
+        return {place for sink in self._sinks if (place := getattr(sink, "place", None)) is not None}
 
     def __bool__(self) -> bool:
         return bool(self._sinks)
@@ -137,6 +179,9 @@ class SinkGroup:
             self._started = info
             self._each("start", info, first_step)
         self._each("write", record)
+        if self not in _at_work:
+            # A copy, or one that goes on after close().
+            self.claim()
 
     def alert(self, event: AlertEvent) -> None:
         """Hand an event to each sink that takes them."""
@@ -148,27 +193,42 @@ class SinkGroup:
 
     def close(self) -> None:
         """Close each sink that was started; a later record opens it again."""
+        _at_work.discard(self)
         if self._started is not None:
-            self._each("close")
             self._started = None
+            self._each("close")
 
     def __getstate__(self) -> dict[str, Any]:
         # The copies of the sinks are closed.
-        return {**self.__dict__, "_started": None}
+        return {**self.__dict__, "_started": None, "_busy": set()}
 
     def _each(self, method: str, *args: Any) -> None:
+        if method in self._busy:
+            # A sink that flushes or closes all of them while it is itself flushed or closed.
+            return
+        self._busy.add(method)
+        try:
+            failed = self._failures(method, *args)
+        finally:
+            self._busy.discard(method)
+        # After the last sink: a warning may be an error.
+        for text in failed:
+            warnings.warn(shown(text), stacklevel=3)
+
+    def _failures(self, method: str, *args: Any) -> list[str]:
         failed: list[str] = []
         for sink in list(self._sinks):
             if method == "alert" and not hasattr(sink, method):
                 continue
             try:
                 getattr(sink, method)(*args)
+            except Warning as warning:
+                # No fault, but something that a sink has to say, where warnings are errors.
+                failed.append(str(warning))
             except Exception as error:
                 self._sinks.remove(sink)
                 failed.append(
                     f"weightflip: {type(sink).__name__} failed and gets no more records, training goes on: "
                     f"{type(error).__name__}: {error}"
                 )
-        # After the last sink: a warning may be an error.
-        for text in failed:
-            warnings.warn(shown(text), stacklevel=3)
+        return failed

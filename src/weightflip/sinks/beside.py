@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from weightflip.records import AlertEvent, FlipRecord, RunInfo
-from weightflip.sinks.files import writer_id
+from weightflip.sinks.files import AppendedFile, writer_id
 from weightflip.sinks.jsonl import JSONLSink
 from weightflip.sinks.tensorboard import TensorBoardSink
 
@@ -57,6 +57,11 @@ class BesideSink:
 
 class _Rows(JSONLSink):
     _separators = (",", ":")
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        # Where the directory was deleted, TensorBoard's sink says so.
+        self._file = AppendedFile(path, tells=False)
 
     def _contents(self, record: FlipRecord) -> dict[str, object]:
         return record.to_rows()

@@ -11,6 +11,7 @@ from weightflip.records import FlipRecord, LayerRecord, RunInfo, split_variant, 
 from weightflip.sinks.files import AppendedFile
 
 _COLUMNS = ("step", "layer", "quantizer", "name", "value")
+_HEADER = ",".join(_COLUMNS) + "\n"
 
 
 class CSVSink:
@@ -39,11 +40,16 @@ class CSVSink:
             with self._file.path.open(encoding="utf-8", newline="") as file:
                 header = file.readline()
             # The beginning of it: what a run that was killed at once may have left.
-            if not (",".join(_COLUMNS) + "\n").startswith(header.replace("\r", "")):
+            if not _HEADER.startswith(header.replace("\r", "")):
                 raise ValueError(
                     f"{str(path)!r} in sinks= begins with {header.strip()[:80]!r}, not with the columns of an earlier "
                     f"run, {','.join(_COLUMNS)!r}; choose another file"
                 )
+
+    @property
+    def place(self) -> str:
+        """Where it writes; no two sinks of a run have the same."""
+        return self._file.place
 
     def start(self, info: RunInfo, first_step: int) -> None:
         self._quantizers.update({name: quantizer for name, (_, _, quantizer) in info.tracked.items()})
@@ -53,7 +59,7 @@ class CSVSink:
             os.truncate(self._file.path, self._file.whole_lines())
         self._file.open()
         if self._file.is_empty:
-            self._rows([_COLUMNS])
+            self._file.append(_HEADER)
 
     def write(self, record: FlipRecord) -> None:
         rows: list[tuple[object, ...]] = []
@@ -87,4 +93,4 @@ class CSVSink:
     def _rows(self, rows: Iterable[Iterable[object]]) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([table_cell(value) for value in row] for row in rows)
-        self._file.append(text.getvalue())
+        self._file.append(text.getvalue(), heading=_HEADER)

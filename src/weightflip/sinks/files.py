@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import TextIO
 
@@ -37,22 +38,39 @@ def check_writable(directory: Path, what: str) -> None:
         ) from error
 
 
+def warn_of_deletion(place: Path) -> None:
+    """Say that output went on in a new file."""
+    warnings.warn(
+        f"weightflip: {str(place)!r} was deleted or moved while it was written to; what was in it is not written "
+        "again, and records go on in a new file there",
+        stacklevel=3,
+    )
+
+
 class AppendedFile:
     """A text file that sinks append to: opened when the first record comes, on disk after each.
 
     Args:
         path: Its directory is made when it is opened.
+        tells: Whether it warns where it was deleted.
 
     Raises:
         OSError: The file cannot be written.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, tells: bool = True) -> None:
         self.path = Path(path)
+        if self.path.is_dir():
+            raise IsADirectoryError(
+                f"{path!r} in sinks= is a directory; name a file in it, such as "
+                f"{str(self.path / ('flips' + self.path.suffix))!r}, or give log_dir= for TensorBoard's files"
+            )
         check_writable(self.path.parent, "the directory of " + str(path))
         if self.path.exists():
             with self.path.open("a"):
                 pass
+        self._at = self.path
+        self._has_told = not tells
         self._file: TextIO | None = None
 
     @property
@@ -65,13 +83,52 @@ class AppendedFile:
         return not self.path.is_file() or self.path.stat().st_size == 0
 
     def open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8", newline="\n")
+        # Wherever the script goes then.
+        self._at = self.path.absolute()
+        self._at.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._at.open("a", encoding="utf-8", newline="\n")
 
-    def append(self, text: str) -> None:
+    @property
+    def place(self) -> str:
+        """Where it is, links followed: the same for all ways to write the path."""
+        return os.path.realpath(self.path)
+
+    def append(self, text: str, heading: str = "") -> None:
+        """Write to the end, and have it on disk.
+
+        A file that was deleted or moved since it was opened is made anew, which is warned about once: what is written
+        to the old one reaches nobody.
+
+        Args:
+            text: Whole lines.
+            heading: What a new file begins with.
+
+        Raises:
+            OSError: It cannot be written, or not be made anew.
+        """
         assert self._file is not None
+        is_gone = self._is_gone()
+        if is_gone:
+            self._file.close()
+            self._at.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._at.open("a", encoding="utf-8", newline="\n")
+            if self._file.tell() == 0:
+                text = heading + text
         self._file.write(text)
         self._file.flush()
+        if is_gone and not self._has_told:
+            self._has_told = True
+            # After the record: a warning may be an error.
+            warn_of_deletion(self._at)
+
+    def _is_gone(self) -> bool:
+        assert self._file is not None
+        try:
+            return not os.path.samestat(os.fstat(self._file.fileno()), self._at.stat())
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            return False
 
     def flush(self) -> None:
         if self._file is not None:

@@ -28,6 +28,12 @@ class JSONLSink:
     def __init__(self, path: str) -> None:
         self._file = AppendedFile(path)
         self._writer = ""
+        self._info = ""
+
+    @property
+    def place(self) -> str:
+        """Where it writes; no two sinks of a run have the same."""
+        return self._file.place
 
     def start(self, info: RunInfo, first_step: int) -> None:
         if not self._file.is_open:
@@ -35,7 +41,8 @@ class JSONLSink:
             self._writer = writer_id()
             if self._file.is_torn:
                 self._file.append("\n")
-        self._line({"info": info.to_dict(), "first_step": first_step})
+        self._info = self._as_line({"info": info.to_dict(), "first_step": first_step})
+        self._file.append(self._info)
 
     def write(self, record: FlipRecord) -> None:
         self._line({"record": self._contents(record)})
@@ -53,5 +60,8 @@ class JSONLSink:
         return record.to_dict()
 
     def _line(self, data: dict[str, object]) -> None:
+        self._file.append(self._as_line(data), heading=self._info)
+
+    def _as_line(self, data: dict[str, object]) -> str:
         data = {**data, "writer": self._writer, "time": round(time.time(), 3)}
-        self._file.append(json.dumps(data, separators=self._separators) + "\n")
+        return json.dumps(data, separators=self._separators) + "\n"

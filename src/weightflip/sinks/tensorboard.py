@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from weightflip.records import CORE_VALUES, AlertEvent, FlipRecord, Histogram, RunInfo, Value, shown, shown_as
-from weightflip.sinks.files import check_writable
+from weightflip.sinks.files import check_writable, warn_of_deletion
 from weightflip.sinks.heatmap import History, draw
 from weightflip.sinks.tags import has_histograms, tagged_values
 
@@ -52,9 +54,17 @@ class TensorBoardSink:
         self._owned = writer is None
         self._writer = writer
         self._purged = False
+        self._file: Path | None = None
+        self._has_told = False
         self._begin()
 
+    @property
+    def place(self) -> str | None:
+        """Where it writes; None for a writer of the user's, and before SummaryWriter has chosen."""
+        return os.path.realpath(self.log_dir) if self._owned and self.log_dir is not None else None
+
     def _begin(self) -> None:
+        self._info = RunInfo({}, {})
         self._points = 0
         self._drawn = 0
         self._last_step = 0
@@ -66,14 +76,46 @@ class TensorBoardSink:
 
     def start(self, info: RunInfo, first_step: int) -> None:
         if self._writer is None:
-            self._writer = _import_summary_writer()(
-                self.log_dir, purge_step=self._purge_step(first_step), filename_suffix=_SUFFIX
-            )
-            self.log_dir = self._writer.log_dir
+            self._open(self._purge_step(first_step))
+        assert self._writer is not None
         if not self._points:
             self._last_step = first_step
         self._values.update({value.name: value for value in info.values})
+        self._info = info
         self._writer.add_text("weightflip/tracking", info.to_markdown(), first_step)
+
+    def _open(self, purge_step: int | None = None) -> None:
+        before = self._files()
+        self._writer = _import_summary_writer()(self.log_dir, purge_step=purge_step, filename_suffix=_SUFFIX)
+        self.log_dir = self._writer.log_dir
+        # Absolute, wherever the script goes then. None is found where the place is no directory, but a bucket.
+        new = [file.absolute() for file in self._files() - before]
+        self._file = max(new, key=lambda file: file.stat().st_mtime_ns, default=None)
+
+    def _files(self) -> set[Path]:
+        return set() if self.log_dir is None else set(Path(self.log_dir).glob("*tfevents*" + _SUFFIX))
+
+    def _renew(self) -> bool:
+        """Go on in a new file where ours was deleted: what is written to that one reaches nobody.
+
+        Returns:
+            Whether it was so.
+        """
+        if self._writer is None or self._file is None or self._file.exists():
+            return False
+        with contextlib.suppress(OSError):
+            # Its thread may have failed at the missing directory.
+            self._writer.close()
+        self._writer, self.log_dir, self._charted = None, str(self._file.parent), set()
+        self._open()
+        assert self._writer is not None
+        self._writer.add_text("weightflip/tracking", self._info.to_markdown(), self._last_step)
+        return True
+
+    def _tell(self) -> None:
+        if not self._has_told:
+            self._has_told = True
+            warn_of_deletion(Path(self.log_dir or "."))
 
     def _purge_step(self, first_step: int) -> int | None:
         """The step from which on TensorBoard hides what the directory holds; None to hide nothing.
@@ -88,6 +130,7 @@ class TensorBoardSink:
         return first_step + 1 if all(file.name.endswith(_SUFFIX) for file in files) else None
 
     def write(self, record: FlipRecord) -> None:
+        is_new = self._renew()
         assert self._writer is not None
         self._write_alerts()
         self._lay_out(record)
@@ -105,6 +148,9 @@ class TensorBoardSink:
         self._last_step = record.step
         if self._points & (self._points - 1) == 0:
             self._draw()
+        if is_new:
+            # After the record: a warning may be an error.
+            self._tell()
 
     def alert(self, event: AlertEvent) -> None:
         """The message, in the text panel: with the next record, since TensorBoard shows one text a step."""
@@ -118,15 +164,19 @@ class TensorBoardSink:
 
     def flush(self) -> None:
         if self._writer is not None:
+            is_new = self._renew()
             self._write_alerts()
             # Not for each point of a script that flushes after each.
             if self._points >= self._drawn * 9 / 8:
                 self._draw()
             self._writer.flush()
+            if is_new:
+                self._tell()
 
     def close(self) -> None:
         if self._writer is None:
             return
+        is_new = self._renew()
         self._write_alerts()
         self._draw()
         if self._owned:
@@ -134,6 +184,8 @@ class TensorBoardSink:
             self._writer = None
         else:
             self._writer.flush()
+        if is_new:
+            self._tell()
 
     def _lay_out(self, record: FlipRecord) -> None:
         """Charts of all layers, for the values that there are. TensorBoard shows the last layout of a run."""
@@ -210,6 +262,7 @@ class TensorBoardSink:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.log_dir = state["log_dir"]
         self._owned, self._writer, self._purged = True, None, True
+        self._file, self._has_told = None, False
         self._begin()
 
 

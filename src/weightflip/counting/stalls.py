@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weightflip import checks
 from weightflip.quantizers.base import resolve
 
 
@@ -56,8 +57,11 @@ class BitStallDetector:
             Stalled and attempted: weights with ``update != 0`` that keep their code, and weights with ``update != 0``.
 
         Raises:
+            TypeError: No tensors.
             ValueError: The shapes differ.
         """
+        checks.tensor("weight", weight)
+        checks.tensor("update", update)
         if weight.shape != update.shape:
             raise ValueError(f"Shape mismatch: weight has {tuple(weight.shape)}, update has {tuple(update.shape)}")
         before = self.quantizer.encode(weight.detach()).ordinals

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from weightflip.counting.ledger import COLUMNS, NONFINITE, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS
 from weightflip.kernels import FLIPS, STALLED, UPDATES
-from weightflip.ledger import COLUMNS, NONFINITE, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS
 
 VERSION = 1
 _INT64_MAX = 2**63 - 1

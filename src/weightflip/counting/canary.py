@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weightflip.layer import TrackedWeight
+from weightflip.counting.layer import TrackedWeight
 
 # Of a sample, at most: few enough that even a step over a small model does not show them.
 _ELEMENTS = 4096

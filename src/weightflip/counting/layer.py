@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightflip import distributed
-from weightflip.batch import Member
-from weightflip.ledger import Ledger
+from weightflip.counting.batch import Member
+from weightflip.counting.ledger import Ledger
 from weightflip.metrics import LayerMetric
 from weightflip.quantizers.base import Quantizer
 

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from weightflip import checkpoint, distributed, functional, kernels
-from weightflip.batch import Batch, Member, make_member
-from weightflip.canary import Canary
-from weightflip.layer import Layer, Row, Stamp, TrackedWeight
-from weightflip.ledger import COLUMNS, COUNTED, NONFINITE, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS, Ledger
+from weightflip import checks, distributed, functional, kernels
+from weightflip.counting import checkpoint
+from weightflip.counting.batch import Batch, Member, make_member
+from weightflip.counting.canary import Canary
+from weightflip.counting.layer import Layer, Row, Stamp, TrackedWeight
+from weightflip.counting.ledger import COLUMNS, COUNTED, NONFINITE, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS, Ledger
 from weightflip.metrics import CORE_VALUES, LayerMetric, Slice, Weight
 from weightflip.metrics.columns import METRICS, Group, MetricsLike, gauges_of, make_groups, ratios_of
 from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, bits_of_scale, quantizer_name, resolve
@@ -122,19 +123,15 @@ class WeightFlipTracker:
     ) -> None:
         kernels.check_backend(backend)
         names, self._groups = make_groups(metrics, oscillation_ema)
-        _check_whole("track_every", track_every, 1)
-        _check_whole("start_step", start_step, 0)
-        if end_step is not None:
-            _check_whole("end_step", end_step, start_step + 1)
         self.metrics = tuple(names)
         self._columns = COLUMNS + (self._groups[-1].bins.stop if self._groups else 0)
         now = {NONFINITE}.union(*(range(COLUMNS + g.gauges.start, COLUMNS + g.bins.stop) for g in self._groups))
         self._is_gauge = [column in now for column in range(self._columns)]
-        self.track_every = track_every
-        self.start_step = start_step
-        self.end_step = end_step
-        self.low_memory = low_memory
-        self.fresh_snapshots = fresh_snapshots
+        self.track_every = checks.whole("track_every", track_every, 1)
+        self.start_step = checks.whole("start_step", start_step, 0)
+        self.end_step = None if end_step is None else checks.whole("end_step", end_step, self.start_step + 1)
+        self.low_memory = checks.flag("low_memory", low_memory)
+        self.fresh_snapshots = checks.flag("fresh_snapshots", fresh_snapshots)
         self.backend = backend
         self.holds_warnings = False
         self._holding: weakref.WeakMethod[Callable[[], AbstractContextManager[None]]] | None = None
@@ -543,7 +540,7 @@ class WeightFlipTracker:
                     (now if self._is_gauge[column] else now - then) if is_counted else 0
                     for column, (now, then) in enumerate(zip(own, given or self._zeros(), strict=True))
                 ]
-                numbers.append(member.name in self._failed)
+                numbers.append(team.failure if member.name in self._failed else 0)
             sums = distributed.add_up(numbers, team)
             for i, member in enumerate(members):
                 *news, failures = sums[i * (self._columns + 1) : (i + 1) * (self._columns + 1)]
@@ -552,7 +549,8 @@ class WeightFlipTracker:
                     news = self._zeros()
                 totals[member.name] = self._take(member, news, self._own(member.name, rows))
                 if failures and member.name not in self._failed:
-                    self._give_up(member.name, RuntimeError("it is not on another process"))
+                    error = RuntimeError("it is not on another process")
+                    self._give_up(member.name, error, tells=team.tells_of(failures))
         self._added_up = steps, totals
 
     def _own(self, name: str, rows: Mapping[str, list[float]]) -> list[float]:
@@ -620,7 +618,7 @@ class WeightFlipTracker:
                     if name in before:
                         self._part_with(name)
                     if name not in self._failed:
-                        self._give_up(name, ValueError(reason))
+                        self._give_up(name, ValueError(reason), tells=name not in self._sharded.told_elsewhere)
                 self._open_layers(weights)
         self._unsure = set()
         asked = {name for _, names in self._sharded.tables for name in names}
@@ -811,7 +809,7 @@ class WeightFlipTracker:
             unasked.update(of.tensors.keys() - asked)
         self.reset()
         self._layers, self._window_base, self._progress = layers, window_base, _Progress(steps)
-        if unasked:
+        if unasked and distributed.is_writer():
             warnings.warn(
                 f"weightflip: what {sorted(unasked)} remembered of each weight in the checkpoint is dropped, since "
                 "metrics= does not ask for it",
@@ -995,13 +993,20 @@ class WeightFlipTracker:
         if self.low_memory or self._is_over:
             self._together = {}
 
-    def _give_up(self, name: str, error: Exception) -> None:
+    def give_up(self, name: str, reason: str) -> None:
+        """Count a weight no more; where it is sharded, others do so, too, from the next logging point on."""
+        if name not in self._failed:
+            self._give_up(name, ValueError(reason))
+
+    def _give_up(self, name: str, error: Exception, *, tells: bool = True) -> None:
         self._failed.add(name)
         layer = self._layers.get(name)
         if layer is not None and layer.row is not None:
             layer.row.ledger.discard(layer.row.index)
             layer.drop_codes(metrics=True)
         self._together = {}
+        if not tells:
+            return
         self._untold.append(
             f"weightflip: {name!r} is not tracked any more, training goes on: {type(error).__name__}: {error}"
         )
@@ -1371,8 +1376,3 @@ def _address_beside(grad: Tensor, member: Member) -> int:
         and grad.numel() == member.numel
     )
     return grad.data_ptr() if fits else 0
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}= is a whole number of at least {least}, got {value!r}")

@@ -1,0 +1,1 @@
+"""Codes to counts: the tracker and its parts, one file each."""

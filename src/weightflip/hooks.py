@@ -1,0 +1,146 @@
+"""The hook form: counts flips at the steps of an optimizer that stays the very same object."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from weightflip.detect import quantizes_weights
+from weightflip.inner import check_optimizer, full_name
+from weightflip.optimizer import FlipTrackingOptimizer
+from weightflip.options import TrackingOptions, check_names
+from weightflip.tracked import Tracked
+from weightflip.tracking import STATE_KEY, Tracking
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_KINDS = ("step_pre", "step_post", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+
+
+class FlipTrackingHandle(Tracked):
+    """What :func:`track_flips` returns.
+
+    Attributes:
+        tracker: The :class:`WeightFlipTracker`, with the numbers.
+        info: What is tracked and how, what is skipped and why; ``print`` shows it.
+    """
+
+    def __init__(self, optimizer: Optimizer, tracking: Tracking) -> None:
+        self._tracking = tracking
+        self._loading: Any = None
+        self._hooks: list[RemovableHandle] = []
+        hooks = (self._before, self._after, self._save_counts, self._take_counts, self._restore_counts)
+        try:
+            for kind, hook in zip(_KINDS, hooks, strict=True):
+                self._hooks.append(getattr(optimizer, f"register_{kind}_hook")(hook))
+        except BaseException:
+            self._remove(together=False)
+            raise
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        self._tracking.guarded(self._tracking.before, optimizer, closure is not None)
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._tracking.finish()
+
+    def _save_counts(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        self._tracking.save_into(state_dict)
+
+    def _take_counts(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._loading = state_dict.get(STATE_KEY)
+        return {key: value for key, value in state_dict.items() if key != STATE_KEY}
+
+    def _restore_counts(self, optimizer: Optimizer) -> None:
+        if self._loading is not None:
+            self._tracking.restore(self._loading)
+            self._loading = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the optimizer has no hooks.
+        return {"_tracking": self._tracking, "_loading": None, "_hooks": []}
+
+    def remove(self) -> None:
+        """Stop tracking, write the last record and close the sinks; the numbers stay, memory is given back."""
+        self._remove(together=True)
+
+    def _remove(self, *, together: bool) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._tracking.end(together=together)
+
+    def __enter__(self) -> FlipTrackingHandle:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._remove(together=exc_info[0] is None)
+
+
+def track_flips(
+    optimizer: Optimizer, model: nn.Module | None = None, **options: Unpack[TrackingOptions]
+) -> FlipTrackingHandle:
+    """Count flips at each step of an optimizer that stays the very same object, through its hooks.
+
+    For code that insists on its own optimizer class. The numbers, and the optimizer's checkpoints, are those of
+    :class:`FlipTrackingOptimizer`. Copies of the optimizer are not tracked, since copying drops hooks. Of a class whose
+    ``step`` calls that of its parent class, torch runs the hooks twice, and what the parent's does is seen.
+
+    Args:
+        optimizer: Any ``torch.optim.Optimizer``.
+        model: As in :class:`FlipTrackingOptimizer`, which explains all of these.
+        **options: The keyword arguments of :class:`FlipTrackingOptimizer`.
+
+    Returns:
+        A handle with the numbers in ``tracker``, and ``remove()``; also a context manager.
+
+    Raises:
+        TypeError: As :class:`FlipTrackingOptimizer`; or the optimizer lacks hooks, as wrappers of other libraries do.
+        ValueError: As :class:`FlipTrackingOptimizer`.
+        OSError: As :class:`FlipTrackingOptimizer`.
+        ImportError: As :class:`FlipTrackingOptimizer`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> handle = track_flips(optimizer, model, quantizer="e3m4", sinks=[])
+        >>> model(torch.ones(4)).sum().backward()
+        >>> optimizer.step()
+        >>> handle.tracker.get_update_counts()
+        {'weight': 8}
+    """
+    check_names("track_flips()", options)
+    check_optimizer(optimizer)
+    _check_hooks(optimizer)
+    return FlipTrackingHandle(optimizer, FlipTrackingOptimizer(optimizer, model, **options)._tracking)
+
+
+def _check_hooks(optimizer: Optimizer) -> None:
+    if quantizes_weights(optimizer):
+        raise TypeError(
+            f"the hooks of {type(optimizer).__name__} run around the optimizer inside it, before the weights are "
+            "quantized; use FlipTrackingOptimizer(optimizer, model)"
+        )
+    lacking = [kind for kind in _KINDS if not _runs_hooks(optimizer, kind)]
+    if lacking:
+        raise TypeError(
+            f"track_flips needs hooks that {full_name(optimizer)} does not run: {', '.join(lacking)}; use "
+            "FlipTrackingOptimizer(optimizer, model), which needs none. On the optimizer inside it, track_flips counts "
+            "what that one does to the weights, and not what this one does on top"
+        )
+
+
+def _runs_hooks(optimizer: Optimizer, kind: str) -> bool:
+    """Whether hooks of this kind can be registered and are called: not where a class leaves out torch's constructor."""
+    name = f"_optimizer_{kind}_hooks"
+    if not hasattr(optimizer, name) or not callable(getattr(optimizer, f"register_{kind}_hook", None)):
+        return False
+    # Lightning's optimizers have the hooks of the one inside, whose step runs them.
+    are_its_own = name in vars(optimizer)
+    is_step_patched = any(getattr(owner.step, "hooked", False) for owner in (type(optimizer), optimizer))
+    return is_step_patched or not are_its_own or not kind.startswith("step")

@@ -1,0 +1,125 @@
+"""What people ask for: the keyword arguments that both forms of tracking share, checked in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any, Literal, TypedDict
+
+from weightflip import checks
+from weightflip.alerts import Alert
+from weightflip.metrics.columns import METRICS, MetricsLike
+
+
+class TrackingOptions(TypedDict, total=False):
+    """The keyword arguments of :class:`FlipTrackingOptimizer`, for type checkers."""
+
+    quantizer: Any
+    include: str | Sequence[str] | None
+    exclude: str | Sequence[str] | None
+    groups: Mapping[str, str | Sequence[str]] | str | None
+    metrics: MetricsLike
+    oscillation_ema: float | tuple[float, float] | None
+    track_every: int
+    start_step: int
+    end_step: int | None
+    log_dir: str | PathLike[str] | None
+    log_every: int
+    sinks: Any
+    alerts: Sequence[str | Alert] | None
+    low_memory: bool
+    fresh_snapshots: bool
+    backend: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keyword arguments of :class:`FlipTrackingOptimizer`, which explains them: each of the right type.
+
+    Numbers are plain ints, flags bools, globs tuples. What an option means beyond its type is checked by whoever knows:
+    quantizers and globs where there are parameters, metrics and backends by the tracker.
+
+    Raises:
+        TypeError: Something of another type.
+        ValueError: A number that makes no sense.
+    """
+
+    quantizer: Any = "auto"
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
+    groups: Mapping[str, str | Sequence[str]] | str | None = None
+    metrics: MetricsLike = METRICS
+    oscillation_ema: float | tuple[float, float] | None = None
+    track_every: int = 1
+    start_step: int = 0
+    end_step: int | None = None
+    log_dir: str | PathLike[str] | None = None
+    log_every: int = 10
+    sinks: Any = None
+    alerts: Sequence[str | Alert] | None = None
+    low_memory: bool = False
+    fresh_snapshots: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        start_step = checks.whole("start_step", self.start_step, 0)
+        end_step = self.end_step
+        checked = {
+            "include": None if self.include is None else checks.globs("include", self.include),
+            "exclude": None if self.exclude is None else checks.globs("exclude", self.exclude),
+            "groups": _groups(self.groups),
+            "track_every": checks.whole("track_every", self.track_every, 1),
+            "start_step": start_step,
+            "end_step": None if end_step is None else checks.whole("end_step", end_step, start_step + 1),
+            "log_dir": None if self.log_dir is None else checks.path("log_dir=", self.log_dir),
+            "log_every": checks.whole("log_every", self.log_every, 1, hint="for no output use sinks=[]"),
+            "alerts": _rules(self.alerts),
+            "low_memory": checks.flag("low_memory", self.low_memory),
+            "fresh_snapshots": checks.flag("fresh_snapshots", self.fresh_snapshots),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
+def check_names(caller: str, options: Iterable[str]) -> None:
+    """Refuse keyword arguments that there are not.
+
+    Args:
+        caller: Who was called with them.
+        options: Their names.
+
+    Raises:
+        TypeError: One is unknown; with the near one, or all.
+    """
+    known = [field.name for field in fields(Options)]
+    for name in options:
+        if name not in known:
+            near = checks.near(name, known)
+            hint = f"did you mean '{near}='?" if near else f"expected {', '.join(known)}"
+            raise TypeError(f"{caller} got an unexpected keyword argument {name!r}; {hint}")
+
+
+def _groups(groups: Any) -> Mapping[str, tuple[str, ...]] | Literal["type"] | None:
+    if groups is None:
+        return None
+    if isinstance(groups, str) and groups == "type":
+        return "type"
+    if not isinstance(groups, Mapping) or not all(isinstance(group, str) and group for group in groups):
+        raise TypeError(
+            f"groups= is 'type' or a mapping from names to globs, such as {{'attention': '*.attn.*'}}; got {groups!r}"
+        )
+    return {group: checks.globs(f"groups[{group!r}]", matching) for group, matching in groups.items()}
+
+
+def _rules(alerts: Any) -> tuple[Any, ...] | None:
+    if alerts is None:
+        return None
+    if isinstance(alerts, (str, Alert)):
+        raise TypeError(f"alerts= is a list, got {type(alerts).__name__}; put it in brackets: alerts=[...]")
+    if not isinstance(alerts, Iterable) or isinstance(alerts, Mapping):
+        raise TypeError(
+            "alerts= is a list of rules, each a text or an Alert; a callback goes into one, as "
+            f"Alert(rule, callback=function); got {checks.described(alerts)}"
+        )
+    return tuple(alerts)

@@ -1,0 +1,97 @@
+"""What would fail at the first step raises at construction, and the trial leaves no trace."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from weightflip import Codes, FlipTrackingOptimizer, encode, quantizer_names
+
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+)
+
+
+class Holder(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def wrap(weight, quantizer):
+    model = Holder(weight)
+    return FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, quantizer=quantizer, sinks=[])
+
+
+def test_every_quantizer_and_dtype():
+    """It raises at construction where encode() does, and only there."""
+    refused = set()
+    for name, dtype in itertools.product([*quantizer_names(), "e2m1:none", "e3m4:row", "int4:g32"], DTYPES):
+        weight = torch.linspace(-1, 1, 256).view(4, 64).to(dtype)
+        try:
+            encode(weight, name)
+        except Exception:
+            refused.add((name, dtype))
+            with pytest.raises(ValueError, match=rf"parameter 'weight' cannot be tracked.*'{name}'") as caught:
+                wrap(weight, name)
+            assert str(dtype).removeprefix("torch.") in str(caught.value)
+            assert "name another quantizer for it in quantizer=, or leave it out with exclude=" in str(caught.value)
+        else:
+            assert "weight" in wrap(weight, name).info.tracked, (name, dtype)
+    assert ("binary", torch.float8_e4m3fn) in refused
+    assert not {dtype for _, dtype in refused} & set(DTYPES[:4])
+
+
+def drawing(weight):
+    torch.rand(3), random.random(), np.random.rand(3)
+    return weight.sign()
+
+
+class Drawing:
+    def encode(self, weight):
+        return Codes(drawing(weight).to(torch.int8))
+
+
+@pytest.mark.parametrize("quantizer", [drawing, Drawing(), "e3m4"])
+def test_no_random_numbers_are_used_up(quantizer):
+    weight = torch.randn(4, 64)
+
+    def draws():
+        return torch.rand(1).item(), random.random(), np.random.rand()
+
+    seeds = (torch.manual_seed, random.seed, np.random.seed)
+    for seed in seeds:
+        seed(7)
+    expected = draws()
+    for seed in seeds:
+        seed(7)
+    wrap(weight, quantizer)
+    assert draws() == expected
+
+
+def test_what_fails_says_its_kind():
+    def broken(weight):
+        raise KeyError("table")
+
+    with pytest.raises(ValueError, match=r"'weight' .*'broken' does not encode it, dtype float32.*KeyError: 'table'"):
+        wrap(torch.ones(2, 2), broken)
+
+
+def test_meta_parameters_are_not_tried():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.SGD(model.parameters(), 0.1), model, quantizer={"0.*": "e3m4", "*": "mxfp4"}, sinks=[]
+    )
+    assert list(optimizer.info.tracked) == ["0.weight"]
