@@ -165,8 +165,9 @@ def test_deleted_midway_it_goes_on_without_a_word(digits, tmp_path):
         optimizer.close()
     assert [path.name] == [file.name for file in beside(tmp_path)]
     assert len(path.read_bytes().splitlines()) == 3
-    path.unlink()
-    assert read_one(tmp_path).steps.tolist() == [10, 20, 30, 40]
+    run = read_one(tmp_path)
+    assert run.steps.tolist() == [10, 20, 30, 40]
+    assert "read from event files" in run.notes[-1]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])

@@ -33,26 +33,35 @@ _MODEL_VALUES = {tag.removeprefix("flips/"): name for name, tag in MODEL_TAGS.it
 _MARK = b"flips/rate"
 
 
-def span(path: Path) -> tuple[float, float] | None:
-    """The times of the first and of the last point of ours in an event file; None where there is none."""
+class Span(NamedTuple):
+    """The times of the first and of the last point of ours in an event file, and the step of the first."""
+
+    begin: float
+    end: float
+    first_step: int
+
+
+def span(path: Path) -> Span | None:
+    """Where an event file begins and ends; None where it has no point of ours."""
     if not path.stat().st_size:
         return None
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         first = last = None
         at = data.find(_MARK)
         while at >= 0 and first is None:
-            first, at = _time_of(data, at), data.find(_MARK, at + 1)
+            first, at = _point_at(data, at), data.find(_MARK, at + 1)
         at = data.rfind(_MARK)
         while at >= 0 and last is None:
-            last, at = _time_of(data, at), data.rfind(_MARK, 0, at)
-    return None if first is None or last is None else (first, last)
+            last, at = _point_at(data, at), data.rfind(_MARK, 0, at)
+    return None if first is None or last is None else Span(first[0], last[0], first[1])
 
 
-def _time_of(data: mmap.mmap, at: int) -> float | None:
-    """The time of the event around a place in a file; None if the event is not whole.
+def _point_at(data: mmap.mmap, at: int) -> tuple[float, int] | None:
+    """Time and step of the event around a place in a file; None if it is no scalar, or not whole.
 
     A file is a row of records: length (8 bytes), its checksum (4), an event, the event's checksum (4). An event begins
-    with its time: a tag, 9, and a double. It holds a scalar's tag after a few bytes; a layout's text is further on.
+    with its time: a tag, 9, and a double; then its step: a tag, 16, and 7 bits a byte, the lowest first, of which the
+    last byte has no eighth. It holds a scalar's tag after a few bytes; a layout's text is further on.
     """
     for begin in range(at - 1, max(11, at - 80), -1):
         if data[begin] == 9:
@@ -60,7 +69,14 @@ def _time_of(data: mmap.mmap, at: int) -> float | None:
             if at < end <= len(data) and end - begin < 1 << 20:
                 (time,) = struct.unpack_from("<d", data, begin + 1)
                 if 0 < time < 1e12:
-                    return float(time)
+                    step = places = 0
+                    if data[begin + 9] == 16:
+                        for byte in data[begin + 10 : begin + 20]:
+                            step |= (byte & 127) << places
+                            places += 7
+                            if byte < 128:
+                                break
+                    return float(time), step
     return None
 
 
@@ -69,7 +85,7 @@ def read(path: Path) -> list[Run]:
     files = [path] if path.is_file() else sorted(path.glob("*tfevents*"))
     spans = {file: found for file in files if len(files) > 1 and file.is_file() and (found := span(file)) is not None}
     ours = list(spans)
-    chains = chains_of(list(spans.values()))
+    chains = chains_of([(found.begin, found.end) for found in spans.values()])
     if len(chains) < 2:
         run = _read_event_files(path, [path])
         return [] if run is None else [run]

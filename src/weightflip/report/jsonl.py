@@ -51,13 +51,19 @@ class Scan:
         paths: The files.
         writers: By name; what earlier versions wrote has none.
         damaged: Lines that cannot be read.
-        times: Of the first line and of the last one, in seconds; None where no line says.
+        last_time: Of the last line, in seconds; 0 where no line says.
     """
 
     paths: Sequence[Path]
     writers: dict[bytes, _Writer] = field(default_factory=dict)
     damaged: int = 0
-    times: tuple[float, float] | None = None
+    last_time: float = 0.0
+
+    @property
+    def first_step(self) -> float:
+        """The lowest step of a record; infinite without one."""
+        contents = (content for writer in self.writers.values() for content in writer.contents)
+        return min((content.step for content in contents if isinstance(content, _Line)), default=math.inf)
 
 
 def scan(paths: Sequence[Path]) -> Scan:
@@ -82,9 +88,8 @@ def scan(paths: Sequence[Path]) -> Scan:
                 if named and (named[1] in found.writers or isinstance(content, RunInfo)):
                     writer = named[1]
                 time = float(named[2]) if named else 0.0
-                if named and content is not None:
-                    first, last = found.times or (time, time)
-                    found.times = min(first, time), max(last, time)
+                if content is not None:
+                    found.last_time = max(found.last_time, time)
                 # Several files are in the order of their times; lines of one file in their own.
                 now = float(offset) if len(paths) == 1 else time
                 if content is not None:

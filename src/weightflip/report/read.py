@@ -81,7 +81,7 @@ def _read_directory(path: Path, names: Sequence[str], every_record: bool) -> lis
         return runs
     if beside := [path / name for name in names if _BESIDE.fullmatch(name)]:
         found = jsonl.scan(beside)
-        if found.times is not None and _is_whole(found.times, path):
+        if _is_whole(found, path):
             runs = jsonl.read(found, path, every_record)
     if not runs and any("tfevents" in name for name in names):
         runs = events.read(path)
@@ -91,10 +91,10 @@ def _read_directory(path: Path, names: Sequence[str], every_record: bool) -> lis
     return runs
 
 
-def _is_whole(span: tuple[float, float], path: Path) -> bool:
-    """Whether the event files of a directory have no points before or after this time.
+def _is_whole(found: jsonl.Scan, path: Path) -> bool:
+    """Whether the event files of a directory have no points before or after those of the files beside them.
 
     They do where an earlier version began the run, or where the disk was full when the JSONL was written.
     """
-    of_events = [found for file in path.glob("*tfevents*") if file.is_file() and (found := events.span(file))]
-    return all(span[0] - _SLACK <= begin and end <= span[1] + _SLACK for begin, end in of_events)
+    spans = [span for file in path.glob("*tfevents*") if file.is_file() and (span := events.span(file))]
+    return all(found.first_step <= span.first_step and span.end <= found.last_time + _SLACK for span in spans)
