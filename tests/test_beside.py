@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import backward, digits_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import read_one, run_cli, train
 from test_sinks import scalars
 from torch.utils.tensorboard import SummaryWriter
@@ -18,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from weightflip import FlipRecord, FlipTrackingOptimizer
 from weightflip.metrics.oscillation import Oscillation
 from weightflip.report import read_runs
+from weightflip.report.events import span
 from weightflip.sinks import BesideSink, JSONLSink, TensorBoardSink
 
 METRICS = ("flips", "stalls", "oscillation", "travel", "range")
@@ -202,3 +204,19 @@ def test_a_training_that_opens_its_file_again_is_one(digits, tmp_path):
     run = read_one(tmp_path)
     assert run.steps.tolist() == [10, 20, 30, 40]
     assert not run.notes
+
+
+@pytest.mark.parametrize("first_step", [0, 1, 127, 128, 300, 2**20])
+def test_where_an_event_file_begins_and_ends(tmp_path, first_step):
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_text("about", "flips/rate " * 30, 0)
+        for step in range(first_step, first_step + 3):
+            for tag in ("loss", "flips/rate", "flip_rate/a"):
+                writer.add_scalar(tag, 0.5, step)
+    (path,) = events(tmp_path)
+    points = EventAccumulator(str(path)).Reload().Scalars("flips/rate")
+    whole = path.read_bytes()
+    assert span(path) == (points[0].wall_time, points[-1].wall_time, first_step)
+    # A file that is still written, or that a kill cut.
+    path.write_bytes(whole[: whole.rindex(b"flips/rate") + 5])
+    assert span(path) == (points[0].wall_time, points[-2].wall_time, first_step)

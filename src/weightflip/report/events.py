@@ -61,8 +61,11 @@ def _point_at(data: mmap.mmap, at: int) -> tuple[float, int] | None:
 
     A file is a row of records: length (8 bytes), its checksum (4), an event, the event's checksum (4). An event begins
     with its time: a tag, 9, and a double; then its step: a tag, 16, and 7 bits a byte, the lowest first, of which the
-    last byte has no eighth. It holds a scalar's tag after a few bytes; a layout's text is further on.
+    last byte has no eighth. It holds a scalar's tag after a few bytes.
     """
+    if at < 2 or data[at - 2] != 10 or data[at - 1] < len(_MARK):
+        # No tag, which follows a 10 and its length: some text.
+        return None
     for begin in range(at - 1, max(11, at - 80), -1):
         if data[begin] == 9:
             end = begin + struct.unpack_from("<Q", data, begin - 12)[0]
