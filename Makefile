@@ -8,7 +8,7 @@ N ?= 500
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help integrations demo tensorboard test conformance fuzz check bench clean
+.PHONY: help integrations demo tensorboard test conformance fuzz check bench gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -44,6 +44,14 @@ conformance: $(VENV)/installed  ## wrapped equals bare for every input of PyTorc
 
 fuzz: $(VENV)/installed  ## random trainings, bare and tracked, against brute force: N=500 of them from SEED=0 on
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seed $(SEED) --count $(N)
+
+# In an environment that has torch for this accelerator, which no rule here installs: GPU_PYTHON= names its Python. The
+# tests run without the package installed, and skip what the environment lacks.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu:  ## on a machine with an accelerator: its tests, and what tracking costs there (torch is not installed for it)
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/test_accelerator.py tests/test_triton_kernel.py tests/test_cuda_graphs.py -rs
+	mkdir -p runs
+	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu.py --json runs/gpu.json
 
 check: $(VENV)/installed  ## ruff, mypy --strict, and the table of allowed imports
 	$(BIN)/ruff check .

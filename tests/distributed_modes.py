@@ -284,7 +284,7 @@ class Collectives(TorchDispatchMode):
 def means(rank: int, world: int) -> dict[str, object]:
     """The absmean of ternary weights, which the order of a sum may move by a bit."""
     found, sharded, optimizer = run(fsdp, quantizer="ternary")
-    layers = optimizer.tracker._layers
+    layers = optimizer.tracker.layers
     found["means"] = {
         name: float(layers[name].statistic) for name, _ in sharded.model.named_parameters() if name in layers
     }
@@ -418,7 +418,7 @@ def torchao_float8(rank: int, world: int) -> dict[str, object]:
             cast_before, cast_now = cast_now, cast()
             for layer, codes in cast_now.items():
                 flips[layer] += int((codes != cast_before[layer]).sum())
-                are_equal.append(torch.equal(codes, optimizer.tracker._layers[layer].codes))
+                are_equal.append(torch.equal(codes, optimizer.tracker.layers[layer].codes))
         optimizer.close()
         together = torch.tensor(list(flips.values()))
         dist.all_reduce(together)

@@ -53,6 +53,55 @@ def test_imports_follow_the_table(path):
         assert allowed, f"{path.relative_to(ROOT)} imports weightflip.{name}; {room} may import {sorted(ALLOWED[room])}"
 
 
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def _imports_at_once(path: Path) -> set[str]:
+    """Files that a file imports when it is loaded, not inside a function nor for type checkers only."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "weightflip":
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}".removeprefix("weightflip.")
+                found.add(name if name in MODULES else name.rpartition(".")[0])
+    return found & MODULES
+
+
+MODULES = {_module(path) for path in FILES}
+
+
+def test_no_two_files_need_each_other():
+    graph = {_module(path): _imports_at_once(path) for path in FILES}
+    # A file is above those that it needs: taking away those that need nothing more, again and again, leaves none.
+    while ready := [name for name, needs in graph.items() if not needs & graph.keys()]:
+        for name in ready:
+            del graph[name]
+    assert graph == {}, "files in a circle, or above one"
+
+
+# From the highest down: each needs only those of lower floors.
+COUNTING_FLOORS = (
+    {"tracker"},
+    {"totals", "batched", "summary", "stalls"},
+    {"routes", "named", "silent", "sharded"},
+    {"metric_runner", "shards", "canary"},
+    {"table"},
+    {"layer", "columns", "notices", "schedule", "checkpoint"},
+    {"batch", "ledger"},
+)
+
+
+def test_no_arrow_runs_up_inside_counting():
+    floor = {f"counting.{name}": at for at, names in enumerate(COUNTING_FLOORS) for name in names}
+    files = {_module(path) for path in (ROOT / "counting").glob("*.py") if path.stem != "__init__"}
+    assert files == floor.keys(), "each file of counting/ has a floor"
+    for path in (ROOT / "counting").glob("*.py"):
+        for name in _imports_at_once(path) & floor.keys():
+            assert floor[_module(path)] < floor[name], f"{_module(path)} needs {name}, which is not below it"
+
+
 def test_import_is_light():
     heavy = ["torchao", "tensorboard", "matplotlib", "PIL", "wandb", "sklearn", "numba", "rich", "weightflip.report"]
     code = f"import sys, weightflip; print([name for name in {heavy} if name in sys.modules])"

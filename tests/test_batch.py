@@ -222,7 +222,7 @@ def test_a_life_is_counted_as_in_plain_torch(quantizer, options):
 
 
 def together(tracker):
-    return [member.numel for member in tracker._together[CPU].batch.members]
+    return [member.numel for member in tracker.batches[0].members]
 
 
 def test_what_goes_together_in_the_tracker():
@@ -238,15 +238,15 @@ def test_what_goes_together_in_the_tracker():
         tracker.after_step()
         assert together(tracker) == [w.parameter.numel() for w in weights[step == 3 : 9]]
         if step < 3:
-            built.add(id(tracker._together[CPU]))
+            built.add(id(tracker.batches[0]))
     # Built once while nothing changes, though gradients are new in each step.
     assert len(built) == 1
     tracker.drop_codes()
-    assert tracker._together == {}
+    assert tracker.batches == []
     grouped = WeightFlipTracker(metrics=("flips", "oscillation"))
     grouped.before_step(weights)
     grouped.after_step()
-    assert grouped._together == {}
+    assert grouped.batches == []
 
 
 def test_memory_given_out_again_is_not_taken_for_the_weight():
@@ -341,7 +341,7 @@ def test_low_memory_holds_no_codes_between_steps():
     weights, _ = weights_with_gradients("float8_e4m3")
     tracker = WeightFlipTracker(low_memory=True)
     tracker.before_step(weights)
-    codes = [weakref.ref(layer.codes) for layer in tracker._layers.values()]
+    codes = [weakref.ref(layer.codes) for layer in tracker.layers.values()]
     assert len(codes) == 2
     tracker.after_step()
     gc.collect()

@@ -34,7 +34,7 @@ from triton.compiler import ASTSource
 
 from weightflip import FlipTrackingOptimizer, WeightFlipTracker, kernels
 from weightflip.formats import FloatFormat
-from weightflip.kernels import cuda
+from weightflip.kernels import backend, cuda, proof
 from weightflip.kernels.runs import Kind, Stretch, count_alone
 from weightflip.quantizers import resolve
 from weightflip.quantizers.block import MX_NAMES, MXQuantizer
@@ -214,14 +214,61 @@ def test_training_is_counted_as_by_eager(options):
     assert found == expected
     assert all(torch.equal(a, b) for a, b in zip(parameters, same, strict=True))
     if options == {}:
-        assert [len(together.batch.members) for together in tracker._together.values()] == [6]
+        assert [len(batch.members) for batch in tracker.batches] == [6]
 
 
 @runs_here
-def test_auto_does_not_take_it():
-    assert kernels.run("auto", DEVICE) is not cuda.Run
+def test_where_it_is_asked_for():
+    assert (kernels.run("auto", DEVICE) is cuda.Run) == (DEVICE.type == "cuda")
     assert kernels.run("triton", DEVICE) is cuda.Run
     assert kernels.run("triton", torch.device("meta")) is None
+
+
+def question(name, dtype=torch.float32, with_updates=True):
+    quantizer, weight = resolve(name), torch.ones(4, 32, dtype=dtype, device=DEVICE)
+    update = dtype if with_updates else None
+    kind = Kind(dtype, update, quantizer.code_dtype(weight), quantizer.rounding(weight), weight.device)
+    is_scaled = quantizer.scope != "element"
+    return proof.Question(kind, is_scaled, is_scaled)
+
+
+@runs_here
+@pytest.mark.parametrize("name", ["float8_e4m3", "float8_e5m2", "e3m4", "e4m11", "mxfp4", "nvfp4", "int8", "bfloat16"])
+def test_it_is_shown_to_count_right(name):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert proof._fault(cuda.Run, question(name, dtype)) is None
+    assert proof._fault(cuda.Run, question(name, with_updates=False)) is None
+
+
+class Raises(cuda.Run):
+    def largest(self):
+        raise RuntimeError("no such instruction")
+
+
+class LosesAFlip(cuda.Run):
+    def count_(self, scale, updates):
+        found = super().count_(scale, updates)
+        found[-1, 0] -= 1
+        return found
+
+
+@runs_here
+@pytest.mark.parametrize("fault", ["raises", "loses a flip", "rounds otherwise"])
+def test_a_broken_kernel_is_refused_and_training_goes_on(fault, monkeypatch, caplog):
+    expected, parameters, _ = train("eager")
+    kernel = {"raises": Raises, "loses a flip": LosesAFlip}.get(fault, cuda.Run)
+    if fault == "rounds otherwise":
+        right = cuda.constants
+        monkeypatch.setattr(
+            cuda, "constants", lambda rounding: right(rounding)._replace(adder=right(rounding).adder * 2)
+        )
+    monkeypatch.setattr(proof, "_answers", {})
+    monkeypatch.setattr(backend, "_compiled", lambda name: backend._Compiled(kernel, DEVICE.type))
+    found, same, tracker = train("triton")
+    assert found == expected
+    assert all(torch.equal(a, b) for a, b in zip(parameters, same, strict=True))
+    assert tracker._together == {}
+    assert "not used, plain torch counts instead: " in caplog.text
 
 
 @on_a_gpu

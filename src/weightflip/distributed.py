@@ -71,7 +71,8 @@ def is_writer() -> bool:
     return not _is_available() or torch.distributed.get_rank() == 0
 
 
-def _is_dtensor(tensor: object) -> bool:
+def is_dtensor(tensor: object) -> bool:
+    """Whether a tensor may lie on several processes."""
     # Whoever has a DTensor has imported its module, which takes as long as the half of torch.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -99,7 +100,7 @@ class Identity:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's shard of a DTensor; any other tensor as it is."""
-    if not _is_dtensor(tensor):
+    if not is_dtensor(tensor):
         return tensor
     # Not to_local(): under autograd that is a view with a version counter of its own.
     shard: Any = cast(Any, tensor)._local_tensor
@@ -112,7 +113,7 @@ def local_gradient(gradient: Tensor, parameter: Tensor) -> Tensor:
     Raises:
         ValueError: It does not lie on the processes as its weight does.
     """
-    if not _is_dtensor(gradient):
+    if not is_dtensor(gradient):
         return gradient
     theirs, ours = cast(Any, gradient).placements, getattr(parameter, "placements", None)
     if ours is not None and tuple(theirs) != tuple(ours):
@@ -125,7 +126,7 @@ def local_gradient(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 def layout(parameter: Tensor) -> Layout | None:
     """How a weight lies on processes; None where each holds all of it, and no process has to ask another."""
-    if not _is_dtensor(parameter):
+    if not is_dtensor(parameter):
         return None
     tensor = cast(Any, parameter)
     mesh, key = tensor.device_mesh, (tuple(tensor.shape), tuple(tensor.placements))

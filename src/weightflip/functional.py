@@ -200,6 +200,16 @@ def _scale(quantizer: Elementwise, weight: Tensor, statistic: Tensor | None) -> 
     return quantizer.scale(weight) if statistic is None else quantizer.scale(weight, statistic)
 
 
+def in_plain_torch(quantizer: Elementwise) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], object]:
+    """What :func:`advance` does of weight, codes, update and counts without a compiled kernel."""
+    scratch = kernels.ScratchPool()
+
+    def advance_eagerly(weight: Tensor, codes: Tensor, update: Tensor | None, counts: Tensor) -> Tensor | None:
+        return advance(weight, quantizer, codes, update, counts, scratch, "eager")
+
+    return advance_eagerly
+
+
 def _in_one_pass(
     weight: Tensor,
     scale: Tensor | None,
@@ -209,7 +219,7 @@ def _in_one_pass(
     counts: Tensor,
     backend: str,
 ) -> bool:
-    kernel = kernels.one_pass(backend, weight.device)
+    kernel = kernels.one_pass(backend, weight.device, in_plain_torch(quantizer))
     rounding = None if kernel is None else quantizer.rounding(weight)
     if kernel is None or rounding is None:
         return False

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,7 +104,8 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
     is_scaled = quantizer.scope != "element"
     for update in (None, weight.dtype) if with_updates else (None,):
         kind = kernels.Kind(weight.dtype, update, codes.dtype, rounding, weight.device)
-        if not run.can_do(kind, scaled=is_scaled):
+        eager = functional.in_plain_torch(quantizer)
+        if not kernels.run_for(backend, kind, takes_scale=is_scaled, finds_scale=is_scaled, eager=eager):
             return None
     scale_codes, group = None, 0
     if quantizer.scope == "group":
@@ -138,9 +140,11 @@ class Batch:
     Args:
         members: The weights, on one device.
         with_updates: Whether updates are counted.
+        lasts: Whether this goes on from step to step. Then the scale codes of its members are moved into one piece of
+            memory, which no other such batch of the same members may do as long as this one is used.
     """
 
-    def __init__(self, members: Sequence[Member], *, with_updates: bool) -> None:
+    def __init__(self, members: Sequence[Member], *, with_updates: bool, lasts: bool = True) -> None:
         self.members = list(members)
         self.with_updates = with_updates
         self._device = self.members[0].codes.device
@@ -148,10 +152,14 @@ class Batch:
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, member in enumerate(self.members):
             kinds.setdefault(member.kind, []).append(index)
-        self._groups = [
-            (indices, [_Part(run, self.members, with_updates) for run in _runs(indices, self.members, room)])
-            for indices in kinds.values()
-        ]
+        self._groups: list[tuple[list[int], list[_Part]]] = []
+        for indices in kinds.values():
+            parts = [_Part(run, self.members, with_updates) for run in _runs(indices, self.members, room)]
+            if lasts:
+                _lay_end_to_end(
+                    [m.scale_codes for m in (self.members[i] for i in indices) if m.scale_codes is not None], parts
+                )
+            self._groups.append((indices, parts))
 
     def advance(self, updates: Sequence[int]) -> Counted:
         """Encode all weights anew, count what changed against their codes, and keep the new codes there.
@@ -162,7 +170,7 @@ class Batch:
         """
         counts = torch.zeros(len(self.members), 3, dtype=torch.int64, device=self._device)
         scale_changes = torch.zeros(len(self.members), dtype=torch.int64, device=self._device)
-        addresses = torch.tensor(updates, dtype=torch.int64, device="cpu") if self.with_updates else None
+        addresses = np.array(updates, dtype=np.int64) if self.with_updates else None
         failed: list[tuple[int, Exception]] = []
         for indices, parts in self._groups:
             try:
@@ -227,25 +235,60 @@ class _Part:
             kind,
         )
         self.members = [piece.member for piece in pieces]
-        self.owners = torch.tensor(self.members, device="cpu")
-        self.owners_there = kernels.upload(self.owners, first.codes.device)
-        self.offsets = torch.tensor([piece.first * item for piece in pieces], device="cpu")
+        self.owners_there = kernels.upload(torch.tensor(self.members, device="cpu"), first.codes.device)
+        self.offsets = np.array([piece.first * item for piece in pieces], dtype=np.int64)
+        # Of these pieces' scales, and all of them in one piece of memory, where a lasting batch has put them there.
         self.scale_codes = [
             stored.view(-1)[piece.first // member.group :][: piece.numel // member.group]
             for piece, member, stored in ((p, members[p.member], members[p.member].scale_codes) for p in pieces)
             if stored is not None
         ]
+        self.scale_codes_in_one: Tensor | None = None
+        self._ends: Tensor | None = None
+        if len(self.scale_codes) > 1:
+            ends = torch.tensor([codes.numel() for codes in self.scale_codes], device="cpu").cumsum(0)
+            self._ends = kernels.upload(ends - 1, first.codes.device)
 
-    def advance(self, updates: Tensor | None, counts: Tensor, scale_changes: Tensor) -> None:
+    def advance(self, updates: kernels.Addresses | None, counts: Tensor, scale_changes: Tensor) -> None:
         scale = self.quantizer.scale_of(self.run.largest().to(self.dtype)) if self.is_scaled else None
         addresses = None
         if updates is not None:
-            of_pieces = updates[self.owners]
-            addresses = torch.where(of_pieces == 0, 0, of_pieces + self.offsets)
+            of_pieces = updates[self.members]
+            addresses = np.where(of_pieces == 0, 0, of_pieces + self.offsets)
         found = self.run.count_(self.quantizer.applied_scale(scale), addresses)
         counts.index_add_(0, self.owners_there, found)
         if scale is not None and self.scale_codes:
-            changed = torch.split(self.quantizer.scale_codes(scale), [codes.numel() for codes in self.scale_codes])
-            for owner, new, old in zip(self.members, changed, self.scale_codes, strict=True):
-                scale_changes[owner] += torch.count_nonzero(new != old)
-                old.copy_(new)
+            self._advance_scales(self.quantizer.scale_codes(scale), scale_changes)
+
+    def _advance_scales(self, new: Tensor, scale_changes: Tensor) -> None:
+        """Count the scales that have changed; in a few calls for all pieces."""
+        in_one = self.scale_codes_in_one
+        old = torch.cat(self.scale_codes) if in_one is None else in_one
+        has_changed = new != old
+        if self._ends is None:
+            scale_changes[self.members[0]].add_(torch.count_nonzero(has_changed))
+        else:
+            until = torch.cumsum(has_changed, 0).index_select(0, self._ends)
+            scale_changes.index_add_(0, self.owners_there, until)
+            scale_changes.index_add_(0, self.owners_there[1:], until[:-1], alpha=-1)
+        if in_one is None:
+            torch._foreach_copy_(self.scale_codes, torch.split(new, [codes.numel() for codes in self.scale_codes]))
+        else:
+            in_one.copy_(new)
+
+
+def _lay_end_to_end(scale_codes: Sequence[Tensor], parts: Sequence[_Part]) -> None:
+    """Move scale codes of members, in their order, into one piece of memory, and tell the parts where theirs are."""
+    if not scale_codes:
+        return
+    whole, first = torch.cat([codes.view(-1) for codes in scale_codes]), 0
+    for codes in scale_codes:
+        # The same tensor in another place: layers hold it, too.
+        codes.set_(whole[first : first + codes.numel()].view(codes.shape))  # type: ignore[call-overload]
+        first += codes.numel()
+    first = 0
+    for part in parts:
+        numel = sum(codes.numel() for codes in part.scale_codes)
+        part.scale_codes_in_one = whole[first : first + numel]
+        part.scale_codes = list(torch.split(part.scale_codes_in_one, [codes.numel() for codes in part.scale_codes]))
+        first += numel

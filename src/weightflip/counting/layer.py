@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightflip import distributed
 from weightflip.counting.batch import Member
-from weightflip.counting.ledger import Ledger
-from weightflip.metrics import LayerMetric
-from weightflip.quantizers.base import Quantizer
+from weightflip.counting.ledger import Row
+from weightflip.metrics import LayerMetric, Weight
+from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer
+
+if TYPE_CHECKING:
+    from weightflip.counting.routes import Route
 
 _storage_has_expired: Callable[[int], bool] = torch.UntypedStorage._expired  # type: ignore[assignment]
+# By far the most weights: of their types it is known that they are not spread over processes.
+_PLAIN = (nn.Parameter, Tensor)
 
 
 class TrackedWeight:
@@ -45,16 +51,43 @@ class TrackedWeight:
         if self.is_held:
             del self.parameter
 
+    @property
+    def is_dtensor(self) -> bool:
+        """Whether this process may hold only a part of it."""
+        return type(self.parameter) not in _PLAIN and distributed.is_dtensor(self.parameter)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it is quantized now."""
+        return bool(getattr(self.quantizer, "is_active", True))
+
+    @property
+    def is_batchable(self) -> bool:
+        """Whether nothing but its quantizer and its memory decides on its codes."""
+        return (
+            not any(hasattr(self.quantizer, name) for name in ("encodes", "is_active", "has_state"))
+            and not self.parameter.is_inference()
+            and not self.is_dtensor
+        )
+
+    def _local(self) -> Tensor:
+        return distributed.local(self.parameter) if self.is_dtensor else self.parameter
+
     def unwrapped(self) -> tuple[Tensor, Quantizer]:
         """What is encoded, and by what: of a shard, this process's; where a subclass holds a master copy, that."""
         quantizer = self.quantizer
         inner: Quantizer | None = getattr(quantizer, "encodes", None)
-        weight = distributed.local(self.parameter)
         if inner is None:
-            return weight.detach(), quantizer
+            return self._local().detach(), quantizer
         # Not of a detached subclass: the copy inside it has a version counter of its own.
         plain: Callable[[Tensor], Tensor] = quantizer.plain  # type: ignore[attr-defined]
-        return plain(weight).detach(), inner
+        return plain(self._local()).detach(), inner
+
+    def plain(self) -> Tensor:
+        """A tensor of a plain type whose non-finite elements are those of the weight."""
+        weight = self._local().detach()
+        plain: Callable[[Tensor], Tensor] | None = getattr(self.quantizer, "plain", None)
+        return weight if plain is None else plain(weight)
 
 
 @dataclass
@@ -67,15 +100,10 @@ class Stamp:
     # Memory that was given back may be given out again for the next storage: an address alone does not tell.
     storage: StorageWeakRef
     data_ptr: int
-    storage_offset: int
+    shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
     versions: tuple[int, int]
-
-    def is_of(self, address: int) -> bool:
-        """Whether a parameter at this address is still in the memory that it was in."""
-        # As StorageWeakRef.expired() asks, which takes six times as long.
-        return address == self.data_ptr and not _storage_has_expired(self.storage.cdata)
 
     @classmethod
     def of(cls, parameter: Tensor, weight: Tensor) -> Stamp | None:
@@ -87,48 +115,62 @@ class Stamp:
             id(parameter),
             StorageWeakRef(weight.untyped_storage()),  # type: ignore[no-untyped-call]
             weight.data_ptr(),
-            int(weight.storage_offset()),
+            weight.shape,
             weight.stride(),
             weight.dtype,
             (parameter._version, weight._version),
         )
 
+    def is_in_place(self, weight: Tensor) -> bool:
+        """Whether a weight lies in the memory that it lay in, and in the same way."""
+        address = weight.data_ptr()
+        return (
+            address == self.data_ptr
+            and weight.shape == self.shape
+            and weight.dtype is self.dtype
+            and weight.stride() == self.strides
+            # As StorageWeakRef.expired() asks, which takes six times as long; tensors without memory share an address.
+            and (not _storage_has_expired(self.storage.cdata) if address else self._is_of_storage(weight))
+        )
 
-@dataclass(frozen=True, eq=False)
-class Row:
-    """Where a layer is counted. One object, so that an interrupt never leaves a ledger without its index."""
+    def _is_of_storage(self, weight: Tensor) -> bool:
+        return bool(self.storage == StorageWeakRef(weight.untyped_storage()))  # type: ignore[no-untyped-call]
 
-    ledger: Ledger
-    index: int
-
-    @property
-    def total(self) -> Tensor:
-        return self.ledger.total[self.index]
-
-    @property
-    def step(self) -> Tensor:
-        return self.ledger.step[self.index]
-
-    def clear(self) -> None:
-        """Forget all that was counted here."""
-        self.ledger.clear_row(self.index)
+    def is_unwritten(self, parameter: Tensor, weight: Tensor) -> bool:
+        """Whether it is also the same parameter, and no version counter has moved."""
+        return (
+            id(parameter) == self.parameter
+            and self.is_in_place(weight)
+            and self.versions == (parameter._version, weight._version)
+        )
 
 
-@dataclass
+class CodeState(Enum):
+    """What the codes of a layer are worth. The methods of :class:`Layer` below are all transitions there are."""
+
+    ABSENT = "there are none"
+    FRESH = "made just before the step that is under way"
+    KEPT = "of the end of the last counted step, which is before the next one unless the weight is written"
+    STALE = "nobody knows of when; only their memory is of use"
+    FAILED = "given up"
+
+
+@dataclass(eq=False)
 class Layer:
     """What is known of one weight between steps."""
 
     name: str
     weights: int
     quantizer: str
-    base: list[float]
-    """Counted before this ledger: in a loaded checkpoint, or on another device. Of a sharded weight, what all
-    processes have counted up to their last synchronization."""
-    own: list[float] = field(default_factory=list)
-    """Of a sharded weight, what this process has counted before this ledger."""
-    given: list[float] = field(default_factory=list)
-    """And what of all it has counted is in ``base``."""
+    settled: list[float]
+    """Counted before and elsewhere: in a loaded checkpoint. Of a sharded weight also what all processes have counted
+    up to their last synchronization."""
+    local_before: list[float]
+    """What this process has counted in rows on other devices."""
+    restarts: int = 0
+    """How often its counts have started anew, because it was another weight."""
     row: Row | None = None
+    state: CodeState = CodeState.ABSENT
     codes: Tensor | None = None
     scale_codes: Tensor | None = None
     """Of block and group scales."""
@@ -137,9 +179,13 @@ class Layer:
     scale: Tensor | None = None
     """Of the codes; kept for metric groups."""
     stamp: Stamp | None = None
+    """Of the weight when its codes were made; None where it has no version counter, or is not to be trusted."""
     tracked: TrackedWeight | None = None
-    """What the codes are of, where it is counted together with others."""
+    """The weight, as it was handed in last."""
+    route: Route | None = None
+    """What encodes and counts it."""
     member: Member | None = None
+    """Its place in a batch."""
     metrics: dict[str, LayerMetric | None] | None = None
     """Name of a group to what it keeps, once there is a baseline; None for a group without numbers for this layer."""
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -147,24 +193,106 @@ class Layer:
     code_kind: tuple[torch.Size, torch.dtype] | None = None
     """Shape and dtype of the codes that groups began with."""
 
-    def drop_codes(self, *, stamp: bool = True, metrics: bool = False) -> None:
-        """Give back memory; with ``metrics``, also what metric groups remember of each weight."""
-        self.codes = self.scale_codes = self.scale = self.tracked = self.member = None
-        if stamp:
-            self.stamp = None
+    # ------------------------------------------------------------------ transitions
+
+    def encoded(self, weight: Tensor) -> None:
+        """Its codes are those of the weight as it is now."""
+        assert self.tracked is not None
+        self.stamp = Stamp.of(self.tracked.parameter, weight)
+        self.state = CodeState.FRESH
+
+    def counted(self, weight: Tensor, *, has_state: bool = False) -> None:
+        """Its codes are those of the weight after the step, and kept for the next one.
+
+        Args:
+            weight: What was encoded.
+            has_state: Whether codes depend on more than the weight, so that they cannot be kept.
+        """
+        assert self.tracked is not None
+        self.stamp = Stamp.of(self.tracked.parameter, weight)
+        self.state = CodeState.STALE if has_state or self.stamp is None else CodeState.KEPT
+
+    def counted_in_place(self, stamp: Stamp, version: int) -> None:
+        """As ``counted``, where the weight is the parameter itself and lies where it did."""
+        stamp.versions = (version, version)
+        self.state = CodeState.KEPT
+
+    def distrust(self) -> None:
+        """It may have been written since its codes were made."""
+        self.stamp = None
+        if self.state in (CodeState.FRESH, CodeState.KEPT):
+            self.state = CodeState.STALE
+
+    def drop_codes(self, *, metrics: bool = False) -> None:
+        """Give back memory; with ``metrics``, also what metric groups remember of each weight.
+
+        The stamp stays: it tells whether what is known of the weight beside its codes still holds.
+        """
+        self.codes = self.scale_codes = self.scale = self.member = self.route = None
+        if self.state is not CodeState.FAILED:
+            self.state = CodeState.ABSENT
         if metrics:
             self.metrics, self.saved = None, {}
+
+    def fail(self) -> None:
+        """Count it no more."""
+        self.drop_codes(metrics=True)
+        self.stamp = self.tracked = None
+        self.state = CodeState.FAILED
+
+    # ------------------------------------------------------------------ questions
+
+    def is_unwritten(self, parameter: Tensor, weight: Tensor) -> bool:
+        """Whether a weight is the one that was stamped, as far as writing it leaves a trace."""
+        return self.stamp is not None and self.stamp.is_unwritten(parameter, weight)
+
+    def is_as_it_was(self, tracked: TrackedWeight) -> bool:
+        """Whether a member of a batch has the codes of now, asked as cheaply as can be."""
+        return (
+            self.tracked is tracked
+            and self.state is CodeState.KEPT
+            and self.member is not None
+            and self.is_unwritten(tracked.parameter, tracked.parameter)
+        )
+
+    def seen(self, weight: Tensor, quantizer: Quantizer) -> Weight:
+        """The weight as metric groups see it."""
+        assert self.codes is not None
+        if isinstance(quantizer, ElementwiseQuantizer):
+            return Weight(quantizer.grouped(weight), quantizer.grouped(self.codes), self.scale, quantizer)
+        return Weight(weight, self.codes, self.scale, quantizer)
+
+    @property
+    def code_bytes(self) -> int:
+        """Of the codes, and what belongs to them."""
+        return sum(kept.nbytes for kept in (self.codes, self.scale_codes, self.scale) if kept is not None)
+
+    @property
+    def metric_bytes(self) -> int:
+        """Of what metric groups remember."""
+        kept = sum(metric.nbytes for metric in (self.metrics or {}).values() if metric is not None)
+        return kept + sum(tensor.nbytes for tensors in self.saved.values() for tensor in tensors.values())
+
+    # ------------------------------------------------------------------ memory
+
+    def make_room(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor for codes of this weight."""
+        if self.codes is None or self.codes.shape != weight.shape or self.codes.dtype != dtype:
+            self.codes = torch.empty_like(weight, dtype=dtype)
+        return self.codes
 
     def close_metrics(self) -> None:
         """Groups begin anew with the next codes, from what they kept."""
         self.saved, self.metrics = self.metric_tensors(), None
 
     def metric_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What groups keep of each weight, by group and name."""
         if self.metrics is None:
             return {group: dict(tensors) for group, tensors in self.saved.items()}
         return {group: metric.tensors for group, metric in self.metrics.items() if metric is not None and metric.state}
 
     def __getstate__(self) -> dict[str, Any]:
         # The stamp is about this process's parameter: a copy encodes its own anew.
-        names = ("codes", "scale_codes", "scale", "statistic", "stamp", "tracked", "member", "metrics")
-        return {**self.__dict__, **dict.fromkeys(names), "saved": self.metric_tensors()}
+        names = ("codes", "scale_codes", "scale", "statistic", "stamp", "tracked", "route", "member", "metrics")
+        state = self.state if self.state is CodeState.FAILED else CodeState.ABSENT
+        return {**self.__dict__, **dict.fromkeys(names), "saved": self.metric_tensors(), "state": state}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -79,6 +80,17 @@ class Ledger:
             self.total, self.more_total = self._prepared
             self._prepared = None
 
+    def read(self, others: Sequence[Tensor] = ()) -> tuple[list[list[float]], list[int]]:
+        """All rows, and other 0-dim int64 tensors of this device, in one transfer."""
+        table = self.total[: self.rows]
+        if self.more_total is not None:
+            table = torch.cat([table, self.more_total[: self.rows].view(torch.int64)], dim=1)
+        host = torch.cat([table.flatten(), *(other.view(1) for other in others)]).cpu()
+        numbers, values = host[: table.numel()].view(table.shape), host[table.numel() :]
+        more = numbers[:, COLUMNS:].view(torch.float64) if self.more else numbers[:, COLUMNS:]
+        rows = zip(numbers[:, :COLUMNS].tolist(), more.tolist(), strict=True)
+        return [[*counts, *found] for counts, found in rows], values.tolist()
+
     def keep(self, rows: list[int], wanted: Tensor) -> None:
         """Forget what was counted in this step of those of the layers that are not wanted.
 
@@ -97,3 +109,42 @@ class Ledger:
         self.step[row].zero_()
         if self.more_step is not None:
             self.more_step[row].zero_()
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Where a layer is counted. One object, so that an interrupt never leaves a ledger without its index."""
+
+    ledger: Ledger
+    index: int
+
+    @property
+    def total(self) -> Tensor:
+        return self.ledger.total[self.index]
+
+    @property
+    def step(self) -> Tensor:
+        return self.ledger.step[self.index]
+
+    def more_step(self, columns: slice) -> Tensor:
+        """Of a metric group, in this step."""
+        assert self.ledger.more_step is not None
+        return self.ledger.more_step[self.index, columns]
+
+    def more_total(self, columns: slice) -> Tensor:
+        """Of a metric group, altogether."""
+        assert self.ledger.more_total is not None
+        return self.ledger.more_total[self.index, columns]
+
+    def read(self) -> list[float]:
+        """Its numbers. Waits for the device."""
+        more = [] if self.ledger.more_total is None else self.ledger.more_total[self.index].tolist()
+        return [*self.total.tolist(), *more]
+
+    def discard(self) -> None:
+        """Forget what was counted here in this step."""
+        self.ledger.discard(self.index)
+
+    def clear(self) -> None:
+        """Forget all that was counted here."""
+        self.ledger.clear_row(self.index)

@@ -7,9 +7,9 @@ exactly.
 from __future__ import annotations
 
 from weightflip.formats import Rounding
-from weightflip.kernels.backend import check_backend, one_pass, run
+from weightflip.kernels.backend import check_backend, one_pass, run, run_for
 from weightflip.kernels.eager import count_
-from weightflip.kernels.runs import Kind, Run, Stretch, upload
+from weightflip.kernels.runs import Addresses, Kind, Run, Stretch, upload
 from weightflip.kernels.scratch import ScratchPool
 from weightflip.kernels.slices import Index, slice_elements, slices, take
 
@@ -20,6 +20,7 @@ __all__ = [
     "FLIPS",
     "STALLED",
     "UPDATES",
+    "Addresses",
     "Index",
     "Kind",
     "Rounding",
@@ -30,6 +31,7 @@ __all__ = [
     "count_",
     "one_pass",
     "run",
+    "run_for",
     "slice_elements",
     "slices",
     "take",

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from weightflip import checks
 from weightflip.formats import Rounding
-from weightflip.kernels.runs import Run, count_alone
+from weightflip.kernels import proof
+from weightflip.kernels.runs import Kind, Run, count_alone
 
 OnePass: TypeAlias = Callable[[Tensor, "Tensor | None", Rounding, Tensor, "Tensor | None", Tensor], bool]
 
 BACKENDS = ("auto", "eager", "numba", "triton")
 
-# Type of a device to what "auto" takes there. "cuda": "triton" belongs here once it has been run on a GPU.
-_BY_ITSELF = {"cpu": "numba"}
+# Type of a device to what "auto" tries there.
+_BY_ITSELF = {"cpu": "numba", "cuda": "triton"}
 
 _MODULES = {"numba": "weightflip.kernels.cpu", "triton": "weightflip.kernels.cuda"}
 _EXTRAS = {"numba": "pip install 'weightflip[numba]'", "triton": "torch's builds for CUDA on Linux bring it"}
@@ -64,14 +65,49 @@ def check_backend(backend: str) -> None:
         )
 
 
-def one_pass(backend: str, device: torch.device) -> OnePass | None:
-    """The kernel that encodes, compares, counts and stores at once on this device; None where eager torch has to."""
+def one_pass(backend: str, device: torch.device, eager: proof.Eager) -> OnePass | None:
+    """The kernel that encodes, compares, counts and stores at once on this device; None where eager torch has to.
+
+    It does nothing, and says so, for a weight of a kind that it cannot do or has not been shown to do.
+    """
     kernel = run(backend, device)
-    return None if kernel is None else functools.partial(count_alone, kernel)
+    if kernel is None:
+        return None
+
+    def may_count(kind: Kind, takes_scale: bool) -> bool:
+        return run_for(backend, kind, takes_scale=takes_scale, finds_scale=False, eager=eager) is not None
+
+    return functools.partial(count_alone, kernel, may_count=may_count)
+
+
+def run_for(backend: str, kind: Kind, *, takes_scale: bool, finds_scale: bool, eager: proof.Eager) -> type[Run] | None:
+    """The kernel for many weights of a kind in one call, if it was shown to count as plain torch; else None.
+
+    The first call for a kind compiles, and tries it, which waits for the device: see
+    :mod:`weightflip.kernels.proof`. A kernel that is asked for by name may be slower than plain torch, but not count
+    otherwise.
+
+    Args:
+        backend: As in :func:`check_backend`.
+        kind: Of the weights.
+        takes_scale: Whether they are scaled before they are rounded.
+        finds_scale: Whether the kernel has to find the largest magnitudes, too.
+        eager: Plain torch's way, to race against.
+    """
+    kernel = run(backend, kind.device)
+    if kernel is None or not kernel.can_do(kind, scaled=finds_scale):
+        return None
+    question = proof.Question(kind, takes_scale, finds_scale)
+    is_usable = proof.is_usable(_name(backend, kind.device), kernel, question, eager, must_be_faster=backend == "auto")
+    return kernel if is_usable else None
+
+
+def _name(backend: str, device: torch.device) -> str:
+    return _BY_ITSELF.get(device.type, "eager") if backend == "auto" else backend
 
 
 def run(backend: str, device: torch.device) -> type[Run] | None:
-    """The kernel that does so for many weights in one call; None where each has to go by itself."""
-    name = _BY_ITSELF.get(device.type, "eager") if backend == "auto" else backend
+    """The kernel that there is for this device, whether or not it was shown to count right; None for none."""
+    name = _name(backend, device)
     compiled = _compiled(name) if name in _MODULES else None
     return compiled.run if isinstance(compiled, _Compiled) and compiled.device == device.type else None

@@ -189,6 +189,7 @@ _kernels: dict[tuple[Any, ...], Any] = {}
 _EMPTY = np.zeros((1, COLUMNS), dtype=np.int64)
 
 
+@functools.cache
 def like(dtype: torch.dtype | None) -> Any:
     """An array of this dtype, for a kernel to see what it is to read."""
     return None if dtype is None else torch.zeros(1, dtype=dtype, device="cpu").numpy()

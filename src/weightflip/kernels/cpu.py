@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weightflip.kernels import compiled
 from weightflip.kernels.constants import constants
-from weightflip.kernels.runs import Kind, Stretch
+from weightflip.kernels.runs import Addresses, Kind, Stretch
 
 DEVICE = "cpu"
 
@@ -93,14 +93,13 @@ class Run:
             largest <<= 16
         return torch.from_numpy(largest.view(np.float32))
 
-    def count_(self, scale: Tensor | None, updates: Tensor | None) -> Tensor:
+    def count_(self, scale: Tensor | None, updates: Addresses | None) -> Tensor:
         places = self._places
         if updates is not None:
-            given = updates.numpy()
-            has_update = given != 0
+            has_update = updates != 0
             assert self.kind.update is not None
             # Where there is no update, the weight takes its place, and no bit of it counts.
-            places[:, compiled.UPDATE] = np.where(has_update, given, places[:, compiled.WEIGHT])
+            places[:, compiled.UPDATE] = np.where(has_update, updates, places[:, compiled.WEIGHT])
             places[:, compiled.MASK] = np.where(has_update, _MAGNITUDE[_BITS[self.kind.update]], 0)
         if scale is None:
             places[:, compiled.SCALE] = 0

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weightflip.kernels.constants import constants
-from weightflip.kernels.runs import Kind, Stretch, upload
+from weightflip.kernels.runs import Addresses, Kind, Stretch, upload
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 
@@ -158,13 +158,13 @@ class _Launch(NamedTuple):
     """Stretches whose tiles have one shape.
 
     Attributes:
-        stretches: Which.
+        stretches: Which, as an array of NumPy.
         tiles: The stretch that each tile belongs to, int32.
         columns: How many neighbours a tile has.
         is_aligned: Whether wide reads are possible.
     """
 
-    stretches: Tensor
+    stretches: Any
     tiles: Tensor
     columns: int
     is_aligned: bool
@@ -191,9 +191,7 @@ class Run:
             tiles = _tiles(group[indices], scales[indices], columns)
             places[indices, 5] = tiles.cumsum() - tiles
             stretch_of = torch.from_numpy(np.repeat(np.array(indices, dtype=np.int32), tiles))
-            self._launches.append(
-                _Launch(torch.tensor(indices, device="cpu"), upload(stretch_of, kind.device), columns, is_aligned)
-            )
+            self._launches.append(_Launch(np.array(indices), upload(stretch_of, kind.device), columns, is_aligned))
         self._places = upload(torch.from_numpy(places), kind.device)
 
     @staticmethod
@@ -211,12 +209,12 @@ class Run:
             self._start(_largest, launch, launch.is_aligned, bits, stored=_STORED[self.kind.weight])
         return bits.view(torch.float32)
 
-    def count_(self, scale: Tensor | None, updates: Tensor | None) -> Tensor:
+    def count_(self, scale: Tensor | None, updates: Addresses | None) -> Tensor:
         counts = torch.zeros(len(self._places), 3, dtype=torch.int64, device=self.device)
         numbers = constants(self.kind.rounding)
         assert numbers is not None
         updated = None if self.kind.update is None or updates is None else _BITS[self.kind.update]
-        addresses = counts if updates is None else upload(updates, self.device)
+        addresses = counts if updates is None else upload(torch.from_numpy(updates), self.device)
         for launch in self._launches:
             is_aligned = launch.is_aligned
             if updates is not None:

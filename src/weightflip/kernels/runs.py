@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from weightflip.formats import Rounding
+
+Addresses: TypeAlias = "npt.NDArray[np.int64]"
 
 
 class Stretch(NamedTuple):
@@ -65,12 +69,12 @@ class Run(Protocol):
         """
         ...
 
-    def count_(self, scale: Tensor | None, updates: Tensor | None) -> Tensor:
+    def count_(self, scale: Tensor | None, updates: Addresses | None) -> Tensor:
         """Encode, compare, count, and store the new codes.
 
         Args:
             scale: float32, one for each element of :meth:`largest`; None where weights are rounded as they are.
-            updates: int64, on the CPU: addresses of the updates, a stretch each; 0 for one that has none. Not wider
+            updates: Addresses of the updates, a stretch each; 0 for one that has none. Not wider
                 than the weight. None where none are counted.
 
         Returns:
@@ -93,6 +97,7 @@ def count_alone(
     codes: Tensor,
     update: Tensor | None,
     counts: Tensor,
+    may_count: Callable[[Kind, bool], bool] | None = None,
 ) -> bool:
     """Encode one weight, compare, add to ``counts`` and store the new codes, if these tensors are of the kinds known.
 
@@ -105,6 +110,7 @@ def count_alone(
         update: The gradient, or a bool mask of the weights that had one, laid out as the weight; None counts no
             updates.
         counts: int64 of shape (3,): flips, updates, stalled; added to.
+        may_count: Whether the kernel is to be used for a kind, with a scale or without; None: wherever it can be.
 
     Returns:
         Whether it was done; False leaves everything as it was.
@@ -115,13 +121,13 @@ def count_alone(
     if not all(_is_laid_out(tensor, weight) for tensor in (weight, codes, update) if tensor is not None):
         return False
     kind = Kind(weight.dtype, None if update is None else update.dtype, codes.dtype, rounding, weight.device)
-    if not run.can_do(kind, scaled=False):
+    if not (run.can_do(kind, scaled=False) if may_count is None else may_count(kind, scale is not None)):
         return False
     if weight.numel() == 0:
         return True
     alone = run([Stretch(weight.data_ptr(), codes.data_ptr(), weight.numel(), group)], kind)
     flat_scale = None if scale is None else scale.detach().reshape(-1).contiguous()
-    address = None if update is None else torch.tensor([update.data_ptr()], device="cpu")
+    address = None if update is None else np.array([update.data_ptr()], dtype=np.int64)
     counts.add_(alone.count_(flat_scale, address)[0])
     return True
 

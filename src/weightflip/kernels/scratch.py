@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,6 @@ class ScratchPool:
         """Give all buffers back."""
         self._buffers.clear()
         self._views.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_buffers": {}, "_views": {}}

@@ -239,7 +239,8 @@ class FloatxQuantizer(ElementwiseQuantizer):
 
     def scale_of(self, largest: Tensor) -> Tensor:
         largest = largest.to(self._compute_dtype(largest.dtype))
-        meets = self.format.value(self.format.max_ordinal, exponent_shift=self._exponent_shift)
+        # A tensor there: by a number, or a tensor on the CPU, a GPU divides as by a product with its inverse.
+        meets = largest.new_full((), self.format.value(self.format.max_ordinal, exponent_shift=self._exponent_shift))
         # The smallest normal number stands in for the scale of an all-zero tensor: 0 / 0 would be NaN.
         return (largest / meets).clamp_(min=torch.finfo(largest.dtype).tiny)
 

@@ -1,0 +1,205 @@
+"""Many layers in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightflip import kernels
+from weightflip.counting.batch import Batch, Member, make_member
+from weightflip.counting.layer import Layer
+from weightflip.counting.ledger import COUNTED, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS
+from weightflip.counting.routes import ElementwiseRoute, Gradients
+from weightflip.counting.table import LayerTable
+from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer
+
+
+class BatchedRoute:
+    """Layers whose codes a kernel makes from addresses alone, all of a device at once.
+
+    A layer whose gradient or place does not fit in a step is counted alone in it.
+
+    Args:
+        layers: Where faults go.
+        alone: What counts a layer alone.
+        backend: Which kernel.
+        with_updates: Whether gradients are looked at.
+        is_open: Whether there are layers for it at all: metric groups look at each weight by itself.
+    """
+
+    def __init__(
+        self, layers: LayerTable, alone: ElementwiseRoute, backend: str, with_updates: bool, is_open: bool
+    ) -> None:
+        self._layers, self._alone = layers, alone
+        self._backend, self._with_updates, self._is_open = backend, with_updates, is_open
+        self._members: list[Member] = []
+        self._batches: list[tuple[list[int], _LayerBatch]] = []
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Those of the last step, one for each device."""
+        return [of_device.batch for _, of_device in self._batches]
+
+    def release(self) -> None:
+        """Hold no codes."""
+        self._members, self._batches = [], []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_members": [], "_batches": []}
+
+    # ------------------------------------------------------------------ joining
+
+    def accepts(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> bool:
+        if not self._is_open or not isinstance(quantizer, ElementwiseQuantizer):
+            layer.member = None
+            return False
+        layer.make_room(weight, quantizer.code_dtype(weight))
+        return self._try_join_batch(layer, weight, quantizer)
+
+    def _try_join_batch(self, layer: Layer, weight: Tensor, quantizer: ElementwiseQuantizer) -> bool:
+        """Make a layer a member, with a place for the scales of its blocks; whether it can be one."""
+        assert layer.tracked is not None
+        assert layer.codes is not None
+        member = layer.member
+        if member is None or not member.describes(weight, quantizer, layer.codes):
+            member = None
+            if layer.tracked.is_batchable:
+                member = make_member(weight, quantizer, layer.codes, self._backend, with_updates=self._with_updates)
+        layer.member = member
+        if member is None:
+            return False
+        mine, theirs = layer.scale_codes, member.scale_codes
+        if mine is not None and theirs is not None and mine is not theirs:
+            theirs.copy_(mine)
+        layer.scale_codes = theirs
+        return True
+
+    # ------------------------------------------------------------------ encoding and counting
+
+    def encode(self, layers: Sequence[Layer]) -> None:
+        for indices in _by_device(members := _members_of(layers)):
+            try:
+                batch = Batch([members[index] for index in indices], with_updates=False, lasts=False)
+                failed = dict(batch.advance([]).failed)
+            except Exception as error:
+                failed = dict.fromkeys(range(len(indices)), error)
+            for at, index in enumerate(indices):
+                layer = layers[index]
+                if at in failed:
+                    self._layers.fail(layer.name, failed[at])
+                else:
+                    assert layer.tracked is not None
+                    layer.encoded(layer.tracked.parameter)
+
+    def count(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
+        together: list[Layer] = []
+        updates: list[int] = []
+        alone: list[Layer] = []
+        for layer in layers:
+            member, stamp, update = layer.member, layer.stamp, 0
+            parameter = layer.tracked.parameter  # type: ignore[union-attr]
+            if self._with_updates:
+                # As in OneByOne, which says why.
+                gradient = parameter.grad
+                if gradient is None:
+                    gradient = gradients.get(layer.name)
+                if gradient is not None:
+                    update = _address_beside(gradient, member)  # type: ignore[arg-type]
+                    if not update:
+                        alone.append(layer)
+                        continue
+            if stamp is None or not stamp.is_in_place(parameter):
+                alone.append(layer)
+                continue
+            layer.counted_in_place(stamp, parameter._version)
+            together.append(layer)
+            updates.append(update)
+        self._count_together(together, updates)
+        self._count_alone(alone, gradients, valid)
+
+    def _count_together(self, layers: Sequence[Layer], updates: Sequence[int]) -> None:
+        members = _members_of(layers)
+        if members != self._members:
+            self._build(layers, members)
+        for indices, batch in self._batches:
+            try:
+                failed = batch.count([updates[index] for index in indices])
+            except Exception as error:
+                failed = [(at, error) for at in range(len(indices))]
+            for at, reason in failed:
+                self._layers.fail(layers[indices[at]].name, reason)
+
+    def _build(self, layers: Sequence[Layer], members: list[Member]) -> None:
+        self.release()
+        for indices in _by_device(members):
+            of_device = [layers[index] for index in indices]
+            try:
+                self._batches.append((indices, _LayerBatch(of_device, self._with_updates)))
+            except Exception as error:
+                for layer in of_device:
+                    self._layers.fail(layer.name, error)
+        # Last: what was interrupted is built again.
+        self._members = members
+
+    def _count_alone(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
+        self._alone.count(layers, gradients, valid)
+        for layer in layers:
+            if layer.member is not None and layer.tracked is not None:
+                # For its gradient or its place; maybe not in the next step.
+                try:
+                    if not self.accepts(layer, *layer.tracked.unwrapped()):
+                        layer.route = self._alone
+                except Exception as error:
+                    self._layers.fail(layer.name, error)
+
+
+class _LayerBatch:
+    """A batch on one device, and where its layers are counted."""
+
+    def __init__(self, layers: Sequence[Layer], with_updates: bool) -> None:
+        self.batch = Batch(_members_of(layers), with_updates=with_updates)
+        rows = [layer.row for layer in layers if layer.row is not None]
+        self._ledger = rows[0].ledger
+        scales = [0 if layer.scale_codes is None else layer.scale_codes.numel() for layer in layers]
+        numbers = [row.index for row in rows], [layer.weights for layer in layers], scales
+        of_layers = torch.tensor(numbers, device="cpu")
+        self._rows, self._weights, self._scales = kernels.upload(of_layers, self._ledger.device)
+        self._has_scales = any(scales)
+
+    def count(self, updates: Sequence[int]) -> list[tuple[int, Exception]]:
+        """Count a step; the layers that could not be counted, and why."""
+        counted = self.batch.advance(updates)
+        step = self._ledger.step
+        step[:, COUNTED].index_copy_(0, self._rows, counted.counts)
+        step[:, WEIGHT_STEPS].index_copy_(0, self._rows, self._weights)
+        if self._has_scales:
+            step[:, SCALE_STEPS].index_copy_(0, self._rows, self._scales)
+            step[:, SCALE_CHANGES].index_copy_(0, self._rows, counted.scale_changes)
+        return counted.failed
+
+
+def _members_of(layers: Iterable[Layer]) -> list[Member]:
+    return [layer.member for layer in layers if layer.member is not None]
+
+
+def _by_device(members: Sequence[Member]) -> list[list[int]]:
+    """Indices of members that lie on one device."""
+    found: dict[torch.device, list[int]] = {}
+    for index, member in enumerate(members):
+        found.setdefault(member.codes.device, []).append(index)
+    return list(found.values())
+
+
+def _address_beside(gradient: Tensor, member: Member) -> int:
+    """Where a gradient lies, if it can be read as the member's weight is; else 0."""
+    fits = (
+        type(gradient) is Tensor
+        and gradient.dtype is member.dtype
+        and gradient.layout is torch.strided
+        and gradient.is_contiguous()
+        and gradient.numel() == member.numel
+    )
+    return gradient.data_ptr() if fits else 0

@@ -1,0 +1,36 @@
+"""Warnings that wait until nobody waits for this process."""
+
+from __future__ import annotations
+
+import warnings
+
+from weightflip.records import shown
+
+
+class Notices:
+    """Collects what is to be warned about, and warns when told to.
+
+    Not where it was found: there a warning that is made an error would keep this process from what others wait for.
+
+    Attributes:
+        hold: Whether somebody else takes the texts and warns later; then ``flush`` does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.hold = False
+        self._texts: list[str] = []
+
+    def add(self, text: str) -> None:
+        """Note a sentence."""
+        self._texts.append(f"weightflip: {text}")
+
+    def take(self) -> list[str]:
+        """What has not been warned about yet."""
+        texts, self._texts = [shown(text) for text in self._texts], []
+        return texts
+
+    def flush(self, stacklevel: int = 3) -> None:
+        """Warn of everything, unless it is held."""
+        if not self.hold:
+            for text in self.take():
+                warnings.warn(text, stacklevel=stacklevel)

@@ -1,0 +1,78 @@
+"""Which steps count, and how many there were."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weightflip import checks
+
+
+class Progress(NamedTuple):
+    """How far a run is. Replaced as a whole, so that an interrupt finds a step counted, or not counted."""
+
+    steps: int = 0
+    """Optimizer steps, skipped ones included."""
+    skipped: Tensor | None = None
+    """How many of them were none, 0-dim int64; None while no step could be one."""
+    is_settled: bool = True
+    """Whether the ledgers have the totals that belong to it."""
+
+    def next(self, valid: Tensor | None) -> Progress:
+        """One step on.
+
+        Args:
+            valid: 0-dim, on any device: whether the step was one at all. None: it was.
+        """
+        skipped = self.skipped
+        if valid is not None:
+            more = valid.logical_not().to(torch.int64)
+            skipped = more if skipped is None else skipped.to(more.device) + more
+        return Progress(self.steps + 1, skipped)
+
+
+class Schedule:
+    """Every n-th step from one on, until another.
+
+    Args:
+        track_every: Track every n-th step.
+        start_step: First step to track, from 0.
+        end_step: Track no step from this one on; None for no end.
+
+    Attributes:
+        progress: How far the run is.
+    """
+
+    def __init__(self, track_every: int = 1, start_step: int = 0, end_step: int | None = None) -> None:
+        self.track_every = checks.whole("track_every", track_every, 1)
+        self.start_step = checks.whole("start_step", start_step, 0)
+        self.end_step = None if end_step is None else checks.whole("end_step", end_step, self.start_step + 1)
+        self.progress = Progress()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far, skipped ones included."""
+        return self.progress.steps
+
+    @property
+    def tracked_steps(self) -> int:
+        """How many steps before the coming one were tracked, in a step that is."""
+        return (self.steps - self.start_step) // self.track_every
+
+    def is_due(self, step: int | None = None) -> bool:
+        """Whether a step, from 0, is tracked; the coming one unless another is named."""
+        step = self.steps if step is None else step
+        if step < self.start_step or self.is_over(step):
+            return False
+        return (step - self.start_step) % self.track_every == 0
+
+    def is_over(self, step: int | None = None) -> bool:
+        """Whether this step and none after it is tracked; the coming one unless another is named."""
+        return self.end_step is not None and (self.steps if step is None else step) >= self.end_step
+
+    def completed(self) -> int:
+        """Optimizer steps, skipped ones not counted. Waits for the device if any step may have been skipped."""
+        skipped = self.progress.skipped
+        return self.steps - (0 if skipped is None else int(skipped.item()))

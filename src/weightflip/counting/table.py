@@ -1,0 +1,227 @@
+"""All layers, and the rows in which they are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightflip.counting.columns import Columns
+from weightflip.counting.layer import Layer, TrackedWeight
+from weightflip.counting.ledger import Ledger, Row
+from weightflip.counting.notices import Notices
+from weightflip.counting.schedule import Schedule
+from weightflip.quantizers.base import Quantizer, quantizer_name
+
+
+class LayerTable(Mapping[str, Layer]):
+    """Layers by name, their ledgers, and which of them have been given up.
+
+    Args:
+        columns: Of a row.
+        schedule: Says how far the ledgers have to be.
+        notices: Where it is said that a layer failed or is another weight now.
+
+    Attributes:
+        failed: Names that are tracked no more, also of weights that never became layers.
+        has_lost: Whether one failed since somebody last asked and set this to False.
+    """
+
+    def __init__(self, columns: Columns, schedule: Schedule, notices: Notices) -> None:
+        self._columns, self._schedule, self._notices = columns, schedule, notices
+        self._layers: dict[str, Layer] = {}
+        self._ledgers: dict[torch.device, Ledger] = {}
+        self._listed: list[TrackedWeight] = []
+        self.failed: set[str] = set()
+        self.has_lost = False
+
+    def __getitem__(self, name: str) -> Layer:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def by_name(self) -> dict[str, Layer]:
+        """The layers, for those who ask so often that it shows."""
+        return self._layers
+
+    def put(self, layer: Layer) -> Layer:
+        """Take a layer up, in place of one of its name."""
+        self._layers[layer.name] = layer
+        return layer
+
+    # ------------------------------------------------------------------ which
+
+    def follow(self, weights: list[TrackedWeight]) -> bool:
+        """Take note of the weights of a step; whether they are others than before."""
+        if weights == self._listed:
+            return False
+        self._listed = weights
+        names = {tracked.name for tracked in weights}
+        for name, layer in self._layers.items():
+            if name not in names:
+                # Frozen, or gone: who knows what becomes of it until it is back.
+                layer.drop_codes()
+                layer.stamp = layer.tracked = None
+        return True
+
+    def forget_weights(self) -> None:
+        """Hold no weight; the next ones are others, and start with a baseline."""
+        self._listed = []
+        for layer in self._layers.values():
+            layer.drop_codes(metrics=True)
+            layer.stamp = layer.tracked = None
+
+    def open(self, tracked: TrackedWeight, weight: Tensor, seen_by: Quantizer) -> Layer:
+        """The layer of a weight, with a row on the weight's device."""
+        name, quantizer, weights = tracked.name, quantizer_name(seen_by), tracked.parameter.numel()
+        layer = self._layers.get(name)
+        if layer is not None and (layer.weights, layer.quantizer) != (weights, quantizer):
+            change = (
+                f"was tracked as {layer.quantizer} and is {quantizer}"
+                if layer.weights == weights
+                else f"had {layer.weights} weights and has {weights}"
+            )
+            self._notices.add(f"{name!r} {change} now; its counts start anew")
+            if layer.row is not None:
+                layer.row.clear()
+            zeros = self._columns.zeros()
+            layer = self.put(Layer(name, weights, quantizer, zeros, zeros, restarts=layer.restarts + 1, row=layer.row))
+        if layer is None:
+            layer = self.put(Layer(name, weights, quantizer, self._columns.zeros(), self._columns.zeros()))
+        if layer.row is None or layer.row.ledger.device != weight.device:
+            layer = self.put(self._moved(layer, weight.device))
+        return layer
+
+    def _moved(self, layer: Layer, device: torch.device) -> Layer:
+        """The layer with a row on a device, where it starts with a baseline. A new object: it is moved or it is not."""
+        before = layer.local_before
+        if layer.row is not None:
+            self.settle()
+            before = self._columns.add(before, layer.row.read())
+        ledger = self._ledgers.setdefault(device, Ledger(device, self._columns.more))
+        moved = replace(layer, local_before=before, row=Row(ledger, ledger.add_row()), stamp=None)
+        moved.drop_codes()
+        moved.close_metrics()
+        return moved
+
+    # ------------------------------------------------------------------ trust
+
+    def fail(self, name: str, error: Exception, *, tells: bool = True) -> None:
+        """Give a weight up.
+
+        Args:
+            name: Its name.
+            error: Why.
+            tells: Whether to say so; not where another process does.
+        """
+        self.failed.add(name)
+        self.has_lost = True
+        layer = self._layers.get(name)
+        if layer is not None:
+            if layer.row is not None:
+                layer.row.discard()
+            layer.fail()
+        if tells:
+            self._notices.add(f"{name!r} is not tracked any more, training goes on: {type(error).__name__}: {error}")
+
+    def abandon(self, names: Iterable[str]) -> None:
+        """Give all layers up, and weights of these names, without a word."""
+        self.failed.update(self._layers, names)
+        for layer in self._layers.values():
+            layer.fail()
+
+    def distrust(self) -> None:
+        """Weights may have been written since their codes were made."""
+        for layer in self._layers.values():
+            layer.distrust()
+
+    def drop_codes(self) -> None:
+        """Give back the memory of all codes."""
+        for layer in self._layers.values():
+            layer.drop_codes()
+
+    # ------------------------------------------------------------------ counting
+
+    def begin_step(self) -> None:
+        """Nothing is counted in this step yet."""
+        for ledger in self._ledgers.values():
+            ledger.begin_step()
+
+    def prepare(self, valid: Tensor | None) -> None:
+        """Add up what was counted in the step; ``settle`` puts it in place."""
+        for ledger in self._ledgers.values():
+            ledger.prepare(valid)
+
+    def settle(self) -> None:
+        """Have the totals that belong to the schedule's progress, also after an interrupt while they were put there."""
+        progress = self._schedule.progress
+        if not progress.is_settled:
+            for ledger in self._ledgers.values():
+                ledger.commit()
+            self._schedule.progress = progress._replace(is_settled=True)
+
+    def keep(self, names: Sequence[str], wanted: Tensor) -> None:
+        """Forget what was counted in this step of those of the layers that are not wanted.
+
+        Args:
+            names: Of layers, or of weights that never became any.
+            wanted: bool, one for each.
+        """
+        for ledger in self._ledgers.values():
+            rows = {
+                index: layer.row.index
+                for index, name in enumerate(names)
+                if (layer := self._layers.get(name)) is not None and layer.row and layer.row.ledger is ledger
+            }
+            if rows:
+                ledger.keep(list(rows.values()), wanted[list(rows)])
+
+    def clear_found(self, columns: slice) -> None:
+        """Forget what a metric group has found at the last logging point, in its columns."""
+        for ledger in self._ledgers.values():
+            if ledger.more_total is not None:
+                ledger.more_total[:, columns].zero_()
+
+    # ------------------------------------------------------------------ reading
+
+    def rows(self, others: Sequence[Tensor] = ()) -> tuple[dict[str, list[float]], list[int]]:
+        """What is counted in the rows of all layers. One transfer from each device.
+
+        Args:
+            others: 0-dim int64 tensors that are to come along.
+
+        Returns:
+            The rows by name, and the values of ``others``.
+        """
+        self.settle()
+        values: dict[int, int] = {}
+        tables: dict[torch.device, list[list[float]]] = {}
+        for device, ledger in self._ledgers.items():
+            here = [index for index, other in enumerate(others) if other.device == device]
+            tables[device], found = ledger.read([others[index] for index in here])
+            values.update(zip(here, found, strict=True))
+        rows = {
+            name: self._columns.zeros() if layer.row is None else tables[layer.row.ledger.device][layer.row.index]
+            for name, layer in self._layers.items()
+        }
+        return rows, [values[i] if i in values else int(other.item()) for i, other in enumerate(others)]
+
+    def local(self, layer: Layer, row: Sequence[float]) -> list[float]:
+        """What this process has counted of a layer, in its row and before."""
+        return self._columns.add(layer.local_before, row)
+
+    @property
+    def counter_bytes(self) -> int:
+        """Of the ledgers."""
+        return sum(ledger.nbytes for ledger in self._ledgers.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_listed": []}

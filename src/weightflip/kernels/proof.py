@@ -1,0 +1,295 @@
+"""Whether a compiled kernel may be used: it has to show here, in this process, that it counts as plain torch does.
+
+What is compiled depends on drivers, compilers and processors that nobody has tested together. So before a kernel counts
+the first weight of a kind, it counts numbers that are hard: every value of 16 bits, values between them, ties, NaN and
+infinities, in stretches of odd lengths and places. What it must find comes from the obvious version: the nearest number
+of a table. On a device that does not share the host's memory it then has to be faster than plain torch, too.
+
+That is done once for each kind and device, and waits for the device. Random numbers are not drawn.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weightflip.formats import IntegerRounding, Rounding
+from weightflip.kernels import reference
+from weightflip.kernels.runs import Kind, Run, Stretch
+
+logger = logging.getLogger("weightflip")
+
+Eager: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None", Tensor], object]
+"""Plain torch's way to count one weight: weight, codes (overwritten), update or None, counts (added to)."""
+
+# Bytes around each stretch of codes, which have to stay as they are.
+_GUARD = 64
+_UNTOUCHED = 99
+# For how many weights, and of what shape, kernel and plain torch race.
+_RACE_WEIGHTS, _RACE_SHAPE = 16, (512, 1024)
+_TIES = 1024
+
+
+class Question(NamedTuple):
+    """What is asked of a kernel.
+
+    Attributes:
+        kind: Of the weights.
+        takes_scale: Whether they are scaled before they are rounded.
+        finds_scale: Whether the kernel has to find the largest magnitudes, too.
+    """
+
+    kind: Kind
+    takes_scale: bool
+    finds_scale: bool
+
+
+class _Answer(NamedTuple):
+    is_equal: bool
+    is_faster: bool
+
+
+_answers: dict[tuple[type[Run], Question], _Answer] = {}
+
+
+def is_usable(name: str, run: type[Run], question: Question, eager: Eager, *, must_be_faster: bool) -> bool:
+    """Whether a kernel counts as plain torch does, and is faster, if it must be.
+
+    Asked for the first time, it is tried, and a log line of the logger ``weightflip`` says what came out. Within the
+    capture of a CUDA graph nothing can be tried, and the answer is no.
+
+    Args:
+        name: Of the kernel, for the log.
+        run: The kernel.
+        question: What it is to do.
+        eager: What it races against.
+        must_be_faster: Whether a kernel that is slower is not to be used.
+    """
+    answer = _answers.get((run, question))
+    if answer is None:
+        # Who was seen to do more needs not be seen to do less.
+        answer = _answers.get((run, question._replace(finds_scale=question.takes_scale)))
+    if answer is None:
+        if question.kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        answer = _answers[run, question] = _try(name, run, question, eager)
+    return answer.is_equal and (answer.is_faster or not must_be_faster)
+
+
+@torch.no_grad()
+def _try(name: str, run: type[Run], question: Question, eager: Eager) -> _Answer:
+    kind = question.kind
+    what = f"{name} for {_shown(kind)} on {kind.device}"
+    try:
+        fault = _fault(run, question)
+    except Exception as error:
+        fault = f"it raised {type(error).__name__}: {error}"
+    if fault is not None:
+        logger.warning("%s: not used, plain torch counts instead: %s", what, fault)
+        return _Answer(False, False)
+    if not _races_on(kind.device):
+        logger.info("%s: equal", what)
+        return _Answer(True, True)
+    try:
+        ratio = _speedup(run, question, eager)
+    except Exception as error:
+        logger.warning("%s: equal, but no time was taken: %s: %s", what, type(error).__name__, error)
+        return _Answer(True, False)
+    if ratio <= 1:
+        logger.info("%s: equal, but %.1fx as fast as eager, so not used by itself", what, ratio)
+    else:
+        logger.info("%s: equal, %.1fx faster than eager", what, ratio)
+    return _Answer(True, ratio > 1)
+
+
+def _shown(kind: Kind) -> str:
+    rounding, dtypes = kind.rounding, (kind.weight, kind.update, kind.codes)
+    weight, update, codes = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    to = f"{rounding.smallest}..{rounding.largest}" if isinstance(rounding, IntegerRounding) else rounding.format.name
+    return f"{weight} to {to} ({codes}; updates {update})"
+
+
+# ---------------------------------------------------------------------- equal
+
+
+def ordinals(values: Tensor, rounding: Rounding) -> Tensor:
+    """Float32 values as a rounding says it, by looking for the nearest number: int64."""
+    if isinstance(rounding, IntegerRounding):
+        clamped = values.round().clamp(rounding.smallest, rounding.largest)
+        return clamped.nan_to_num(nan=float(rounding.nan)).to(torch.int64)
+    numbers = _numbers(rounding, values.device)
+    between = (numbers[1:] + numbers[:-1]) / 2
+    magnitude = values.double().abs().nan_to_num(nan=0.0, posinf=float("inf"))
+    below, until = (torch.searchsorted(between, magnitude, right=right) for right in (False, True))
+    code = torch.where(below % 2 == 1, until, below)
+    code = torch.where(values < 0, -code, code)
+    return torch.where(values.isnan(), rounding.format.nan_ordinal, code)
+
+
+def _numbers(rounding: Rounding, device: torch.device) -> Tensor:
+    """The numbers of the ordinals from 0 to that of overflow, float64; infinity as the number that follows the last."""
+    assert not isinstance(rounding, IntegerRounding)
+    format, bits = rounding.format, rounding.format.mantissa_bits
+    ordinal = torch.arange(rounding.overflow + 1, dtype=torch.float64, device=device)
+    if format.exponent_bits == 0:
+        return ordinal * 2.0 ** (format.min_exponent - bits)
+    exponent = (ordinal / 2**bits).floor()
+    fraction = ordinal - exponent * 2**bits
+    subnormal = fraction * 2.0 ** (format.min_exponent - bits)
+    normal = (fraction + 2**bits) * torch.exp2(exponent - format.bias - bits)
+    return torch.where(exponent == 0, subnormal, normal)
+
+
+def hard_numbers(kind: Kind) -> Tensor:
+    """Every value of 16 bits in the weight's dtype; for float32 some of their neighbours and of the ties besides."""
+    patterns = torch.arange(1 << 16, dtype=torch.int32, device="cpu")
+    if kind.weight.itemsize == 2:
+        return patterns.to(torch.int16).view(kind.weight)
+    bits = patterns << 16
+    found = [bits, bits[::32] - 1, bits[::32] + 1]
+    if not isinstance(kind.rounding, IntegerRounding):
+        numbers = _numbers(kind.rounding, bits.device)
+        ties = ((numbers[1:] + numbers[:-1]) / 2)[:: max(1, len(numbers) // _TIES)].float().view(torch.int32)
+        found += [ties, ties - 1, ties + 1]
+    return torch.cat(found).view(torch.float32)
+
+
+class _Part(NamedTuple):
+    """A stretch of the numbers, by its first element."""
+
+    first: int
+    numel: int
+    group: int
+    has_update: bool
+
+
+def _fault(run: type[Run], question: Question) -> str | None:
+    """What a kernel does otherwise than plain torch; None for nothing."""
+    kind = question.kind
+    numbers = hard_numbers(kind)
+    whole = len(numbers) - len(numbers) % 16
+    # All of them, where memory is laid out well; and an odd number of them, where it is not.
+    parts = [_Part(0, whole, whole, True), _Part(1, 4099, 4099, True)]
+    if question.takes_scale:
+        # Blocks, from the largest numbers over infinity and NaN to the smallest; and rows of an odd length.
+        parts += [_Part(0x7F00, 64 * 32, 32, False), _Part(0x3F07, 9 * 129, 129, True)]
+    weights = numbers.to(kind.device)
+    given = _updates(kind, len(numbers))
+    updates = None if given is None else given.to(kind.device)
+
+    places, size = [], 0
+    for part in parts:
+        places.append(size + _GUARD)
+        size += (part.numel + 3 * _GUARD) // _GUARD * _GUARD
+    codes = torch.full((size,), _UNTOUCHED, dtype=kind.codes, device=kind.device)
+    expected = codes.clone()
+    scales = _scales(sum(part.numel // part.group for part in parts), kind.device) if question.takes_scale else None
+
+    counts, largest, at = [], [], 0
+    for place, part in zip(places, parts, strict=True):
+        weight = weights[part.first :][: part.numel]
+        groups = part.numel // part.group
+        values = weight.float().view(groups, part.group)
+        largest.append(values.abs().amax(1))
+        if scales is not None:
+            scale = scales[at : at + groups, None]
+            values = values / scale if kind.rounding.divides else values * scale
+        at += groups
+        new = ordinals(values.flatten(), kind.rounding).to(kind.codes)
+        old = torch.where(torch.arange(part.numel, device=kind.device) % 3 == 0, new ^ 1, new)
+        codes[place : place + part.numel] = old
+        expected[place : place + part.numel] = new
+        update = updates[part.first :][: part.numel] if updates is not None and part.has_update else None
+        counts.append(reference.count(old, new, update))
+
+    item, code = kind.weight.itemsize, kind.codes.itemsize
+    kernel = run(
+        [
+            Stretch(weights.data_ptr() + part.first * item, codes.data_ptr() + place * code, part.numel, part.group)
+            for place, part in zip(places, parts, strict=True)
+        ],
+        kind,
+    )
+    if question.finds_scale:
+        found_largest, expected_largest = kernel.largest(), torch.cat(largest)
+        if not torch.equal(found_largest.nan_to_num(nan=-1.0), expected_largest.nan_to_num(nan=-1.0)):
+            return "it finds other largest magnitudes"
+    addresses = None
+    if updates is not None:
+        step = updates.element_size()
+        addresses = np.array([updates.data_ptr() + part.first * step if part.has_update else 0 for part in parts])
+    found = kernel.count_(scales, addresses)
+    wrong = int(torch.count_nonzero(codes != expected))
+    if wrong:
+        return f"{wrong} of {size} codes are others"
+    if not torch.equal(found, torch.stack(counts)):
+        return f"it counts {found.tolist()}, plain torch {torch.stack(counts).tolist()}"
+    return None
+
+
+def _updates(kind: Kind, numel: int) -> Tensor | None:
+    """Gradients with zeros of both signs, NaN and numbers of every size, in no step with the codes that are changed."""
+    if kind.update is None:
+        return None
+    some = [0.0, 1.0, -0.0, float("nan"), -3e-5, 0.0, float("inf")]
+    return torch.tensor(some, dtype=torch.float32, device="cpu").to(kind.update).repeat(-(-numel // 7))[:numel]
+
+
+def _scales(number: int, device: torch.device) -> Tensor:
+    some = [1.0, 3.0, 0.37, 2.0**-20, 2.0**20, 1e-38, 0.1, float("nan"), 1.5e38]
+    return torch.tensor(some, dtype=torch.float32, device="cpu").repeat(-(-number // len(some)))[:number].to(device)
+
+
+# ---------------------------------------------------------------------- faster
+
+
+def _races_on(device: torch.device) -> bool:
+    """Whether a kernel has to be faster here. On the CPU it is known to be, and a race would cost a training time."""
+    return device.type != "cpu"
+
+
+def _speedup(run: type[Run], question: Question, eager: Eager) -> float:
+    """Plain torch's time for the weights of a small model, in the kernel's."""
+    kind = question.kind
+    shape = (_RACE_WEIGHTS, *_RACE_SHAPE)
+    # Numbers of many sizes, without drawing random ones.
+    weights = torch.arange(torch.Size(shape).numel(), device=kind.device).mul_(7919).remainder_(1000003).sub_(500000)
+    weights = weights.to(torch.float32).mul_(1e-7).to(kind.weight).view(shape)
+    codes = torch.zeros(shape, dtype=kind.codes, device=kind.device)
+    counts = torch.zeros(3, dtype=torch.int64, device=kind.device)
+    updates = None if kind.update is None else weights.to(kind.update)
+    scales = torch.ones(len(weights), device=kind.device) if question.takes_scale else None
+    addresses = None if updates is None else np.array([update.data_ptr() for update in updates])
+    numel = weights[0].numel()
+    kernel = run([Stretch(w.data_ptr(), c.data_ptr(), numel, numel) for w, c in zip(weights, codes, strict=True)], kind)
+
+    def count() -> None:
+        if question.finds_scale:
+            kernel.largest()
+        kernel.count_(scales, addresses)
+
+    def count_eagerly() -> None:
+        for i, weight in enumerate(weights):
+            eager(weight, codes[i], None if updates is None else updates[i], counts)
+
+    return _seconds(count_eagerly, kind.device) / _seconds(count, kind.device)
+
+
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
+    """The shortest of a few times, after others that compile and allocate."""
+    times = []
+    for _ in range(8):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[3:])

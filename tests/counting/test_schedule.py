@@ -1,0 +1,45 @@
+"""Which steps count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from weightflip.counting.schedule import Schedule
+
+
+@pytest.mark.parametrize(
+    ("options", "due"),
+    [
+        ((1, 0, None), list(range(12))),
+        ((3, 0, None), [0, 3, 6, 9]),
+        ((3, 2, None), [2, 5, 8, 11]),
+        ((2, 1, 6), [1, 3, 5]),
+    ],
+)
+def test_which_steps_are_due(options, due):
+    schedule = Schedule(*options)
+    assert [step for step in range(12) if schedule.is_due(step)] == due
+    found = []
+    for step in range(12):
+        assert schedule.steps == step
+        if schedule.is_due():
+            assert schedule.tracked_steps == len(found)
+            found.append(step)
+        assert schedule.is_over() == (options[2] is not None and step >= options[2])
+        schedule.progress = schedule.progress.next(None)
+    assert found == due
+
+
+def test_a_step_that_was_none_is_not_completed():
+    schedule = Schedule()
+    for valid in (None, torch.tensor(True), torch.tensor(False), None, torch.tensor(False)):
+        schedule.progress = schedule.progress.next(valid)
+    assert (schedule.steps, schedule.completed()) == (5, 3)
+
+
+def test_numbers_that_make_no_sense():
+    with pytest.raises(ValueError, match="track_every= is a whole number of at least 1, got True"):
+        Schedule(True)
+    with pytest.raises(ValueError, match="end_step= is a whole number of at least 4, got 3"):
+        Schedule(1, 3, 3)

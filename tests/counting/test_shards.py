@@ -1,0 +1,77 @@
+"""A run on one process enters no line of sharding code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from parts import weight
+
+import weightflip
+from weightflip import WeightFlipTracker
+
+SHARDING = {str(Path(weightflip.__file__).parent / name) for name in ("distributed.py", "counting/sharded.py")}
+
+
+def entered(action) -> set[str]:
+    """Functions of sharding code that run meanwhile."""
+    found = set()
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename in SHARDING:
+            found.add(frame.f_code.co_name)
+
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(None)
+    return found
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def life(weights):
+    tracker = WeightFlipTracker(metrics=("flips", "stalls"))
+
+    def run():
+        for _ in range(3):
+            tracker.before_step(weights)
+            with torch.no_grad():
+                for tracked in weights:
+                    tracked.parameter.mul_(-1)
+            tracker.after_step()
+        tracker.record()
+        tracker.state_dict()
+        tracker.drop_codes()
+        str(tracker)
+
+    return run
+
+
+def test_an_unsharded_run_enters_no_line_of_it():
+    weights = [weight("a", "float8_e4m3"), weight("bb", "ternary"), weight("ccc", "native")]
+    assert entered(life(weights)) == set()
+
+
+def test_of_a_subclass_it_asks_what_it_is_and_no_more():
+    tracked = weight("a", "float8_e4m3")
+    tracked.parameter = torch.randn(8, 64).as_subclass(Subclass)
+    assert entered(life([tracked])) == {"is_dtensor"}
+
+
+def test_it_is_not_even_loaded():
+    code = """
+import sys, torch, weightflip
+weight = torch.nn.Parameter(torch.ones(4, 4))
+weight.grad = torch.ones(4, 4)
+optimizer = weightflip.FlipTrackingOptimizer(torch.optim.SGD([weight]), sinks=[])
+optimizer.step()
+optimizer.close()
+print("weightflip.counting.sharded" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -1,0 +1,107 @@
+"""What a step asks of torch does not grow with the number of tensors, and nothing in it waits for the device."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from weightflip import FlipTrackingOptimizer
+from weightflip.counting.canary import Canary
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FORMATS = ["float8_e4m3", "float8_e4m3:row", "float8_e5m2:pow2", "e3m4", "mxfp8_e4m3", "mxfp4", "nvfp4", "int8",
+           "int4:g32", "bfloat16"]  # fmt: skip
+ON_TRITON = ["float8_e4m3", "mxfp8_e4m3", "bfloat16"]
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero"}
+
+
+class Calls(TorchDispatchMode):
+    """Counts what torch is asked for, by name; what a kernel is asked for apart, since no dispatcher sees that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.launches = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def asked_in_a_step(backend: str, quantizer: str, tensors: int, monkeypatch) -> Calls:
+    """Of tracking alone, in a step between two logging points."""
+    weights = [torch.nn.Parameter(torch.randn(32, 32)) for _ in range(tensors)]
+
+    class Still(torch.optim.SGD):
+        def step(self, closure=None):
+            with _disable_current_modes(), torch.no_grad():
+                for weight in weights:
+                    weight.add_(0.01)
+
+    optimizer = FlipTrackingOptimizer(
+        Still(weights, lr=0.1), quantizer=quantizer, backend=backend, sinks=[], log_every=1000
+    )
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    monkeypatch.setattr(Canary, "is_due", staticmethod(lambda steps: False))
+    for _ in range(2):
+        optimizer.step()
+    calls = Calls()
+    if backend == "triton":
+        from weightflip.kernels import cuda
+
+        start = cuda.Run._start
+
+        def launch(self, *args, **kwargs):
+            calls.launches += 1
+            with _disable_current_modes():
+                start(self, *args, **kwargs)
+
+        monkeypatch.setattr(cuda.Run, "_start", launch)
+    with calls:
+        optimizer.step()
+    members = [len(batch.members) for batch in optimizer.tracker.batches]
+    assert members == [tensors]
+    assert all(optimizer.tracker.get_flip_counts().values())
+    return calls
+
+
+def assert_bounded(backend: str, quantizer: str, monkeypatch, tensors: int) -> None:
+    with monkeypatch.context() as patch:
+        few = asked_in_a_step(backend, quantizer, 10, patch)
+    with monkeypatch.context() as patch:
+        many = asked_in_a_step(backend, quantizer, tensors, patch)
+    for calls in (few, many):
+        assert calls.names.total() <= 60, calls.names
+        assert calls.launches <= 2
+        assert not WAITING & set(calls.names)
+    assert few.names == many.names
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="about the CPU's kernel")
+@pytest.mark.parametrize("quantizer", FORMATS)
+def test_numba(quantizer, monkeypatch):
+    pytest.importorskip("numba")
+    assert_bounded("numba", quantizer, monkeypatch, 1000)
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="the interpreter is chosen before Triton is imported")
+@pytest.mark.parametrize("quantizer", ON_TRITON)
+def test_triton(quantizer, monkeypatch):
+    # The interpreter takes its time for each tile: fewer tensors tell as much.
+    assert_bounded("triton", quantizer, monkeypatch, 40)
+
+
+@pytest.mark.skipif(IS_INTERPRETED or importlib.util.find_spec("triton") is None, reason="no Triton, or run already")
+def test_triton_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-q", __file__]
+    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert f"{len(ON_TRITON)} passed" in result.stdout

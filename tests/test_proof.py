@@ -1,0 +1,222 @@
+"""A compiled kernel is used only where it was shown to count as plain torch does, and faster where that is asked."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import time
+
+import pytest
+import torch
+from kernel_cases import QUANTIZERS, hard_numbers
+
+from weightflip import FlipTrackingOptimizer, kernels
+from weightflip.formats import IntegerRounding
+from weightflip.kernels import backend, compiled, cpu, proof
+from weightflip.kernels.runs import Kind
+from weightflip.quantizers import resolve
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_tried_yet(monkeypatch):
+    monkeypatch.setattr(proof, "_answers", {})
+
+
+def take_instead(monkeypatch, kernel):
+    monkeypatch.setattr(backend, "_compiled", lambda name: backend._Compiled(kernel, "cpu"))
+
+
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, "mxfp6_e2m3", "nvfp4", "ternary", "native"], ids=str)
+def test_the_table_says_what_plain_torch_does(quantizer):
+    quantizer, weight = resolve(quantizer), hard_numbers().view(-1, 32)
+    if quantizer.name == "native":
+        weight = weight.bfloat16()
+    weight = quantizer.grouped(weight)
+    for scale in (None, torch.tensor(0.37)):
+        if scale is not None and quantizer.scope == "element":
+            continue
+        if scale is None and quantizer.scope != "element":
+            continue
+        expected = torch.empty(weight.shape, dtype=quantizer.code_dtype(weight))
+        # Under, since this scale is not the weight's own.
+        quantizer.encode_under(weight, scale, expected, kernels.ScratchPool())
+        rounding, values = quantizer.rounding(weight), weight.float()
+        if scale is not None:
+            applied = quantizer.applied_scale(scale)
+            values = values / applied if rounding.divides else values * applied
+        assert torch.equal(proof.ordinals(values, rounding), expected.long())
+
+
+def question_of(quantizer, dtype=torch.float32, with_updates=True) -> proof.Question:
+    quantizer, weight = resolve(quantizer), torch.ones(4, 32, dtype=dtype)
+    kind = Kind(dtype, dtype if with_updates else None, quantizer.code_dtype(weight), quantizer.rounding(weight), CPU)
+    is_scaled = quantizer.scope != "element"
+    return proof.Question(kind, is_scaled, is_scaled)
+
+
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, "mxfp4", "nvfp4"], ids=str)
+def test_the_kernel_passes(quantizer):
+    for dtype in (torch.float32, torch.bfloat16):
+        for with_updates in (False, True):
+            question = question_of(quantizer, dtype, with_updates)
+            assert cpu.Run.can_do(question.kind, scaled=question.finds_scale)
+            assert proof._fault(cpu.Run, question) is None
+
+
+class Raises(cpu.Run):
+    def count_(self, scale, updates):
+        raise RuntimeError("no instruction of that name")
+
+
+class LosesAFlip(cpu.Run):
+    def count_(self, scale, updates):
+        found = super().count_(scale, updates)
+        found[-1, 0] -= 1
+        return found
+
+
+class IgnoresNaNAsUpdate(cpu.Run):
+    def count_(self, scale, updates):
+        found = super().count_(scale, updates)
+        if updates is not None:
+            found[0, 1] -= 1
+        return found
+
+
+class RoundsTiesUp(cpu.Run):
+    def __init__(self, stretches, kind):
+        super().__init__(stretches, kind)
+        cut, offset, first_normal, adder, *rest = self._constants
+        # A larger adder rounds subnormal numbers to a coarser grid.
+        self._constants = (cut, offset, first_normal, adder * 2, *rest)
+
+
+class MissesNaN(cpu.Run):
+    def largest(self):
+        return super().largest().nan_to_num(nan=0.0)
+
+
+class WritesTooFar(cpu.Run):
+    def count_(self, scale, updates):
+        ctypes.c_int8.from_address(int(self._places[1, compiled.CODES]) + 4099).value = 3
+        return super().count_(scale, updates)
+
+
+FAULTS = {
+    Raises: "it raised RuntimeError: no instruction of that name",
+    LosesAFlip: "it counts ",
+    IgnoresNaNAsUpdate: "it counts ",
+    RoundsTiesUp: "codes are others",
+    MissesNaN: "it finds other largest magnitudes",
+}
+
+
+def train(backend_name: str, quantizer: str = "float8_e4m3"):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(40, 32, generator=generator)) for _ in range(3)]
+    weights.append(torch.nn.Parameter(torch.randn(32, 40, generator=generator).T))
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.SGD(weights, lr=0.05), quantizer=quantizer, backend=backend_name, sinks=[]
+    )
+    for _ in range(3):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+    return optimizer.tracker.record(), [weight.detach() for weight in weights]
+
+
+@pytest.mark.parametrize("backend_name", ["auto", "numba"])
+@pytest.mark.parametrize("kernel", FAULTS)
+def test_a_broken_kernel_is_refused_and_training_goes_on(kernel, backend_name, monkeypatch, caplog):
+    expected, weights = train("eager")
+    take_instead(monkeypatch, kernel)
+    with caplog.at_level(logging.INFO, logger="weightflip"):
+        found, same = train(backend_name)
+    assert found == expected
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+    refusals = [record for record in caplog.records if "not used, plain torch counts instead" in record.getMessage()]
+    assert refusals
+    assert all(FAULTS[kernel] in record.getMessage() and record.levelname == "WARNING" for record in refusals)
+    # Each question was asked once.
+    assert len({record.getMessage() for record in refusals}) == len(refusals)
+
+
+def test_a_good_kernel_is_told_of_once(monkeypatch, caplog):
+    with caplog.at_level(logging.INFO, logger="weightflip"):
+        train("auto")
+        train("auto")
+    told = [record.getMessage() for record in caplog.records if ": equal" in record.getMessage()]
+    assert told
+    assert len(set(told)) == len(told)
+    assert told[0] == "numba for float32 to e4m3 (int8; updates None) on cpu: equal"
+
+
+def test_no_stretch_is_left():
+    """Codes beside those of a stretch have to stay as they are."""
+    question = question_of("float8_e4m3")
+    assert proof._fault(WritesTooFar, question).startswith("1 of ")
+
+
+class Slow(cpu.Run):
+    def count_(self, scale, updates):
+        time.sleep(0.02)
+        return super().count_(scale, updates)
+
+
+@pytest.mark.parametrize(("kernel", "is_used"), [(cpu.Run, True), (Slow, False)])
+def test_where_there_is_a_race_the_slower_is_not_used_by_itself(kernel, is_used, monkeypatch, caplog):
+    expected, _ = train("eager")
+    take_instead(monkeypatch, kernel)
+    monkeypatch.setattr(proof, "_races_on", lambda device: True)
+    # What the kernel needs for so few weights is less than what plain torch needs in calls, and far less than 20 ms.
+    monkeypatch.setattr(proof, "_RACE_SHAPE", (32, 32))
+    for name in ("auto", "numba"):
+        with caplog.at_level(logging.INFO, logger="weightflip"):
+            found, _ = train(name)
+        assert found == expected
+    question = question_of("float8_e4m3")
+    eager = functools.partial(pytest.fail, "asked again")
+    assert proof.is_usable("numba", kernel, question, eager, must_be_faster=True) == is_used
+    assert proof.is_usable("numba", kernel, question, eager, must_be_faster=False)
+    told = [record.getMessage() for record in caplog.records if ": equal" in record.getMessage()]
+    assert all(("x faster than eager" in text) == is_used for text in told)
+
+
+def test_a_race_that_fails_is_lost_but_no_fault(monkeypatch, caplog):
+    monkeypatch.setattr(proof, "_races_on", lambda device: True)
+
+    def eager(weight, codes, update, counts):
+        raise ValueError("no such scale")
+
+    question = question_of("e3m4:row")
+    assert cpu.Run.can_do(question.kind, scaled=True)
+    assert not proof.is_usable("numba", cpu.Run, question, eager, must_be_faster=True)
+    assert proof.is_usable("numba", cpu.Run, question, eager, must_be_faster=False)
+    assert "no time was taken: ValueError: no such scale" in caplog.text
+
+
+def test_it_draws_no_random_numbers_and_is_over_soon():
+    question = question_of("mxfp8_e4m3", torch.bfloat16)
+    assert cpu.Run.can_do(question.kind, scaled=True)
+    before = torch.get_rng_state()
+    start = time.perf_counter()
+    assert proof._fault(cpu.Run, question) is None
+    assert time.perf_counter() - start < 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_in_a_capture_nothing_is_tried(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    question = question_of("float8_e4m3")
+    question = question._replace(kind=question.kind._replace(device=torch.device("cuda", 0)))
+    eager = functools.partial(pytest.fail, "tried")
+    assert not proof.is_usable("triton", Raises, question, eager, must_be_faster=False)
+    assert proof._answers == {}
+
+
+def test_integers_are_those_of_the_rounding():
+    values = torch.tensor([0.5, 1.5, -0.5, -1.5, 9.0, -9.0, float("nan"), float("inf")])
+    assert proof.ordinals(values, IntegerRounding(-8, 7, -128)).tolist() == [0, 2, 0, -2, 7, -8, -128, 7]
