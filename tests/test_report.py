@@ -23,7 +23,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from weightflip import FlipRecord, FlipTrackingOptimizer
 from weightflip.records import Counts, LayerRecord, Quotient, RunInfo
-from weightflip.report import ReportError, Severity, cli, find, read, read_runs
+from weightflip.report import ReportError, Severity, cli, find, jsonl, read_runs
+from weightflip.report.run import EMPTY, Run
 from weightflip.sinks import JSONLSink
 
 ALL_METRICS = ("flips", "stalls", "oscillation", "coverage")
@@ -234,8 +235,8 @@ def test_of_a_resumed_run_the_later_points_count(digits, tmp_path, where):
 def test_of_a_long_file_windows_are_added_up(digits, tmp_path, monkeypatch):
     train(digits, 60, metrics=ALL_METRICS, sinks=[tmp_path / "flips.jsonl"], log_every=1).close()
     whole = read_one(tmp_path)
-    monkeypatch.setattr(read, "_BYTES_READ_AT_MOST", 1000)
-    monkeypatch.setattr(read, "_POINTS_READ_AT_LEAST", 7)
+    monkeypatch.setattr(jsonl, "_BYTES_READ_AT_MOST", 1000)
+    monkeypatch.setattr(jsonl, "_POINTS_READ_AT_LEAST", 7)
     part = read_one(tmp_path)
     assert len(part.steps) == 7
     assert part.end == whole.end
@@ -262,7 +263,7 @@ class Script:
         self.dtype, self.quantizer, self.metrics = dtype, quantizer, metrics
         self.totals: dict[str, Counts] = {}
 
-    def write(self, windows: list[dict[str, dict]], alerts=()) -> read.Run:
+    def write(self, windows: list[dict[str, dict]], alerts=()) -> Run:
         """Each window: layer to shares (``flip``, ``stall``, ``updates``), ``nonfinite``, ``ratios``, ``gauges``."""
         sink = JSONLSink(str(self.path))
         tracked = {name: (str(self.size), self.dtype, self.quantizer) for name in windows[0]}
@@ -575,8 +576,8 @@ def test_a_narrow_terminal_leaves_out_columns_not_names(two_runs, capsys, monkey
 
 
 def test_csv_is_every_record(two_runs, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "_BYTES_READ_AT_MOST", 100)
-    monkeypatch.setattr(read, "_POINTS_READ_AT_LEAST", 3)
+    monkeypatch.setattr(jsonl, "_BYTES_READ_AT_MOST", 100)
+    monkeypatch.setattr(jsonl, "_POINTS_READ_AT_LEAST", 3)
     run_cli(capsys, two_runs, "--csv", tmp_path / "all.csv")
     with open(tmp_path / "all.csv", newline="") as file:
         rows = {(*row[:-1],): float(row[-1]) for row in list(csv.reader(file))[1:]}
@@ -695,4 +696,4 @@ def test_as_a_program_without_rich(two_runs):
 def test_values_without_a_number_are_left_out():
     layer = LayerRecord("a", 4, Counts(), Counts(), gauges={"x": Quotient(0, 0)})
     assert {name: q.value for name, q in layer.quotients.items()} == layer.values == {"cumulative_flip_rate": 0}
-    assert math.isnan(read.EMPTY.summary)
+    assert math.isnan(EMPTY.summary)

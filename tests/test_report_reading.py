@@ -16,9 +16,10 @@ from torch.utils.tensorboard import SummaryWriter
 from weightflip.metrics import LayerMetric, Metric
 from weightflip.report import find, read_runs
 from weightflip.report.html import write_html
-from weightflip.report.read import ReportError
+from weightflip.report.run import ReportError
 from weightflip.report.table import write_csv
 from weightflip.report.terminal import print_report
+from weightflip.sinks import BesideSink, TensorBoardSink
 
 
 class Progress(Metric):
@@ -88,14 +89,29 @@ def test_writers_at_once_are_kept_apart_and_resumed_ones_are_one(tmp_path):
     assert not run.notes
 
 
-def test_two_writers_of_one_jsonl_file_are_said(digits, tmp_path):
-    for name in ("a", "b"):
-        train(digits, 40, sinks=[tmp_path / f"{name}.jsonl"]).close()
+def test_two_writers_of_one_jsonl_file_are_kept_apart(digits, tmp_path):
+    for name, lr in (("a", 1e-3), ("b", 1e-2)):
+        train(digits, 40, lr=lr, sinks=[tmp_path / f"{name}.jsonl"]).close()
     a, b = ((tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("a", "b"))
     mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text("\n".join(line for pair in zip(a, b, strict=True) for line in pair) + "\n")
+    lines = [line for pair in zip(a, b, strict=True) for line in pair]
+    mixed.write_text("\n".join(lines) + "\n")
+    runs = read_runs([mixed])
+    for run, name in zip(runs, "ab", strict=True):
+        alone = read_one(tmp_path / f"{name}.jsonl")
+        for layer, other in zip(run.layers.values(), alone.layers.values(), strict=True):
+            assert layer.get("flip_rate").numerators.tolist() == other.get("flip_rate").numerators.tolist()
+        assert "one of 2 trainings that wrote to this file at once" in run.notes[-1]
+    assert [run.name for run in runs] == ["writer 1", "writer 2"]
+    # Files of earlier versions do not say who wrote a line.
+    mixed.write_text("\n".join(line[: line.index(', "writer"')] + "}" for line in lines) + "\n")
     (note,) = read_one(mixed).notes
     assert "steps go back 4 times without a new beginning" in note
+    # One after the other is one training, resumed or begun anew.
+    mixed.write_text("\n".join([*a[:3], *b]) + "\n")
+    run = read_one(mixed)
+    assert run.steps.tolist() == [10, 20, 30, 40]
+    assert not run.notes
 
 
 ODD = [
@@ -146,8 +162,10 @@ def test_damaged_lines_are_counted_and_left_out(digits, tmp_path):
 def test_no_mutation_of_a_file_ends_a_report(tmp_path):
     path = tmp_path / "flips.jsonl"
     options = {"metrics": ("flips", "stalls", "oscillation", "travel", "range"), "alerts": ["flip_rate >= 0"]}
-    train_evil(sinks=[path], log_every=2, **options).close()
-    text = path.read_bytes()
+    tensorboard = TensorBoardSink(str(tmp_path / "run"))
+    train_evil(sinks=[path, tensorboard, BesideSink(tensorboard)], log_every=2, **options).close()
+    (rows,) = (tmp_path / "run").glob("*.jsonl")
+    texts = [path.read_bytes(), rows.read_bytes()]
     draw = random.Random(0)
     cells = [
         b'"x"',
@@ -164,7 +182,8 @@ def test_no_mutation_of_a_file_ends_a_report(tmp_path):
         b"\xff",
         b"\x00",
     ]
-    for at in range(300):
+    for at in range(400):
+        text = texts[at >= 300]
         data = bytearray(text)
         for _ in range(draw.choice((1, 3, 30))):
             begin = draw.randrange(len(data))
@@ -177,7 +196,7 @@ def test_no_mutation_of_a_file_ends_a_report(tmp_path):
                 data[begin:begin] = data[: draw.choice((10, 3000))]
             else:
                 # A number, by another value.
-                end = begin = data.find(b": ", begin) + 2
+                end = begin = data.find((b": ", b",")[at >= 300], begin) + (2, 1)[at >= 300]
                 while end < len(data) and data[end] in b"0123456789.":
                     end += 1
                 data[begin:end] = draw.choice(cells)

@@ -216,7 +216,8 @@ def test_a_resumed_run_goes_on_in_its_event_files(digits, tmp_path):
         events = EventAccumulator(str(tmp_path / "runs"))
         events.Reload()
         assert [scalar.step for scalar in events.Scalars("flips/rate")] == list(range(2, STEPS + 1, 2))
-    assert len(list((tmp_path / "runs").iterdir())) == 2
+    of_each = sorted(path.name.partition(".")[0] for path in (tmp_path / "runs").iterdir())
+    assert of_each == ["events", "events", "flips", "flips"]
 
 
 @pytest.mark.parametrize(("saved", "loading"), [(None, by_wrapper), (by_wrapper, None)])

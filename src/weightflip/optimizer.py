@@ -17,7 +17,7 @@ from weightflip.inner import check_optimizer, delegated, runs_hooks_itself, seen
 from weightflip.log import Log
 from weightflip.metrics.columns import METRICS, MetricsLike
 from weightflip.options import Options, check_names
-from weightflip.sinks import SinkGroup, TensorBoardSink, make_sinks
+from weightflip.sinks import BesideSink, SinkGroup, TensorBoardSink, make_sinks
 from weightflip.tracked import Tracked
 from weightflip.tracking import STATE_KEY, Tracking
 
@@ -62,7 +62,8 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
         track_every: Track every n-th step.
         start_step: First step to track, from 0.
         end_step: Track no step from this one on.
-        log_dir: Where TensorBoard files go; None for ``SummaryWriter``'s own default place. Made at the first record.
+        log_dir: Where TensorBoard files go, and a JSONL file beside them for reports; None for ``SummaryWriter``'s own
+            default place. Made at the first record.
         log_every: Steps between two records.
         sinks: Instead of TensorBoard in ``log_dir``: ``SummaryWriter`` objects, ``wandb`` runs, paths that end in
             ``.jsonl`` or ``.csv``, functions of a :class:`FlipRecord`, ``Sink`` objects. An empty list keeps the
@@ -363,7 +364,10 @@ def _make_log(log_dir: Any, sinks: Any) -> Log:
     # Other processes do not even look at the place.
     is_writer = distributed.is_writer()
     if sinks is None:
-        return Log(SinkGroup([TensorBoardSink(log_dir)] if is_writer else []), is_wanted=True)
+        if not is_writer:
+            return Log(SinkGroup([]), is_wanted=True)
+        tensorboard = TensorBoardSink(log_dir)
+        return Log(SinkGroup([tensorboard, BesideSink(tensorboard)]), is_wanted=True)
     if log_dir is not None:
         raise ValueError("log_dir= says where the default sink writes; with sinks= give SummaryWriter(log_dir) there")
     if isinstance(sinks, Tracked):

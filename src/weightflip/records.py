@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+Kind: TypeAlias = Literal["rate", "gauge", "histogram"]
+Unit: TypeAlias = Literal["share", "count", "number"]
 
 MODEL_TAGS = {
     "flip_rate": "flips/rate",
@@ -13,6 +16,77 @@ MODEL_TAGS = {
     "stall_ratio": "flips/stall_ratio",
 }
 """Where there are tags, those of the model's numbers that are not ``flips/<value>``."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One of the numbers of a record: what it is, and how and where it is shown.
+
+    It is declared where the number is counted, and goes with the records to all that show it.
+
+    Attributes:
+        name: As in records and tags.
+        kind: ``"rate"``: counted over the steps since the last logging point. ``"gauge"``: found at the logging point.
+            ``"histogram"``: the same, of a number that each weight has.
+        title: The head of its column, in a word or two; from the name, unless it is said.
+        description: What it is, in a few words: the title of its chart.
+        unit: ``"share"`` of a whole, written in per cent; ``"count"`` of something; any other ``"number"``.
+        chart: What charts it stands among in TensorBoard's layout; the metric group's, unless it is said.
+        order: Its place among the numbers, the lowest first: the last ones are left out first where there is no room.
+        heat_map: Whether it has a picture of all layers over time.
+
+    Raises:
+        ValueError: A kind or a unit that there is not.
+    """
+
+    name: str
+    kind: Kind = "rate"
+    title: str = ""
+    description: str = ""
+    unit: Unit = "number"
+    chart: str = ""
+    order: int = 100
+    heat_map: bool = False
+
+    def __post_init__(self) -> None:
+        for what, given, known in (("kind", self.kind, get_args(Kind)), ("unit", self.unit, get_args(Unit))):
+            if given not in known:
+                raise ValueError(f"the {what} of Value({self.name!r}) is one of {', '.join(known)}; got {given!r}")
+        object.__setattr__(self, "title", self.title or self.name.replace("_", " "))
+
+
+CORE_VALUES = (
+    Value("flip_rate", "rate", "flip rate", "share of weights that flip in a step", "share", "weightflip", 0, True),
+    Value(
+        "stall_ratio", "rate", "stall ratio", "share of updates swallowed by rounding", "share", "weightflip", 1, True
+    ),
+    Value(
+        "cumulative_flip_rate", "gauge", "flips/weight", "flips since the start / weights", "number", "weightflip", 55
+    ),
+    Value(
+        "scale_changes",
+        "rate",
+        "scale changes",
+        "share of block or group scales that change in a step",
+        "share",
+        "weightflip: scale",
+        60,
+    ),
+    Value("nonfinite_weights", "gauge", "non-finite", "NaN and infinite weights", "count", "weightflip", 1000),
+)
+"""The numbers that every run has."""
+
+
+def shown_as(names: Iterable[str], values: Iterable[Value]) -> list[Value]:
+    """How some numbers are shown, in their order.
+
+    Args:
+        names: Of the numbers.
+        values: Those that a run declares; one that nobody declares is shown under its name.
+    """
+    known = {value.name: value for value in (*CORE_VALUES, *values)}
+    found = [known.get(name) or Value(name) for name in dict.fromkeys(names)]
+    return sorted(found, key=lambda value: (value.order, value.name))
 
 
 class Quotient(NamedTuple):
@@ -99,6 +173,14 @@ class Counts:
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and numbers."""
         return {**vars(self), "ratios": {name: list(quotient) for name, quotient in self.ratios.items()}}
+
+
+def _short(counts: Counts) -> list[int]:
+    """The numbers of ``counts`` in their order, without zeros at the end."""
+    numbers = [getattr(counts, name) for name in _NUMBERS]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return numbers
 
 
 _NUMBERS = tuple(f.name for f in fields(Counts) if f.name != "ratios")
@@ -240,6 +322,27 @@ class LayerRecord:
         }
         return {**vars(self), **given}
 
+    def to_row(self) -> list[Any]:
+        """Name, weights, the numbers of the window and of the total, and what else is not empty, but no histograms."""
+        more = {
+            "nonfinite": self.nonfinite,
+            "window": {name: list(quotient) for name, quotient in self.window.ratios.items()},
+            "total": {name: list(quotient) for name, quotient in self.total.ratios.items()},
+            "gauges": {name: list(quotient) for name, quotient in self.gauges.items()},
+        }
+        more = {name: content for name, content in more.items() if content}
+        return [self.name, self.weights, _short(self.window), _short(self.total), *([more] if more else [])]
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any]) -> LayerRecord:
+        """The inverse of ``to_row``."""
+        name, weights, *periods, more = row if len(row) > 4 else [*row, {}]
+        window, total = (
+            Counts(**dict(zip(_NUMBERS, numbers, strict=False)), ratios=_quotients(more.get(of, {})))
+            for of, numbers in zip(("window", "total"), periods, strict=True)
+        )
+        return cls(name, weights, window, total, more.get("nonfinite", 0), _quotients(more.get("gauges", {})))
+
 
 @dataclass(frozen=True)
 class FlipRecord:
@@ -304,9 +407,15 @@ class FlipRecord:
             "groups": {group: list(names) for group, names in self.groups.items()},
         }
 
+    def to_rows(self) -> dict[str, Any]:
+        """The same in less room, without histograms and groups: what a report needs."""
+        return {"step": self.step, "rows": [layer.to_row() for layer in self.layers]}
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FlipRecord:
-        """The inverse of ``to_dict``; also of what earlier versions wrote."""
+        """The inverse of ``to_dict`` and ``to_rows``; also of what earlier versions wrote."""
+        if "rows" in data:
+            return cls(data["step"], tuple(map(LayerRecord.from_row, data["rows"])))
         groups = {group: tuple(names) for group, names in data.get("groups", {}).items()}
         return cls(data["step"], tuple(LayerRecord.from_dict(layer) for layer in data["layers"]), groups)
 
@@ -366,7 +475,7 @@ class RunInfo:
         settings: Name to value, as text.
         notes: Sentences worth reading, such as which format was assumed.
         groups: Name of a group to the names of its tracked parameters.
-        gauges: Names of the metric groups' numbers that are of one moment; all others are of a window.
+        values: The metric groups' numbers, and how each is shown.
     """
 
     tracked: dict[str, tuple[str, str, str]]
@@ -374,7 +483,7 @@ class RunInfo:
     settings: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    gauges: tuple[str, ...] = ()
+    values: tuple[Value, ...] = ()
 
     @classmethod
     def merged(cls, infos: Sequence[RunInfo]) -> RunInfo:
@@ -395,8 +504,12 @@ class RunInfo:
             {name: " and ".join(values) for name, values in settings.items()},
             tuple(dict.fromkeys(note for info in infos for note in info.notes)),
             groups,
-            tuple(dict.fromkeys(gauge for info in infos for gauge in info.gauges)),
+            tuple(dict.fromkeys(value for info in infos for value in info.values)),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and texts."""
+        return {**vars(self), "notes": list(self.notes), "values": [dict(vars(value)) for value in self.values]}
 
     def to_markdown(self) -> str:
         """The text panel."""
@@ -413,8 +526,12 @@ class RunInfo:
                 f"| {shown(group)} | {', '.join(f'`{shown(name)}`' for name in names)} |"
                 for group, names in self.groups.items()
             ]
-        if self.gauges:
-            lines += ["", "| number of one moment |", "|---|", *(f"| `{shown(gauge)}` |" for gauge in self.gauges)]
+        if self.values:
+            lines += ["", "| number | kind | unit | what it is |", "|---|---|---|---|"]
+            lines += [
+                f"| `{shown(value.name)}` | {value.kind} | {value.unit} | {shown(value.description or value.title)} |"
+                for value in shown_as((value.name for value in self.values), self.values)
+            ]
         lines += ["", shown(", ".join(f"{name}={value}" for name, value in self.settings.items()))]
         return "\n".join(lines)
 

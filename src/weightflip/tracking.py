@@ -175,7 +175,7 @@ class Tracking:
         self._types.update(owner_types(parameters, self._model))
         self.source.groups = make_groups(self._groups, list(parameters), self._types, strict=strict)
         groups = restricted(self.source.groups, {split_variant(weight.name)[0] for weight in weights})
-        self.source.info = RunInfo(described, skipped, self._settings, plan.notes, groups, self.tracker.gauge_names)
+        self.source.info = RunInfo(described, skipped, self._settings, plan.notes, groups, self.tracker.declared_values)
         if self.source not in self.log.sources:
             self.source.follow(self.log.sources)
             self.log.sources.append(self.source)

@@ -29,7 +29,7 @@ from weightflip.counting.table import LayerTable
 from weightflip.counting.totals import Totals
 from weightflip.metrics import CORE_VALUES
 from weightflip.metrics.columns import METRICS, MetricsLike, make_groups
-from weightflip.records import Counts, FlipRecord
+from weightflip.records import Counts, FlipRecord, Value
 
 
 class MemoryUsage(NamedTuple):
@@ -149,9 +149,9 @@ class WeightFlipTracker:
         return frozenset(CORE_VALUES).union(*((*metric.ratios, *metric.gauges) for metric in groups))
 
     @property
-    def gauge_names(self) -> tuple[str, ...]:
-        """Those of them that metric groups find at logging points."""
-        return tuple(name for group in self._groups for name in group.metric.gauges)
+    def declared_values(self) -> tuple[Value, ...]:
+        """Those that metric groups give, and how each is shown."""
+        return tuple(value for group in self._groups for value in group.metric.declared)
 
     @property
     def is_tracking(self) -> bool:

@@ -13,6 +13,7 @@ from weightflip.metrics.base import (
     metric_names,
     register,
 )
+from weightflip.records import Value
 
 __all__ = [
     "CORE_VALUES",
@@ -20,6 +21,7 @@ __all__ = [
     "LayerMetric",
     "Metric",
     "Slice",
+    "Value",
     "Weight",
     "make_metrics",
     "metric_names",

@@ -10,17 +10,18 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from weightflip import checks, functional
+from weightflip import checks, functional, records
 from weightflip.kernels import Index, ScratchPool, take
 from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer
+from weightflip.records import Kind, Value
 
-CORE_VALUES = ("flip_rate", "cumulative_flip_rate", "stall_ratio", "scale_changes")
-"""What records have without any group."""
+CORE_VALUES = tuple(value.name for value in records.CORE_VALUES if value.unit != "count")
+"""What records' ``values`` have without any group."""
 
 
 class Bins(NamedTuple):
@@ -152,17 +153,40 @@ class Metric(ABC):
     """A group of numbers that ``metrics=`` asks for by ``name``.
 
     A number is a numerator and a denominator, each of which is summed over layers, steps and processes before they are
-    divided. ``ratios`` are counted in steps, ``gauges`` and ``histograms`` are found at logging points.
+    divided. Rates are counted in steps, gauges and histograms are found at logging points.
     """
 
     name: ClassVar[str]
-    ratios: tuple[str, ...] = ()
-    gauges: tuple[str, ...] = ()
+    values: tuple[Value, ...] = ()
+    """What it gives, and how each number is shown, everywhere: in charts, tables and reports."""
     histograms: tuple[Bins, ...] = ()
     every: int = 1
     """Steps, or steps between logging points, from one look to the next, unless the user says otherwise."""
     of_shards: bool = True
     """Whether the sums over the shards of a weight are those of the whole; else sharded weights have no numbers."""
+
+    @property
+    def ratios(self) -> tuple[str, ...]:
+        """Names of the rates among ``values``: the rows of ``sums``."""
+        return self._names("rate")
+
+    @property
+    def gauges(self) -> tuple[str, ...]:
+        """Names of the gauges among ``values``: the rows of ``gauges``."""
+        return self._names("gauge")
+
+    def _names(self, kind: Kind) -> tuple[str, ...]:
+        return tuple(value.name for value in self.values if value.kind == kind)
+
+    @property
+    def declared(self) -> tuple[Value, ...]:
+        """Every number that it gives, also one that ``values`` does not describe, with the charts it stands among."""
+        kinds: dict[str, Kind] = dict.fromkeys(self.ratios, "rate")
+        kinds.update(dict.fromkeys(self.gauges, "gauge"))
+        kinds.update(dict.fromkeys((bins.name for bins in self.histograms), "histogram"))
+        described = {value.name: value for value in self.values}
+        found = [described.get(name) or Value(name, kind) for name, kind in kinds.items()]
+        return tuple(replace(value, chart=value.chart or f"weightflip: {self.name}") for value in found)
 
     @abstractmethod
     def open(self, name: str, weight: Weight) -> LayerMetric | None:
@@ -214,14 +238,21 @@ def make_metrics(groups: Mapping[Any, int | None]) -> list[tuple[Metric, int]]:
 
     Raises:
         ValueError: An unknown name, two groups that give the same number, or a number of steps below 1.
+        TypeError: A group whose ``values`` are something else.
     """
     made: list[tuple[Metric, int]] = []
-    taken = {"flips", "stalls", "nonfinite_weights", *CORE_VALUES}
+    taken = {"flips", "stalls", *(value.name for value in records.CORE_VALUES)}
     for spec, every in groups.items():
         metric = spec if isinstance(spec, Metric) else _by_name(spec)
         every = metric.every if every is None else every
         every = checks.whole(f"metrics={{{metric.name!r}: n}} looks every n steps, and n", every, 1)
-        names = {metric.name, *metric.ratios, *metric.gauges, *(bins.name for bins in metric.histograms)}
+        for value in metric.values:
+            if not isinstance(value, Value):
+                raise TypeError(
+                    f"values of the group {metric.name!r} in metrics= are Value objects, got {value!r}; "
+                    f"Value({str(value)!r}) is the shortest"
+                )
+        names = {metric.name, *(value.name for value in metric.declared)}
         if taken & names:
             raise ValueError(
                 f"two in metrics= are called, or give, {sorted(taken & names)}; leave one out or rename it"

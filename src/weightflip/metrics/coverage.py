@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from weightflip.metrics.base import LayerMetric, Metric, Slice, Weight, register
+from weightflip.records import Value
 
 
 @register
@@ -17,7 +18,24 @@ class Coverage(Metric):
     """
 
     name = "coverage"
-    gauges = ("ever_flipped", "net_flipped")
+    values = (
+        Value(
+            "ever_flipped",
+            "gauge",
+            "ever flipped",
+            "share of weights that have flipped since the start",
+            "share",
+            order=50,
+        ),
+        Value(
+            "net_flipped",
+            "gauge",
+            "net flipped",
+            "share of weights with another code than at the start",
+            "share",
+            order=51,
+        ),
+    )
 
     def open(self, name: str, weight: Weight) -> LayerMetric:
         return _LayerCoverage(weight)

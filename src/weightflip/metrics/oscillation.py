@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 from weightflip.metrics.base import LayerMetric, Metric, Slice, Weight, register
+from weightflip.records import Value
 
 # The share that Nagel et al. call oscillating in their tables.
 _THRESHOLD = 0.005
+
+
+_OFTEN = Value(
+    "oscillating_fraction", "gauge", "oscillating", "share of weights that oscillate often", "share", order=11
+)
 
 
 @register
@@ -34,7 +40,17 @@ class Oscillation(Metric):
     """
 
     name = "oscillation"
-    ratios = ("oscillation_ratio",)
+    values: tuple[Value, ...] = (
+        Value(
+            "oscillation_ratio",
+            "rate",
+            "oscillation",
+            "share of flips that go back, against the weight's flip before",
+            "share",
+            order=10,
+            heat_map=True,
+        ),
+    )
 
     def __init__(self, ema: float | None = None, threshold: float = _THRESHOLD) -> None:
         if ema is not None and not (_is_number(ema) and 0 < ema <= 1):
@@ -44,7 +60,7 @@ class Oscillation(Metric):
         self.ema = None if ema is None else float(ema)
         self.threshold = float(threshold)
         if ema is not None:
-            self.gauges = ("oscillating_fraction",)
+            self.values = (*self.values, _OFTEN)
 
     def open(self, name: str, weight: Weight) -> LayerMetric:
         return _LayerOscillation(weight, self.ema, self.threshold)

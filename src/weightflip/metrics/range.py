@@ -7,6 +7,7 @@ from torch import Tensor
 
 from weightflip.kernels import slice_elements, slices
 from weightflip.metrics.base import LayerMetric, Metric, Weight, register
+from weightflip.records import Value
 
 
 @register
@@ -20,7 +21,18 @@ class Range(Metric):
     """
 
     name = "range"
-    gauges = ("zero_fraction", "saturated_fraction", "underflow_fraction")
+    values = (
+        Value("zero_fraction", "gauge", "zero", "share of codes that stand for 0", "share", order=70),
+        Value("saturated_fraction", "gauge", "saturated", "share of codes at the format's two ends", "share", order=71),
+        Value(
+            "underflow_fraction",
+            "gauge",
+            "underflow",
+            "share of weights other than 0 with the code of 0",
+            "share",
+            order=72,
+        ),
+    )
 
     def open(self, name: str, weight: Weight) -> LayerMetric | None:
         quantizer = weight.elementwise

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from weightflip.metrics.base import LayerMetric, Metric, Weight, register
+from weightflip.records import Value
 
 
 @register
@@ -20,7 +21,14 @@ class Rank(Metric):
     """
 
     name = "rank"
-    gauges = ("stable_rank", "effective_rank")
+    values = (
+        Value(
+            "stable_rank", "gauge", "stable rank", "sum of the squared singular values / the largest of them", order=80
+        ),
+        Value(
+            "effective_rank", "gauge", "effective rank", "exponential of the entropy of the singular values", order=81
+        ),
+    )
     every = 500
     of_shards = False
 

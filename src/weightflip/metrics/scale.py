@@ -7,6 +7,7 @@ from torch import Tensor
 
 from weightflip.metrics.base import LayerMetric, Metric, Slice, Weight, register
 from weightflip.quantizers.base import ElementwiseQuantizer
+from weightflip.records import Value
 
 
 @register
@@ -18,7 +19,16 @@ class Scale(Metric):
     """
 
     name = "scale"
-    ratios = ("weight_driven_fraction",)
+    values = (
+        Value(
+            "weight_driven_fraction",
+            "rate",
+            "weight-driven",
+            "share of flips made by the weight, not by its scale",
+            "share",
+            order=30,
+        ),
+    )
 
     def open(self, name: str, weight: Weight) -> LayerMetric | None:
         quantizer = weight.elementwise

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from weightflip.metrics.base import Bins, LayerMetric, Metric, Weight, register
 from weightflip.quantizers.base import ElementwiseQuantizer
+from weightflip.records import Value
 
 # Weights of a layer that are looked at: errors of about a percent from 10,000 flips on.
 _SAMPLE = 1 << 14
@@ -37,8 +38,31 @@ class Travel(Metric):
     """
 
     name = "travel"
-    ratios = ("travel_ratio", "flip_excess")
-    gauges = ("travel_high_fraction",)
+    values = (
+        Value(
+            "travel_ratio",
+            "rate",
+            "travel",
+            "distance the quantized weights went / distance the weights went",
+            order=20,
+        ),
+        Value(
+            "travel_high_fraction",
+            "gauge",
+            "travel high",
+            "share of moving weights with a travel ratio above 16",
+            "share",
+            order=21,
+        ),
+        Value("flip_excess", "rate", "flip excess", "flips / flips that the sizes of the steps account for", order=65),
+        Value(
+            "log2_travel_ratio",
+            "histogram",
+            "log2 of travel",
+            "travel ratios of single weights, as powers of 2",
+            order=22,
+        ),
+    )
     histograms = (Bins("log2_travel_ratio", tuple(range(-7, 9))),)
 
     def open(self, name: str, weight: Weight) -> LayerMetric | None:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from weightflip.records import shown
 from weightflip.report.findings import find
-from weightflip.report.read import ReportError, read_runs
+from weightflip.report.read import read_runs
+from weightflip.report.run import ReportError
 from weightflip.report.table import write_csv
 from weightflip.report.terminal import print_report
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from weightflip.records import shown
-from weightflip.report.read import Layer, Run, Series, sums
+from weightflip.report.run import Layer, Run, Series, sums
 
 # Points that a rule about a development over time needs.
 _POINTS = 4

@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from weightflip.records import shown
-from weightflip.report.findings import Finding, Severity, percent
-from weightflip.report.read import Layer, ReportError, Run, Series
-from weightflip.report.table import VALUES, Value, cell, columns, concerns, formats, model_series, ranked
+from weightflip.records import Value, shown, shown_as
+from weightflip.report.findings import Finding, Severity
+from weightflip.report.run import Layer, ReportError, Run, Series
+from weightflip.report.table import ALWAYS, cell, columns, concerns, formats, model_series, ranked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_HEAT_MAPS = ("flip_rate", "stall_ratio", "oscillation_ratio")
 # Columns of a heat map and points of a curve: more than that no screen shows.
 _TIME_BINS = 240
 _LINES_AT_MOST = 12
@@ -161,7 +160,7 @@ def _td(text: str, kind: str = "") -> str:
 
 def _number(value: Value, series: Series, late: float) -> str:
     text = cell(value, series, late)
-    if value.write is not percent or not text:
+    if value.unit != "share" or not text:
         return _td(text)
     share = min(1.0, max(0.0, series.part(late).summary))
     return f'<td class="bar" style="--share: {100 * share:.1f}%">{escape(text)}</td>'
@@ -182,7 +181,10 @@ def _runs(runs: Sequence[Run]) -> str:
                     _td(f"{sum(layer.weights for layer in layers):,}"),
                     _td(variant or formats(run), "left"),
                     _td(run.info.settings.get("optimizer", ""), "left"),
-                    *(_number(value, model_series(run, variant, value.name), run.late) for value in columns([])),
+                    *(
+                        _number(value, model_series(run, variant, value.name), run.late)
+                        for value in shown_as(ALWAYS, ())
+                    ),
                 ]
             )
     notes = "".join(f"<p class=soft>{escape(run.name)}: {escape(note)}.</p>" for run in runs for note in run.notes)
@@ -191,7 +193,7 @@ def _runs(runs: Sequence[Run]) -> str:
 
 
 def _layers(run: Run, findings: Sequence[Finding], titled: bool) -> str:
-    values = columns(run.layers.values())
+    values = columns([run], run.layers.values())
     head = [("layer", True), ("weights", False), ("format", True), *((value.title, False) for value in values)]
     rows = []
     for layer in ranked(run, findings):
@@ -211,8 +213,11 @@ def _layers(run: Run, findings: Sequence[Finding], titled: bool) -> str:
 
 
 def _meanings(runs: Sequence[Run]) -> str:
-    shown = columns(layer for run in runs for layer in run.layers.values())
-    rows = [f"<dt>{escape(value.title)}</dt><dd>{escape(value.meaning)}</dd>" for value in shown if value.meaning]
+    rows = [
+        f"<dt>{escape(value.title)}</dt><dd>{escape(value.description)}</dd>"
+        for value in columns(runs, [layer for run in runs for layer in run.layers.values()])
+        if value.description
+    ]
     return f"<dl>{''.join(rows)}</dl>"
 
 
@@ -275,14 +280,10 @@ def binned(series: Series, edges: NDArray[np.float64]) -> NDArray[np.float64]:
     return found
 
 
-def _value(name: str) -> Value:
-    return next((value for value in VALUES if value.name == name), Value(name, name.replace("_", " "), str, ""))
-
-
 def _axis(axes: Axes, value: Value) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    if value.write is percent:
+    if value.unit == "share":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
 
 
@@ -297,9 +298,7 @@ def _curves(figures: _Figures, runs: Sequence[Run]) -> str:
 
 def _curve_set(figures: _Figures, lines: Sequence[tuple[str, Run, str]], title: str, of: int) -> str:
     names = {name for _, run, variant in lines for name in run.models.get(variant, {})} - {"nonfinite_weights"}
-    values = [value for value in columns([]) if value.name in names]
-    values += [value for value in VALUES if value.name in names and value not in values]
-    values += [_value(name) for name in sorted(names - {value.name for value in VALUES})]
+    values = shown_as(names, [value for _, run, _ in lines for value in run.info.values])
     columns_of = 3 if len(values) > 2 else max(1, len(values))
     rows = math.ceil(len(values) / columns_of)
     figure = figures.new(11.2, 2.7 * rows + 0.35)
@@ -356,10 +355,10 @@ def _labels(names: Sequence[str]) -> tuple[list[int], list[str]]:
 
 def _heat_maps(figures: _Figures, runs: Sequence[Run]) -> str:
     parts = []
-    for name in _HEAT_MAPS:
-        having = [run for run in runs if any(len(layer.get(name)) for layer in run.layers.values())]
-        for begin in range(0, len(having), _MAPS_A_ROW):
-            parts.append(_heat_map_row(figures, having[begin : begin + _MAPS_A_ROW], having, _value(name)))
+    for value in columns(runs, [layer for run in runs for layer in run.layers.values()]):
+        having = [run for run in runs if any(len(layer.get(value.name)) for layer in run.layers.values())]
+        for begin in range(0, len(having) if value.heat_map else 0, _MAPS_A_ROW):
+            parts.append(_heat_map_row(figures, having[begin : begin + _MAPS_A_ROW], having, value))
     return "".join(parts)
 
 
@@ -374,7 +373,7 @@ def _heat_map_row(figures: _Figures, runs: Sequence[Run], scale: Sequence[Run], 
     )
     is_rate = value.name == "flip_rate"
     # Most flip rates are small: a square root shows them apart.
-    norm = PowerNorm(0.5, 0, top or 1) if is_rate else Normalize(0, 1)
+    norm = PowerNorm(0.5, 0, top or 1) if is_rate else Normalize(0, 1 if value.unit == "share" else top or 1)
     colors = colormaps["viridis" if is_rate else "magma"].with_extremes(bad="#eef0f3")
     most = max(len(run.layers) for run in runs)
     figure = figures.new(11.2, min(14.0, 1.1 + max(4, most) * (0.17 if most <= _ROW_LABELS else 8 / most)))
@@ -397,9 +396,11 @@ def _heat_map_row(figures: _Figures, runs: Sequence[Run], scale: Sequence[Run], 
         axes.spines[:].set_visible(False)
         axes.set_xlabel("step")
         axes.set_title(shown(run.name) if len(scale) > 1 else "", loc="left", color="#374151")
-    bar = figure.colorbar(mesh, ax=list(grid), pad=0.01, aspect=30, format=PercentFormatter(1.0, decimals=None))
+    bar = figure.colorbar(
+        mesh, ax=list(grid), pad=0.01, aspect=30, format=PercentFormatter(1.0) if value.unit == "share" else None
+    )
     bar.outline.set_visible(False)
-    label = f"{value.title}: {value.meaning}"
+    label = f"{value.title}: {value.description}" if value.description else value.title
     return f"<h3>{escape(label[0].upper() + label[1:])}</h3>" + figures.element(figure, f"Heat map, {label}")
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
-from weightflip.records import Counts, FlipRecord, Quotient, RunInfo
+from weightflip.records import Counts, FlipRecord, Kind, Quotient, RunInfo, Unit, Value
 
 # Of counts and steps; and of what metric groups sum up, so that sums of it are finite.
 _COUNT_LIMIT, _SUM_LIMIT = 2**63, 1e250
@@ -88,10 +88,39 @@ def info_of(data: Any) -> RunInfo:
     try:
         tracked = {name: (str(row[0]), str(row[1]), str(row[2])) for name, row in data.get("tracked", {}).items()}
         skipped, settings = dict(data.get("skipped", {})), dict(data.get("settings", {}))
-        notes, gauges = tuple(data.get("notes", ())), tuple(data.get("gauges", ()))
+        notes, values = tuple(data.get("notes", ())), tuple(map(value_of, data.get("values", ())))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DamagedLine from error
-    texts = (*skipped.values(), *settings.values(), *notes, *gauges)
+    texts = (*skipped.values(), *settings.values(), *notes)
     if not all(isinstance(text, str) for text in texts):
         raise DamagedLine
-    return RunInfo(tracked, skipped, settings, notes, gauges=gauges)
+    return RunInfo(tracked, skipped, settings, notes, values=values)
+
+
+# What each attribute of a value may be; one that a later version adds is left out.
+_VALUE = {
+    "name": str,
+    "kind": get_args(Kind),
+    "title": str,
+    "description": str,
+    "unit": get_args(Unit),
+    "chart": str,
+    "order": int,
+    "heat_map": bool,
+}
+
+
+def value_of(data: Any) -> Value:
+    """How a number is shown.
+
+    Raises:
+        DamagedLine: Not as ``Value`` is written.
+    """
+    if not isinstance(data, dict) or "name" not in data:
+        raise DamagedLine
+    for name, may_be in _VALUE.items():
+        found = data.get(name)
+        is_one = found in may_be if isinstance(may_be, tuple) else type(found) is may_be
+        if name in data and not is_one:
+            raise DamagedLine
+    return Value(**{name: data[name] for name in _VALUE if name in data})

@@ -4,73 +4,38 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 
-from weightflip.records import table_cell
+from weightflip.records import Value, shown_as, table_cell
 from weightflip.report.findings import Finding, percent
-from weightflip.report.read import EMPTY, Layer, Run, Series
+from weightflip.report.run import EMPTY, Layer, Run, Series
 
-
-@dataclass(frozen=True)
-class Value:
-    """How one of the numbers is shown.
-
-    Attributes:
-        name: As in the records.
-        title: The head of its column.
-        write: From the number to text.
-        meaning: In a few words.
-    """
-
-    name: str
-    title: str
-    write: Callable[[float], str]
-    meaning: str
+# Numbers of every table, also where no layer has them.
+ALWAYS = ("flip_rate", "stall_ratio")
 
 
 def _number(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-# In the order of the columns; the first two are always there.
-VALUES = [
-    Value("flip_rate", "flip rate", percent, "weights that flip in a step"),
-    Value("stall_ratio", "stall ratio", percent, "updates that change no code in their step"),
-    Value("oscillation_ratio", "oscillation", percent, "flips that take back the flip before"),
-    Value("oscillating_fraction", "oscillating", percent, "weights that jump to and fro often"),
-    Value("travel_ratio", "travel", _number, "way of the quantized weights / way of the weights"),
-    Value("travel_high_fraction", "travel high", percent, "weights whose own travel ratio is above 16"),
-    Value("weight_driven_fraction", "weight-driven", percent, "flips that are there with the old scale, too"),
-    Value("ever_flipped", "ever flipped", percent, "weights that have flipped at least once"),
-    Value("net_flipped", "net flipped", percent, "weights on another code than at the start"),
-    Value("cumulative_flip_rate", "flips/weight", _number, "flips since the start / weights"),
-    Value("scale_changes", "scale changes", percent, "block scales that change in a step"),
-    Value(
-        "flip_excess", "flip excess", _number, "flips / flips that the size of the steps lets one expect; 1 is usual"
-    ),
-    Value("zero_fraction", "zero", percent, "codes that stand for 0"),
-    Value("saturated_fraction", "saturated", percent, "weights at the two ends of the format"),
-    Value("underflow_fraction", "underflow", percent, "of the weights that are not 0, those that round to 0"),
-    Value("stable_rank", "stable rank", _number, "sum of the squared singular values / the largest of them"),
-    Value("effective_rank", "effective rank", _number, "exponential of the entropy of the singular values"),
-    Value("nonfinite_weights", "non-finite", lambda value: f"{value:,.0f}", "NaN and infinite weights"),
-]
+_WRITE: Mapping[str, Callable[[float], str]] = {
+    "share": percent,
+    "count": lambda value: f"{value:,.0f}",
+    "number": _number,
+}
 
 
-def columns(layers: Iterable[Layer]) -> list[Value]:
-    """The numbers that some layers have; those that no one here knows come last."""
-    found = {name for layer in layers for name in layer.values} | {"flip_rate", "stall_ratio"}
-    known = [value for value in VALUES if value.name in found]
-    unknown = sorted(found - {value.name for value in VALUES})
-    return known + [Value(name, name.replace("_", " "), _number, "") for name in unknown]
+def columns(runs: Iterable[Run], layers: Iterable[Layer]) -> list[Value]:
+    """The numbers that some layers of some runs have; flip rate and stall ratio always."""
+    found = {name for layer in layers for name in layer.values} | set(ALWAYS)
+    return shown_as(found, (value for run in runs for value in run.info.values))
 
 
 def cell(value: Value, series: Series, late: float) -> str:
     """A number in the last quarter of a run; of a gauge, at its end. Empty where there is none."""
     number = series.part(late).summary
-    text = "" if math.isnan(number) else value.write(number)
+    text = "" if math.isnan(number) else _WRITE[value.unit](number)
     return text.replace("less than ", "<").replace("more than ", ">")
 
 

@@ -10,9 +10,10 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from weightflip.records import shown as escaped
+from weightflip.records import shown_as
 from weightflip.report.findings import Finding, Severity
-from weightflip.report.read import Layer, ReportError, Run, Series
-from weightflip.report.table import cell, columns, concerns, formats, model_series, ranked
+from weightflip.report.run import Layer, ReportError, Run, Series
+from weightflip.report.table import ALWAYS, cell, columns, concerns, formats, model_series, ranked
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,7 +97,7 @@ def _print_runs(console: Console, runs: Sequence[Run]) -> None:
         for variant in run.models:
             layers = [layer for layer in run.layers.values() if layer.variant == variant]
             weights = sum(layer.weights for layer in layers)
-            rates = [cell(value, model_series(run, variant, value.name), run.late) for value in columns([])]
+            rates = [cell(value, model_series(run, variant, value.name), run.late) for value in shown_as(ALWAYS, ())]
             optimizer = run.info.settings.get("optimizer", "")
             rows.append(
                 (f"{run.end:,}", f"{len(layers):,}", f"{weights:,}", variant or formats(run), optimizer, *rates)
@@ -186,7 +187,7 @@ def _fitting(console: Console, names: Sequence[str], others: Sequence[_Column]) 
 def _print_layers(console: Console, run: Run, findings: Sequence[Finding], titled: bool) -> None:
     layers = ranked(run, findings)
     shown = layers[:_LAYERS_SHOWN]
-    values = columns(shown)
+    values = columns([run], shown)
     others = [_Column("weights", [f"{layer.weights:,}" if layer.weights else "" for layer in shown], 3)]
     if len({layer.quantizer for layer in run.layers.values()}) > 1:
         others.append(_Column("format", [layer.quantizer for layer in shown], 5, left=True))
@@ -213,7 +214,7 @@ def _print_side_by_side(console: Console, runs: Sequence[Run], findings: Sequenc
     for letter, run in zip(letters, runs, strict=False):
         console.print(_text(f"{letter} = {run.name}: {formats(run)}", style="bold"))
     others = []
-    for at, value in enumerate(columns(layer for run in runs for layer in run.layers.values())):
+    for at, value in enumerate(columns(runs, [layer for run in runs for layer in run.layers.values()])):
         for letter, run in zip(letters, runs, strict=False):
             cells = [
                 cell(value, run.layers[layer.name].get(value.name), run.late) if layer.name in run.layers else ""

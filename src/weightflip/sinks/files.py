@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import socket
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import TextIO
+
+_writers = itertools.count()
+
+
+def writer_id() -> str:
+    """A name that no other writer has, made as those of event files are: time, host, process, number in it."""
+    return f"{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{next(_writers)}"
 
 
 def check_writable(directory: Path, what: str) -> None:
@@ -42,12 +52,13 @@ class AppendedFile:
 
     Args:
         path: Its directory is made when it is opened.
+        tells: Whether it warns where it was deleted.
 
     Raises:
         OSError: The file cannot be written.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, tells: bool = True) -> None:
         self.path = Path(path)
         if self.path.is_dir():
             raise IsADirectoryError(
@@ -59,7 +70,7 @@ class AppendedFile:
             with self.path.open("a"):
                 pass
         self._at = self.path
-        self._has_told = False
+        self._has_told = not tells
         self._file: TextIO | None = None
 
     @property

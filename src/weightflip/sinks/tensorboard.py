@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from weightflip.records import AlertEvent, FlipRecord, Histogram, RunInfo, shown
+from weightflip.records import CORE_VALUES, AlertEvent, FlipRecord, Histogram, RunInfo, Value, shown, shown_as
 from weightflip.sinks.files import check_writable, warn_of_deletion
 from weightflip.sinks.heatmap import History, draw
 from weightflip.sinks.tags import has_histograms, tagged_values
@@ -19,47 +20,8 @@ if TYPE_CHECKING:
 
 _SUFFIX = ".weightflip"
 
-# Charts of all layers, and of all groups of layers, by what they show; in the order of the page.
-_CHARTS = {
-    "weightflip": {
-        "flip_rate": "share of weights that flip in a step",
-        "stall_ratio": "share of updates swallowed by rounding",
-        "cumulative_flip_rate": "flips since the start / weights",
-    },
-    "weightflip: oscillation": {
-        "oscillation_ratio": "share of flips that go back, against the weight's flip before",
-        "oscillating_fraction": "share of weights that oscillate often",
-    },
-    "weightflip: coverage": {
-        "ever_flipped": "share of weights that have flipped since the start",
-        "net_flipped": "share of weights with another code than at the start",
-    },
-    "weightflip: scale": {
-        "weight_driven_fraction": "share of flips made by the weight, not by its scale",
-        "scale_changes": "share of block or group scales that change in a step",
-    },
-    "weightflip: travel": {
-        "travel_ratio": "distance the quantized weights went / distance the weights went",
-        "travel_high_fraction": "share of moving weights with a travel ratio above 16",
-        "flip_excess": "flips / flips that the sizes of the steps account for",
-    },
-    "weightflip: range": {
-        "zero_fraction": "share of codes that stand for 0",
-        "saturated_fraction": "share of codes at the format's two ends",
-        "underflow_fraction": "share of weights other than 0 with the code of 0",
-    },
-    "weightflip: rank": {
-        "stable_rank": "stable rank",
-        "effective_rank": "effective rank",
-    },
-}
 _Charts: TypeAlias = "dict[str, list[str | list[str]]]"
 _MODEL_CHART: _Charts = {"model": ["Multiline", [r"^flips/rate", r"^flips/stall_ratio"]]}
-_HEAT_MAPS = {
-    "flip_rate": _CHARTS["weightflip"]["flip_rate"],
-    "stall_ratio": _CHARTS["weightflip"]["stall_ratio"],
-    "oscillation_ratio": _CHARTS["weightflip: oscillation"]["oscillation_ratio"],
-}
 
 
 class TensorBoardSink:
@@ -70,9 +32,10 @@ class TensorBoardSink:
     ``nonfinite_weights/<layer>`` for layers that hold NaN or infinities. Of weights tracked with several quantizers,
     each has its own series, ``@<quantizer>``. Histograms, where records have them, are ``<name>/<layer>``.
 
-    Beside them, pictures of all layers over time, ``weightflip/flip_rate``, ``weightflip/stall_ratio`` and
-    ``weightflip/oscillation_ratio``, drawn at the 1st, 2nd, 4th, 8th, ... record, when flushed after an eighth more of
-    them, and at the end. They begin with this object's first record: a resumed run has pictures from where it resumed.
+    Beside them, pictures of all layers over time, ``weightflip/flip_rate``, ``weightflip/stall_ratio`` and those of
+    metric groups (``weightflip/oscillation_ratio``), drawn at the 1st, 2nd, 4th, 8th, ... record, when flushed after an
+    eighth more of them, and at the end. They begin with this object's first record: a resumed run has pictures from
+    where it resumed.
 
     Args:
         log_dir: Where a ``SummaryWriter`` is opened when the first record comes; None for its own default place.
@@ -105,9 +68,11 @@ class TensorBoardSink:
         self._points = 0
         self._drawn = 0
         self._last_step = 0
-        self._charted: set[str] = set()
+        self._charted: set[tuple[str, str]] = set()
         self._alerts: list[AlertEvent] = []
-        self._histories = {value: History(value) for value in _HEAT_MAPS}
+        self._values: dict[str, Value] = {value.name: value for value in CORE_VALUES}
+        self._histories: dict[str, History] = {}
+        self._has_pictures = True
 
     def start(self, info: RunInfo, first_step: int) -> None:
         if self._writer is None:
@@ -115,6 +80,7 @@ class TensorBoardSink:
         assert self._writer is not None
         if not self._points:
             self._last_step = first_step
+        self._values.update({value.name: value for value in info.values})
         self._info = info
         self._writer.add_text("weightflip/tracking", info.to_markdown(), first_step)
 
@@ -175,8 +141,10 @@ class TensorBoardSink:
             for layer in record.layers:
                 for name, histogram in layer.histograms.items():
                     self._histogram(shown(f"{name}/{layer.name}"), histogram, record.step)
-        for history in self._histories.values():
-            history.add(record, self._last_step)
+        for shown_value in self._values.values():
+            if shown_value.heat_map and self._has_pictures:
+                history = self._histories.setdefault(shown_value.name, History(shown_value.name))
+                history.add(record, self._last_step)
         self._last_step = record.step
         if self._points & (self._points - 1) == 0:
             self._draw()
@@ -226,21 +194,22 @@ class TensorBoardSink:
             return
         assert self._writer is not None
         values = {name for layer in record.layers for name in (*layer.values, *layer.window.ratios, *layer.gauges)}
-        charted = {f"^{name}/.*" for name in values}
-        charted |= {f"^{name}_by_group/.*" for name in values if record.groups}
+        charted = {(name, kind) for name in values for kind in ("", "_by_group")[: 2 if record.groups else 1]}
         if charted <= self._charted:
             return
         self._charted |= charted
         layout: dict[str, _Charts] = {}
         for kind, by_whom in (("", "by layer"), ("_by_group", "by group of layers")):
-            for category, titles in _CHARTS.items():
-                charts: _Charts = {
-                    f"{title}, {by_whom}": ["Multiline", [tags]]
-                    for name, title in titles.items()
-                    if (tags := f"^{name}{kind}/.*") in self._charted
-                }
-                if charts:
-                    layout.setdefault("weightflip: groups of layers" if kind else category, {}).update(charts)
+            names = [name for name, of_kind in self._charted if of_kind == kind]
+            for value in shown_as(names, self._values.values()):
+                category = "weightflip: groups of layers" if kind else value.chart or "weightflip: more"
+                # Two numbers may have one title.
+                title = next(
+                    title
+                    for title in (f"{value.description or value.title}, {by_whom}", f"{value.name}, {by_whom}")
+                    if title not in layout.get(category, {})
+                )
+                layout.setdefault(category, {})[shown(title)] = ["Multiline", [f"^{re.escape(value.name)}{kind}/.*"]]
         layout.setdefault("weightflip", {}).update(_MODEL_CHART)
         self._writer.add_custom_scalars(layout)
 
@@ -271,10 +240,14 @@ class TensorBoardSink:
         assert self._writer is not None
         self._drawn = self._points
         try:
-            pictures = {name: draw(history, _HEAT_MAPS[name]) for name, history in self._histories.items() if history}
+            pictures = {
+                name: draw(history, shown(self._values[name].description or self._values[name].title))
+                for name, history in self._histories.items()
+                if history
+            }
         except Exception as error:
             # Not worth the loss of the scalars.
-            self._histories = {}
+            self._histories, self._has_pictures = {}, False
             warnings.warn(
                 f"weightflip: no pictures of the layers over time: {type(error).__name__}: {error}", stacklevel=2
             )

@@ -1,0 +1,41 @@
+"""Numbers of runs whose files do not say what their numbers are: those written before runs declared them.
+
+Nothing is added here: a run says by itself what it has counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from weightflip.records import CORE_VALUES, RunInfo, Value
+
+_VALUES = (
+    Value("oscillation_ratio", "rate", "oscillation", "share of flips that go back", "share", order=10, heat_map=True),
+    Value("oscillating_fraction", "gauge", "oscillating", "share of weights that oscillate often", "share", order=11),
+    Value("travel_ratio", "rate", "travel", "way of the quantized weights / way of the weights", order=20),
+    Value("travel_high_fraction", "gauge", "travel high", "share of weights with a ratio above 16", "share", order=21),
+    Value("weight_driven_fraction", "rate", "weight-driven", "flips also under the old scale", "share", order=30),
+    Value("ever_flipped", "gauge", "ever flipped", "share of weights that have flipped", "share", order=50),
+    Value("net_flipped", "gauge", "net flipped", "share of weights on another code", "share", order=51),
+    Value("flip_excess", "rate", "flip excess", "flips / flips that the steps account for", order=65),
+    Value("zero_fraction", "gauge", "zero", "share of codes that stand for 0", "share", order=70),
+    Value("saturated_fraction", "gauge", "saturated", "share of codes at the two ends", "share", order=71),
+    Value("underflow_fraction", "gauge", "underflow", "share of weights that round to 0", "share", order=72),
+    Value("stable_rank", "gauge", "stable rank", order=80),
+    Value("effective_rank", "gauge", "effective rank", order=81),
+)
+
+
+def declared(info: RunInfo, gauges: Iterable[str] = ()) -> RunInfo:
+    """What a run says of itself, with its numbers as they were known before runs declared them.
+
+    Args:
+        info: As it was read.
+        gauges: Names that its records have for gauges.
+    """
+    known = {value.name for value in (*CORE_VALUES, *info.values)}
+    more = [value for value in _VALUES if value.name not in known]
+    known.update(value.name for value in more)
+    more += [Value(name, "gauge") for name in gauges if name not in known]
+    return replace(info, values=(*info.values, *more))
