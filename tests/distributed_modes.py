@@ -486,7 +486,7 @@ def faults(rank: int, world: int) -> dict[str, object]:
         for step in range(STEPS):
             sharded.set_gradients(step)
             if step == 4 and rank == world - 1:
-                optimizer._tracking.guarded(lambda: 1 / 0)
+                optimizer._session.guarded(lambda: 1 / 0)
             optimizer.step()
         optimizer.close()
         results["tracking"] = {**numbers(optimizer.tracker), "warnings": [str(w.message) for w in caught]}

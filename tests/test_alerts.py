@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_sinks import train
 
 from weightflip import Alert, AlertEvent, FlipRecord, FlipTrackingOptimizer
-from weightflip.alerts import AlertWatch
 from weightflip.records import Counts, LayerRecord, Quotient
+from weightflip.session.alerts import AlertWatch
 
 NAMES = frozenset({"flip_rate", "stall_ratio", "stable_rank"})
 

@@ -399,7 +399,7 @@ def test_new_attributes_are_the_inner_optimizers(digits):
     for name in ("zero_grad", "state_dict", "load_state_dict", "add_param_group"):
         setattr(optimizer, name, getattr(optimizer, name))
     patched = {"step", "zero_grad", "state_dict", "load_state_dict", "add_param_group"}
-    assert set(vars(optimizer)) == {"inner", "_tracking"} | patched
+    assert set(vars(optimizer)) == {"inner", "_session"} | patched
     assert not patched & set(vars(optimizer.inner))
 
 

@@ -24,8 +24,8 @@ from weightflip import (
     track_flips,
 )
 from weightflip.formats import E4M3
-from weightflip.options import Options
 from weightflip.quantizers import resolve
+from weightflip.session.options import Options
 
 W = torch.ones(2, 32)
 

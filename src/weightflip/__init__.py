@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from weightflip import formats
-from weightflip.alerts import Alert
 from weightflip.counting.stalls import BitStallDetector
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.functional import compute_flip_rate, compute_stall_ratio
@@ -11,6 +10,7 @@ from weightflip.hooks import FlipTrackingHandle, track_flips
 from weightflip.optimizer import FlipTrackingOptimizer
 from weightflip.quantizers import Codes, Quantizer, decode, encode, quantize, quantizer_names
 from weightflip.records import AlertEvent, FlipRecord, LayerRecord, RunInfo
+from weightflip.session.alerts import Alert
 from weightflip.sinks import Sink
 
 __version__ = "0.1.0"

@@ -11,9 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from weightflip.detect import quantizes_weights
 from weightflip.inner import check_optimizer, full_name
 from weightflip.optimizer import FlipTrackingOptimizer
-from weightflip.options import TrackingOptions, check_names
-from weightflip.tracked import Tracked
-from weightflip.tracking import STATE_KEY, Tracking
+from weightflip.session.options import TrackingOptions, check_names
+from weightflip.session.session import STATE_KEY, Session
+from weightflip.session.tracked import Tracked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,8 +29,8 @@ class FlipTrackingHandle(Tracked):
         info: What is tracked and how, what is skipped and why; ``print`` shows it.
     """
 
-    def __init__(self, optimizer: Optimizer, tracking: Tracking) -> None:
-        self._tracking = tracking
+    def __init__(self, optimizer: Optimizer, session: Session) -> None:
+        self._session = session
         self._loading: Any = None
         self._hooks: list[RemovableHandle] = []
         hooks = (self._before, self._after, self._save_counts, self._take_counts, self._restore_counts)
@@ -43,13 +43,13 @@ class FlipTrackingHandle(Tracked):
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        self._tracking.guarded(self._tracking.before, optimizer, closure is not None)
+        self._session.guarded(self._session.before, optimizer, closure is not None)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._tracking.finish()
+        self._session.finish()
 
     def _save_counts(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        self._tracking.save_into(state_dict)
+        self._session.save_into(state_dict)
 
     def _take_counts(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._loading = state_dict.get(STATE_KEY)
@@ -57,12 +57,12 @@ class FlipTrackingHandle(Tracked):
 
     def _restore_counts(self, optimizer: Optimizer) -> None:
         if self._loading is not None:
-            self._tracking.restore(self._loading)
+            self._session.restore(self._loading)
             self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the optimizer has no hooks.
-        return {"_tracking": self._tracking, "_loading": None, "_hooks": []}
+        return {"_session": self._session, "_loading": None, "_hooks": []}
 
     def remove(self) -> None:
         """Stop tracking, write the last record and close the sinks; the numbers stay, memory is given back."""
@@ -72,7 +72,7 @@ class FlipTrackingHandle(Tracked):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._tracking.end(together=together)
+        self._session.end(together=together)
 
     def __enter__(self) -> FlipTrackingHandle:
         return self
@@ -117,7 +117,7 @@ def track_flips(
     check_names("track_flips()", options)
     check_optimizer(optimizer)
     _check_hooks(optimizer)
-    return FlipTrackingHandle(optimizer, FlipTrackingOptimizer(optimizer, model, **options)._tracking)
+    return FlipTrackingHandle(optimizer, FlipTrackingOptimizer(optimizer, model, **options)._session)
 
 
 def _check_hooks(optimizer: Optimizer) -> None:

@@ -10,18 +10,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from weightflip import distributed
-from weightflip.alerts import Alert, AlertWatch
-from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.inner import check_optimizer, delegated, runs_hooks_itself, seen_from
-from weightflip.log import Log
 from weightflip.metrics.columns import METRICS, MetricsLike
-from weightflip.options import Options, check_names
-from weightflip.sinks import BesideSink, SinkGroup, TensorBoardSink, make_sinks
-from weightflip.tracked import Tracked
-from weightflip.tracking import STATE_KEY, Tracking
+from weightflip.session import setup
+from weightflip.session.alerts import Alert
+from weightflip.session.options import Options, check_names
+from weightflip.session.session import STATE_KEY, Session
+from weightflip.session.tracked import Tracked
 
-_OWN_ATTRIBUTES = frozenset({"inner", "_tracking"})
+_OWN_ATTRIBUTES = frozenset({"inner", "_session"})
 
 
 class FlipTrackingOptimizer(Tracked, Optimizer):
@@ -99,7 +96,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
     """
 
     inner: Optimizer
-    _tracking: Tracking
+    _session: Session
 
     def __init__(
         self,
@@ -145,37 +142,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             fresh_snapshots=fresh_snapshots,
             backend=backend,
         )
-        tracker = WeightFlipTracker(
-            metrics=options.metrics,
-            oscillation_ema=options.oscillation_ema,
-            track_every=options.track_every,
-            start_step=options.start_step,
-            end_step=options.end_step,
-            low_memory=options.low_memory,
-            fresh_snapshots=options.fresh_snapshots,
-            backend=options.backend,
-        )
-        settings = {
-            "optimizer": type(optimizer).__name__,
-            "metrics": "+".join(tracker.metrics),
-            "track_every": str(options.track_every),
-            "log_every": str(options.log_every),
-        }
-        tracking = Tracking(
-            tracker,
-            _make_log(options.log_dir, options.sinks),
-            options.log_every,
-            model,
-            {"quantizer": options.quantizer, "include": options.include, "exclude": options.exclude},
-            options.groups,
-            settings,
-        )
-        watch = AlertWatch(options.alerts, tracker.value_names)
-        tracking.select(optimizer, strict=True)
-        watch.check_layers([*tracking.info.tracked, *tracking.info.skipped])
-        tracking.log.alerts.extend(watch)
-        self.__dict__.update(inner=optimizer, _tracking=tracking)
-        tracking.log.sinks.claim()
+        self.__dict__.update(inner=optimizer, _session=setup.start(optimizer, model, options))
 
     @delegated
     @runs_hooks_itself
@@ -195,15 +162,15 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
         if kwargs.get("closure", self) is None:
             del kwargs["closure"]
         has_closure = args[0] is not None if args else "closure" in kwargs
-        tracking, inner = self._tracking, self.inner
+        session, inner = self._session, self.inner
         try:
-            tracking.guarded(tracking.before, inner, has_closure)
+            session.guarded(session.before, inner, has_closure)
             result = inner.step(*args, **kwargs)
         except BaseException:
             # Whoever catches it may want the memory of parameters and gradients.
-            tracking.abort()
+            session.abort()
             raise
-        tracking.finish()
+        session.finish()
         return result
 
     def _patch_step_function(self) -> None:
@@ -214,7 +181,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
 
     def __exit__(self, *exc_info: object) -> None:
         # After an error, the other processes of a sharded run may not come here.
-        self._tracking.log.close(together=exc_info[0] is None)
+        self._session.log.close(together=exc_info[0] is None)
 
     # ------------------------------------------------------------------ the inner optimizer's
 
@@ -258,7 +225,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The inner optimizer's state, and the counts under ``"flip_tracking"``; a bare optimizer can load it."""
         state = dict(self.inner.state_dict(*args, **kwargs))
-        self._tracking.save_into(state)
+        self._session.save_into(state)
         return state
 
     @delegated
@@ -274,7 +241,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             *map(_without_counts, args), **{name: _without_counts(value) for name, value in kwargs.items()}
         )
         for counts in saved:
-            self._tracking.restore(counts)
+            self._session.restore(counts)
         return result
 
     @delegated
@@ -332,7 +299,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # What others patched on the instance (a scheduler's step) is bound to this object and stays with it.
-        return {"inner": self.inner, "_tracking": self._tracking}
+        return {"inner": self.inner, "_session": self._session}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "inner" in state:
@@ -358,22 +325,3 @@ def _check(optimizer: Any, model: Any) -> None:
         )
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model= is a torch.nn.Module or None, got {type(model).__name__}")
-
-
-def _make_log(log_dir: Any, sinks: Any) -> Log:
-    # Other processes do not even look at the place.
-    is_writer = distributed.is_writer()
-    if sinks is None:
-        if not is_writer:
-            return Log(SinkGroup([]), is_wanted=True)
-        tensorboard = TensorBoardSink(log_dir)
-        return Log(SinkGroup([tensorboard, BesideSink(tensorboard)]), is_wanted=True)
-    if log_dir is not None:
-        raise ValueError("log_dir= says where the default sink writes; with sinks= give SummaryWriter(log_dir) there")
-    if isinstance(sinks, Tracked):
-        return sinks._tracking.log
-    if isinstance(sinks, (str, PathLike)) or not isinstance(sinks, Sequence):
-        raise TypeError(f"sinks= is a list, got {type(sinks).__name__}; put it in brackets: sinks=[...]")
-    if any(isinstance(sink, Tracked) for sink in sinks):
-        raise TypeError("another tracked optimizer stands alone, not in a list: sinks=first")
-    return Log(SinkGroup(make_sinks(sinks) if is_writer else []), is_wanted=bool(sinks))

@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 from weightflip import distributed
-from weightflip.alerts import AlertWatch
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import Counts, FlipRecord, RunInfo, shown, split_variant
+from weightflip.session.alerts import AlertWatch
 from weightflip.sinks import SinkGroup
 
 

@@ -21,9 +21,10 @@ from weightflip.counting import checkpoint
 from weightflip.counting.layer import TrackedWeight
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.detect import Plan, make_groups, make_plan, name_parameters, owner_types
-from weightflip.log import Log, Source, restricted
 from weightflip.quantizers.base import Quantizer, quantizer_name
 from weightflip.records import RunInfo, shown, split_variant, variant
+from weightflip.session.log import Log, Source, restricted
+from weightflip.session.options import Options
 
 logger = logging.getLogger("weightflip")
 
@@ -31,26 +32,25 @@ STATE_KEY = "flip_tracking"
 """Where the counts are in an optimizer's state dict."""
 
 
-class Tracking:
+class Session:
     """What happens around the steps of one optimizer: which weights, counting, logging."""
 
     def __init__(
         self,
         tracker: WeightFlipTracker,
         log: Log,
-        log_every: int,
         model: nn.Module | None,
-        selection: Mapping[str, Any],
-        groups: Mapping[str, str | Sequence[str]] | str | None,
+        options: Options,
         settings: Mapping[str, str],
     ) -> None:
         self.tracker = tracker
         self.log = log
         self.source = Source(tracker, self)
-        self._log_every = log_every
         self._model = model
-        self._selection = dict(selection)
-        self._groups = groups
+        # Not the options as a whole: copies and pickles cannot take what is in sinks= and alerts=.
+        self._log_every = options.log_every
+        self._selection = {"quantizer": options.quantizer, "include": options.include, "exclude": options.exclude}
+        self._groups = options.groups
         self._settings = dict(settings)
         # From the beginning of a step to the end of what all processes do in it.
         self.tracker.holds_warnings = True

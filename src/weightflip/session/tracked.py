@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import RunInfo
-from weightflip.tracking import Tracking
+from weightflip.session.session import Session
 
 
 class Tracked:
     """A tracked optimizer, or the handle of one."""
 
-    _tracking: Tracking
+    _session: Session
 
     @property
     def info(self) -> RunInfo:
         """What is tracked and how, what is skipped and why; ``print`` shows it."""
-        return self._tracking.info
+        return self._session.info
 
     @property
     def tracker(self) -> WeightFlipTracker:
         """The numbers."""
-        return self._tracking.tracker
+        return self._session.tracker
 
     def flush(self) -> None:
         """Write what was counted since the last record, and have it on disk."""
-        self._tracking.flush()
+        self._session.flush()
 
     def close(self) -> None:
         """Write the last record and close the sinks. Steps go on being counted, and open them again if they log."""
-        self._tracking.log.close()
+        self._session.log.close()

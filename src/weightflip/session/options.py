@@ -8,8 +8,8 @@ from os import PathLike
 from typing import Any, Literal, TypedDict
 
 from weightflip import checks
-from weightflip.alerts import Alert
 from weightflip.metrics.columns import METRICS, MetricsLike
+from weightflip.session.alerts import Alert
 
 
 class TrackingOptions(TypedDict, total=False):

@@ -1,0 +1,77 @@
+"""From options to a session: puts the parts together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from weightflip import distributed
+from weightflip.counting.tracker import WeightFlipTracker
+from weightflip.session.alerts import AlertWatch
+from weightflip.session.log import Log
+from weightflip.session.options import Options
+from weightflip.session.session import Session
+from weightflip.session.tracked import Tracked
+from weightflip.sinks import BesideSink, SinkGroup, TensorBoardSink, make_sinks
+
+
+def start(optimizer: Optimizer, model: nn.Module | None, options: Options) -> Session:
+    """The session of an optimizer.
+
+    Args:
+        optimizer: What steps the weights.
+        model: What holds them, for names and quantizers.
+        options: What was asked for.
+
+    Raises:
+        TypeError: A sink or an alert is of a type that nobody knows.
+        ValueError: As :class:`~weightflip.FlipTrackingOptimizer`.
+        OSError: A sink cannot be written.
+        ImportError: The backend is not installed.
+    """
+    tracker = WeightFlipTracker(
+        metrics=options.metrics,
+        oscillation_ema=options.oscillation_ema,
+        track_every=options.track_every,
+        start_step=options.start_step,
+        end_step=options.end_step,
+        low_memory=options.low_memory,
+        fresh_snapshots=options.fresh_snapshots,
+        backend=options.backend,
+    )
+    settings = {
+        "optimizer": type(optimizer).__name__,
+        "metrics": "+".join(tracker.metrics),
+        "track_every": str(options.track_every),
+        "log_every": str(options.log_every),
+    }
+    session = Session(tracker, _make_log(options.log_dir, options.sinks), model, options, settings)
+    watch = AlertWatch(options.alerts, tracker.value_names)
+    session.select(optimizer, strict=True)
+    watch.check_layers([*session.info.tracked, *session.info.skipped])
+    session.log.alerts.extend(watch)
+    session.log.sinks.claim()
+    return session
+
+
+def _make_log(log_dir: Any, sinks: Any) -> Log:
+    # Other processes do not even look at the place.
+    is_writer = distributed.is_writer()
+    if sinks is None:
+        if not is_writer:
+            return Log(SinkGroup([]), is_wanted=True)
+        tensorboard = TensorBoardSink(log_dir)
+        return Log(SinkGroup([tensorboard, BesideSink(tensorboard)]), is_wanted=True)
+    if log_dir is not None:
+        raise ValueError("log_dir= says where the default sink writes; with sinks= give SummaryWriter(log_dir) there")
+    if isinstance(sinks, Tracked):
+        return sinks._session.log
+    if isinstance(sinks, (str, PathLike)) or not isinstance(sinks, Sequence):
+        raise TypeError(f"sinks= is a list, got {type(sinks).__name__}; put it in brackets: sinks=[...]")
+    if any(isinstance(sink, Tracked) for sink in sinks):
+        raise TypeError("another tracked optimizer stands alone, not in a list: sinks=first")
+    return Log(SinkGroup(make_sinks(sinks) if is_writer else []), is_wanted=bool(sinks))
