@@ -89,6 +89,8 @@ def track_flips(
     For code that insists on its own optimizer class. The numbers, and the optimizer's checkpoints, are those of
     :class:`FlipTrackingOptimizer`. Copies of the optimizer are not tracked, since copying drops hooks. Of a class whose
     ``step`` calls that of its parent class, torch runs the hooks twice, and what the parent's does is seen.
+    No hook runs when a step raises: parameters and gradients of that step are held until the next step or ``remove()``,
+    where the wrapper releases them at once.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``.
