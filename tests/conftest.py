@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -52,6 +53,15 @@ def digits() -> tuple[Tensor, Tensor]:
 
     images, labels = load_digits(return_X_y=True)
     return torch.tensor(images / 16.0, dtype=torch.float32), torch.tensor(labels)
+
+
+@contextmanager
+def case(*names: object) -> Iterator[None]:
+    """A row of a table that one test goes through: its failure names it, as an id names a parameter."""
+    try:
+        yield
+    except (Exception, pytest.fail.Exception) as error:
+        raise AssertionError(f"in the case {', '.join(str(name) for name in names)}: {error}") from error
 
 
 def digits_model(seed: int = 0, width: int = 48) -> nn.Sequential:

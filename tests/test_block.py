@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -9,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from conftest import case
 from oracles import SIGN, TORCHAO_ELEMENT, becomes_nan, block_codes, per_tensor_scale
 from torch import nn
 
@@ -151,13 +153,12 @@ def assert_equals_torchao(weight: torch.Tensor, name: str) -> None:
     torch.testing.assert_close(decode(codes), values, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_codes_scales_and_values_are_torchaos(name, weight, dtype):
-    for shape in SHAPES:
+def test_codes_scales_and_values_are_torchaos(name):
+    for weight, dtype, shape in itertools.product(WEIGHTS, (torch.float32, torch.bfloat16), SHAPES):
         if math.prod(shape) or weight is initial:
-            assert_equals_torchao(weight(*shape).to(dtype), name)
+            with case(weight.__name__, dtype, shape):
+                assert_equals_torchao(weight(*shape).to(dtype), name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -179,9 +180,8 @@ def all_numbers(family: str) -> tuple[np.ndarray, np.ndarray]:
     return ordinals[np.isfinite(values)], values[np.isfinite(values)]
 
 
-@pytest.mark.parametrize("exponent", [-60, -3, 0, 3, 60])
 @pytest.mark.parametrize("name", MX)
-def test_every_element_of_mx(name, exponent):
+def test_every_element_of_mx(name):
     family = name.partition(":")[0]
     ordinals, values = all_numbers(family)
     # Beside the format's largest power of two, or its largest number, every other number is itself.
@@ -189,10 +189,12 @@ def test_every_element_of_mx(name, exponent):
     inside = np.abs(values) <= largest
     weight = torch.full((inside.sum(), 32), float(largest))
     weight[:, 7] = torch.from_numpy(values[inside])
-    codes = encode(weight * 2.0**exponent, name)
-    assert codes.scale.unique().tolist() == [2.0**exponent]
-    np.testing.assert_array_equal(codes.ordinals[:, 7].numpy(), ordinals[inside])
-    np.testing.assert_array_equal(decode(codes)[:, 7].numpy(), values[inside] * np.float32(2.0**exponent))
+    for exponent in (-60, -3, 0, 3, 60):
+        with case("exponent", exponent):
+            codes = encode(weight * 2.0**exponent, name)
+            assert codes.scale.unique().tolist() == [2.0**exponent]
+            np.testing.assert_array_equal(codes.ordinals[:, 7].numpy(), ordinals[inside])
+            np.testing.assert_array_equal(decode(codes)[:, 7].numpy(), values[inside] * np.float32(2.0**exponent))
 
 
 @pytest.mark.parametrize("name", NVFP4)
@@ -390,42 +392,45 @@ def test_buffers_do_not_grow_with_the_weight(name, monkeypatch):
     assert held[0] == held[1] > 0
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_compiled_kernel_equals_eager(name, weight):
+def test_the_compiled_kernel_equals_eager(name):
     pytest.importorskip("numba")
     from weightflip.kernels import cpu, runs
 
     quantizer, generator = resolve(name), torch.Generator().manual_seed(1)
-    for dtype in (torch.float32, torch.bfloat16):
-        tensor = weight(64, 96).to(dtype)
-        old = quantizer.encode(tensor).ordinals
-        old[torch.rand(old.shape, generator=generator) < 0.5] += 1
-        gradient = gaussian(64, 96, seed=2)
-        gradient[torch.rand(old.shape, generator=generator) < 0.3] = 0.0
-        found = []
-        for backend in ("eager", "numba"):
-            codes, counts = old.clone(), torch.tensor([5, 6, 7])
-            functional.advance(tensor, quantizer, codes, gradient, counts, kernels.ScratchPool(), backend)
-            found.append((codes, counts))
-        assert torch.equal(found[0][0], found[1][0])
-        assert found[0][1].tolist() == found[1][1].tolist()
-        grouped = quantizer.grouped(tensor)
-        scale = quantizer.applied_scale(quantizer.scale(grouped))
-        # It did not go to eager because it could not.
-        rounding, old = quantizer.rounding(grouped), quantizer.grouped(old)
-        assert runs.count_alone(cpu.Run, grouped, scale, rounding, old, None, counts)
+    for weight, dtype in itertools.product(WEIGHTS, (torch.float32, torch.bfloat16)):
+        with case(weight.__name__, dtype):
+            tensor = weight(64, 96).to(dtype)
+            old = quantizer.encode(tensor).ordinals
+            old[torch.rand(old.shape, generator=generator) < 0.5] += 1
+            gradient = gaussian(64, 96, seed=2)
+            gradient[torch.rand(old.shape, generator=generator) < 0.3] = 0.0
+            found = []
+            for backend in ("eager", "numba"):
+                codes, counts = old.clone(), torch.tensor([5, 6, 7])
+                functional.advance(tensor, quantizer, codes, gradient, counts, kernels.ScratchPool(), backend)
+                found.append((codes, counts))
+            assert torch.equal(found[0][0], found[1][0])
+            assert found[0][1].tolist() == found[1][1].tolist()
+            grouped = quantizer.grouped(tensor)
+            scale = quantizer.applied_scale(quantizer.scale(grouped))
+            # It did not go to eager because it could not.
+            rounding, old = quantizer.rounding(grouped), quantizer.grouped(old)
+            assert runs.count_alone(cpu.Run, grouped, scale, rounding, old, None, counts)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(), (8,), (33,), (4, 40), (64, 1), (16, 8, 3, 3)])
-def test_a_last_dimension_that_does_not_divide(shape, name):
+def test_a_last_dimension_that_does_not_divide(name):
     quantizer = resolve(name)
-    with pytest.raises(ValueError, match=rf"{quantizer.group} neighbours in the last dimension; .* does not divide"):
-        quantizer.encode(torch.ones(shape))
-    model = nn.ParameterDict({"w": nn.Parameter(torch.ones(shape))})
-    with pytest.raises(ValueError, match="does not divide"):
-        FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, quantizer=name, include="w", sinks=[])
+    message = rf"{quantizer.group} neighbours in the last dimension; .* does not divide"
+    for shape in ((), (8,), (33,), (4, 40), (64, 1), (16, 8, 3, 3)):
+        with case(shape):
+            with pytest.raises(ValueError, match=message):
+                quantizer.encode(torch.ones(shape))
+            model = nn.ParameterDict({"w": nn.Parameter(torch.ones(shape))})
+            inner = torch.optim.SGD(model.parameters(), lr=0.1)
+            with pytest.raises(ValueError, match="does not divide"):
+                FlipTrackingOptimizer(inner, model, quantizer=name, include="w", sinks=[])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,6 +11,7 @@ import warnings
 import numba
 import pytest
 import torch
+from conftest import case
 from kernel_cases import QUANTIZERS, by_eager, gradient_of, hard_numbers, stale_codes, with_special
 from processes import run_python
 
@@ -41,28 +42,26 @@ def weights() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
-def threads(request, monkeypatch):
-    monkeypatch.setattr(cpu, "_ELEMENTS_PER_THREAD", 100)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
-
-
 @pytest.mark.parametrize("quantizer", [*QUANTIZERS, "ternary"], ids=str)
-@pytest.mark.parametrize("name", weights())
-def test_equals_eager(name, quantizer, threads):
-    weight, quantizer = weights()[name], resolve(quantizer)
-    generator = torch.Generator().manual_seed(1)
-    old, gradient = stale_codes(weight, quantizer, generator), gradient_of(weight, generator)
-    scale, rounding = quantizer.applied_scale(quantizer.scale(weight)), quantizer.rounding(weight)
-    by_row = scale is not None and scale.numel() > 1
-    for update in (None, gradient, gradient.bfloat16(), gradient.half(), gradient != 0):
-        expected_codes, expected_counts, _ = by_eager(weight, quantizer, old, update)
-        codes, counts = old.clone(), torch.tensor([5, 6, 7])
-        done = count_alone(cpu.Run, weight, scale, rounding, codes, update, counts)
-        assert done == (not by_row or weight.is_contiguous())
-        if done:
-            assert torch.equal(codes, expected_codes)
-            assert counts.tolist() == expected_counts.tolist()
+def test_equals_eager(quantizer, monkeypatch):
+    monkeypatch.setattr(cpu, "_ELEMENTS_PER_THREAD", 100)
+    quantizer = resolve(quantizer)
+    for name, weight in weights().items():
+        generator = torch.Generator().manual_seed(1)
+        old, gradient = stale_codes(weight, quantizer, generator), gradient_of(weight, generator)
+        scale, rounding = quantizer.applied_scale(quantizer.scale(weight)), quantizer.rounding(weight)
+        by_row = scale is not None and scale.numel() > 1
+        for update in (None, gradient, gradient.bfloat16(), gradient.half(), gradient != 0):
+            expected_codes, expected_counts, _ = by_eager(weight, quantizer, old, update)
+            for threads in (1, 3):
+                monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+                with case(name, None if update is None else update.dtype, threads, "threads"):
+                    codes, counts = old.clone(), torch.tensor([5, 6, 7])
+                    done = count_alone(cpu.Run, weight, scale, rounding, codes, update, counts)
+                    assert done == (not by_row or weight.is_contiguous())
+                    if done:
+                        assert torch.equal(codes, expected_codes)
+                        assert counts.tolist() == expected_counts.tolist()
 
 
 def test_counts_beyond_a_chunk():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import case
 
 from weightflip import functional, kernels
 from weightflip.kernels import eager, reference
@@ -22,23 +23,20 @@ def slice_limit(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("update_kind", ["none", "gradient", "bfloat16 gradient", "mask"])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_count_equals_reference(shape, dtype, update_kind, slice_limit):
-    generator = torch.Generator().manual_seed(1)
-    old, new = codes_of(shape, generator, dtype), codes_of(shape, generator, dtype)
-    update = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.5)
-    update = {"none": None, "gradient": update, "bfloat16 gradient": update.bfloat16(), "mask": update != 0}[
-        update_kind
-    ]
-    expected = reference.count(old, new, update)
-
-    counts, codes = torch.tensor([100, 200, 300]), old.clone()
-    functional.compare(codes, new, update, counts, kernels.ScratchPool())
-
-    assert counts.tolist() == (expected + torch.tensor([100, 200, 300])).tolist()
-    assert torch.equal(codes, new)
+def test_count_equals_reference(shape, slice_limit):
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        generator = torch.Generator().manual_seed(1)
+        old, new = codes_of(shape, generator, dtype), codes_of(shape, generator, dtype)
+        gradient = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.5)
+        updates = {"none": None, "gradient": gradient, "bfloat16 gradient": gradient.bfloat16(), "mask": gradient != 0}
+        for kind, update in updates.items():
+            with case(dtype, kind):
+                expected = reference.count(old, new, update)
+                counts, codes = torch.tensor([100, 200, 300]), old.clone()
+                functional.compare(codes, new, update, counts, kernels.ScratchPool())
+                assert counts.tolist() == (expected + torch.tensor([100, 200, 300])).tolist()
+                assert torch.equal(codes, new)
 
 
 def test_every_flag_set(slice_limit):
