@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from processes import end_servers
+from processes import end_servers, multiply_float8_without_onednn
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, track_flips
 from weightflip.detect import Plan, make_plan, name_parameters
+
+multiply_float8_without_onednn()
 
 # `make test` gives whole files to its two workers, in this order: the longest first, so that neither waits for the
 # other at the end. While one is at the first of them, the other compiles the CPU kernel in the second, once for all.

@@ -2,7 +2,7 @@
 
 To import torch, torchao and scikit-learn takes longer than what most of these tests then do, and is not what they test.
 Everything else is as in a process that was started anew: its environment, its directory, ``__main__``, and its end with
-all that Python does there.
+all that Python does there; and torch multiplies float8 with its own code, as in the tests themselves.
 """
 
 from __future__ import annotations
@@ -21,10 +21,21 @@ import types
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 # The last is what torch imports for the first optimizer.
 ALWAYS = ("torch", "torch.utils.tensorboard", "torch._dynamo")
 
 _servers: dict[tuple[str, ...], subprocess.Popen[str]] = {}
+
+
+def multiply_float8_without_onednn() -> None:
+    """By torch's own loops, as on every CPU without AMX.
+
+    Where the CPU has AMX but the system keeps it from processes, torch asks oneDNN all the same, which then has only
+    its reference code: 500 times slower, with the same results.
+    """
+    torch.backends.mkldnn.set_flags(_enabled=False)
 
 
 def run_python(
@@ -97,6 +108,7 @@ def _serve() -> list[str]:
     """Fork for each line of standard input. Returns in the new processes only: what each is to run."""
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    multiply_float8_without_onednn()
     # Else each process copies the memory of all that was imported when it ends.
     gc.freeze()
     for line in sys.stdin:
