@@ -8,7 +8,7 @@ N ?= 500
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help integrations demo tensorboard test conformance fuzz check bench gpu clean
+.PHONY: help integrations demo tensorboard test quick conformance fuzz check bench gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -38,6 +38,12 @@ tensorboard: $(VENV)/installed  ## open TensorBoard on runs/
 # hands them out needed 20 s.
 test: $(VENV)/installed  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# A file or two of each room: counting, quantizers, kernels, metrics, sinks, reports, the wrapper and the hooks, documents.
+# 45 s of CPU time at most: two processes, of which each first imports torch.
+QUICK := tracker groups integer kernels metrics sinks csv report_reading optimizer wrong_calls docs
+quick: $(VENV)/installed  ## run some tests of each part, every seventh of all, in below 30 s
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(QUICK:%=tests/test_%.py)
 
 conformance: $(VENV)/installed  ## wrapped equals bare for every input of PyTorch's own optimizer tests
 	$(BIN)/python -m pytest -m conformance tests/test_conformance.py
