@@ -14,7 +14,7 @@ from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
-from conftest import FORMS, BruteForce, assert_same, backward, by_hooks, digits_model, same_as_bare, watched
+from conftest import FORMS, BruteForce, assert_same, backward, by_hooks, case, digits_model, same_as_bare, watched
 from processes import run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -432,16 +432,15 @@ def test_parameters_converted_after_construction(convert, form, digits):
 # ---------------------------------------------------------------------- torch.compile
 
 
-@each_form
 @pytest.mark.parametrize("what", ["training step", "optimizer.step"])
-def test_compiled_training_steps(what, form, digits):
+def test_compiled_training_steps(what, digits):
     images, labels = digits
 
-    def run(tracked):
+    def run(form):
         torch.compiler.reset()
         model = digits_model()
         optimizer, tracker = torch.optim.AdamW(model.parameters(), 0.01), None
-        if tracked:
+        if form is not None:
             optimizer, tracker = form(optimizer, model)
         brute = BruteForce(model)
 
@@ -466,12 +465,14 @@ def test_compiled_training_steps(what, form, digits):
             brute.after()
         return brute, tracker, dict(model.state_dict())
 
-    _, _, bare = run(tracked=False)
-    brute, tracker, state = run(tracked=True)
-    assert_same(bare, state)
-    brute.check(tracker)
-    assert tracker.step_count == 4
-    assert sum(brute.flips.values()) > 0
+    _, _, bare = run(None)
+    for name, form in FORMS.items():
+        with case(name):
+            brute, tracker, state = run(form)
+            assert_same(bare, state)
+            brute.check(tracker)
+            assert tracker.step_count == 4
+            assert sum(brute.flips.values()) > 0
 
 
 # ---------------------------------------------------------------------- several optimizers, one run
