@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightflip import Alert, FlipTrackingOptimizer, distributed, track_flips
-from weightflip.quantizers.native import STORED_FORMATS, bits_to_ordinals_
+from weightflip.quantizers.ordinals import STORED_FORMATS, bits_to_ordinals_
 
 STEPS = 8
 FORMATS = [

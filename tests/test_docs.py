@@ -17,7 +17,7 @@ from conftest import digits_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from weightflip import FlipTrackingOptimizer, quantizer_names
-from weightflip.quantizers import base
+from weightflip.quantizers import registry
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -82,7 +82,7 @@ def test_python_blocks_run(path, digits, one_thread, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # What a document registers is forgotten after it; what the library has is registered first.
     quantizer_names()
-    monkeypatch.setattr(base, "_registry", list(base._registry))
+    monkeypatch.setattr(registry, "_registry", list(registry._registry))
     namespace: dict[str, object] = {"__name__": "document"}
     if path.name == "README.md":
         # What a reader's script has before weightflip comes in.
@@ -141,7 +141,7 @@ def test_readme_has_every_option():
 def test_readme_has_every_family_of_quantizers():
     # Not those that the documents and other tests register.
     quantizer_names()
-    ours = [entry for entry in base._registry if entry.factory.__module__.startswith("weightflip.")]
+    ours = [entry for entry in registry._registry if entry.factory.__module__.startswith("weightflip.")]
     assert first_column("| name | format |") - {"e2m1", "eXmY"} == {name for entry in ours for name in entry.examples}
 
 

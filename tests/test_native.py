@@ -11,7 +11,7 @@ import torch
 from weightflip import Codes, decode, encode, quantize
 from weightflip.formats import BF16, E4M3, E5M2, FP16, FP32, FP64
 from weightflip.kernels import ScratchPool
-from weightflip.quantizers.native import bits_to_ordinals_
+from weightflip.quantizers.ordinals import bits_to_ordinals_
 
 NARROW = [
     pytest.param(torch.float8_e4m3fn, torch.int8, E4M3, id="float8_e4m3fn"),

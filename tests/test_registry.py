@@ -14,7 +14,8 @@ import torch
 import weightflip.quantizers
 from weightflip import Codes, Quantizer, encode, formats, quantizer_names
 from weightflip.formats import E3M4, E4M3, E5M2
-from weightflip.quantizers import ElementwiseQuantizer, base, register, resolve
+from weightflip.quantizers import ElementwiseQuantizer, register, resolve
+from weightflip.quantizers import registry as names
 from weightflip.quantizers.float8 import Float8Quantizer
 from weightflip.quantizers.floatx import FloatxQuantizer
 from weightflip.quantizers.native import CastQuantizer, FunctionQuantizer, NativeQuantizer
@@ -33,8 +34,8 @@ class Sign:
 @pytest.fixture
 def registry(monkeypatch):
     """A registry of its own, so that what a test registers is gone after it."""
-    monkeypatch.setattr(base, "_registry", list(base._registry))
-    return base._registry
+    monkeypatch.setattr(names, "_registry", list(names._registry))
+    return names._registry
 
 
 @pytest.mark.parametrize("element", [E4M3, E5M2], ids=str)
@@ -213,7 +214,7 @@ def test_what_a_test_registers_is_gone_after_it():
 
 def test_a_new_file_in_the_folder_is_found(registry, monkeypatch, tmp_path):
     (tmp_path / "halves.py").write_text(
-        "from weightflip.quantizers.base import register\n"
+        "from weightflip.quantizers.registry import register\n"
         "from weightflip.quantizers.native import CastQuantizer\n"
         "import torch\n"
         "@register('halves', examples=('halves',))\n"
@@ -241,17 +242,17 @@ print(json.dumps([name for name in sys.modules if name.split(".")[0] in ("weight
     loaded = set(json.loads(output))
     folder = Path(weightflip.quantizers.__file__).parent
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    assert {"base", "float8", "floatx", "native"} <= files
+    assert {"protocol", "registry", "float8", "floatx", "native"} <= files
     assert {f"weightflip.quantizers.{name}" for name in files} <= loaded
     assert not {name for name in loaded if not name.startswith("weightflip")}
 
 
 def test_loading_twice_registers_once():
     quantizer_names()
-    before = list(base._registry)
+    before = list(names._registry)
     quantizer_names()
     resolve("native")
-    assert base._registry == before
+    assert names._registry == before
 
 
 def test_elementwise_quantizers_say_the_code_dtype_before_they_encode():

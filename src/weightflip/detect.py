@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from weightflip import distributed
 from weightflip.checks import described, globs
 from weightflip.quantizers import Codes, ElementwiseQuantizer, Quantizer, resolve, torchao
-from weightflip.quantizers.base import _fresh, quantizer_name
+from weightflip.quantizers.protocol import fresh, quantizer_name
 
 logger = logging.getLogger("weightflip")
 
@@ -514,7 +514,7 @@ def _try(quantizer: Quantizer, weight: Tensor) -> Tensor | None:
             if scale is not None and scale.ndim:
                 scale_of_piece = scale[(slice(0, 1),) * (scale.ndim - 1)]
             out = torch.empty(piece.shape, dtype=quantizer.code_dtype(weight), device=weight.device)
-            quantizer.encode_into(piece, scale_of_piece, out, _fresh)
+            quantizer.encode_into(piece, scale_of_piece, out, fresh)
         return scale
 
 

@@ -14,7 +14,7 @@ from weightflip.counting.layer import Layer
 from weightflip.counting.ledger import COUNTED, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS
 from weightflip.counting.routes import ElementwiseRoute, Gradients
 from weightflip.counting.table import LayerTable
-from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer
+from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 
 
 class BatchedRoute:

@@ -15,7 +15,7 @@ from weightflip import distributed
 from weightflip.counting.batch import Member
 from weightflip.counting.ledger import Row
 from weightflip.metrics import LayerMetric, Weight
-from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer
+from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 
 if TYPE_CHECKING:
     from weightflip.counting.routes import Route

@@ -14,7 +14,7 @@ from weightflip.counting.schedule import Schedule
 from weightflip.counting.table import LayerTable
 from weightflip.metrics import LayerMetric, Slice, Weight
 from weightflip.metrics.columns import Group
-from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer
+from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 
 
 class MetricRunner:

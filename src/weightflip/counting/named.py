@@ -12,7 +12,7 @@ from weightflip import distributed, functional, kernels
 from weightflip.counting.layer import TrackedWeight
 from weightflip.counting.ledger import COLUMNS, COUNTED, WEIGHT_STEPS
 from weightflip.counting.table import LayerTable
-from weightflip.quantizers.base import resolve
+from weightflip.quantizers.specs import resolve
 
 
 @dataclass

@@ -14,7 +14,7 @@ from weightflip.counting.layer import Layer
 from weightflip.counting.ledger import COUNTED, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS
 from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.table import LayerTable
-from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer, bits_of_scale
+from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer, bits_of_scale
 
 Gradients = Mapping[str, Tensor | None]
 """Of the layers, as they were before the step."""

@@ -12,7 +12,7 @@ from weightflip.counting.columns import Columns
 from weightflip.counting.layer import Layer, TrackedWeight
 from weightflip.counting.shards import Shards, Totals
 from weightflip.counting.table import LayerTable
-from weightflip.quantizers.base import quantizer_name
+from weightflip.quantizers.protocol import quantizer_name
 
 
 class ShardedRun:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from weightflip import checks
-from weightflip.quantizers.base import resolve
+from weightflip.quantizers.specs import resolve
 
 
 class BitStallDetector:

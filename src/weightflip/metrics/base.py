@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weightflip import checks, functional, records
 from weightflip.kernels import Index, ScratchPool, take
-from weightflip.quantizers.base import ElementwiseQuantizer, Quantizer
+from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 from weightflip.records import Kind, Value
 
 CORE_VALUES = tuple(value.name for value in records.CORE_VALUES if value.unit != "count")

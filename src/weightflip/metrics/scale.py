@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from weightflip.metrics.base import LayerMetric, Metric, Slice, Weight, register
-from weightflip.quantizers.base import ElementwiseQuantizer
+from weightflip.quantizers.protocol import ElementwiseQuantizer
 from weightflip.records import Value
 
 

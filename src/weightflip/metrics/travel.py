@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weightflip.metrics.base import Bins, LayerMetric, Metric, Weight, register
-from weightflip.quantizers.base import ElementwiseQuantizer
+from weightflip.quantizers.protocol import ElementwiseQuantizer
 from weightflip.records import Value
 
 # Weights of a layer that are looked at: errors of about a percent from 10,000 flips on.

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from weightflip import checks
-from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Quantizer, quantizer_names, register, resolve
+from weightflip.quantizers.protocol import Codes, ElementwiseQuantizer, Quantizer
+from weightflip.quantizers.registry import quantizer_names, register
+from weightflip.quantizers.specs import resolve
 
 __all__ = [
     "Codes",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import E2M1, E2M3, E3M2, E4M3, E5M2, FP32, FloatFormat, FloatRounding
-from weightflip.quantizers.base import ElementwiseQuantizer, Scope, Scratch, register
-from weightflip.quantizers.floatx import amax, cast_to_float8, ordinals_to_values, round_to_ordinals
+from weightflip.quantizers.ordinals import amax, cast_to_float8, ordinals_to_values, round_to_ordinals
+from weightflip.quantizers.protocol import ElementwiseQuantizer, Scope, Scratch
+from weightflip.quantizers.registry import register
 
 ScaleMode: TypeAlias = Literal["floor", "rceil", "ceil", "even"]
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import E4M3, E5M2, FloatFormat, FloatRounding
-from weightflip.quantizers.base import ElementwiseQuantizer, Scratch, register
-from weightflip.quantizers.floatx import amax, cast_to_float8, ordinals_to_values
+from weightflip.quantizers.ordinals import amax, cast_to_float8, ordinals_to_values
+from weightflip.quantizers.protocol import ElementwiseQuantizer, Scratch
+from weightflip.quantizers.registry import register
 
 # torchao.float8.float8_utils.EPS: the smallest amax that it divides by.
 _EPS = 1e-12

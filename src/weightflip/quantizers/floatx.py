@@ -2,150 +2,36 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from weightflip import checks
-from weightflip.formats import E4M3, E5M2, FP32, FP64, FloatFormat, FloatRounding, exmy
-from weightflip.quantizers.base import ElementwiseQuantizer, Scope, Scratch, register
-from weightflip.quantizers.native import ORDINAL_DTYPES, bits_to_ordinals_
-
-Granularity: TypeAlias = Literal["tensor", "row", "none"]
-
-_ALL_BUT_SIGN = torch.tensor(127, dtype=torch.int8, device="cpu")
-_TORCH_FLOAT8 = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
+from weightflip.formats import FloatFormat, FloatRounding, exmy
+from weightflip.quantizers.ordinals import (
+    ORDINAL_DTYPES,
+    TORCH_FLOAT8,
+    Granularity,
+    amax,
+    cast_to_float8,
+    ordinals_to_values,
+    round_to_ordinals,
+)
+from weightflip.quantizers.protocol import ElementwiseQuantizer, Scope, Scratch
+from weightflip.quantizers.registry import register
 
 # Formats with a wider exponent are scaled so that their largest number meets 2**512 instead of itself: float64 holds
 # that, and every float32 weight divided by the largest of its tensor is above 2**-277.
 _FLOAT64_EXPONENT = 512
 
 
-def amax(weight: Tensor, granularity: Granularity) -> Tensor:
-    """Largest magnitude of the weight (0-dim) or of each row (``(..., 1)``), in its dtype; NaN if there is one.
-
-    aminmax reads the weight once and allocates nothing of its size, which ``weight.abs().max()`` does.
-    """
-    by_row = granularity == "row" and weight.ndim > 0
-    if weight.numel() == 0:
-        return weight.new_zeros((*weight.shape[:-1], 1) if by_row else ())
-    if by_row and weight.device.type == "cpu":
-        # There aminmax along a dimension is not vectorized: reading twice takes a third of its time.
-        low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
-    else:
-        low, high = torch.aminmax(weight, dim=-1, keepdim=True) if by_row else torch.aminmax(weight)
-    return torch.maximum(low.abs(), high.abs())
-
-
-def cast_to_float8(
-    values: Tensor, format: FloatFormat, out: Tensor, scratch: Scratch, *, has_number: Tensor | None = None
-) -> None:
-    """Cast float32 values to ordinals of E4M3 or E5M2, through torch's own conversion.
-
-    Args:
-        values: Contiguous float32. Nothing is promised above ``format.max`` by more than rounding: torch before 2.12
-            does not saturate (e4m3 overflows to NaN, e5m2 to infinity), so clamp first what may be larger.
-        format: E4M3 or E5M2.
-        out: int8, contiguous, of the values' shape.
-        scratch: Where temporaries come from.
-        has_number: Where given, bool and broadcastable to the values: where it is False all values are NaN or 0, and
-            nowhere else is one NaN.
-    """
-    out.view(_TORCH_FLOAT8[format]).copy_(values)
-    if has_number is not None:
-        # NaN and 0 lose their signs in one pass; looking for NaN everywhere takes two.
-        # All bits where there is a number. torch.where would copy its constants to a GPU, and wait for that.
-        out.bitwise_and_(has_number.to(torch.int8).neg_().bitwise_or_(_ALL_BUT_SIGN))
-    bits_to_ordinals_(out, format, scratch, nan_is_positive=has_number is not None)
-
-
-def round_to_ordinals(
-    values: Tensor, format: FloatFormat, out: Tensor, scratch: Scratch, *, exponent_shift: int = 0
-) -> None:
-    """Round float32 or float64 values to the nearest number of a format; ties go to the even code.
-
-    Works on the bits. In the normal range the float's own bit pattern, cut to M mantissa bits, is the code but for the
-    bias; adding just under half of what is cut off, plus the last bit kept, rounds to nearest even. In the subnormal
-    range, where numbers are multiples of one quantum, adding a power of two whose last place is that quantum makes the
-    floating-point adder round.
-
-    Args:
-        values: Contiguous float32 (for formats of up to 7 exponent bits) or float64, overwritten.
-        format: What to round to. Magnitudes above ``format.max``, infinities included, saturate.
-        out: Where the ordinals go, of the values' shape.
-        scratch: Where temporaries come from.
-        exponent_shift: Values come divided by ``2**exponent_shift``.
-    """
-    source, integer = (FP64, torch.int64) if values.dtype is torch.float64 else (FP32, torch.int32)
-    cut = source.mantissa_bits - format.mantissa_bits
-    offset = (source.bias - format.bias - exponent_shift) << format.mantissa_bits
-    min_exponent = format.min_exponent - exponent_shift
-
-    is_negative = torch.lt(values, 0, out=scratch("negative", values, torch.bool))
-    is_nan = torch.ne(values, values, out=scratch("nan", values, torch.bool))
-    magnitude = values.abs_()
-    largest = format.value(format.max_ordinal, exponent_shift=exponent_shift)
-    is_within = largest <= torch.finfo(values.dtype).max
-    if is_within:
-        magnitude.clamp_(max=largest)
-
-    bits = magnitude.view(integer)
-    codes = torch.bitwise_right_shift(bits, cut, out=scratch("codes", values, integer))
-    # Even means an even code: without mantissa bits the last bit kept belongs to the exponent, which the bias moves.
-    codes.sub_(offset).bitwise_and_(1).add_(bits).add_((1 << (cut - 1)) - 1)
-    codes.bitwise_right_shift_(cut).sub_(offset)
-    if not is_within:
-        codes.masked_fill_(magnitude == math.inf, format.max_ordinal)
-
-    is_subnormal = scratch("subnormal", values, torch.bool)
-    # The number whose last place is one quantum, 2**(min_exponent - mantissa_bits).
-    adder = math.ldexp(1.0, min_exponent + cut)
-    if min_exponent < source.min_exponent:
-        # All that float64 holds with full precision is normal in this format; zero and float64 subnormals remain.
-        codes.masked_fill_(torch.lt(magnitude, source.smallest_normal, out=is_subnormal), 0)
-    elif format.exponent_bits == 0:
-        torch.sub(magnitude.add_(adder).view(integer), _bits_of(adder, source), out=codes)
-    else:
-        torch.lt(magnitude, math.ldexp(1.0, min_exponent), out=is_subnormal)
-        magnitude.add_(adder)
-        torch.where(is_subnormal, bits.sub_(_bits_of(adder, source)), codes, out=codes)
-
-    torch.where(is_negative, torch.neg(codes, out=bits), codes, out=codes)
-    out.copy_(codes.masked_fill_(is_nan, format.nan_ordinal))
-
-
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
     trailing = to[len(to) - len(shape) :] if len(shape) <= len(to) else ()
     return len(trailing) == len(shape) and all(a in (1, b) for a, b in zip(shape, trailing, strict=True))
-
-
-def _bits_of(power_of_two: float, source: FloatFormat) -> int:
-    return (math.frexp(power_of_two)[1] - 1 + source.bias) << source.mantissa_bits
-
-
-@functools.lru_cache(maxsize=64)
-def _value_table(format: FloatFormat, exponent_shift: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Value of every ordinal of the storage, from its smallest integer on; NaN where there is no number.
-
-    Kept where it is used: to copy it to a device waits for that device.
-    """
-    half = 1 << (format.storage_bits - 1)
-    last = format.max_ordinal if format.inf_ordinal is None else format.inf_ordinal
-    values = [format.value(ordinal, exponent_shift=exponent_shift) for ordinal in range(-last, last + 1)]
-    table = torch.full((2 * half,), math.nan, dtype=torch.float64, device="cpu")
-    table[half - last : half + last + 1] = torch.tensor(values, dtype=torch.float64, device="cpu")
-    return table.to(device=device, dtype=dtype)
-
-
-def ordinals_to_values(ordinals: Tensor, format: FloatFormat, dtype: torch.dtype, *, exponent_shift: int = 0) -> Tensor:
-    """What the ordinals stand for, divided by ``2**exponent_shift``."""
-    table = _value_table(format, exponent_shift, dtype, ordinals.device)
-    return table[ordinals.long() + (1 << (format.storage_bits - 1))]
 
 
 class FloatxQuantizer(ElementwiseQuantizer):
@@ -253,7 +139,7 @@ class FloatxQuantizer(ElementwiseQuantizer):
                 values.div_(scale)
         else:
             torch.div(weight, scale, out=values)
-        if dtype is torch.float32 and self.format in _TORCH_FLOAT8:
+        if dtype is torch.float32 and self.format in TORCH_FLOAT8:
             values.clamp_(-self.format.max, self.format.max)
             cast_to_float8(values, self.format, out, scratch)
         else:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import IntegerRounding
-from weightflip.quantizers.base import ElementwiseQuantizer, Scratch, register
-from weightflip.quantizers.floatx import amax
+from weightflip.quantizers.ordinals import amax
+from weightflip.quantizers.protocol import ElementwiseQuantizer, Scratch
+from weightflip.quantizers.registry import register
 
 NAN_ORDINAL = -128
 """The code of NaN in every format here. ``int8`` fills its byte and shares it with the number -128."""

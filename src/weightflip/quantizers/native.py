@@ -7,57 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from weightflip.formats import BF16, E4M3, E5M2, FP16, FP32, FP64, FloatFormat, FloatRounding
-from weightflip.quantizers.base import Codes, ElementwiseQuantizer, Scope, Scratch, register
-
-STORED_FORMATS: dict[torch.dtype, FloatFormat] = {
-    torch.float8_e4m3fn: E4M3,
-    torch.float8_e5m2: E5M2,
-    torch.bfloat16: BF16,
-    torch.float16: FP16,
-    torch.float32: FP32,
-    torch.float64: FP64,
-}
-ORDINAL_DTYPES = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
-# Tensors, because torch makes one of a Python number at each call. 0-dim ones on the CPU go with tensors of any device.
-_SIGN_BIT = {
-    dtype: torch.tensor(torch.iinfo(dtype).min, dtype=dtype, device="cpu") for dtype in ORDINAL_DTYPES.values()
-}
-
-
-def bits_to_ordinals_(bits: Tensor, format: FloatFormat, scratch: Scratch, *, nan_is_positive: bool = False) -> None:
-    """Turn IEEE-like bit patterns into ordinals, in place.
-
-    Sign and magnitude become two's complement, -0 becomes 0, every NaN becomes ``format.nan_ordinal``.
-
-    Args:
-        bits: Contiguous int8, int16, int32 or int64, as wide as the format.
-        format: One with NaN.
-        scratch: Where temporaries come from.
-        nan_is_positive: No NaN among the bits has its sign bit set, which saves looking for them.
-    """
-    sign = torch.bitwise_and(bits, _SIGN_BIT[bits.dtype], out=scratch("sign", bits, bits.dtype))
-    # For a negative pattern abs() gives 2**(n-1) - magnitude (the sign bit alone stays as it is), and putting the sign
-    # bit back gives -magnitude: three passes instead of shift, mask, xor and subtract.
-    bits.abs_().bitwise_xor_(sign)
-
-    nan = format.nan_ordinal
-    if nan < torch.iinfo(bits.dtype).max:
-        bits.clamp_(-nan, nan)
-    if nan_is_positive:
-        return
-    # NaN carries a sign, which arithmetic on different machines sets differently: -nan moves onto nan by a subtraction
-    # that wraps. The comparison goes into integers because torch's CPU kernels vectorize it only without a bool result.
-    is_negative_nan = torch.eq(bits, -nan, out=sign)
-    width = format.storage_bits
-    distance = (-2 * nan) % (1 << width)
-    bits.sub_(is_negative_nan, alpha=distance - (1 << width) if distance >> (width - 1) else distance)
-
-
-def ordinals_to_bits(ordinals: Tensor, format: FloatFormat) -> Tensor:
-    """The inverse of :func:`bits_to_ordinals_`, with +0 for 0 and one positive NaN."""
-    magnitude = ordinals.abs()
-    return torch.where(ordinals < 0, magnitude | torch.iinfo(ordinals.dtype).min, magnitude)
+from weightflip.formats import FloatFormat, FloatRounding
+from weightflip.quantizers.ordinals import ORDINAL_DTYPES, STORED_FORMATS, bits_to_ordinals_, ordinals_to_bits
+from weightflip.quantizers.protocol import Codes, ElementwiseQuantizer, Scope, Scratch
+from weightflip.quantizers.registry import register
 
 
 class NativeQuantizer(ElementwiseQuantizer):

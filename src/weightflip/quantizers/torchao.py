@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import FloatFormat
-from weightflip.quantizers.base import Codes, Quantizer, Scope, _fresh
 from weightflip.quantizers.integer import NAN_ORDINAL
-from weightflip.quantizers.native import STORED_FORMATS, bits_to_ordinals_
+from weightflip.quantizers.ordinals import STORED_FORMATS, bits_to_ordinals_
+from weightflip.quantizers.protocol import Codes, Quantizer, Scope, fresh
 
 _PRIMITIVES = "torchao.quantization.quant_primitives"
 
@@ -37,7 +37,7 @@ def _as_ordinals(integers: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
 def _float8_ordinals(data: Tensor) -> Tensor:
     format = STORED_FORMATS[data.dtype]
     ordinals = data.contiguous().view(torch.int8).clone()
-    bits_to_ordinals_(ordinals, format, _fresh)
+    bits_to_ordinals_(ordinals, format, fresh)
     return ordinals
 
 

@@ -1,24 +1,18 @@
-"""What a quantizer is, and how one is found by name.
+"""What a quantizer is.
 
-A new quantizer is one new file in this folder: a class with ``encode``, and a factory under ``@register``. Every module
-of the folder is imported when the first name is looked up.
+A new one is one new file in this folder: a class with ``encode``, and a factory under ``@register``.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from weightflip import checks
-from weightflip.formats import FloatFormat, Rounding
+from weightflip.formats import Rounding
 
 Scope: TypeAlias = Literal["element", "group", "row", "tensor"]
 Reduction: TypeAlias = Literal["max", "mean"]
@@ -91,7 +85,8 @@ class Scratch(Protocol):
         ...
 
 
-def _fresh(slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+def fresh(slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The :class:`Scratch` that keeps nothing."""
     return torch.empty(like.shape, dtype=dtype, device=like.device)
 
 
@@ -216,140 +211,8 @@ class ElementwiseQuantizer(ABC):
         grouped = self.grouped(weight)
         scale = self.scale(grouped)
         out = torch.empty(grouped.shape, dtype=self.code_dtype(weight), device=weight.device)
-        self.encode_into(grouped, scale, out, _fresh)
+        self.encode_into(grouped, scale, out, fresh)
         return Codes(out.view(weight.shape), scale, self)
 
     def __str__(self) -> str:
         return self.name
-
-
-QuantizerLike: TypeAlias = "str | torch.dtype | FloatFormat | Quantizer | Callable[[Tensor], Tensor]"
-
-# What others call a format, where exactly one is meant; and where it may be any of several.
-_ALIASES = {"float8_e4m3fn": "float8_e4m3", "e4m3fn": "e4m3", "fp16": "float16", "bf16": "bfloat16"}
-_SEVERAL = {
-    **dict.fromkeys(("fp8", "float8"), ("float8_e4m3", "float8_e5m2")),
-    "mxfp8": ("mxfp8_e4m3", "mxfp8_e5m2"),
-    "mxfp6": ("mxfp6_e2m3", "mxfp6_e3m2"),
-    "fp4": ("mxfp4", "nvfp4"),
-    **dict.fromkeys(("fp32", "float32", "fp64", "float64"), ("native",)),
-}
-_OF_DTYPE = {
-    torch.float8_e4m3fn: "float8_e4m3",
-    torch.float8_e5m2: "float8_e5m2",
-    torch.int8: "int8",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-
-Factory: TypeAlias = Callable[[str, tuple[str, ...]], ElementwiseQuantizer]
-
-
-@dataclass(frozen=True)
-class _Entry:
-    pattern: re.Pattern[str]
-    examples: tuple[str, ...]
-    factory: Factory
-
-
-_registry: list[_Entry] = []
-
-
-def register(pattern: str, *, examples: tuple[str, ...]) -> Callable[[Factory], Factory]:
-    """Make a quantizer available by name.
-
-    Args:
-        pattern: Regular expression that the name without its ``:options`` matches in full.
-        examples: Names that error messages and docs show, such as ``("e3m4",)``.
-
-    Returns:
-        A decorator for ``factory(name, options)``; the factory raises ValueError for an option that it does not know.
-    """
-
-    def add(factory: Factory) -> Factory:
-        _registry.append(_Entry(re.compile(pattern), examples, factory))
-        return factory
-
-    return add
-
-
-def _load_rooms() -> None:
-    package = importlib.import_module(__package__ or "")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-
-
-def quantizer_names() -> list[str]:
-    """Example names of every registered family.
-
-    Example:
-        >>> "float8_e4m3" in quantizer_names()
-        True
-    """
-    _load_rooms()
-    return sorted(example for entry in _registry for example in entry.examples)
-
-
-def _by_name(name: str) -> ElementwiseQuantizer:
-    _load_rooms()
-    family, *options = name.lower().split(":")
-    # What is registered comes first.
-    for candidate in (family, _ALIASES.get(family)):
-        for entry in _registry:
-            if candidate is not None and entry.pattern.fullmatch(candidate):
-                return entry.factory(candidate, tuple(options))
-    known = quantizer_names()
-    hint = checks.did_you_mean(family, known)
-    if family in _SEVERAL:
-        hint = f"did you mean {' or '.join(map(repr, _SEVERAL[family]))}? "
-    raise ValueError(
-        f"unknown quantizer {name!r}; {hint}Expected one of {', '.join(known)} (and any eXmY of up to 16 bits), "
-        "a FloatFormat, an object with encode(weight), or a function from a weight to its quantized values"
-    )
-
-
-def resolve(spec: Any, scale: Tensor | float | None = None) -> Quantizer:
-    """The quantizer that ``spec`` means.
-
-    Args:
-        spec: A name (``"float8_e4m3:row"``), a ``torch.dtype`` that there is one format for, a ``FloatFormat``
-            (unscaled unless ``scale`` is given), an object with ``encode(weight) -> Codes``, or a function from a
-            weight to its quantized values.
-        scale: What the weight is divided by before rounding, a number or a tensor that broadcasts to the weight;
-            instead of the format's own rule. Only for formats with a ``FloatFormat`` element.
-
-    Raises:
-        ValueError: An unknown name, option or dtype, or a scale for something that takes none.
-        TypeError: Nothing of the above.
-    """
-    from weightflip.quantizers.floatx import FloatxQuantizer
-    from weightflip.quantizers.native import FunctionQuantizer
-
-    if isinstance(spec, torch.dtype):
-        if spec not in _OF_DTYPE:
-            raise ValueError(
-                f"there is no one format for {spec}; expected {', '.join(map(str, _OF_DTYPE))}, or a name such as "
-                "'e3m4', or 'native' for the bits that are stored"
-            )
-        spec = _OF_DTYPE[spec]
-    if isinstance(spec, str):
-        spec = _by_name(spec)
-    if isinstance(spec, FloatFormat):
-        return FloatxQuantizer(spec, fixed_scale=scale)
-    if isinstance(spec, type):
-        raise TypeError(f"expected a quantizer, got the class {spec.__name__}; pass an instance of it")
-    if isinstance(spec, Quantizer):
-        if scale is None:
-            return spec
-        element = getattr(spec, "format", None)
-        if isinstance(element, FloatFormat):
-            return FloatxQuantizer(element, fixed_scale=scale)
-        raise ValueError(f"quantizer {spec} takes no scale=; leave it out, or name a format such as 'e4m3'")
-    if callable(spec):
-        if scale is not None:
-            raise ValueError("a function from a weight to its quantized values takes no scale=; scale inside it")
-        return FunctionQuantizer(spec)
-    raise TypeError(
-        "expected a quantizer name such as 'float8_e4m3', a FloatFormat, an object with encode(weight), or a function "
-        f"from a weight to its quantized values, got {type(spec).__name__}"
-    )

@@ -1,0 +1,96 @@
+"""What people write for a quantizer: a name, a dtype, a format, an object or a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from weightflip import checks
+from weightflip.formats import FloatFormat
+from weightflip.quantizers import registry
+from weightflip.quantizers.floatx import FloatxQuantizer
+from weightflip.quantizers.native import FunctionQuantizer
+from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
+
+QuantizerLike: TypeAlias = "str | torch.dtype | FloatFormat | Quantizer | Callable[[Tensor], Tensor]"
+
+# What others call a format, where exactly one is meant; and where it may be any of several.
+_ALIASES = {"float8_e4m3fn": "float8_e4m3", "e4m3fn": "e4m3", "fp16": "float16", "bf16": "bfloat16"}
+_SEVERAL = {
+    **dict.fromkeys(("fp8", "float8"), ("float8_e4m3", "float8_e5m2")),
+    "mxfp8": ("mxfp8_e4m3", "mxfp8_e5m2"),
+    "mxfp6": ("mxfp6_e2m3", "mxfp6_e3m2"),
+    "fp4": ("mxfp4", "nvfp4"),
+    **dict.fromkeys(("fp32", "float32", "fp64", "float64"), ("native",)),
+}
+_OF_DTYPE = {
+    torch.float8_e4m3fn: "float8_e4m3",
+    torch.float8_e5m2: "float8_e5m2",
+    torch.int8: "int8",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+def _by_name(name: str) -> ElementwiseQuantizer:
+    family, *options = name.lower().split(":")
+    # What is registered comes first.
+    for candidate in (family, _ALIASES.get(family)):
+        found = None if candidate is None else registry.make(candidate, tuple(options))
+        if found is not None:
+            return found
+    known = registry.quantizer_names()
+    hint = checks.did_you_mean(family, known)
+    if family in _SEVERAL:
+        hint = f"did you mean {' or '.join(map(repr, _SEVERAL[family]))}? "
+    raise ValueError(
+        f"unknown quantizer {name!r}; {hint}Expected one of {', '.join(known)} (and any eXmY of up to 16 bits), "
+        "a FloatFormat, an object with encode(weight), or a function from a weight to its quantized values"
+    )
+
+
+def resolve(spec: Any, scale: Tensor | float | None = None) -> Quantizer:
+    """The quantizer that ``spec`` means.
+
+    Args:
+        spec: A name (``"float8_e4m3:row"``), a ``torch.dtype`` that there is one format for, a ``FloatFormat``
+            (unscaled unless ``scale`` is given), an object with ``encode(weight) -> Codes``, or a function from a
+            weight to its quantized values.
+        scale: What the weight is divided by before rounding, a number or a tensor that broadcasts to the weight;
+            instead of the format's own rule. Only for formats with a ``FloatFormat`` element.
+
+    Raises:
+        ValueError: An unknown name, option or dtype, or a scale for something that takes none.
+        TypeError: Nothing of the above.
+    """
+    if isinstance(spec, torch.dtype):
+        if spec not in _OF_DTYPE:
+            raise ValueError(
+                f"there is no one format for {spec}; expected {', '.join(map(str, _OF_DTYPE))}, or a name such as "
+                "'e3m4', or 'native' for the bits that are stored"
+            )
+        spec = _OF_DTYPE[spec]
+    if isinstance(spec, str):
+        spec = _by_name(spec)
+    if isinstance(spec, FloatFormat):
+        return FloatxQuantizer(spec, fixed_scale=scale)
+    if isinstance(spec, type):
+        raise TypeError(f"expected a quantizer, got the class {spec.__name__}; pass an instance of it")
+    if isinstance(spec, Quantizer):
+        if scale is None:
+            return spec
+        element = getattr(spec, "format", None)
+        if isinstance(element, FloatFormat):
+            return FloatxQuantizer(element, fixed_scale=scale)
+        raise ValueError(f"quantizer {spec} takes no scale=; leave it out, or name a format such as 'e4m3'")
+    if callable(spec):
+        if scale is not None:
+            raise ValueError("a function from a weight to its quantized values takes no scale=; scale inside it")
+        return FunctionQuantizer(spec)
+    raise TypeError(
+        "expected a quantizer name such as 'float8_e4m3', a FloatFormat, an object with encode(weight), or a function "
+        f"from a weight to its quantized values, got {type(spec).__name__}"
+    )
