@@ -14,8 +14,8 @@ from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.notices import Notices
 from weightflip.counting.routes import ElementwiseRoute, WholeWeightRoute
 from weightflip.counting.schedule import Schedule
-from weightflip.counting.shards import SingleProcess
 from weightflip.counting.silent import SilentWrites
+from weightflip.counting.single import SingleProcess
 from weightflip.counting.table import LayerTable
 from weightflip.counting.totals import Totals
 from weightflip.metrics.columns import make_groups

@@ -1,13 +1,11 @@
-"""What processes have to agree on: here, where there is nothing. ``sharded.py`` has the rest."""
+"""What processes have to agree on. ``single.py`` has the run where there is nothing, ``sharded.py`` any other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from weightflip.counting.columns import Columns
 from weightflip.counting.layer import TrackedWeight
-from weightflip.counting.table import LayerTable
 
 Totals = tuple[int, dict[str, list[float]]]
 """Steps, and a row for each layer."""
@@ -88,61 +86,3 @@ class Shards(Protocol):
             steps: How many there were, skipped ones included.
         """
         ...
-
-
-class SingleProcess:
-    """No weight is sharded: there is nobody to ask.
-
-    Args:
-        layers: All layers.
-        columns: Of their rows.
-    """
-
-    def __init__(self, layers: LayerTable, columns: Columns) -> None:
-        self._layers, self._columns = layers, columns
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __contains__(self, name: str) -> bool:
-        return False
-
-    def for_weights(self, weights: Sequence[TrackedWeight]) -> Shards:
-        return self._sharded() if any(tracked.is_dtensor for tracked in weights) else self
-
-    def expect_others(self, *, are_known: bool) -> Shards:
-        return self._sharded().expect_others(are_known=are_known)
-
-    def _sharded(self) -> Shards:
-        # Here, so that a run on one process does not even load it.
-        from weightflip.counting.sharded import ShardedRun
-
-        return ShardedRun(self._layers, self._columns)
-
-    def begin(self, weights: Sequence[TrackedWeight], *, are_others: bool, anew: bool) -> None:
-        pass
-
-    def may_keep(self, name: str, is_unwritten: bool) -> bool:
-        return is_unwritten
-
-    def share(self, *, is_next_due: bool) -> None:
-        pass
-
-    def drop_uncertain(self) -> None:
-        pass
-
-    def forget(self) -> None:
-        pass
-
-    @property
-    def names(self) -> Iterable[str]:
-        return ()
-
-    def release(self) -> None:
-        pass
-
-    def add_up(self, steps: int, rows: Mapping[str, Sequence[float]]) -> None:
-        pass
-
-    def totals(self, steps: int) -> Totals | None:
-        return None

@@ -23,8 +23,9 @@ from weightflip.counting.named import NamedSnapshots
 from weightflip.counting.notices import Notices
 from weightflip.counting.routes import ElementwiseRoute, Route, WholeWeightRoute
 from weightflip.counting.schedule import Progress, Schedule
-from weightflip.counting.shards import Shards, SingleProcess
+from weightflip.counting.shards import Shards
 from weightflip.counting.silent import SilentWrites
+from weightflip.counting.single import SingleProcess
 from weightflip.counting.table import LayerTable
 from weightflip.counting.totals import Totals
 from weightflip.metrics import CORE_VALUES
