@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import weightflip
+from weightflip.quantizers import BaseQuantizer
 
 ROOT = Path(weightflip.__file__).parent
 
@@ -106,6 +107,21 @@ def test_no_arrow_runs_up_inside_counting():
     for path in (ROOT / "counting").glob("*.py"):
         for name in _needs(path) & floor.keys():
             assert floor[_module(path)] < floor[name], f"{_module(path)} needs {name}, which is not below it"
+
+
+def test_what_a_quantizer_has_is_asked_in_one_place():
+    """Any other place reads what BaseQuantizer declares; so a reader finds there all that can be asked."""
+    declared = {name for name in vars(BaseQuantizer) if not name.startswith("_")}
+    assert {"encode", "is_active", "scope", "statistic", "plain"} <= declared
+    for path in FILES:
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        for call in calls:
+            if ast.unparse(call.func) not in ("getattr", "hasattr") or path.stem == "adapt":
+                continue
+            asked = ast.unparse(call)
+            is_declared = isinstance(call.args[1], ast.Constant) and call.args[1].value in declared
+            is_of_quantizer = is_declared or "quantizer" in ast.unparse(call.args[0])
+            assert not is_of_quantizer, f"{_module(path)}: {asked}"
 
 
 def test_import_is_light():

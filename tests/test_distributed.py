@@ -580,7 +580,7 @@ def test_borders_are_those_of_chunk(size, parts):
     ],
 )
 def test_what_processes_have_to_tell_each_other(scope, group, borders, expected):
-    quantizer = SimpleNamespace(scope=scope, group=group, statistic=lambda weight: weight)
+    quantizer = SimpleNamespace(scope=scope, group=group, has_statistic=True)
     lies = layout(borders=frozenset(borders))
     if expected is ValueError:
         with pytest.raises(ValueError, match=r"cut|scope"):

@@ -16,9 +16,10 @@ from weightflip import Codes, Quantizer, encode, formats, quantizer_names
 from weightflip.formats import E3M4, E4M3, E5M2
 from weightflip.quantizers import ElementwiseQuantizer, register, resolve
 from weightflip.quantizers import registry as names
+from weightflip.quantizers.adapt import FunctionQuantizer
 from weightflip.quantizers.float8 import Float8Quantizer
 from weightflip.quantizers.floatx import FloatxQuantizer
-from weightflip.quantizers.native import CastQuantizer, FunctionQuantizer, NativeQuantizer
+from weightflip.quantizers.native import CastQuantizer, NativeQuantizer
 
 
 class Sign:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from weightflip import distributed
 from weightflip.checks import described, globs
 from weightflip.quantizers import Codes, ElementwiseQuantizer, Quantizer, resolve, torchao
-from weightflip.quantizers.protocol import fresh, quantizer_name
+from weightflip.quantizers.adapt import adapt, quantizer_name
+from weightflip.quantizers.protocol import fresh
 
 logger = logging.getLogger("weightflip")
 
@@ -408,7 +409,7 @@ def _check_formats_of_flat(parameter: Tensor, quantizers: Iterable[Quantizer], *
 
 def _has_at_most_one_scale(quantizer: Quantizer, weight: Tensor, *, otherwise: bool) -> bool:
     """Whether all weights share what scale there is; ``otherwise`` where only the quantizer itself could know."""
-    quantizer = getattr(quantizer, "encodes", quantizer)
+    quantizer = adapt(quantizer).encoder
     if not isinstance(quantizer, ElementwiseQuantizer):
         return otherwise
     if quantizer.group is not None:
@@ -467,7 +468,7 @@ def _choose(
         layout = distributed.layout(parameter)
         if layout is not None:
             try:
-                distributed.span(layout, getattr(quantizer, "encodes", quantizer))
+                distributed.span(layout, adapt(quantizer).encoder)
             except ValueError as error:
                 # What lies on other processes is named on all by the same line of a script.
                 raise Skip(str(error), misfit=spec != "auto" and layout.shard is not None) from None
@@ -592,7 +593,7 @@ def _inside(parameter: Tensor, quantizer: Quantizer) -> Quantizer:
     """
     parameter = distributed.local(parameter)
     classes = _torchao_classes(parameter)
-    if not classes or hasattr(quantizer, "plain"):
+    if not classes or adapt(quantizer).has_plain:
         return quantizer
     for attribute in ("_data", "_tensor"):
         if isinstance(getattr(parameter, attribute, None), Tensor):

@@ -207,8 +207,8 @@ def span(layout: Layout, quantizer: Any) -> Span | None:
     Args:
         layout: How the weight lies.
         quantizer: ``scope`` says how much of a weight one code depends on (``"element"``, ``"group"``, ``"row"``,
-            ``"tensor"``), ``group`` how many neighbours are one, and ``statistic`` what has to be known of a whole row
-            or tensor.
+            ``"tensor"``), ``group`` how many neighbours are one, and ``has_statistic`` whether it can say what has to
+            be known of a whole row or tensor.
 
     Returns:
         None where each process can encode its shard alone.
@@ -216,7 +216,7 @@ def span(layout: Layout, quantizer: Any) -> Span | None:
     Raises:
         ValueError: The codes of a shard cannot be those of the whole weight; with the reason.
     """
-    scope, group = getattr(quantizer, "scope", None), getattr(quantizer, "group", None)
+    scope, group = quantizer.scope, quantizer.group
     if layout.shard is None:
         raise ValueError(f"it lies on processes {', '.join(map(str, layout.ranks))}, of which this is none")
     if layout.is_partial:
@@ -233,7 +233,7 @@ def span(layout: Layout, quantizer: Any) -> Span | None:
         )
     if scope in ("element", "group") or (scope == "row" and not layout.cuts_rows):
         return None
-    if not hasattr(quantizer, "statistic"):
+    if not quantizer.has_statistic:
         raise ValueError(
             f"it is sharded, and {quantizer} needs whole {'rows' if scope == 'row' else 'tensors'}, of which a process "
             "holds a part; leave it out with exclude=, or name another format in quantizer="
@@ -578,7 +578,7 @@ class ShardedWeights:
             if lies is None:
                 continue
             try:
-                quantizer = getattr(quantizer, "encodes", quantizer)
+                quantizer = quantizer.encoder
                 over = span(lies, quantizer)
                 statistic = None if over is None else Statistic(lies, over, quantizer.reduction)
                 now[name] = ShardedWeight(name, call(quantizer), lies, statistic)

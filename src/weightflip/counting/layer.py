@@ -15,7 +15,8 @@ from weightflip import distributed
 from weightflip.counting.batch import Member
 from weightflip.counting.ledger import Row
 from weightflip.metrics import LayerMetric, Weight
-from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
+from weightflip.quantizers.adapt import adapt
+from weightflip.quantizers.protocol import BaseQuantizer, ElementwiseQuantizer, Quantizer
 
 if TYPE_CHECKING:
     from weightflip.counting.routes import Route
@@ -39,7 +40,7 @@ class TrackedWeight:
     def __init__(self, name: str, parameter: Tensor, quantizer: Quantizer) -> None:
         self.name = name
         self.parameter = parameter
-        self.quantizer = quantizer
+        self.quantizer = adapt(quantizer)
 
     @property
     def is_held(self) -> bool:
@@ -59,35 +60,28 @@ class TrackedWeight:
     @property
     def is_active(self) -> bool:
         """Whether it is quantized now."""
-        return bool(getattr(self.quantizer, "is_active", True))
+        return self.quantizer.is_active
 
     @property
     def is_batchable(self) -> bool:
         """Whether nothing but its quantizer and its memory decides on its codes."""
-        return (
-            not any(hasattr(self.quantizer, name) for name in ("encodes", "is_active", "has_state"))
-            and not self.parameter.is_inference()
-            and not self.is_dtensor
-        )
+        return self.quantizer.batchable and not self.parameter.is_inference() and not self.is_dtensor
 
     def _local(self) -> Tensor:
         return distributed.local(self.parameter) if self.is_dtensor else self.parameter
 
-    def unwrapped(self) -> tuple[Tensor, Quantizer]:
+    def unwrapped(self) -> tuple[Tensor, BaseQuantizer]:
         """What is encoded, and by what: of a shard, this process's; where a subclass holds a master copy, that."""
         quantizer = self.quantizer
-        inner: Quantizer | None = getattr(quantizer, "encodes", None)
+        inner = quantizer.encodes
         if inner is None:
             return self._local().detach(), quantizer
         # Not of a detached subclass: the copy inside it has a version counter of its own.
-        plain: Callable[[Tensor], Tensor] = quantizer.plain  # type: ignore[attr-defined]
-        return plain(self._local()).detach(), inner
+        return quantizer.plain(self._local()).detach(), inner
 
     def plain(self) -> Tensor:
         """A tensor of a plain type whose non-finite elements are those of the weight."""
-        weight = self._local().detach()
-        plain: Callable[[Tensor], Tensor] | None = getattr(self.quantizer, "plain", None)
-        return weight if plain is None else plain(weight)
+        return self.quantizer.plain(self._local().detach())
 
 
 @dataclass

@@ -130,7 +130,7 @@ class OneByOne(ABC):
             counts[kernels.UPDATES].add_(torch.count_nonzero(updated))
             counts[kernels.STALLED].add_(torch.count_nonzero(updated & (layer.codes[at] == before)))
         step[WEIGHT_STEPS].fill_(weight.numel())
-        layer.counted(weight, has_state=bool(getattr(quantizer, "has_state", False)))
+        layer.counted(weight, has_state=quantizer.has_state)
 
     def _gradient(self, layer: Layer, gradients: Gradients) -> Tensor | None:
         """After the step, since a closure makes them in it; before the step, where a hook has taken them away in it."""

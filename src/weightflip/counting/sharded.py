@@ -12,7 +12,7 @@ from weightflip.counting.columns import Columns
 from weightflip.counting.layer import Layer, TrackedWeight
 from weightflip.counting.shards import Shards, Totals
 from weightflip.counting.table import LayerTable
-from weightflip.quantizers.protocol import quantizer_name
+from weightflip.quantizers.adapt import quantizer_name
 
 
 class ShardedRun:
@@ -121,7 +121,7 @@ class ShardedRun:
                 if name not in failed:
                     try:
                         weight, quantizer = self._asked[name].unwrapped()
-                        statistic: Tensor = quantizer.statistic(weight)  # type: ignore[attr-defined]
+                        statistic = quantizer.statistic(weight)
                         table.put(index, statistic, weight.numel())
                         handed[index] = statistic
                         self._layers.open(self._asked[name], weight, quantizer)

@@ -14,7 +14,8 @@ from weightflip.counting.layer import Layer, TrackedWeight
 from weightflip.counting.ledger import Ledger, Row
 from weightflip.counting.notices import Notices
 from weightflip.counting.schedule import Schedule
-from weightflip.quantizers.protocol import Quantizer, quantizer_name
+from weightflip.quantizers.adapt import quantizer_name
+from weightflip.quantizers.protocol import Quantizer
 
 
 class LayerTable(Mapping[str, Layer]):

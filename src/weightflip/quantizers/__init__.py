@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from weightflip import checks
-from weightflip.quantizers.protocol import Codes, ElementwiseQuantizer, Quantizer
+from weightflip.quantizers.adapt import adapt
+from weightflip.quantizers.protocol import BaseQuantizer, Codes, ElementwiseQuantizer, Quantizer
 from weightflip.quantizers.registry import quantizer_names, register
 from weightflip.quantizers.specs import resolve
 
 __all__ = [
+    "BaseQuantizer",
     "Codes",
     "ElementwiseQuantizer",
     "Quantizer",
+    "adapt",
     "decode",
     "encode",
     "quantize",
@@ -80,11 +83,7 @@ def decode(codes: Codes, format: Any = None) -> Tensor:
     if codes.quantizer is None and format is None:
         raise ValueError("these codes do not know their quantizer; pass its name as format=")
     quantizer = codes.quantizer if codes.quantizer is not None else resolve(format)
-    method = getattr(quantizer, "decode", None)
-    if method is None:
-        raise ValueError(f"quantizer {quantizer} only encodes: it has no decode(codes)")
-    values: Tensor = method(codes)
-    return values
+    return adapt(quantizer).decode(codes)
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ class Float8Quantizer(ElementwiseQuantizer):
     ) -> None:
         if format not in (E4M3, E5M2):
             raise ValueError(f"float8 is E4M3 or E5M2, got {format}")
-        self.format = format
+        self.format: FloatFormat = format
         self.granularity: Literal["tensor", "row"] = granularity
         self.scope = granularity
         self.round_scales_to_power_of_2 = round_scales_to_power_of_2

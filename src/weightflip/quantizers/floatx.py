@@ -76,7 +76,7 @@ class FloatxQuantizer(ElementwiseQuantizer):
             raise ValueError(
                 f"scale= is what the weight is divided by and has to be positive and finite, got {fixed_scale}"
             )
-        self.format = format
+        self.format: FloatFormat = format
         self.granularity: Granularity = granularity
         self.fixed_scale = fixed_scale
         scaled = granularity != "none" and fixed_scale is None

@@ -1,15 +1,13 @@
-"""The bits themselves: stored weights, casts to a torch dtype, and whatever values a user's function returns."""
+"""The bits themselves: stored weights, and casts to a torch dtype."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from weightflip.formats import FloatFormat, FloatRounding
 from weightflip.quantizers.ordinals import ORDINAL_DTYPES, STORED_FORMATS, bits_to_ordinals_, ordinals_to_bits
-from weightflip.quantizers.protocol import Codes, ElementwiseQuantizer, Scope, Scratch
+from weightflip.quantizers.protocol import Codes, ElementwiseQuantizer, Scratch
 from weightflip.quantizers.registry import register
 
 
@@ -82,7 +80,7 @@ class CastQuantizer(NativeQuantizer):
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.format = STORED_FORMATS[dtype]
+        self.format: FloatFormat = STORED_FORMATS[dtype]
         self.name = str(dtype).removeprefix("torch.")
 
     def stored_dtype(self, weight: Tensor) -> torch.dtype:
@@ -92,39 +90,6 @@ class CastQuantizer(NativeQuantizer):
 
     def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
         return _bits_as_values(ordinals, self.format)
-
-
-class FunctionQuantizer:
-    """Codes of whatever a function from a weight to its quantized values returns: the bits of those values.
-
-    The function sees the whole weight, detached; its result is as large as the weight, and the codes are as wide as its
-    dtype. Return bfloat16 where its 8 bits of significand hold the values. Of a weight that is sharded over processes
-    it sees a shard, and only where it has an attribute ``scope`` that allows this: see :class:`Quantizer`.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
-        self.name = getattr(function, "__name__", type(function).__name__)
-        self.scope: Scope | None = getattr(function, "scope", None)
-        self._native = NativeQuantizer()
-
-    def encode(self, weight: Tensor) -> Codes:
-        values = self.function(weight.detach())
-        if not isinstance(values, Tensor) or values.shape != weight.shape:
-            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
-                f"the function {self.name!r} has to return a tensor of the weight's shape {tuple(weight.shape)}, "
-                f"got {got}"
-            )
-        if not values.is_floating_point() and not values.is_complex():
-            # Integers are ordinals already; uint8, as torch's own quantized tensors have it, needs a sign bit more. A
-            # copy, since a function may hand out a tensor that it writes to later.
-            dtype = {torch.bool: torch.int8, torch.uint8: torch.int16}.get(values.dtype, values.dtype)
-            return Codes(values.to(dtype, copy=True))
-        return self._native.encode(values)
-
-    def __str__(self) -> str:
-        return self.name
 
 
 def _no_options(name: str, options: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from weightflip.formats import Rounding
+from weightflip.formats import FloatFormat, Rounding
 
 Scope: TypeAlias = Literal["element", "group", "row", "tensor"]
 Reduction: TypeAlias = Literal["max", "mean"]
@@ -64,14 +64,6 @@ class Quantizer(Protocol):
         ...
 
 
-def quantizer_name(quantizer: Quantizer) -> str:
-    """What a quantizer is called in tables, tags and checkpoints: its ``name``, its ``str``, or that of its class."""
-    name = getattr(quantizer, "name", None)
-    if isinstance(name, str):
-        return name
-    return type(quantizer).__name__ if type(quantizer).__str__ is object.__str__ else str(quantizer)
-
-
 def bits_of_scale(scale: Tensor) -> Tensor:
     """Integers that are equal where float32 scales are: int32, of their shape. All NaN are one."""
     return scale.float().masked_fill(scale.isnan(), torch.nan).view(torch.int32)
@@ -90,7 +82,74 @@ def fresh(slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(like.shape, dtype=dtype, device=like.device)
 
 
-class ElementwiseQuantizer(ABC):
+class BaseQuantizer(ABC):
+    """A quantizer that says of itself what the tracker has to know; each answer has a default.
+
+    Users need not derive from it: ``adapt`` makes one of any object with ``encode``, and of functions.
+
+    Attributes:
+        name: What it is called in tables, tags and checkpoints.
+        is_active: False while the weight is not quantized.
+        has_state: Whether codes depend on more than the weight, so that they are never kept from step to step.
+        scope: How much of a weight one code depends on; None if that is not known. Of these, :class:`Quantizer` tells.
+        group: How many neighbours in the last dimension share a scale, if any do.
+        reduction: How ``statistic`` comes from those of a weight's parts.
+        batchable: Whether nothing but itself and the weight's memory decides on the codes, so that a kernel may make
+            those of many weights at once.
+        format: The element, where that is one number format.
+        encodes: What encodes ``plain(weight)``, where that is all that ``encode`` does.
+    """
+
+    name: str
+    is_active: bool = True
+    has_state: bool = False
+    scope: Scope | None = None
+    group: int | None = None
+    reduction: Reduction = "max"
+    batchable: bool = False
+    format: FloatFormat | None = None
+    encodes: BaseQuantizer | None = None
+
+    @abstractmethod
+    def encode(self, weight: Tensor) -> Codes:
+        """Codes of ``weight``, in its shape."""
+
+    def decode(self, codes: Codes) -> Tensor:
+        """The quantized values.
+
+        Raises:
+            ValueError: It only encodes.
+        """
+        raise ValueError(f"quantizer {self} only encodes: it has no decode(codes)")
+
+    def plain(self, weight: Tensor) -> Tensor:
+        """A tensor of a plain type whose non-finite elements are those of the weight."""
+        return weight
+
+    def statistic(self, weight: Tensor) -> Tensor:
+        """What has to be known of a whole row or tensor, of a part of it: magnitudes, 0-dim or ``(..., 1)``."""
+        raise NotImplementedError(f"quantizer {self} has no statistic")
+
+    @property
+    def has_plain(self) -> bool:
+        """Whether it looks into tensor subclasses itself."""
+        return type(self).plain is not BaseQuantizer.plain
+
+    @property
+    def has_statistic(self) -> bool:
+        """Whether shards of what is in its ``scope`` can be encoded, once their statistics are brought together."""
+        return type(self).statistic is not BaseQuantizer.statistic
+
+    @property
+    def encoder(self) -> BaseQuantizer:
+        """What makes the codes: ``encodes``, or itself."""
+        return self.encodes or self
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class ElementwiseQuantizer(BaseQuantizer):
     """A quantizer that needs at most a scale of the whole weight and then looks at each element by itself.
 
     So the tracker can encode in slices that fit the cache. ``name`` is what people write to get it; two quantizers of
@@ -103,11 +162,7 @@ class ElementwiseQuantizer(ABC):
     even so: the statistics of all shards are brought together, and handed to ``scale``.
     """
 
-    name: str
-    group: int | None = None
-    scope: Scope | None = None
-    reduction: Reduction = "max"
-    """How ``statistic`` comes from those of a weight's parts."""
+    batchable = True
     only_needs_amax: bool = False
     """Whether all that a code depends on beside its weight is the largest magnitude in its ``scope``, from which
     :meth:`scale_of` makes the scale; nothing where that is ``"element"``. With this and ``rounding`` many weights are
@@ -118,6 +173,9 @@ class ElementwiseQuantizer(ABC):
         if "encode_into" in vars(cls) and "rounding" not in vars(cls):
             # Another encode_into is not what an inherited rounding says.
             cls.rounding = ElementwiseQuantizer.rounding  # type: ignore[method-assign]
+        if vars(cls).keys() & {"is_active", "has_state", "encodes"} and "batchable" not in vars(cls):
+            # What changes from step to step is asked for each weight by itself.
+            cls.batchable = False
         if "scale" in vars(cls) and "only_needs_amax" not in vars(cls):
             # Nor is another scale what an inherited scale_of gives.
             cls.only_needs_amax = False
@@ -213,6 +271,3 @@ class ElementwiseQuantizer(ABC):
         out = torch.empty(grouped.shape, dtype=self.code_dtype(weight), device=weight.device)
         self.encode_into(grouped, scale, out, fresh)
         return Codes(out.view(weight.shape), scale, self)
-
-    def __str__(self) -> str:
-        return self.name

@@ -11,8 +11,8 @@ from torch import Tensor
 from weightflip import checks
 from weightflip.formats import FloatFormat
 from weightflip.quantizers import registry
+from weightflip.quantizers.adapt import adapt
 from weightflip.quantizers.floatx import FloatxQuantizer
-from weightflip.quantizers.native import FunctionQuantizer
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 
 QuantizerLike: TypeAlias = "str | torch.dtype | FloatFormat | Quantizer | Callable[[Tensor], Tensor]"
@@ -82,14 +82,14 @@ def resolve(spec: Any, scale: Tensor | float | None = None) -> Quantizer:
     if isinstance(spec, Quantizer):
         if scale is None:
             return spec
-        element = getattr(spec, "format", None)
+        element = adapt(spec).format
         if isinstance(element, FloatFormat):
             return FloatxQuantizer(element, fixed_scale=scale)
         raise ValueError(f"quantizer {spec} takes no scale=; leave it out, or name a format such as 'e4m3'")
     if callable(spec):
         if scale is not None:
             raise ValueError("a function from a weight to its quantized values takes no scale=; scale inside it")
-        return FunctionQuantizer(spec)
+        return adapt(spec)
     raise TypeError(
         "expected a quantizer name such as 'float8_e4m3', a FloatFormat, an object with encode(weight), or a function "
         f"from a weight to its quantized values, got {type(spec).__name__}"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import FloatFormat
+from weightflip.quantizers.adapt import adapt
 from weightflip.quantizers.integer import NAN_ORDINAL
 from weightflip.quantizers.ordinals import STORED_FORMATS, bits_to_ordinals_
-from weightflip.quantizers.protocol import Codes, Quantizer, Scope, fresh
+from weightflip.quantizers.protocol import BaseQuantizer, Codes, Quantizer, Scope, fresh
 
 _PRIMITIVES = "torchao.quantization.quant_primitives"
 
@@ -41,7 +42,7 @@ def _float8_ordinals(data: Tensor) -> Tensor:
     return ordinals
 
 
-class FakeQuantizer:
+class FakeQuantizer(BaseQuantizer):
     """A quantizer that a fake quantizer of torchao's quantization-aware training (QAT) stands behind.
 
     While the fake quantizer is disabled the layer computes with the weight itself, and nothing is counted. Nothing of
@@ -51,21 +52,14 @@ class FakeQuantizer:
         fake_quantizer: What the layer holds as ``weight_fake_quantizer``.
     """
 
-    name: str
     scope: Scope | None = "row"
 
     def __init__(self, fake_quantizer: Any) -> None:
         self.fake_quantizer = fake_quantizer
 
-    def encode(self, weight: Tensor) -> Codes:
-        raise NotImplementedError
-
     @property
-    def is_active(self) -> bool:
+    def is_active(self) -> bool:  # type: ignore[override]
         return bool(self.fake_quantizer.enabled)
-
-    def __str__(self) -> str:
-        return self.name
 
 
 class IntxFakeQuantizer(FakeQuantizer):
@@ -94,7 +88,7 @@ class IntxFakeQuantizer(FakeQuantizer):
         self.name = f"qat_{dtype.lower()}:{by}" + ("" if config.is_symmetric else ":asymmetric")
 
     @property
-    def has_state(self) -> bool:
+    def has_state(self) -> bool:  # type: ignore[override]
         """Scales that are learned, or kept from the first forward, are not the weight's."""
         return not self.fake_quantizer.config.is_dynamic
 
@@ -207,7 +201,7 @@ FAKE_QUANTIZERS: dict[str, type[FakeQuantizer]] = {
 """torchao's class name to the quantizer that follows it."""
 
 
-class OfMaster:
+class OfMaster(BaseQuantizer):
     """Encodes the high-precision master copy that a tensor subclass holds.
 
     Args:
@@ -217,8 +211,10 @@ class OfMaster:
 
     def __init__(self, attribute: str, quantizer: Quantizer) -> None:
         self.attribute = attribute
-        self.quantizer = self.encodes = quantizer
-        self.scope: Scope | None = getattr(quantizer, "scope", None)
+        self.quantizer = quantizer
+        self.encodes = adapt(quantizer)
+        self.name = self.encodes.name
+        self.scope = self.encodes.scope
 
     def plain(self, weight: Tensor) -> Tensor:
         """The master copy."""
@@ -232,12 +228,13 @@ class OfMaster:
         return str(self.quantizer)
 
 
-class Int8RowwiseQuantizer:
+class Int8RowwiseQuantizer(BaseQuantizer):
     """int8 as torchao's int8 mixed-precision training casts a weight: ``scale = amax / 127`` of each row.
 
     The codes are those of ``quantize_int8_rowwise``, -127 to 127; NaN is -128.
     """
 
+    name = "int8_mixed_precision"
     scope = "row"
 
     def encode(self, weight: Tensor) -> Codes:
@@ -246,11 +243,8 @@ class Int8RowwiseQuantizer:
         scale = scale.view(-1, 1)
         return Codes(integers.masked_fill(weight.isnan() | ~scale.isfinite(), NAN_ORDINAL), scale.float())
 
-    def __str__(self) -> str:
-        return "int8_mixed_precision"
 
-
-class StoredCodes:
+class StoredCodes(BaseQuantizer):
     """The codes that a tensor subclass stores, read as they are.
 
     Never made anew from values: the update of these weights rounds stochastically.
@@ -296,11 +290,8 @@ class StoredCodes:
                 factor = factor.repeat_interleave(size // blocks, dim)
         return factor
 
-    def __str__(self) -> str:
-        return self.name
 
-
-class ParqQuantizer:
+class ParqQuantizer(BaseQuantizer):
     """The level that a weight is nearest to, of those that torchao's PARQ ``QuantOptimizer`` keeps for it.
 
     After its step the parameter is the quantized value (with ``ProxHardQuant``; others approach it), and the levels
@@ -320,9 +311,10 @@ class ParqQuantizer:
         self.optimizer = optimizer
         self.place = place
         self.bits = bits
+        self.name = f"parq_{bits}bit"
 
     @property
-    def is_active(self) -> bool:
+    def is_active(self) -> bool:  # type: ignore[override]
         return self._levels() is not None
 
     def _levels(self) -> Tensor | None:
@@ -344,6 +336,3 @@ class ParqQuantizer:
         dtype = torch.int8 if levels.shape[-1] <= 255 else torch.int16
         ordinals = nearest.to(dtype).masked_fill_(rows.isnan(), torch.iinfo(dtype).min)
         return Codes(ordinals.view(weight.shape))
-
-    def __str__(self) -> str:
-        return f"parq_{self.bits}bit"

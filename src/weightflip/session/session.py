@@ -21,7 +21,8 @@ from weightflip.counting import checkpoint
 from weightflip.counting.layer import TrackedWeight
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.detect import Plan, make_groups, make_plan, name_parameters, owner_types
-from weightflip.quantizers.protocol import Quantizer, quantizer_name
+from weightflip.quantizers.adapt import quantizer_name
+from weightflip.quantizers.protocol import Quantizer
 from weightflip.records import RunInfo, shown, split_variant, variant
 from weightflip.session.log import Log, Source, restricted
 from weightflip.session.options import Options
