@@ -1,4 +1,4 @@
-"""Number formats as data: what each code of a small floating-point format stands for.
+"""Number formats as data: what each code of a small floating-point format stands for, and what blocks share.
 
 A format never touches a tensor. Quantizers and kernels read its numbers and do the work.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -279,6 +279,131 @@ E15M0 = _finite(15, 0)
 # What master weights are stored in; named by `native` only.
 FP32 = FloatFormat("e8m23", 8, 23, 127, has_inf=True, has_nan=True)
 FP64 = FloatFormat("e11m52", 11, 52, 1023, has_inf=True, has_nan=True)
+
+
+@dataclass(frozen=True)
+class ExponentFormat:
+    """Powers of two, as scales of blocks are stored: an exponent without sign or mantissa; the last code is NaN.
+
+    Attributes:
+        name: How people write it.
+        bits: Width in bits.
+        bias: What is subtracted from the code.
+
+    Example:
+        >>> E8M0.value(127), E8M0.value(0) == 2.0**-127
+        (1.0, True)
+    """
+
+    name: str
+    bits: int
+    bias: int
+
+    @property
+    def max_code(self) -> int:
+        """Code of the largest number."""
+        return (1 << self.bits) - 2
+
+    @property
+    def nan_code(self) -> int:
+        """Code of NaN."""
+        return (1 << self.bits) - 1
+
+    def value(self, code: int) -> float:
+        """The number that a code stands for.
+
+        Raises:
+            ValueError: There is no such code.
+        """
+        if not 0 <= code <= self.nan_code:
+            raise ValueError(f"{self.name} has codes 0 to {self.nan_code}, got {code}")
+        return math.nan if code == self.nan_code else math.ldexp(1.0, code - self.bias)
+
+
+# Of the OCP Microscaling specification; torch.float8_e8m0fnu.
+E8M0 = ExponentFormat("e8m0", 8, 127)
+
+ScaleRule: TypeAlias = Literal["floor", "rceil", "ceil", "even", "amax", "tensor"]
+
+# What a scale can be found by, the usual way first.
+_SCALE_RULES: dict[FloatFormat | ExponentFormat, tuple[ScaleRule, ...]] = {
+    E8M0: ("floor", "rceil", "ceil", "even"),
+    E4M3: ("amax", "tensor"),
+}
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """Elements of one format, and for each block of them a scale, which is a code as well.
+
+    Attributes:
+        family: Its name without the rule, such as ``"mxfp4"``.
+        element: What each weight is rounded to.
+        block_size: How many neighbours in the last dimension are a block.
+        scale: What the scale of a block is stored in.
+        rule: How the scale is found from the largest magnitude ``amax``. For E8M0, ``"floor"``, ``"rceil"``, ``"ceil"``
+            or ``"even"``: how the exponent of ``amax`` is rounded. For E4M3, ``"amax"``: so that ``amax`` meets the
+            element's largest number; ``"tensor"``: the same, under a float32 scale of the whole tensor.
+
+    Raises:
+        ValueError: An empty block, a scale in another format, or a rule that does not go with it.
+
+    Example:
+        >>> print(MXFP4)
+        mxfp4: e2m1 in blocks of 32, each with an e8m0 scale (floor), 4.25 bits a weight
+    """
+
+    family: str
+    element: FloatFormat
+    block_size: int
+    scale: FloatFormat | ExponentFormat
+    rule: ScaleRule
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"a block has at least one weight, got {self.block_size}")
+        if self.scale not in _SCALE_RULES:
+            known = " or ".join(scale.name for scale in _SCALE_RULES)
+            raise ValueError(f"the scale of a block is {known}, got {self.scale.name}")
+        if self.rule not in self.rules:
+            raise ValueError(f"an {self.scale.name} scale is found by one of {self.rules}, got {self.rule!r}")
+
+    @property
+    def rules(self) -> tuple[ScaleRule, ...]:
+        """All rules that go with the scale; the first one has no suffix in the name."""
+        return _SCALE_RULES[self.scale]
+
+    @property
+    def name(self) -> str:
+        """What a quantizer of it is called: ``"mxfp4"``, ``"mxfp4:rceil"``."""
+        return self.family if self.rule == self.rules[0] else f"{self.family}:{self.rule}"
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight, with its part of the block's scale."""
+        return self.element.bits + self.scale.bits / self.block_size
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.element.name} in blocks of {self.block_size}, each with an {self.scale.name} scale "
+            f"({self.rule}), {self.bits:g} bits a weight"
+        )
+
+
+# OCP Microscaling Formats 1.0, and NVIDIA's.
+MXFP8_E4M3 = BlockFormat("mxfp8_e4m3", E4M3, 32, E8M0, "floor")
+MXFP8_E5M2 = BlockFormat("mxfp8_e5m2", E5M2, 32, E8M0, "floor")
+MXFP6_E2M3 = BlockFormat("mxfp6_e2m3", E2M3, 32, E8M0, "floor")
+MXFP6_E3M2 = BlockFormat("mxfp6_e3m2", E3M2, 32, E8M0, "floor")
+MXFP4 = BlockFormat("mxfp4", E2M1, 32, E8M0, "floor")
+NVFP4 = BlockFormat("nvfp4", E2M1, 16, E4M3, "amax")
+
+BLOCK_FORMATS: dict[str, BlockFormat] = {
+    variant.name: variant
+    for usual in (MXFP8_E4M3, MXFP8_E5M2, MXFP6_E2M3, MXFP6_E3M2, MXFP4, NVFP4)
+    for variant in (replace(usual, rule=rule) for rule in usual.rules)
+}
+"""Every block format that there is a quantizer for, by its name."""
 
 _NAMED = {f.name: f for f in (E4M3, E5M2, BF16, FP16)}
 _EXMY = re.compile(r"e(\d+)m(\d+)")

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from weightflip.formats import E2M1, E2M3, E3M2, E4M3, E5M2, FP32, FloatFormat, FloatRounding
+from weightflip.formats import BLOCK_FORMATS, E4M3, E5M2, E8M0, FP32, NVFP4, BlockFormat, FloatFormat, FloatRounding
 from weightflip.quantizers.ordinals import amax, cast_to_float8, ordinals_to_values, round_to_ordinals
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Scope, Scratch
 from weightflip.quantizers.registry import register
 
 ScaleMode: TypeAlias = Literal["floor", "rceil", "ceil", "even"]
 
-MX_NAMES = {"mxfp8_e4m3": E4M3, "mxfp8_e5m2": E5M2, "mxfp6_e2m3": E2M3, "mxfp6_e3m2": E3M2, "mxfp4": E2M1}
-
-# The biased exponents that E8M0 has beside NaN, which is 255.
-_E8M0_BIAS, _E8M0_MAX, _E8M0_NAN = 127, 254, 255
+MX_NAMES = {block.family: block.element for block in BLOCK_FORMATS.values() if block.scale == E8M0}
+"""The MX formats without options, and their elements."""
 
 
 class _BlockQuantizer(ElementwiseQuantizer):
     """What MX and NVFP4 share: ``float32(w)`` times the inverse of a scale, to nearest even, saturating.
 
     A block with a NaN has NaN as its scale, and stands for NaN throughout: all its weights get NaN's code.
+
+    Args:
+        block: The element, the size of a block, and its scale.
     """
 
-    format: FloatFormat
     scope: Scope = "group"
     only_needs_amax = True
+
+    def __init__(self, block: BlockFormat) -> None:
+        self.block = block
+        self.format: FloatFormat = block.element
+        self.group: int = block.block_size
+        self.name = block.name
 
     def code_dtype(self, weight: Tensor) -> torch.dtype:
         return torch.int8
@@ -106,24 +113,21 @@ class MXQuantizer(_BlockQuantizer):
         ValueError: Another format, or an unknown mode.
     """
 
-    group = 32
-
     def __init__(self, format: FloatFormat, mode: ScaleMode = "floor") -> None:
         name = next((name for name, known in MX_NAMES.items() if known == format), None)
         if name is None:
             raise ValueError(f"MX elements are {', '.join(f.name for f in MX_NAMES.values())}, got {format}")
         if mode not in get_args(ScaleMode):
             raise ValueError(f"the scale mode is one of {get_args(ScaleMode)}, got {mode!r}")
-        self.format = format
+        super().__init__(replace(BLOCK_FORMATS[name], rule=mode))
         self.mode: ScaleMode = mode
-        self.name = name if mode == "floor" else f"{name}:{mode}"
 
     def scale_of(self, largest: Tensor, of_tensor: Tensor | None = None) -> Tensor:
         largest = largest.to(torch.float32)
         if self.mode == "rceil":
             # The logarithm as torchao takes it: in float32 it rounds amax just above a power of two down to it.
-            exponent = (largest / self.format.max).log2_().ceil_().add_(_E8M0_BIAS)
-            codes = exponent.clamp_(0, _E8M0_MAX).nan_to_num_(nan=_E8M0_NAN)
+            exponent = (largest / self.format.max).log2_().ceil_().add_(E8M0.bias)
+            codes = exponent.clamp_(0, E8M0.max_code).nan_to_num_(nan=E8M0.nan_code)
         else:
             # On the bits of float32, whose exponent has the bias of E8M0.
             bits = largest.view(torch.int32)
@@ -131,8 +135,8 @@ class MXQuantizer(_BlockQuantizer):
                 bits = bits + (1 << (FP32.mantissa_bits - self.format.mantissa_bits - 1))
             elif self.mode == "ceil":
                 bits = bits + ((1 << FP32.mantissa_bits) - 1)
-            codes = (bits >> FP32.mantissa_bits).sub_(self.format.max_exponent).clamp_(0, _E8M0_MAX)
-            codes.masked_fill_(largest.isnan(), _E8M0_NAN)
+            codes = (bits >> FP32.mantissa_bits).sub_(self.format.max_exponent).clamp_(0, E8M0.max_code)
+            codes.masked_fill_(largest.isnan(), E8M0.nan_code)
         return codes.to(torch.uint8).view(torch.float8_e8m0fnu).to(torch.float32)
 
     def applied_scale(self, scale: Tensor | None) -> Tensor:
@@ -164,14 +168,11 @@ class NVFP4Quantizer(_BlockQuantizer):
         per_tensor_scale: Two levels, as in NVIDIA's recipe and by default in torchao's QAT; from the weight's own amax.
     """
 
-    group = 16
-    format = E2M1
-
     def __init__(self, per_tensor_scale: bool = False) -> None:
+        super().__init__(replace(NVFP4, rule="tensor") if per_tensor_scale else NVFP4)
         self.per_tensor_scale = per_tensor_scale
         self.scope = "tensor" if per_tensor_scale else "group"
         self.only_needs_amax = not per_tensor_scale
-        self.name = "nvfp4:tensor" if per_tensor_scale else "nvfp4"
 
     def statistic(self, weight: Tensor) -> Tensor:
         """The largest magnitude of the weight: exact in shards."""
@@ -179,11 +180,11 @@ class NVFP4Quantizer(_BlockQuantizer):
 
     def scale_of(self, largest: Tensor, of_tensor: Tensor | None = None) -> Tensor:
         largest = largest.to(torch.float32)
-        per_block = largest / E2M1.max
+        per_block = largest / self.format.max
         if not self.per_tensor_scale:
             return self._rounded(per_block)
         of_tensor = amax(largest, "tensor") if of_tensor is None else of_tensor.to(torch.float32)
-        per_tensor = of_tensor / (E4M3.max * E2M1.max)
+        per_tensor = of_tensor / (E4M3.max * self.format.max)
         per_block = self._rounded(per_block / per_tensor)
         return torch.complex(per_block, per_tensor.expand_as(per_block))
 

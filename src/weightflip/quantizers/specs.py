@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from weightflip import checks
-from weightflip.formats import FloatFormat
+from weightflip.formats import BLOCK_FORMATS, BlockFormat, FloatFormat
 from weightflip.quantizers import registry
 from weightflip.quantizers.adapt import adapt
 from weightflip.quantizers.floatx import FloatxQuantizer
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 
-QuantizerLike: TypeAlias = "str | torch.dtype | FloatFormat | Quantizer | Callable[[Tensor], Tensor]"
+QuantizerLike: TypeAlias = "str | torch.dtype | FloatFormat | BlockFormat | Quantizer | Callable[[Tensor], Tensor]"
 
 # What others call a format, where exactly one is meant; and where it may be any of several.
 _ALIASES = {"float8_e4m3fn": "float8_e4m3", "e4m3fn": "e4m3", "fp16": "float16", "bf16": "bfloat16"}
@@ -57,8 +57,8 @@ def resolve(spec: Any, scale: Tensor | float | None = None) -> Quantizer:
 
     Args:
         spec: A name (``"float8_e4m3:row"``), a ``torch.dtype`` that there is one format for, a ``FloatFormat``
-            (unscaled unless ``scale`` is given), an object with ``encode(weight) -> Codes``, or a function from a
-            weight to its quantized values.
+            (unscaled unless ``scale`` is given), one of the ``BLOCK_FORMATS``, an object with
+            ``encode(weight) -> Codes``, or a function from a weight to its quantized values.
         scale: What the weight is divided by before rounding, a number or a tensor that broadcasts to the weight;
             instead of the format's own rule. Only for formats with a ``FloatFormat`` element.
 
@@ -75,6 +75,11 @@ def resolve(spec: Any, scale: Tensor | float | None = None) -> Quantizer:
         spec = _OF_DTYPE[spec]
     if isinstance(spec, str):
         spec = _by_name(spec)
+    if isinstance(spec, BlockFormat):
+        if BLOCK_FORMATS.get(spec.name) != spec:
+            known = ", ".join(BLOCK_FORMATS)
+            raise ValueError(f"there is no quantizer for the block format {spec}; expected one of {known}")
+        spec = _by_name(spec.name)
     if isinstance(spec, FloatFormat):
         return FloatxQuantizer(spec, fixed_scale=scale)
     if isinstance(spec, type):
