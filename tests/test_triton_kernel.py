@@ -267,7 +267,7 @@ def test_a_broken_kernel_is_refused_and_training_goes_on(fault, monkeypatch, cap
     found, same, tracker = train("triton")
     assert found == expected
     assert all(torch.equal(a, b) for a, b in zip(parameters, same, strict=True))
-    assert tracker._together == {}
+    assert tracker.batches == []
     assert "not used, plain torch counts instead: " in caplog.text
 
 
@@ -298,8 +298,22 @@ def test_nothing_waits_for_the_device_between_records(backend, quantizer):
 def test_compiled_for_a_gpu_it_rounds_as_ieee_says(divides):
     # Needs no GPU. What could differ from eager torch is all in the kind of float instructions.
     kernel, numbers = cuda._count, {"stored": tl.int32, "coded": tl.int8, "updated": tl.int32, "rows": 32}
-    numbers |= {"update_mask": 0x7FFFFFFF, "is_scaled": True, "divides": divides, "columns": 128, "is_aligned": True}
-    pointers = {"places": "*i64", "tiles": "*i32", "scales": "*fp32", "updates": "*i64", "counts": "*i64"}
+    numbers |= {
+        "update_mask": 0x7FFFFFFF,
+        "is_scaled": True,
+        "has_rows": True,
+        "divides": divides,
+        "columns": 128,
+        "is_aligned": True,
+    }
+    pointers = {
+        "places": "*i64",
+        "tiles": "*i32",
+        "scales": "*fp32",
+        "updates": "*i64",
+        "counts": "*i64",
+        "counted": "*i64",
+    }
     signature = {name: pointers.get(name, "constexpr" if name in numbers else "i32") for name in kernel.arg_names}
     at = kernel.arg_names.index
     source = ASTSource(

@@ -121,11 +121,11 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
 
 
 class Counted(NamedTuple):
-    """What became of a batch, a row for each member, on their device.
+    """What became of a batch, on its device.
 
     Attributes:
-        counts: int64 of shape (members, 3): flips, updates, stalled.
-        scale_changes: int64 of shape (members,): block scales whose stored value changed.
+        counts: int64 of shape (rows, 3): flips, updates, stalled.
+        scale_changes: int64 of shape (rows,): block scales whose stored value changed.
         failed: Members that could not be counted, and why.
     """
 
@@ -142,10 +142,14 @@ class Batch:
         with_updates: Whether updates are counted.
         lasts: Whether this goes on from step to step. Then the scale codes of its members are moved into one piece of
             memory, which no other such batch of the same members may do as long as this one is used.
+        rows: Where each member is counted, in the tables of :meth:`advance`; None: in the order of the members.
     """
 
-    def __init__(self, members: Sequence[Member], *, with_updates: bool, lasts: bool = True) -> None:
+    def __init__(
+        self, members: Sequence[Member], *, with_updates: bool, lasts: bool = True, rows: Sequence[int] | None = None
+    ) -> None:
         self.members = list(members)
+        rows = range(len(self.members)) if rows is None else rows
         self.with_updates = with_updates
         self._device = self.members[0].codes.device
         room = _ELEMENTS_PER_RUN if self._device.type == "cpu" else sys.maxsize
@@ -154,22 +158,25 @@ class Batch:
             kinds.setdefault(member.kind, []).append(index)
         self._groups: list[tuple[list[int], list[_Part]]] = []
         for indices in kinds.values():
-            parts = [_Part(run, self.members, with_updates) for run in _runs(indices, self.members, room)]
+            parts = [_Part(run, self.members, rows, with_updates) for run in _runs(indices, self.members, room)]
             if lasts:
                 _lay_end_to_end(
                     [m.scale_codes for m in (self.members[i] for i in indices) if m.scale_codes is not None], parts
                 )
             self._groups.append((indices, parts))
 
-    def advance(self, updates: Sequence[int]) -> Counted:
+    def advance(self, updates: Sequence[int], into: tuple[Tensor, Tensor] | None = None) -> Counted:
         """Encode all weights anew, count what changed against their codes, and keep the new codes there.
 
         Args:
             updates: Addresses of the gradients, laid out as the weights and of their dtypes; 0 for one without.
                 Not looked at where updates are not counted.
+            into: Tables to add to, as in :class:`Counted`; None for new ones, with a row for each member.
         """
-        counts = torch.zeros(len(self.members), 3, dtype=torch.int64, device=self._device)
-        scale_changes = torch.zeros(len(self.members), dtype=torch.int64, device=self._device)
+        if into is None:
+            table = torch.zeros(len(self.members), 4, dtype=torch.int64, device=self._device)
+            into = table[:, :3], table[:, 3]
+        counts, scale_changes = into
         addresses = np.array(updates, dtype=np.int64) if self.with_updates else None
         failed: list[tuple[int, Exception]] = []
         for indices, parts in self._groups:
@@ -214,7 +221,9 @@ def _runs(indices: Sequence[int], members: Sequence[Member], elements: int) -> I
 class _Part:
     """A run, and how it lies in the members."""
 
-    def __init__(self, pieces: Sequence[_Piece], members: Sequence[Member], with_updates: bool) -> None:
+    def __init__(
+        self, pieces: Sequence[_Piece], members: Sequence[Member], rows: Sequence[int], with_updates: bool
+    ) -> None:
         first = members[pieces[0].member]
         self.quantizer, self.dtype = first.quantizer, first.dtype
         self.is_scaled = first.group != 0
@@ -235,7 +244,9 @@ class _Part:
             kind,
         )
         self.members = [piece.member for piece in pieces]
-        self.owners_there = kernels.upload(torch.tensor(self.members, device="cpu"), first.codes.device)
+        self.first_row = rows[self.members[0]]
+        rows_of_pieces = torch.tensor([rows[member] for member in self.members], device="cpu")
+        self.rows_there = kernels.upload(rows_of_pieces, first.codes.device)
         self.offsets = np.array([piece.first * item for piece in pieces], dtype=np.int64)
         # Of these pieces' scales, and all of them in one piece of memory, where a lasting batch has put them there.
         self.scale_codes = [
@@ -255,8 +266,7 @@ class _Part:
         if updates is not None:
             of_pieces = updates[self.members]
             addresses = np.where(of_pieces == 0, 0, of_pieces + self.offsets)
-        found = self.run.count_(self.quantizer.applied_scale(scale), addresses)
-        counts.index_add_(0, self.owners_there, found)
+        self.run.count_into_(counts, self.rows_there, self.quantizer.applied_scale(scale), addresses)
         if scale is not None and self.scale_codes:
             self._advance_scales(self.quantizer.scale_codes(scale), scale_changes)
 
@@ -266,11 +276,11 @@ class _Part:
         old = torch.cat(self.scale_codes) if in_one is None else in_one
         has_changed = new != old
         if self._ends is None:
-            scale_changes[self.members[0]].add_(torch.count_nonzero(has_changed))
+            scale_changes[self.first_row].add_(torch.count_nonzero(has_changed))
         else:
             until = torch.cumsum(has_changed, 0).index_select(0, self._ends)
-            scale_changes.index_add_(0, self.owners_there, until)
-            scale_changes.index_add_(0, self.owners_there[1:], until[:-1], alpha=-1)
+            scale_changes.index_add_(0, self.rows_there, until)
+            scale_changes.index_add_(0, self.rows_there[1:], until[:-1], alpha=-1)
         if in_one is None:
             torch._foreach_copy_(self.scale_codes, torch.split(new, [codes.numel() for codes in self.scale_codes]))
         else:

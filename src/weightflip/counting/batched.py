@@ -11,7 +11,7 @@ from torch import Tensor
 from weightflip import kernels
 from weightflip.counting.batch import Batch, Member, make_member
 from weightflip.counting.layer import Layer
-from weightflip.counting.ledger import COUNTED, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS
+from weightflip.counting.ledger import COLUMNS, COUNTED, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS
 from weightflip.counting.routes import ElementwiseRoute, Gradients
 from weightflip.counting.table import LayerTable
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
@@ -160,25 +160,22 @@ class _LayerBatch:
     """A batch on one device, and where its layers are counted."""
 
     def __init__(self, layers: Sequence[Layer], with_updates: bool) -> None:
-        self.batch = Batch(_members_of(layers), with_updates=with_updates)
         rows = [layer.row for layer in layers if layer.row is not None]
+        indices = [row.index for row in rows]
+        self.batch = Batch(_members_of(layers), with_updates=with_updates, rows=indices)
         self._ledger = rows[0].ledger
+        # What every step counts: in all rows at once.
+        known = torch.zeros(max(indices) + 1, COLUMNS, dtype=torch.int64, device="cpu")
+        known[indices, WEIGHT_STEPS] = torch.tensor([layer.weights for layer in layers], device="cpu")
         scales = [0 if layer.scale_codes is None else layer.scale_codes.numel() for layer in layers]
-        numbers = [row.index for row in rows], [layer.weights for layer in layers], scales
-        of_layers = torch.tensor(numbers, device="cpu")
-        self._rows, self._weights, self._scales = kernels.upload(of_layers, self._ledger.device)
-        self._has_scales = any(scales)
+        known[indices, SCALE_STEPS] = torch.tensor(scales, device="cpu")
+        self._known = kernels.upload(known, self._ledger.device)
 
     def count(self, updates: Sequence[int]) -> list[tuple[int, Exception]]:
         """Count a step; the layers that could not be counted, and why."""
-        counted = self.batch.advance(updates)
         step = self._ledger.step
-        step[:, COUNTED].index_copy_(0, self._rows, counted.counts)
-        step[:, WEIGHT_STEPS].index_copy_(0, self._rows, self._weights)
-        if self._has_scales:
-            step[:, SCALE_STEPS].index_copy_(0, self._rows, self._scales)
-            step[:, SCALE_CHANGES].index_copy_(0, self._rows, counted.scale_changes)
-        return counted.failed
+        step[: len(self._known)].add_(self._known)
+        return self.batch.advance(updates, (step[:, COUNTED], step[:, SCALE_CHANGES])).failed
 
 
 def _members_of(layers: Iterable[Layer]) -> list[Member]:

@@ -124,6 +124,9 @@ class Run:
         _in_threads(work, len(bounds) - 1)
         return torch.from_numpy(found.sum(0))
 
+    def count_into_(self, counts: Tensor, rows: Tensor, scale: Tensor | None, updates: Addresses | None) -> None:
+        counts.index_add_(0, rows, self.count_(scale, updates))
+
     def _bounds(self) -> list[int]:
         parts = max(1, min(torch.get_num_threads(), self._numel // _ELEMENTS_PER_THREAD))
         return [self._numel * part // parts for part in range(parts + 1)]

@@ -97,13 +97,15 @@ def _largest(
     tl.atomic_max(largest + first_scale + groups, found, mask=has_any, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["cut", "offset", "first_normal", "adder", "overflow", "largest", "nan"])
+@triton.jit(do_not_specialize=["stride", "cut", "offset", "first_normal", "adder", "overflow", "largest", "nan"])
 def _count(
     places,
     tiles,
     scales,
     updates,
     counts,
+    counted,
+    stride,
     cut,
     offset,
     first_normal,
@@ -113,6 +115,7 @@ def _count(
     nan,
     stored: tl.constexpr,
     coded: tl.constexpr,
+    has_rows: tl.constexpr,
     updated: tl.constexpr,
     update_mask: tl.constexpr,
     is_scaled: tl.constexpr,
@@ -142,7 +145,8 @@ def _count(
     kept = _pointers(codes, elements, coded, is_aligned)
     has_flipped = (tl.load(kept, mask=is_there, other=0) != code) & is_there
     tl.store(kept, code, mask=is_there)
-    count = counts + stretch * 3
+    row = tl.load(counted + stretch) if has_rows else stretch
+    count = counts + row * stride
     tl.atomic_add(count, tl.sum(has_flipped.to(tl.int32)).to(tl.int64), sem="relaxed")
     if updated is not None:
         update = tl.load(updates + stretch)
@@ -193,6 +197,7 @@ class Run:
             stretch_of = torch.from_numpy(np.repeat(np.array(indices, dtype=np.int32), tiles))
             self._launches.append(_Launch(np.array(indices), upload(stretch_of, kind.device), columns, is_aligned))
         self._places = upload(torch.from_numpy(places), kind.device)
+        self._updates: tuple[Addresses, Tensor] | None = None
 
     @staticmethod
     def can_do(kind: Kind, *, scaled: bool) -> bool:
@@ -211,10 +216,17 @@ class Run:
 
     def count_(self, scale: Tensor | None, updates: Addresses | None) -> Tensor:
         counts = torch.zeros(len(self._places), 3, dtype=torch.int64, device=self.device)
+        self._count_into(counts, None, scale, updates)
+        return counts
+
+    def count_into_(self, counts: Tensor, rows: Tensor, scale: Tensor | None, updates: Addresses | None) -> None:
+        self._count_into(counts, rows, scale, updates)
+
+    def _count_into(self, counts: Tensor, rows: Tensor | None, scale: Tensor | None, updates: Addresses | None) -> None:
         numbers = constants(self.kind.rounding)
         assert numbers is not None
         updated = None if self.kind.update is None or updates is None else _BITS[self.kind.update]
-        addresses = counts if updates is None else upload(torch.from_numpy(updates), self.device)
+        addresses = counts if updates is None else self._uploaded(updates)
         for launch in self._launches:
             is_aligned = launch.is_aligned
             if updates is not None:
@@ -226,15 +238,25 @@ class Run:
                 counts if scale is None else scale,
                 addresses,
                 counts,
+                counts if rows is None else rows,
+                counts.stride(0),
                 *(int(number.view(np.int32)) for number in numbers),
                 stored=_STORED[self.kind.weight],
                 coded=_CODES[self.kind.codes],
+                has_rows=rows is not None,
                 updated=updated,
                 update_mask=0 if updated is None else _MAGNITUDE[updated],
                 is_scaled=scale is not None,
                 divides=self.kind.rounding.divides,
             )
-        return counts
+
+    def _uploaded(self, updates: Addresses) -> Tensor:
+        """Addresses on the device. Gradients often stay where they are; then the last ones do."""
+        if self._updates is None or not np.array_equal(self._updates[0], updates):
+            # A copy, since whoever calls may write to theirs. As one tuple: an interrupt finds both or none.
+            kept = updates.copy()
+            self._updates = kept, upload(torch.from_numpy(kept), self.device)
+        return self._updates[1]
 
     def _start(self, kernel: Any, launch: _Launch, is_aligned: bool, *arguments: Any, **options: Any) -> None:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():

@@ -82,6 +82,17 @@ class Run(Protocol):
         """
         ...
 
+    def count_into_(self, counts: Tensor, rows: Tensor, scale: Tensor | None, updates: Addresses | None) -> None:
+        """As :meth:`count_`, but add what is found to rows of a table.
+
+        Args:
+            counts: int64 of shape (any, 3), whose columns are neighbours in memory.
+            rows: int64, the row of each stretch. Stretches may share one.
+            scale: As there.
+            updates: As there.
+        """
+        ...
+
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on another device, for which nothing waits; the tensor itself where it is on that device."""
