@@ -11,7 +11,8 @@ Index: TypeAlias = tuple[slice, ...]
 
 # On CPU the buffers of a slice fit the outer caches, and each operation is long enough to hide its start.
 _CPU_ELEMENTS = 1 << 20
-_DEVICE_ELEMENTS = 1 << 21
+# Elsewhere there is no cache to fit, and fewer starts: 64 MiB of buffers, of up to 16 bytes an element.
+_DEVICE_ELEMENTS = 1 << 22
 
 
 def slice_elements(tensor: Tensor) -> int:
