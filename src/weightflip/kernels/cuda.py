@@ -197,7 +197,7 @@ class Run:
             stretch_of = torch.from_numpy(np.repeat(np.array(indices, dtype=np.int32), tiles))
             self._launches.append(_Launch(np.array(indices), upload(stretch_of, kind.device), columns, is_aligned))
         self._places = upload(torch.from_numpy(places), kind.device)
-        self._updates: tuple[Addresses, Tensor] | None = None
+        self._updates: tuple[Addresses, int, Tensor] | None = None
 
     @staticmethod
     def can_do(kind: Kind, *, scaled: bool) -> bool:
@@ -252,11 +252,14 @@ class Run:
 
     def _uploaded(self, updates: Addresses) -> Tensor:
         """Addresses on the device. Gradients often stay where they are; then the last ones do."""
-        if self._updates is None or not np.array_equal(self._updates[0], updates):
-            # A copy, since whoever calls may write to theirs. As one tuple: an interrupt finds both or none.
-            kept = updates.copy()
-            self._updates = kept, upload(torch.from_numpy(kept), self.device)
-        return self._updates[1]
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        kept = self._updates
+        # Memory of one stream must not be read in another when it is given back.
+        if kept is None or kept[1] != stream or not np.array_equal(kept[0], updates):
+            # A copy, since whoever calls may write to theirs. As one tuple: an interrupt finds all of it or nothing.
+            addresses = updates.copy()
+            kept = self._updates = addresses, stream, upload(torch.from_numpy(addresses), self.device)
+        return kept[2]
 
     def _start(self, kernel: Any, launch: _Launch, is_aligned: bool, *arguments: Any, **options: Any) -> None:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
