@@ -149,6 +149,7 @@ def damaged_states():
     for what in ("text", "a boolean", "of 400 digits", "none", "a list"):
         value = cells[what]
         yield f"ratio {what}", lambda s, v=value: s["ratios"][0].__setitem__(3, v), "numbers of float64"
+    yield "steps without room", lambda s: s.update(steps=2**53 + 1), "at most 2**53 steps"
     yield "total too short", lambda s: s["layers"][0][3].pop(), "a list of 7 entries as the totals of layer"
     yield "total too long", lambda s: s["layers"][0][3].append(0), "a list of 7 entries as the totals of layer"
     yield "base too short", lambda s: s["layers"][0][4].pop(), "at the last record of layer '0.weight', got 6"

@@ -256,6 +256,18 @@ def test_a_step_that_makes_state_is_known_by_what_it_is(lr, form, digits):
 
 
 @each_form
+def test_a_later_step_at_rate_zero_without_state_is_a_step(form, digits):
+    model = digits_model()
+    optimizer, tracker = form(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    for rate in (0.1, 0.0):
+        optimizer.param_groups[0]["lr"] = rate
+        backward(model, digits, 0)
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+    assert tracker.step_count == 2
+
+
+@each_form
 def test_a_warmup_from_zero_with_a_closure_is_a_step(form, digits):
     model = digits_model()
     optimizer, tracker = form(torch.optim.AdamW(model.parameters(), lr=0.0), model)

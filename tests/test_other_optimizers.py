@@ -154,6 +154,11 @@ class ByHand:
         assert not state
 
 
+def with_slots(parameters):
+    names = {name: value for name, value in vars(ByHand).items() if name not in ("__dict__", "__weakref__")}
+    return type("Slotted", (), {**names, "__slots__": ("parameters", "lr", "state")})(parameters, 0.5)
+
+
 def schedule_free_wrapper(parameters):
     schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
     return schedulefree.ScheduleFreeWrapper(torch.optim.SGD(parameters, lr=0.5), momentum=0.9)
@@ -195,6 +200,18 @@ def test_objects_that_only_behave_like_an_optimizer(make, digits):
     assert not hasattr(optimizer, "register_step_pre_hook")
     with pytest.raises(TypeError, match=r"step_pre, step_post, .*; use FlipTrackingOptimizer\("):
         track_flips(inner, model, sinks=[])
+
+
+def test_objects_with_slots(digits):
+    model = digits_model()
+    optimizer, brute = FlipTrackingOptimizer(with_slots(model.parameters()), model, sinks=[]), BruteForce(model)
+    for step in range(3):
+        backward(model, digits, step)
+        brute.before()
+        optimizer.step()
+        brute.after()
+    brute.check(optimizer.tracker)
+    assert sum(brute.flips.values()) > 0
 
 
 @pytest.mark.parametrize("missing", ["step", "zero_grad", "state_dict", "load_state_dict", "param_groups", "state"])

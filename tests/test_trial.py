@@ -89,6 +89,19 @@ def test_what_fails_says_its_kind():
         wrap(torch.ones(2, 2), broken)
 
 
+@pytest.mark.parametrize("writes", [torch.Tensor.mul_, lambda w, x: w.data.mul_(x)], ids=["traced", "through .data"])
+def test_a_quantizer_that_writes_its_weight_is_refused(writes):
+    def in_place(weight):
+        writes(weight, 0.5)
+        return weight.sign()
+
+    weight = torch.tensor([[1.0, float("nan")], [-2.0, 4.0]])
+    before = weight.clone()
+    with pytest.raises(ValueError, match=r"in_place.* writes the weight .*weight.clone\(\)"):
+        wrap(weight, in_place)
+    assert torch.equal(weight.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
 def test_meta_parameters_are_not_tried():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
     optimizer = FlipTrackingOptimizer(

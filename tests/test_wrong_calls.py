@@ -46,6 +46,7 @@ class Odd:
 
 # The options of both forms, and what is said.
 OPTIONS = [
+    ({"include": []}, ValueError, r"include= is empty, so that nothing would be tracked; leave it out"),
     ({"include": 5}, TypeError, r"include= is a glob over names or a sequence of them.*got int 5"),
     ({"include": {"weight": 1}}, TypeError, r"include= is a glob .*got \{'weight': 1\}"),
     ({"include": b"weight"}, TypeError, r"include= is a glob .*got bytes b'weight'"),
@@ -122,6 +123,13 @@ def test_options(call):
 
 
 CALLS = [
+    (
+        lambda: setattr(WeightFlipTracker(), "track_every", 0),
+        ValueError,
+        "track_every= is a whole number of at least 1",
+    ),
+    (lambda: setattr(WeightFlipTracker(), "start_step", -1), ValueError, "start_step= is a whole number of at least 0"),
+    (lambda: setattr(WeightFlipTracker(), "end_step", "x"), ValueError, "end_step= is a whole number .*got 'x'"),
     (lambda: encode([1.0], "e3m4"), TypeError, r"weight is a torch.Tensor, got \[1.0\]; make one with torch.tensor"),
     (lambda: encode(np.ones(3), "e3m4"), TypeError, r"weight is a torch.Tensor, got ndarray; .*torch.from_numpy"),
     (lambda: encode("e3m4", W), TypeError, r"weight is a torch.Tensor, got str 'e3m4'"),

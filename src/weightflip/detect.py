@@ -26,6 +26,7 @@ logger = logging.getLogger("weightflip")
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 _ORDINALS = (torch.int8, torch.int16, torch.int32, torch.int64)
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _STORED_CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -504,8 +505,15 @@ def _try(quantizer: Quantizer, weight: Tensor) -> Tensor | None:
     """
     with _random_numbers_kept(weight.device):
         if not isinstance(quantizer, ElementwiseQuantizer):
-            codes = quantizer.encode(weight)
+            # A copy: one that works in place would change the training.
+            given = weight.clone() if type(weight) is Tensor else weight
+            codes = quantizer.encode(given)
             _check_codes(quantizer, codes, weight)
+            if given is not weight and not torch.equal(_bits(given), _bits(weight)):
+                raise ValueError(
+                    f"{quantizer} writes the weight that it is given, which would change the training; "
+                    "have it work on a copy, such as weight.clone()"
+                )
             return codes.scale
         weight = quantizer.grouped(weight)
         scale = quantizer.scale(weight)
@@ -545,6 +553,11 @@ def _check_codes(quantizer: Quantizer, codes: Any, weight: Tensor) -> None:
             f"encode() of {quantizer} has to return Codes with int8, int16, int32 or int64 ordinals of the weight's "
             f"shape, got {got}"
         )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """What equals itself, NaN too."""
+    return tensor.view(_BITS[tensor.element_size()])
 
 
 def _dtype(parameter: Tensor) -> str:

@@ -13,6 +13,8 @@ from weightflip.kernels import FLIPS, STALLED, UPDATES
 
 VERSION = 1
 _INT64_MAX = 2**63 - 1
+# Some room is left for steps to come.
+_MOST_STEPS = 2**53
 _COLUMN_NAMES = {
     FLIPS: "flips",
     UPDATES: "updates",
@@ -68,6 +70,8 @@ def parse(state_dict: Any) -> tuple[int, dict[str, SavedLayer]]:
             + (f"a dictionary without {sorted(missing)}" if missing else f"version {_got(version)}")
         )
     steps = count(state_dict["steps"], "'steps'")
+    if steps > _MOST_STEPS:
+        raise ValueError(f"expected at most 2**53 steps, got {_got(steps)}")
     layers: dict[str, SavedLayer] = {}
     for row in _rows(state_dict["layers"], "'layers'"):
         name, weights, quantizer, total, base = _row(row, 5, "a layer")

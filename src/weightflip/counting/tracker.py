@@ -171,7 +171,7 @@ class WeightFlipTracker:
 
     @track_every.setter
     def track_every(self, value: int) -> None:
-        self._schedule.track_every = value
+        self._schedule.track_every = checks.whole("track_every", value, 1)
 
     @property
     def start_step(self) -> int:
@@ -180,7 +180,7 @@ class WeightFlipTracker:
 
     @start_step.setter
     def start_step(self, value: int) -> None:
-        self._schedule.start_step = value
+        self._schedule.start_step = checks.whole("start_step", value, 0)
 
     @property
     def end_step(self) -> int | None:
@@ -189,7 +189,7 @@ class WeightFlipTracker:
 
     @end_step.setter
     def end_step(self, value: int | None) -> None:
-        self._schedule.end_step = value
+        self._schedule.end_step = None if value is None else checks.whole("end_step", value, 0)
 
     @property
     def holds_warnings(self) -> bool:

@@ -66,7 +66,7 @@ class Options:
         start_step = checks.whole("start_step", self.start_step, 0)
         end_step = self.end_step
         checked = {
-            "include": None if self.include is None else checks.globs("include", self.include),
+            "include": _included(self.include),
             "exclude": None if self.exclude is None else checks.globs("exclude", self.exclude),
             "groups": _groups(self.groups),
             "track_every": checks.whole("track_every", self.track_every, 1),
@@ -98,6 +98,15 @@ def check_names(caller: str, options: Iterable[str]) -> None:
             near = checks.near(name, known)
             hint = f"did you mean '{near}='?" if near else f"expected {', '.join(known)}"
             raise TypeError(f"{caller} got an unexpected keyword argument {name!r}; {hint}")
+
+
+def _included(include: Any) -> tuple[str, ...] | None:
+    if include is None:
+        return None
+    globs = checks.globs("include", include)
+    if not globs:
+        raise ValueError("include= is empty, so that nothing would be tracked; leave it out to track every weight")
+    return globs
 
 
 def _groups(groups: Any) -> Mapping[str, tuple[str, ...]] | Literal["type"] | None:

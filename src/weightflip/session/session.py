@@ -68,7 +68,7 @@ class Session:
         self.tracker.take_weights_from(self.holding)
         self._weights: list[TrackedWeight] = []
         self._places: list[int] = []
-        self._optimizer: weakref.ref[Optimizer] | None = None
+        self._optimizer: Callable[[], Optimizer | None] | None = None
         self._plan = Plan()
         self._seen: tuple[object, ...] = ()
         self._is_selecting = False
@@ -170,7 +170,7 @@ class Session:
             )
             for weight in self._weights
         }
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer = _reference(optimizer)
         self._release()
         # Kept, because a copy of an optimizer has no model in it.
         self._types.update(owner_types(parameters, self._model))
@@ -247,7 +247,8 @@ class Session:
             return
         if _is_phantom_step(optimizer):
             return
-        found_inf = vars(optimizer).get("found_inf")
+        # Objects with __slots__ have no __dict__.
+        found_inf = getattr(optimizer, "__dict__", {}).get("found_inf")
         self._found_inf = found_inf if isinstance(found_inf, Tensor) else None
         # Before what may fail: other processes wait for the end of the step, too.
         self._is_open = True
@@ -271,7 +272,8 @@ class Session:
         with such a rate, too, and have other gradients. Where weights are sharded, a process may have nothing but zeros
         in its shards, or a state where others have none, so that all ask each other; the rate is the same on all.
         """
-        if not _has_zero_rates(optimizer):
+        if self._calls or not _has_zero_rates(optimizer):
+            # State is made before the first step. Later, some optimizers without state have a rate of 0, too.
             return
         every = _parameters(optimizer)
         layouts = [layout for p in every if (layout := distributed.layout(p)) is not None and layout.shard is not None]
@@ -484,6 +486,15 @@ def _described(parameters: Sequence[Tensor]) -> tuple[object, ...]:
         )
         for p in parameters
     )
+
+
+def _reference(optimizer: Optimizer) -> Callable[[], Optimizer | None]:
+    """Does not keep the optimizer alive, if it is of a class that allows that."""
+    try:
+        return weakref.ref(optimizer)
+    except TypeError:
+        # __slots__ without __weakref__
+        return lambda: optimizer
 
 
 def _is_phantom_step(optimizer: Optimizer) -> bool:
