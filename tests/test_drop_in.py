@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import gc
 import itertools
 import json
 import os
 import pickle
+import re
 import warnings
 import weakref
 from collections import OrderedDict, defaultdict
@@ -673,6 +675,72 @@ os.wait()
     run_python("-c", code, str(tmp_path), timeout=120)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("flips/rate")] == [2, 3]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_that_goes_on_training_writes_nothing_and_says_so_once(tmp_path):
+    """The threads of a SummaryWriter do not live in it: to flush there would wait for ever."""
+    code = """
+import os, sys, time, torch, warnings
+from torch.utils.tensorboard import SummaryWriter
+from weightflip import FlipTrackingOptimizer
+
+class Counting:
+    def start(self, info, first_step): pass
+    def write(self, record): print("written by", "parent" if os.getpid() == parent else "child", flush=True)
+    def alert(self, event): pass
+    flush = close = lambda self: None
+
+def make(**options):
+    model = torch.nn.Linear(8, 8)
+    model(torch.ones(8)).sum().backward()
+    return FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, log_every=1, **options)
+
+def go(optimizers):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for optimizer in optimizers:
+            optimizer.step(); optimizer.flush(); optimizer.step(); optimizer.close()
+            optimizer.step(); optimizer.close()
+    print([str(w.message) for w in caught], flush=True)
+
+parent = os.getpid()
+started = make(log_dir="a"), make(sinks=[SummaryWriter("b"), "b.jsonl", "b.csv", Counting()])
+for optimizer in started:
+    optimizer.step()
+unstarted = make(sinks=[SummaryWriter("c"), "c.jsonl"])
+child = os.fork()
+if child == 0:
+    go(started)
+    go([unstarted])
+    sys.exit()
+deadline = time.monotonic() + 30
+while not os.waitpid(child, os.WNOHANG)[0]:
+    if time.monotonic() > deadline:
+        os.kill(child, 9)
+        sys.exit("the child hangs")
+    time.sleep(0.02)
+for optimizer in started:
+    optimizer.step()
+    optimizer.close()
+"""
+    out = run_python("-c", code, cwd=tmp_path, timeout=120).stdout
+    assert "written by child" not in out
+    of_started, of_unstarted = (ast.literal_eval(line) for line in out.splitlines() if line.startswith("["))
+    assert len(of_started) == 2
+    for text in of_started:
+        assert re.search("forked process: its records are not written; build .* in the child, or pass sinks= ", text)
+    # Nothing is open yet, but for the user's own writer.
+    (text,) = of_unstarted
+    assert re.search("TensorBoardSink failed .* SummaryWriter .* another process.*make it in this one", text)
+    assert (tmp_path / "c.jsonl").read_text().count('"record"') == 3
+    for name in ("a", "b"):
+        events = EventAccumulator(str(tmp_path / name)).Reload()
+        assert [event.step for event in events.Scalars("flips/rate")] == [1, 2]
+    for path in (tmp_path / "b.jsonl", *(tmp_path / "a").glob("*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["record"]["step"] for line in lines if "record" in line] == [1, 2]
+    assert {row.split(",")[0] for row in (tmp_path / "b.csv").read_text().splitlines()[1:]} == {"1", "2"}
 
 
 # ---------------------------------------------------------------------- the hook form itself

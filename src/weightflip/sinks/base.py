@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 import weakref
@@ -148,11 +149,17 @@ def make_sinks(specs: Sequence[SinkLike]) -> list[Sink]:
 
 
 class SinkGroup:
-    """All sinks of a run. A sink that raises is warned about once and dropped; the others go on."""
+    """All sinks of a run. A sink that raises is warned about once and dropped; the others go on.
+
+    Sinks that are open belong to the process that opened them: a forked one shares their files with it, and lacks their
+    threads. There nothing is written, flushed or closed.
+    """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)
         self._started: RunInfo | None = None
+        self._process = os.getpid()
+        self._has_told_of_fork = False
         self._busy: set[str] = set()
 
     def claim(self) -> None:
@@ -175,8 +182,17 @@ class SinkGroup:
 
     def write(self, record: FlipRecord, info: RunInfo, first_step: int) -> None:
         """Hand a record to each sink, with what is tracked first where that is news."""
+        if self._is_of_parent():
+            if self._sinks and not self._has_told_of_fork:
+                self._has_told_of_fork = True
+                warnings.warn(
+                    "weightflip: forked process: its records are not written; build the tracked optimizer in the "
+                    "child, or pass sinks= there",
+                    stacklevel=3,
+                )
+            return
         if info != self._started:
-            self._started = info
+            self._started, self._process = info, os.getpid()
             self._each("start", info, first_step)
         self._each("write", record)
         if self not in _at_work:
@@ -194,15 +210,21 @@ class SinkGroup:
     def close(self) -> None:
         """Close each sink that was started; a later record opens it again."""
         _at_work.discard(self)
-        if self._started is not None:
+        if self._started is not None and not self._is_of_parent():
             self._started = None
             self._each("close")
 
+    def _is_of_parent(self) -> bool:
+        """Whether the sinks were opened before a fork, by the process that this one comes from."""
+        return self._started is not None and self._process != os.getpid()
+
     def __getstate__(self) -> dict[str, Any]:
         # The copies of the sinks are closed.
-        return {**self.__dict__, "_started": None, "_busy": set()}
+        return {**self.__dict__, "_started": None, "_has_told_of_fork": False, "_busy": set()}
 
     def _each(self, method: str, *args: Any) -> None:
+        if self._is_of_parent():
+            return
         if method in self._busy:
             # A sink that flushes or closes all of them while it is itself flushed or closed.
             return

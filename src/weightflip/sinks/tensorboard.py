@@ -53,6 +53,7 @@ class TensorBoardSink:
         self.log_dir = log_dir
         self._owned = writer is None
         self._writer = writer
+        self._process = os.getpid()
         self._purged = False
         self._file: Path | None = None
         self._has_told = False
@@ -75,6 +76,9 @@ class TensorBoardSink:
         self._has_pictures = True
 
     def start(self, info: RunInfo, first_step: int) -> None:
+        if not self._owned and self._process != os.getpid():
+            # The thread that takes its queue to the file does not live here: once it is full, that would wait for ever.
+            raise RuntimeError("the SummaryWriter in sinks= is that of another process; make it in this one")
         if self._writer is None:
             self._open(self._purge_step(first_step))
         assert self._writer is not None
@@ -262,6 +266,7 @@ class TensorBoardSink:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.log_dir = state["log_dir"]
         self._owned, self._writer, self._purged = True, None, True
+        self._process = os.getpid()
         self._file, self._has_told = None, False
         self._begin()
 
