@@ -206,6 +206,7 @@ def test_a_path_twice_is_refused(tmp_path, monkeypatch):
         ["real/a.jsonl", tmp_path / "link" / "a.jsonl"],
         ["a.jsonl", JSONLSink("a.jsonl")],
         [writer, writer],
+        [SummaryWriter("tb"), SummaryWriter(tmp_path / "tb")],
         [function, function],
     ):
         with pytest.raises(ValueError, match=r"twice in sinks=, and every point would be written twice.*leave one out"):
@@ -244,6 +245,27 @@ def test_the_place_of_another_live_wrapper_is_warned_about(tmp_path):
             steps(nn.Linear(8, 8), fourth)
         sixth.close()
         fourth.close()
+
+
+def test_the_place_of_a_writer_of_the_users_own_is_warned_about(tmp_path):
+    writer = SummaryWriter(tmp_path / "gan")
+    for first, second in (
+        ({"log_dir": tmp_path / "a"}, {"sinks": [SummaryWriter(tmp_path / "a")]}),
+        ({"sinks": [writer]}, {"sinks": [writer]}),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model, generator, _ = make(**first)
+            other, discriminator, _ = make(**second)
+            for _ in range(2):
+                steps(model, generator, 2)
+                steps(other, discriminator, 2)
+                generator.close()
+                discriminator.close()
+        (text,) = (str(w.message) for w in caught)
+        assert "still tracked writes there" in text
+        assert "sinks=first" in text
+    writer.close()
 
 
 def test_one_run_of_several_optimizers_is_no_double(tmp_path):

@@ -158,6 +158,8 @@ class SinkGroup:
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)
         self._started: RunInfo | None = None
+        # Places that this group was warned to share with another one.
+        self._shared: set[str] = set()
         self._process = os.getpid()
         self._has_told_of_fork = False
         self._busy: set[str] = set()
@@ -165,8 +167,13 @@ class SinkGroup:
     def claim(self) -> None:
         """From here to ``close`` the places are this run's: warn if they are those of another one, too."""
         _at_work.add(self)
-        taken = set().union(*(group._places() for group in _at_work if group is not self))
-        for place in sorted(self._places() & taken):
+        others = [group for group in _at_work if group is not self]
+        for place in sorted(self._places() - self._shared):
+            sharing = [group for group in others if place in group._places()]
+            if not sharing:
+                continue
+            for group in (self, *sharing):
+                group._shared.add(place)
             warnings.warn(
                 f"weightflip: {place!r}: another optimizer that is still tracked writes there, so that every point is "
                 "there twice; close() that one first, choose another place, or, if the two are parts of one run, give "
@@ -220,7 +227,7 @@ class SinkGroup:
 
     def __getstate__(self) -> dict[str, Any]:
         # The copies of the sinks are closed.
-        return {**self.__dict__, "_started": None, "_has_told_of_fork": False, "_busy": set()}
+        return {**self.__dict__, "_started": None, "_shared": set(), "_has_told_of_fork": False, "_busy": set()}
 
     def _each(self, method: str, *args: Any) -> None:
         if self._is_of_parent():

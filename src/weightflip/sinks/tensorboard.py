@@ -61,8 +61,10 @@ class TensorBoardSink:
 
     @property
     def place(self) -> str | None:
-        """Where it writes; None for a writer of the user's, and before SummaryWriter has chosen."""
-        return os.path.realpath(self.log_dir) if self._owned and self.log_dir is not None else None
+        """Where it writes; None before SummaryWriter has chosen."""
+        # What is given as a SummaryWriter may be another object that has add_scalar.
+        directory = self.log_dir if self._owned else getattr(self._writer, "log_dir", None)
+        return os.path.realpath(directory) if isinstance(directory, (str, os.PathLike)) else None
 
     def _begin(self) -> None:
         self._info = RunInfo({}, {})
