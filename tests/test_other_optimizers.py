@@ -228,9 +228,21 @@ def test_what_lacks_something_is_named_with_its_module(missing):
         track_flips(thing, sinks=[])
 
 
-def test_groups_that_are_none():
-    kind = type("Bare", (ByHand,), {"param_groups": property(lambda self: self.parameters)})
-    with pytest.raises(TypeError, match="Bare, which lacks param_groups that are dictionaries with 'params'"):
+@pytest.mark.parametrize(
+    "groups",
+    [
+        lambda parameters: parameters,
+        lambda parameters: [{"params": parameters[0]}],
+        lambda parameters: [{"params": iter(parameters)}],
+        lambda parameters: [{"params": [("0.weight", parameters[0])]}],
+        lambda parameters: [{"params": None}],
+    ],
+)
+def test_groups_that_are_none(groups):
+    kind = type("Bare", (ByHand,), {"param_groups": property(lambda self: groups(self.parameters))})
+    with pytest.raises(
+        TypeError, match="Bare, which lacks param_groups that are dictionaries with 'params', a list of tensors"
+    ):
         FlipTrackingOptimizer(kind(digits_model().parameters(), 0.1), sinks=[])
 
 

@@ -18,6 +18,7 @@ from weightflip import (
     FlipTrackingOptimizer,
     WeightFlipTracker,
     compute_flip_rate,
+    compute_stall_ratio,
     decode,
     encode,
     quantize,
@@ -40,6 +41,20 @@ def hooked(**options):
     return track_flips(torch.optim.SGD(model.parameters(), 0.1), model, **{"sinks": [], **options})
 
 
+def snapshot(name, weight, **options):
+    WeightFlipTracker().snapshot_pre_step(name, weight, "e3m4", **options)
+
+
+def counted(name, weight):
+    tracker = WeightFlipTracker()
+    tracker.snapshot_pre_step("x", W, "e3m4")
+    tracker.compute_flips_post_step(name, weight, "e3m4")
+
+
+def before(weights):
+    WeightFlipTracker().before_step(weights)
+
+
 class Odd:
     """Neither text nor number."""
 
@@ -55,6 +70,8 @@ OPTIONS = [
     ({"exclude": nn.Linear(2, 2)}, TypeError, r"exclude= is a glob .*got Linear"),
     ({"log_dir": 5, "sinks": None}, TypeError, r"log_dir= is a path, as text or pathlib.Path.*got int 5"),
     ({"log_dir": b"runs", "sinks": None}, TypeError, r"log_dir= is a path.*got bytes b'runs'"),
+    ({"log_dir": "a\0b", "sinks": None}, ValueError, r"log_dir= is a path without null characters, got 'a\\x00b'"),
+    ({"sinks": ["a\0b.jsonl"]}, ValueError, r"a path in sinks= is a path without null characters, got 'a\\x00b.jsonl'"),
     ({"groups": 5}, TypeError, r"groups= is 'type' or a mapping .*got 5"),
     ({"groups": {"a": 5}}, TypeError, r"groups\['a'\]= is a glob .*got int 5"),
     ({"groups": {5: "*"}}, TypeError, r"groups= is 'type' or a mapping"),
@@ -142,12 +159,17 @@ CALLS = [
     (lambda: encode(W, "e3m4", 1j), TypeError, r"scale= is a number or a torch.Tensor, got complex"),
     (lambda: encode(W, "e3m4", np.float32(-1)), ValueError, r"scale= .*positive and finite, got -1.0"),
     (lambda: encode(W, "e3m4", torch.ones(1) * 1j), TypeError, r"scale= is a number or a .*got a complex64 tensor"),
+    (lambda: encode(W, "e3m4", 10**400), ValueError, r"scale= .*positive and finite, got inf"),
+    (lambda: encode(W.to_sparse(), "e3m4"), TypeError, r"weight is a dense tensor, got .*sparse_coo; .*to_dense\(\)"),
+    (lambda: quantize(W.to_sparse(), "int4"), TypeError, r"weight is a dense tensor, got .*sparse_coo"),
     (lambda: encode(W, E4M3, Odd()), TypeError, r"scale= is a number or a torch.Tensor, got Odd"),
     (lambda: quantize([1.0], "e3m4"), TypeError, r"weight is a torch.Tensor, got \[1.0\]"),
     (lambda: decode(W, "e3m4"), TypeError, r"codes are what encode\(\) gives, got Tensor; .*Codes\(ordinals, scale\)"),
     (lambda: decode(5), TypeError, r"codes are what encode\(\) gives, got int 5"),
     (lambda: compute_flip_rate([1.0], [1.0]), TypeError, r"prev_quantized is a torch.Tensor, got \[1.0\]"),
     (lambda: compute_flip_rate(W, np.ones((2, 32))), TypeError, r"curr_quantized is a torch.Tensor, got ndarray"),
+    (lambda: compute_stall_ratio("a", 5), TypeError, r"flips is a number, got str 'a'"),
+    (lambda: compute_stall_ratio(5, None), TypeError, r"updates is a number, got NoneType None"),
     (lambda: BitStallDetector(5), TypeError, r"expected a quantizer name .*got int"),
     (lambda: BitStallDetector("fp16").update([1.0], W), TypeError, r"weight is a torch.Tensor, got \[1.0\]"),
     (lambda: BitStallDetector("fp16").update(W, 0.1), TypeError, r"update is a torch.Tensor, got float 0.1"),
@@ -155,6 +177,15 @@ CALLS = [
     (lambda: Alert("stall_ratio > 1", callback=5), TypeError, r"callback= is a function of an AlertEvent.*got int 5"),
     (lambda: WeightFlipTracker(low_memory="no"), TypeError, r"low_memory= is True or False, got 'no'"),
     (lambda: WeightFlipTracker(track_every=2.5), ValueError, r"track_every= is a whole number"),
+    (lambda: snapshot(W, "x"), TypeError, r"weight is a torch.Tensor, got str 'x'"),
+    (lambda: snapshot("x", [1.0]), TypeError, r"weight is a torch.Tensor, got \[1.0\]; .*torch.tensor"),
+    (lambda: snapshot("x", W.to_sparse()), TypeError, r"weight is a dense tensor, got .*sparse_coo"),
+    (lambda: snapshot("x", W, grad=[1]), TypeError, r"grad is a torch.Tensor, got \[1\]; .*torch.tensor"),
+    (lambda: counted(W, "x"), TypeError, r"weight is a torch.Tensor, got str 'x'"),
+    (lambda: counted("x", [1.0]), TypeError, r"weight is a torch.Tensor, got \[1.0\]"),
+    (lambda: before(5), TypeError, r"weights are TrackedWeight objects, got int 5; make .*TrackedWeight\(name, "),
+    (lambda: before(nn.Linear(2, 2).parameters()), TypeError, r"weights are TrackedWeight objects, got Parameter"),
+    (lambda: before([("x", W)]), TypeError, r"weights are TrackedWeight objects, got .*'x'"),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from os import PathLike, fspath
 from typing import Any
 
@@ -52,10 +53,13 @@ def path(name: str, value: Any) -> str:
 
     Raises:
         TypeError: No path.
+        ValueError: One that no system takes.
     """
     text = fspath(value) if isinstance(value, (str, PathLike)) else None
     if not isinstance(text, str):
         raise TypeError(f"{name} is a path, as text or pathlib.Path; got {described(value)}")
+    if "\0" in text:
+        raise ValueError(f"{name} is a path without null characters, got {text!r}; leave them out")
     return text
 
 
@@ -93,6 +97,30 @@ def tensor(name: str, value: Any) -> Tensor:
     else:
         hint = ""
     raise TypeError(f"{name} is a torch.Tensor, got {described(value)}{hint}")
+
+
+def dense(name: str, value: Any) -> Tensor:
+    """A tensor that is not sparse.
+
+    Raises:
+        TypeError: Anything else.
+    """
+    given = tensor(name, value)
+    if given.layout is not torch.strided:
+        layout = str(given.layout).removeprefix("torch.")
+        raise TypeError(f"{name} is a dense tensor, got one of layout {layout}; make it dense with .to_dense()")
+    return given
+
+
+def number(name: str, value: Any) -> Any:
+    """A number, or a tensor of one.
+
+    Raises:
+        TypeError: Anything else.
+    """
+    if isinstance(value, (Real, Tensor)):
+        return value
+    raise TypeError(f"{name} is a number, got {described(value)}")
 
 
 def described(value: object) -> str:

@@ -78,10 +78,15 @@ def compute_stall_ratio(flips: int, updates: int) -> float:
     Returns:
         The ratio; 0.0 without updates.
 
+    Raises:
+        TypeError: No numbers.
+
     Example:
         >>> compute_stall_ratio(flips=10, updates=100)
         0.9
     """
+    checks.number("flips", flips)
+    checks.number("updates", updates)
     return 1.0 - flips / updates if updates > 0 else 0.0
 
 

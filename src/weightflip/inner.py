@@ -9,7 +9,7 @@ from types import FunctionType, MethodType
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 _METHODS = ("step", "zero_grad", "state_dict", "load_state_dict")
@@ -43,7 +43,7 @@ def check_optimizer(optimizer: Any) -> None:
     lacking = [name for name in _METHODS if not callable(getattr(optimizer, name, None))]
     lacking += [name for name in _DATA if not hasattr(optimizer, name)]
     if not lacking and not _are_groups(optimizer.param_groups):
-        lacking = ["param_groups that are dictionaries with 'params'"]
+        lacking = ["param_groups that are dictionaries with 'params', a list of tensors"]
     if lacking:
         raise TypeError(
             "expected a torch.optim.Optimizer such as torch.optim.AdamW(model.parameters()), or an object with "
@@ -59,8 +59,12 @@ def full_name(thing: Any) -> str:
 
 def _are_groups(param_groups: Any) -> bool:
     return isinstance(param_groups, Iterable) and all(
-        isinstance(group, dict) and "params" in group for group in param_groups
+        isinstance(group, dict) and _are_tensors(group.get("params")) for group in param_groups
     )
+
+
+def _are_tensors(params: Any) -> bool:
+    return isinstance(params, (list, tuple)) and all(isinstance(parameter, Tensor) for parameter in params)
 
 
 def _listed(names: list[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightflip import distributed, functional, kernels
+from weightflip import checks, distributed, functional, kernels
 from weightflip.counting.layer import TrackedWeight
 from weightflip.counting.ledger import COLUMNS, COUNTED, WEIGHT_STEPS
 from weightflip.counting.table import LayerTable
@@ -43,7 +43,8 @@ class NamedSnapshots:
         self, name: str, weight: Tensor, format: Any, scale: Tensor | float | None = None, grad: Tensor | None = None
     ) -> None:
         """As :meth:`WeightFlipTracker.snapshot_pre_step`."""
-        if grad is not None and grad.shape != weight.shape:
+        checks.dense("weight", weight)
+        if grad is not None and checks.tensor("grad", grad).shape != weight.shape:
             raise ValueError(
                 f"gradient of {name!r} has shape {tuple(grad.shape)}, its weight {tuple(weight.shape)}; "
                 "pass the gradient of this weight"
@@ -63,6 +64,7 @@ class NamedSnapshots:
 
     def compare(self, name: str, weight: Tensor, format: Any, scale: Tensor | float | None = None) -> int:
         """As :meth:`WeightFlipTracker.compute_flips_post_step`."""
+        checks.dense("weight", weight)
         if name not in self._snapshots:
             raise KeyError(f"No pre-step snapshot for '{name}'. Call snapshot_pre_step before optimizer.step().")
         snapshot = self._snapshots[name]

@@ -57,6 +57,18 @@ def _outside_of_autograd(method: _Method) -> _Method:
     return torch.inference_mode(False)(torch.no_grad()(method))
 
 
+def _checked(weights: Any) -> list[TrackedWeight]:
+    found = list(weights) if isinstance(weights, Iterable) else [weights]
+    for weight in found:
+        if not isinstance(weight, TrackedWeight):
+            raise TypeError(
+                f"weights are TrackedWeight objects, got {checks.described(weight)}; make each with "
+                "weightflip.counting.layer.TrackedWeight(name, parameter, quantizer), or wrap the optimizer in "
+                "FlipTrackingOptimizer"
+            )
+    return found
+
+
 class WeightFlipTracker:
     """Counts how many weights change their quantized code in an optimizer step.
 
@@ -240,6 +252,7 @@ class WeightFlipTracker:
             grad: The gradient of this step, dense or sparse; None counts no updates.
 
         Raises:
+            TypeError: The weight or the gradient is no tensor, or the weight is sparse.
             ValueError: Unknown format, or a weight, scale or gradient that does not fit.
         """
         self._named.take(name, weight, format, scale, grad)
@@ -278,7 +291,11 @@ class WeightFlipTracker:
         Args:
             weights: The weights of this step; names are unique. They are looked at until the next step begins, as far
                 as they have not been released.
+
+        Raises:
+            TypeError: Something else than ``TrackedWeight`` objects.
         """
+        weights = _checked(weights)
         self._layers.settle()
         if self._in_step:
             # The last step raised half way: nobody knows what it wrote.
@@ -286,7 +303,6 @@ class WeightFlipTracker:
         self._in_step = True
         if not self.is_tracking:
             return
-        weights = list(weights)
         self._gradients = {}
         self._begin(weights)
         self._silent.look(weights)

@@ -44,14 +44,15 @@ def encode(weight: Tensor, format: Any, scale: Tensor | float | None = None) -> 
 
     Raises:
         ValueError: Unknown format, or a weight or scale that does not fit it.
-        TypeError: ``weight`` is no tensor, ``format`` none of the above, or ``scale`` neither a number nor a tensor.
+        TypeError: ``weight`` is no dense tensor, ``format`` none of the above, or ``scale`` neither a number nor a
+            tensor.
 
     Example:
         >>> from weightflip.formats import E2M1
         >>> encode(torch.tensor([0.0, 0.7, -6.0]), E2M1).ordinals
         tensor([ 0,  1, -7], dtype=torch.int8)
     """
-    checks.tensor("weight", weight)
+    checks.dense("weight", weight)
     return resolve(format, scale).encode(weight)
 
 
@@ -99,6 +100,6 @@ def quantize(weight: Tensor, format: Any, scale: Tensor | float | None = None) -
         >>> quantize(torch.tensor([0.1, 0.2, -0.4]), "float8_e4m3")
         tensor([ 0.1000,  0.2000, -0.4000])
     """
-    checks.tensor("weight", weight)
+    checks.dense("weight", weight)
     quantizer = resolve(format, scale)
     return decode(quantizer.encode(weight), quantizer)

@@ -64,8 +64,11 @@ class FloatxQuantizer(ElementwiseQuantizer):
         if granularity not in get_args(Granularity):
             raise ValueError(f"granularity is one of {get_args(Granularity)}, got {granularity!r}")
         if isinstance(fixed_scale, Real) and not isinstance(fixed_scale, bool):
-            # Also NumPy's numbers.
-            fixed_scale = float(fixed_scale)
+            # Also NumPy's numbers. A whole number may be beyond the largest float.
+            try:
+                fixed_scale = float(fixed_scale)
+            except OverflowError:
+                fixed_scale = math.inf
         elif isinstance(fixed_scale, Tensor) and fixed_scale.is_complex():
             dtype = str(fixed_scale.dtype).removeprefix("torch.")
             raise TypeError(f"scale= is a number or a torch.Tensor of real numbers, got a {dtype} tensor")
