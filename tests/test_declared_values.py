@@ -129,7 +129,8 @@ def test_event_files_alone_say_what_is_a_gauge(digits, tmp_path):
     assert (value.kind, value.unit, value.description) == ("rate", "share", "share of flips over several codes")
 
 
-def test_runs_of_before_are_read_as_they_were(digits, tmp_path, capsys):
+def test_runs_of_before_are_read_as_they_were(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     path = tmp_path / "flips.jsonl"
     model = digits_model()
     metrics = ("flips", "stalls", "oscillation", "coverage", "rank", Wide())
