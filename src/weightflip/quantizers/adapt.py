@@ -21,7 +21,9 @@ def adapt(quantizer: Quantizer | Callable[[Tensor], Tensor]) -> BaseQuantizer:
     """
     if isinstance(quantizer, BaseQuantizer):
         return quantizer
-    return _Adapted(quantizer) if isinstance(quantizer, Quantizer) else FunctionQuantizer(quantizer)
+    if callable(quantizer) and not isinstance(quantizer, Quantizer):
+        return FunctionQuantizer(quantizer)
+    return _Adapted(quantizer)
 
 
 def quantizer_name(quantizer: Quantizer) -> str:
