@@ -13,7 +13,7 @@ from processes import end_servers, multiply_float8_without_onednn
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, track_flips
-from weightflip.detect import Plan, make_plan, name_parameters
+from weightflip.selection import Plan, make_plan, name_parameters
 
 multiply_float8_without_onednn()
 

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer
-from weightflip.detect import make_plan, name_parameters
+from weightflip.selection import make_plan, name_parameters
 
 BY_ROW_GROUP_OR_BLOCK = ("float8_e4m3:row", "e3m4:row", "mxfp4", "nvfp4", "nvfp4:tensor", "int8", "int4:g32")
 AT_MOST_ONE_SCALE = ("float8_e4m3", "float8_e5m2:pow2", "e3m4", "e3m4:none", "bfloat16", "native", "ternary", "binary")

@@ -12,8 +12,8 @@ from conftest import assert_same, gaussian, plan_of, with_outliers
 from torch import nn
 
 from weightflip import FlipTrackingOptimizer, track_flips
-from weightflip.detect import make_plan
 from weightflip.quantizers.torchao import OfMaster, StoredCodes
+from weightflip.selection import make_plan
 
 pytest.importorskip("torchao")
 

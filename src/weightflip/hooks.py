@@ -8,9 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from weightflip.detect import quantizes_weights
 from weightflip.inner import check_optimizer, full_name
 from weightflip.optimizer import FlipTrackingOptimizer
+from weightflip.selection import quantizes_weights
 from weightflip.session.options import TrackingOptions, check_names
 from weightflip.session.session import STATE_KEY, Session
 from weightflip.session.tracked import Tracked

@@ -20,10 +20,10 @@ from weightflip import distributed
 from weightflip.counting import checkpoint
 from weightflip.counting.layer import TrackedWeight
 from weightflip.counting.tracker import WeightFlipTracker
-from weightflip.detect import Plan, make_groups, make_plan, name_parameters, owner_types
 from weightflip.quantizers.adapt import quantizer_name
 from weightflip.quantizers.protocol import Quantizer
 from weightflip.records import RunInfo, shown, split_variant, variant
+from weightflip.selection import Plan, make_groups, make_plan, name_parameters, owner_types
 from weightflip.session.log import Log, Source, restricted
 from weightflip.session.options import Options
 
