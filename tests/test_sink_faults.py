@@ -129,6 +129,38 @@ def test_a_file_that_is_deleted_midway(tmp_path, name, how):
             assert {row["step"] for row in csv.DictReader(file)} == {"5", "6"}
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_file_that_is_emptied_midway_begins_with_its_heading(tmp_path, name):
+    """As logrotate's copytruncate does."""
+    path = tmp_path / name
+    model, optimizer, _ = make(sinks=[path])
+    steps(model, optimizer, 2)
+    for _ in range(2):
+        heading = path.read_text().splitlines()[0]
+        os.truncate(path, 0)
+        steps(model, optimizer, 2)
+        assert path.read_text().splitlines()[0] == heading
+    optimizer.close()
+    assert path.read_text().count(heading) == 1
+    if name == "a.jsonl":
+        assert records(path) == [5, 6]
+    else:
+        with path.open() as file:
+            assert {row["step"] for row in csv.DictReader(file)} == {"5", "6"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_what_is_no_plain_file_gets_its_heading_once(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    reader = os.open(tmp_path / "a.jsonl", os.O_RDONLY | os.O_NONBLOCK)
+    model, optimizer, _ = make(sinks=[tmp_path / "a.jsonl"])
+    steps(model, optimizer, 3)
+    optimizer.close()
+    lines = os.read(reader, 65536).decode().splitlines()
+    os.close(reader)
+    assert [next(iter(json.loads(line))) for line in lines] == ["info", "record", "record", "record"]
+
+
 def test_a_place_that_cannot_come_back_is_said(tmp_path):
     path = tmp_path / "run" / "a.jsonl"
     model, optimizer, _ = make(sinks=[path])

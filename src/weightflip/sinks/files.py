@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import stat
 import tempfile
 import time
 import warnings
@@ -97,7 +98,7 @@ class AppendedFile:
         """Write to the end, and have it on disk.
 
         A file that was deleted or moved since it was opened is made anew, which is warned about once: what is written
-        to the old one reaches nobody.
+        to the old one reaches nobody. One that was emptied, as log rotation does it, begins with its heading again.
 
         Args:
             text: Whole lines.
@@ -112,8 +113,8 @@ class AppendedFile:
             self._file.close()
             self._at.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._at.open("a", encoding="utf-8", newline="\n")
-            if self._file.tell() == 0:
-                text = heading + text
+        if self._is_emptied():
+            text = heading + text
         self._file.write(text)
         self._file.flush()
         if is_gone and not self._has_told:
@@ -129,6 +130,12 @@ class AppendedFile:
             return True
         except OSError:
             return False
+
+    def _is_emptied(self) -> bool:
+        assert self._file is not None
+        status = os.fstat(self._file.fileno())
+        # Of a pipe the size is always 0.
+        return stat.S_ISREG(status.st_mode) and status.st_size == 0
 
     def flush(self) -> None:
         if self._file is not None:
