@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> Result:
 
     # The matrices are too small to share among threads: on a busy machine the threads mostly wait for each other.
     torch.set_num_threads(1)
+    # On some processors oneDNN has only reference loops for products of float8, hundreds of times slower than torch's.
+    torch.backends.mkldnn.set_flags(False)
     torch.manual_seed(args.seed)
     train, test = load_data(args.seed)
     # The last, smaller batch is left out: float8 matrix multiplications need multiples of 16 there, too.
