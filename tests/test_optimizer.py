@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import BruteForce, assert_same, backward, digits_model, float8_values
+from conftest import DELEGATED, BruteForce, assert_same, backward, digits_model, float8_values
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -277,21 +277,6 @@ def test_step_hooks_see_the_wrapper_in_the_arguments_and_may_return_new_ones(dig
     optimizer.register_step_pre_hook(lambda opt, args, kwargs: "nonsense")
     with pytest.raises(RuntimeError, match="must return None or a tuple of"):
         optimizer.step()
-
-
-DELEGATED = (
-    "step",
-    "zero_grad",
-    "add_param_group",
-    "state_dict",
-    "load_state_dict",
-    "register_step_pre_hook",
-    "register_step_post_hook",
-    "register_state_dict_pre_hook",
-    "register_state_dict_post_hook",
-    "register_load_state_dict_pre_hook",
-    "register_load_state_dict_post_hook",
-)
 
 
 class Unusual(torch.optim.SGD):
