@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-Span = Literal["tensor", "row"]
+Span = Literal["tensor", "row", "block"]
 
 PATIENCE = timedelta(seconds=60)
 """How long a process whose sharded weights have become others waits for the rest to come and compare."""
@@ -40,6 +40,7 @@ class Layout:
         offsets: Where the shard begins in each dimension; None where it is no block of the weight.
         borders: In the last dimension, where shards begin and end; None where that is not known.
         is_partial: Whether the processes hold summands instead of parts.
+        row_borders: As ``borders``, in the last dimension but one.
     """
 
     shape: tuple[int, ...]
@@ -51,6 +52,7 @@ class Layout:
     offsets: tuple[int, ...] | None
     borders: frozenset[int] | None
     is_partial: bool
+    row_borders: frozenset[int] | None = None
 
     @property
     def cuts_rows(self) -> bool:
@@ -60,6 +62,14 @@ class Layout:
     def cuts_groups(self, group: int) -> bool:
         """Whether parts of one group of neighbours in the last dimension do."""
         return self.borders is None or (self.cuts_rows and any(border % group for border in self.borders))
+
+    def cuts_blocks(self, rows: int, columns: int) -> tuple[bool, bool]:
+        """Whether parts of one block do: cut between its rows, and between its columns. The last may be smaller."""
+
+        def cuts(borders: frozenset[int] | None, size: int) -> bool:
+            return borders is None or any(border % size for border in borders if border != max(borders))
+
+        return rows > 1 and len(self.shape) > 1 and cuts(self.row_borders, rows), cuts(self.borders, columns)
 
 
 def _is_available() -> bool:
@@ -105,6 +115,12 @@ def local(tensor: Tensor) -> Tensor:
     # Not to_local(): under autograd that is a view with a version counter of its own.
     shard: Any = cast(Any, tensor)._local_tensor
     return cast(Tensor, shard.trigger_wait() if hasattr(shard, "trigger_wait") else shard)
+
+
+def first_row(parameter: Tensor) -> int:
+    """Where this process's shard begins in the last dimension but one; 0 where that is not known."""
+    lies = layout(parameter)
+    return 0 if lies is None or lies.offsets is None or len(lies.offsets) < 2 else lies.offsets[-2]
 
 
 def local_gradient(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -160,15 +176,14 @@ def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> L
         strided = strided or hasattr(placement, "split_factor")
     offsets: list[int] = [0] * len(shape)
     sizes = list(shape)
-    borders: set[int] | None = {0, shape[-1]} if shape else {0}
+    borders: list[frozenset[int] | None] = [frozenset({0, size}) for size in shape] or [frozenset({0})]
     for i, placement in split.items():
         dim = placement.dim % len(shape)
         if strided:
-            if dim == len(shape) - 1:
-                borders = None
+            borders[dim] = None
             continue
-        if dim == len(shape) - 1 and borders is not None:
-            borders = _cut(borders, mesh.size(i))
+        if (known := borders[dim]) is not None:
+            borders[dim] = frozenset(_cut(set(known), mesh.size(i)))
         chunk = -(-sizes[dim] // mesh.size(i)) if sizes[dim] else 0
         start = min(chunk * coordinate[i], sizes[dim])
         offsets[dim] += start
@@ -182,8 +197,9 @@ def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> L
         shard=None if found is None else shard,
         shards=shards,
         offsets=None if strided else tuple(offsets),
-        borders=None if borders is None else frozenset(borders),
+        borders=borders[-1],
         is_partial=is_partial,
+        row_borders=borders[-2] if len(shape) > 1 else None,
     )
 
 
@@ -207,8 +223,8 @@ def span(layout: Layout, quantizer: Any) -> Span | None:
     Args:
         layout: How the weight lies.
         quantizer: ``scope`` says how much of a weight one code depends on (``"element"``, ``"group"``, ``"row"``,
-            ``"tensor"``), ``group`` how many neighbours are one, and ``has_statistic`` whether it can say what has to
-            be known of a whole row or tensor.
+            ``"tensor"``, or ``"block"``, of as many rows and columns as ``tile`` says), ``group`` how many neighbours
+            are one, and ``has_statistic`` whether it can say what has to be known of a whole block, row or tensor.
 
     Returns:
         None where each process can encode its shard alone.
@@ -226,6 +242,8 @@ def span(layout: Layout, quantizer: Any) -> Span | None:
             f"it is sharded, and {quantizer} does not say how much of a weight one code depends on; where it may be "
             "encoded shard by shard, give the quantizer scope = 'element' or 'row'"
         )
+    if scope == "block":
+        return _span_of_blocks(layout, quantizer)
     if group is not None and layout.cuts_groups(group):
         raise ValueError(
             f"its shards cut the groups of {group} neighbours that share a scale in {quantizer}: the last dimension of "
@@ -241,6 +259,19 @@ def span(layout: Layout, quantizer: Any) -> Span | None:
     if scope == "row" and layout.offsets is None:
         raise ValueError(f"its rows are cut by shards in a way that {quantizer} cannot follow; name another format")
     return cast(Span, scope)
+
+
+def _span_of_blocks(layout: Layout, quantizer: Any) -> Span | None:
+    rows, columns = quantizer.tile
+    cuts_rows, cuts_columns = layout.cuts_blocks(rows, columns)
+    if cuts_columns:
+        raise ValueError(
+            f"its shards cut the blocks of {rows} x {columns} that share a scale in {quantizer}: the last dimension of "
+            f"shape {layout.shape} is cut at {sorted(layout.borders or ()) or 'places that are not multiples'}"
+        )
+    if cuts_rows and layout.offsets is None:
+        raise ValueError(f"its blocks are cut by shards in a way that {quantizer} cannot follow; name another format")
+    return "block" if cuts_rows else None
 
 
 class Team(NamedTuple):
@@ -394,19 +425,23 @@ class Statistic(NamedTuple):
 
     Attributes:
         layout: How the weight lies.
-        span: One number for the tensor, or one for each row.
+        span: One number for the tensor, or one for each row or block.
         reduction: ``"max"`` or ``"mean"``; means are over the tensor.
+        tile: Rows and columns of a block.
     """
 
     layout: Layout
     span: Span
     reduction: Literal["max", "mean"]
+    tile: tuple[int, int] | None = None
 
     @property
     def numbers(self) -> int:
         """How many it takes."""
         if self.reduction == "mean":
             return self.layout.shards
+        if self.span == "block":
+            return math.prod(self._grid)
         return 1 if self.span == "tensor" else math.prod(self.layout.shape[:-1])
 
     def part(self, slots: Tensor, like: Tensor) -> Tensor:
@@ -426,6 +461,32 @@ class Statistic(NamedTuple):
         return slots.view(self.layout.shape[:-1])[tuple(slice(start, start + size) for start, size in rows)].unsqueeze(
             -1
         )
+
+    @property
+    def _grid(self) -> tuple[int, ...]:
+        """How many blocks there are in each dimension."""
+        assert self.tile is not None
+        *outer, rows, columns = self.layout.shape
+        return *outer, -(-rows // self.tile[0]), -(-columns // self.tile[1])
+
+    def blocks(self, slots: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Of this statistic's part of the table, the blocks in this process's columns, and that of each of its rows.
+
+        Args:
+            slots: Of ``numbers`` elements.
+            like: The statistic of the shard: of each row in each block.
+
+        Returns:
+            A view of the shape ``(..., rows of blocks, columns of blocks)``, and for each row of ``like`` an index.
+        """
+        assert self.tile is not None
+        assert self.layout.offsets is not None
+        *outer, row, column = self.layout.offsets
+        first = column // self.tile[1]
+        place = [slice(start, start + size) for start, size in zip(outer, like.shape[:-2], strict=True)]
+        place += [slice(None), slice(first, first + like.shape[-1])]
+        view = slots.view(self._grid)[tuple(place)]
+        return view, torch.arange(row, row + like.shape[-2], device=slots.device) // self.tile[0]
 
 
 class StatisticsTable:
@@ -473,6 +534,11 @@ class StatisticsTable:
         known = self._statistics[index]
         if known.reduction == "mean":
             statistic = statistic.double() * (weights / math.prod(known.layout.shape))
+        if known.span == "block":
+            view, rows = known.blocks(self._slots[index].view(torch.int64), statistic)
+            bits = statistic.to(view.device, torch.float64).view(torch.int64) & torch.iinfo(torch.int64).max
+            view.scatter_reduce_(-2, rows.unsqueeze(-1).expand_as(bits), bits, "amax")
+            return
         known.part(self._slots[index], statistic).copy_(statistic)
 
     def flag(self, index: int, reason: int) -> None:
@@ -493,7 +559,11 @@ class StatisticsTable:
             like: What this process handed in.
         """
         known, slots = self._statistics[index], self._slots[index]
-        found = slots.sum() if known.reduction == "mean" else known.part(slots, like)
+        if known.span == "block":
+            view, rows = known.blocks(slots, like)
+            found = view.index_select(-2, rows)
+        else:
+            found = slots.sum() if known.reduction == "mean" else known.part(slots, like)
         return found.to(like.device, like.dtype, copy=True)
 
     @property
@@ -580,7 +650,7 @@ class ShardedWeights:
             try:
                 quantizer = quantizer.encoder
                 over = span(lies, quantizer)
-                statistic = None if over is None else Statistic(lies, over, quantizer.reduction)
+                statistic = None if over is None else Statistic(lies, over, quantizer.reduction, quantizer.tile)
                 now[name] = ShardedWeight(name, call(quantizer), lies, statistic)
             except Exception as error:
                 # Compared, too: no process must wait because it is refused on another one only.
