@@ -9,13 +9,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from weightflip.formats import BLOCK_FORMATS, E4M3, E5M2, E8M0, FP32, BlockFormat, FloatFormat, FloatRounding
+from weightflip.formats import (
+    BLOCK_FORMATS,
+    E4M3,
+    E5M2,
+    E8M0,
+    FLOAT8_E4M3_1X128,
+    FLOAT8_E4M3_128X128,
+    FP32,
+    BlockFormat,
+    FloatFormat,
+    FloatRounding,
+)
 from weightflip.quantizers.ordinals import amax, cast_to_float8, ordinals_to_values
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Scope, Scratch, bits_of_scale
 from weightflip.quantizers.registry import register
 
 # torchao.float8.float8_utils.EPS: the smallest amax that it divides by.
 _EPS = 1e-12
+
+_BLOCK_NAMES = (FLOAT8_E4M3_1X128.name, FLOAT8_E4M3_128X128.name)
 
 
 class _Float8Cast(ElementwiseQuantizer):
@@ -217,7 +230,7 @@ def _largest_of_each(magnitudes: Tensor, size: int, dim: int) -> Tensor:
     return magnitudes.reshape(shape).amax(dim)
 
 
-@register("float8_(e4m3|e5m2)", examples=("float8_e4m3", "float8_e5m2", "float8_e4m3:128x128"))
+@register("float8_(e4m3|e5m2)", examples=("float8_e4m3", "float8_e5m2", *_BLOCK_NAMES))
 def _float8(name: str, options: tuple[str, ...]) -> ElementwiseQuantizer:
     block = BLOCK_FORMATS.get(":".join((name, *sorted(options))))
     if block is not None:

@@ -1,0 +1,51 @@
+"""Blocks of 128 x 128 on several processes, gloo on the CPU: the same numbers on one process and on many."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+
+import float8_block_shards as shards
+import pytest
+import torch.multiprocessing
+
+# Forked from one process that has imported what all of them need.
+START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+IMPORTS = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "weightflip"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[int, list]:
+    """What each of 2 and of 4 processes returns."""
+    folder, found = tmp_path_factory.mktemp("shards"), {}
+    multiprocessing.set_forkserver_preload(IMPORTS)
+    for world in (2, 4):
+        torch.multiprocessing.start_processes(shards.work, (world, folder), world, start_method=START_METHOD)
+        found[world] = [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_counts_are_those_of_one_process(results, world):
+    names = [*shards.CASES, *(shards.OF_FOUR if world == 4 else ())]
+    for name in names:
+        layers, _, *before = (shards.CASES | shards.OF_FOUR)[name]
+        expected = json.loads(json.dumps(shards.run(layers, lambda model: None, *before)))
+        for result in results[world]:
+            assert result[name] == expected, name
+        assert len(expected) == len(layers) * len(shards.FORMATS)
+        for layer in expected.values():
+            assert layer["flips"] > 0
+            assert layer["scale_steps"] > 0
+        assert sum(layer["scale_changes"] for layer in expected.values()) > 0
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_cannot_be_exact_is_refused(results, world):
+    for result in results[world]:
+        assert (
+            "shards cut the blocks of 128 x 128 that share a scale in float8_e4m3:128x128"
+            in (result["columns that are cut"])
+        )
+        if world == 4:
+            assert "its blocks are cut by shards in a way that float8_e4m3:128x128 cannot follow" in result["strided"]
