@@ -102,7 +102,7 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
     if weight.data_ptr() == 0 or weight.data_ptr() % weight.element_size():
         return None
     grouped = quantizer.grouped(weight)
-    if quantizer.group is not None and grouped.shape[-1] not in (quantizer.group, weight.shape[-1]):
+    if quantizer.group is not None and grouped.shape[-1] != quantizer.group and grouped.shape[-2] > 1:
         # Several groups share a scale, and the last ones of a row are fewer.
         return None
     is_scaled = quantizer.scope != "element"

@@ -159,13 +159,11 @@ class Float8BlockQuantizer(_Float8Cast):
         self.only_needs_amax = block.rows == 1
 
     def grouped(self, tensor: Tensor) -> Tensor:
-        if tensor.ndim == 0:
-            raise ValueError(f"quantizer {self.name!r} has a scale for each block, of which a single number has none")
         size = self._group_size(tensor.shape)
-        return tensor.view(*tensor.shape[:-1], tensor.shape[-1] // size, size)
+        return tensor.view(*tensor.shape[:-1], (tensor.shape or (1,))[-1] // size, size)
 
     def _group_size(self, shape: Sequence[int]) -> int:
-        columns, size = shape[-1], self.block.block_size
+        columns, size = (shape or (1,))[-1], self.block.block_size
         return columns if 0 < columns < size else math.gcd(columns, size)
 
     def statistic(self, weight: Tensor) -> Tensor:
