@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from distributed_modes import Collectives
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -53,8 +54,10 @@ def whole(name: str, step: int | None = None) -> Tensor:
     return values
 
 
-def run(names: list[str], shard=lambda model: None, before=lambda step, model: None) -> dict[str, object]:
-    """Train on gradients that are cut from those of whole weights; what was counted."""
+def run(
+    names: list[str], shard=lambda model: None, before=lambda step, model: None, calls: list | None = None
+) -> dict[str, object]:
+    """Train on gradients that are cut from those of whole weights; what was counted. ``calls`` gets all collectives."""
     model = Net(names)
     shard(model)
     optimizer = FlipTrackingOptimizer(
@@ -72,9 +75,11 @@ def run(names: list[str], shard=lambda model: None, before=lambda step, model: N
             gradient = whole(name, step)
             p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if isinstance(p, DTensor) else gradient
         before(step, model)
-        optimizer.step()
-    tracker = optimizer.tracker
-    return {layer.name: layer.total.to_dict() for layer in tracker.record().layers}
+        with Collectives() as done:
+            optimizer.step()
+        if calls is not None:
+            calls.append(done.calls)
+    return {layer.name: layer.total.to_dict() for layer in optimizer.tracker.record().layers}
 
 
 def over(*shape: int) -> DeviceMesh:
@@ -146,6 +151,8 @@ def work(rank: int, world: int, folder: Path) -> None:
         warnings.simplefilter("error")
         cases = CASES | (OF_FOUR if world == 4 else {})
         results = {name: run(*case) for name, case in cases.items()}
+        results["calls"] = []
+        run(FLAT, fsdp, calls=results["calls"])
         for name, case in REFUSED.items():
             if name != "strided" or world == 4:
                 try:

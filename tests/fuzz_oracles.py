@@ -128,7 +128,9 @@ class Float8Blocks(Float8):
         each = scale.repeat_interleave(self.rows, 1).repeat_interleave(128, 2)
         each = each[:, : matrices.shape[1], : matrices.shape[2]].reshape(shape)
         # A NaN has a sign, which is none of the number's.
-        stored = np.nan_to_num((1 / scale).numpy(), nan=-1.0)
+        stored = (1 / scale).numpy()
+        # Nor has E8M0 an infinity.
+        stored = np.where(np.isnan(stored) | (self.pow2 & np.isinf(stored)), -1.0, stored)
         return Encoded(self.under(weight, each), each, stored)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from types import SimpleNamespace
 
 import float8_block_shards as shards
 import pytest
 import torch.multiprocessing
+
+from weightflip.distributed import Layout, span
 
 # Forked from one process that has imported what all of them need.
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -38,6 +41,52 @@ def test_counts_are_those_of_one_process(results, world):
             assert layer["flips"] > 0
             assert layer["scale_steps"] > 0
         assert sum(layer["scale_changes"] for layer in expected.values()) > 0
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_one_collective_a_step_with_a_number_for_each_block_that_is_cut(results, world):
+    # 3 x 2 blocks of one weight and 1 x 2 of another, and whether each counts; in two of the formats.
+    table = ["allreduce_", 2 * (6 + 1 + 2 + 1)]
+    for result in results[world]:
+        first, second, third, last = result["calls"]
+        assert first.count(table) == 2
+        assert [second, third, last[:1]] == [[table], [table], [table]]
+
+
+@pytest.mark.parametrize(
+    ("tile", "rows", "columns", "expected"),
+    [
+        ((128, 128), {0, 150, 300}, {0, 200}, "block"),
+        ((128, 128), {0, 128, 300}, {0, 200}, None),
+        ((128, 128), {0, 300}, {0, 128, 200}, None),
+        ((128, 128), {0, 150, 300}, {0, 128, 200}, "block"),
+        ((128, 128), None, {0, 200}, "block"),
+        ((128, 128), {0, 300}, {0, 100, 200}, ValueError),
+        ((128, 128), {0, 300}, None, ValueError),
+        ((1, 128), {0, 150, 300}, {0, 128, 200}, None),
+        ((1, 128), None, {0, 200}, None),
+        ((1, 128), {0, 300}, {0, 100, 200}, ValueError),
+    ],
+)
+def test_what_processes_have_to_tell_each_other(tile, rows, columns, expected):
+    lies = Layout(
+        shape=(300, 200),
+        ranks=(0, 1),
+        device_type="cpu",
+        is_first_copy=True,
+        shard=0,
+        shards=2,
+        offsets=(0, 0),
+        borders=None if columns is None else frozenset(columns),
+        is_partial=False,
+        row_borders=None if rows is None else frozenset(rows),
+    )
+    quantizer = SimpleNamespace(scope="block", group=128, tile=tile, has_statistic=True)
+    if expected is ValueError:
+        with pytest.raises(ValueError, match="shards cut the blocks of"):
+            span(lies, quantizer)
+    else:
+        assert span(lies, quantizer) == expected
 
 
 @pytest.mark.parametrize("world", [2, 4])
