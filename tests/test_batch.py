@@ -23,7 +23,7 @@ from weightflip.quantizers.floatx import FloatxQuantizer
 
 CPU = torch.device("cpu")
 BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("floor", "rceil", "ceil", "even")),
-          "nvfp4", "int4:g32", "int8:g16"]  # fmt: skip
+          "nvfp4", "int4:g32", "int8:g16", "float8_e4m3:1x128", "float8_e4m3:1x128:pow2"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True, params=[(1, 1 << 21), (3, 1 << 21), (3, 2100)], ids=["1", "3", "3 in short runs"])
