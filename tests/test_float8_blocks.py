@@ -10,7 +10,7 @@ from conftest import case, plan_of
 from float8_blocks import NAMES, blocks, changed, of_torchao, plain, rows_of, values_of
 from torch import Tensor, nn
 
-from weightflip import FlipTrackingOptimizer, decode, encode
+from weightflip import FlipTrackingOptimizer, decode, encode, functional, kernels
 from weightflip.quantizers import resolve
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -164,6 +164,29 @@ def test_torchaos_layer_is_found():
 
 
 # ---------------------------------------------------------------------- counting
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_compiled_kernel_counts_each_weight_in_one_pass(name):
+    pytest.importorskip("numba")
+    from weightflip.kernels import cpu, runs
+
+    quantizer = resolve(name)
+    for shape, dtype in itertools.product([(256, 384), (130, 200), (3, 77)], DTYPES):
+        with case(shape, dtype):
+            weight = random_blocks(*shape).to(dtype)
+            weight[0, 0], weight[-1, -1] = float("nan"), float("inf")
+            old = quantizer.encode(weight).ordinals
+            old.view(-1)[::3] += 1
+            expected, found = old.clone(), old.clone()
+            counts, compiled = torch.zeros(2, 3, dtype=torch.int64)
+            pool = kernels.ScratchPool()
+            scale = functional.advance(weight, quantizer, expected, weight, counts, pool, "eager")
+            grouped, codes = quantizer.grouped(weight), quantizer.grouped(found)
+            assert runs.count_alone(cpu.Run, grouped, scale, quantizer.rounding(grouped), codes, grouped, compiled)
+            assert torch.equal(found, expected)
+            assert compiled.tolist() == counts.tolist()
+            assert counts[0] > 0
 
 
 @pytest.mark.parametrize(
