@@ -14,7 +14,8 @@ from weightflip.distributed import Layout, span
 
 # Forked from one process that has imported what all of them need.
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-IMPORTS = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "weightflip"]
+IMPORTS = ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.optim"]
+IMPORTS += ["torch.distributed.tensor.parallel", "weightflip"]
 
 
 @pytest.fixture(scope="module")
