@@ -161,10 +161,7 @@ PENDING = {
     "kernels.compiled._largest_range",
     "kernels.cuda._count",
     "kernels.cuda._largest",
-    "kernels.proof._fault",
     "kernels.runs.count_alone",
-    "report.jsonl._Chain.read",
-    "report.terminal._print_table",
     "selection.plan.make_plan",
 }
 
