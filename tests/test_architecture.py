@@ -154,14 +154,11 @@ REASON = re.compile(r"^Size: \S", re.MULTILINE)
 PENDING = {
     "counting.tracker.WeightFlipTracker",
     "counting.tracker.WeightFlipTracker.__init__",
-    "functional._in_one_pass",
-    "functional.advance",
     "kernels.compiled._count_chunk",
     "kernels.compiled._count_range",
     "kernels.compiled._largest_range",
     "kernels.cuda._count",
     "kernels.cuda._largest",
-    "kernels.runs.count_alone",
     "selection.plan.make_plan",
 }
 
