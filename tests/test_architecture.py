@@ -159,7 +159,6 @@ PENDING = {
     "kernels.compiled._largest_range",
     "kernels.cuda._count",
     "kernels.cuda._largest",
-    "selection.plan.make_plan",
 }
 
 
