@@ -11,6 +11,7 @@ from float8_blocks import NAMES, blocks, changed, of_torchao, plain, rows_of, va
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, decode, encode, functional, kernels
+from weightflip.kernels.runs import OnePass
 from weightflip.quantizers import resolve
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -169,7 +170,7 @@ def test_torchaos_layer_is_found():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_compiled_kernel_counts_each_weight_in_one_pass(name):
     pytest.importorskip("numba")
-    from weightflip.kernels import cpu, runs
+    from weightflip.kernels import cpu
 
     quantizer = resolve(name)
     for shape, dtype in itertools.product([(256, 384), (130, 200), (3, 77)], DTYPES):
@@ -180,10 +181,10 @@ def test_the_compiled_kernel_counts_each_weight_in_one_pass(name):
             old.view(-1)[::3] += 1
             expected, found = old.clone(), old.clone()
             counts, compiled = torch.zeros(2, 3, dtype=torch.int64)
-            pool = kernels.ScratchPool()
-            scale = functional.advance(weight, quantizer, expected, weight, counts, pool, "eager")
+            encoding = functional.Encoding(quantizer, kernels.ScratchPool(), "eager")
+            scale = functional.advance(weight, encoding, expected, weight, counts)
             grouped, codes = quantizer.grouped(weight), quantizer.grouped(found)
-            assert runs.count_alone(cpu.Run, grouped, scale, quantizer.rounding(grouped), codes, grouped, compiled)
+            assert OnePass(cpu.Run)(grouped, scale, quantizer.rounding(grouped), codes, grouped, compiled)
             assert torch.equal(found, expected)
             assert compiled.tolist() == counts.tolist()
             assert counts[0] > 0
