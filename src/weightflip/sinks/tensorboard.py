@@ -6,11 +6,11 @@ import contextlib
 import itertools
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from weightflip.records import CORE_VALUES, AlertEvent, FlipRecord, Histogram, RunInfo, Value, shown, shown_as
+from weightflip.sinks.background import BackgroundSink, warn
 from weightflip.sinks.files import check_writable, warn_of_deletion
 from weightflip.sinks.heatmap import History, draw
 from weightflip.sinks.tags import has_histograms, tagged_values
@@ -24,7 +24,7 @@ _Charts: TypeAlias = "dict[str, list[str | list[str]]]"
 _MODEL_CHART: _Charts = {"model": ["Multiline", [r"^flips/rate", r"^flips/stall_ratio"]]}
 
 
-class TensorBoardSink:
+class TensorBoardSink(BackgroundSink):
     """Writes the numbers of the model, the layers and the groups; x axis: optimizer steps.
 
     ``flips/rate``, ``flips/cumulative_rate``, ``flips/stall_ratio`` and ``flips/<value>`` for the model;
@@ -52,6 +52,8 @@ class TensorBoardSink:
             _import_summary_writer()
         self.log_dir = log_dir
         self._owned = writer is None
+        # A writer of the user's is in use in the training's thread, too, and may be closed there.
+        self.writes_in_background = self._owned
         self._writer = writer
         self._process = os.getpid()
         self._purged = False
@@ -254,9 +256,7 @@ class TensorBoardSink:
         except Exception as error:
             # Not worth the loss of the scalars.
             self._histories, self._has_pictures = {}, False
-            warnings.warn(
-                f"weightflip: no pictures of the layers over time: {type(error).__name__}: {error}", stacklevel=2
-            )
+            warn(f"weightflip: no pictures of the layers over time: {type(error).__name__}: {error}")
             return
         for name, picture in pictures.items():
             self._writer.add_image(f"weightflip/{name}", picture, self._last_step, dataformats="HWC")
