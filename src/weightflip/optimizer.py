@@ -49,8 +49,9 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             for the flat parameters of FSDP1 and the partitions of ZeRO-3.
         exclude: Globs over parameter names.
         groups: Layers whose sums are shown beside the single ones: name to globs over parameter names, such as
-            ``{"attention": "*.attn.*", "mlp": ["*.fc1.*", "*.fc2.*"]}``, or ``"type"`` for a group of each type of
-            module.
+            ``{"attention": "*.attn.*", "mlp": ["*.fc1.*", "*.fc2.*"]}``, ``"type"`` for a group of each type of module,
+            or ``"blocks"`` for one of each repeated block (``layers.3``). None: blocks where more than 30 weights are
+            tracked; ``{}``: none.
         metrics: ``"flips"``, ``"stalls"``, and the groups ``"oscillation"``, ``"coverage"``, ``"scale"``, ``"travel"``,
             ``"range"``, ``"rank"``; a mapping, such as ``{"flips": 1, "travel": 10}``, has a group look at every tenth
             tracked step only.

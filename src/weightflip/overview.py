@@ -134,8 +134,9 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 def outliers(shares: Mapping[str, Quotient]) -> list[str]:
     """The layers whose share, such as the flip rate, lies far from that of the others.
 
-    It is the odds that are compared, on a logarithmic scale: 0.001 is as far from 0.01 as 0.999 from 0.99. A layer stands
-    out if it is 3 interquartile ranges beyond a quartile, and if its odds are not within twice and half of the median's.
+    It is the odds that are compared, on a logarithmic scale: 0.001 is as far from 0.01 as 0.999 from 0.99. A layer
+    stands out if it is 3 interquartile ranges beyond a quartile, and its odds are more than twice, or less than half,
+    the median's.
 
     Args:
         shares: By layer, numerators at most as large as denominators.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 from weightflip import checks
 from weightflip.metrics.columns import METRICS, MetricsLike
@@ -109,14 +109,15 @@ def _included(include: Any) -> tuple[str, ...] | None:
     return globs
 
 
-def _groups(groups: Any) -> Mapping[str, tuple[str, ...]] | Literal["type"] | None:
+def _groups(groups: Any) -> Mapping[str, tuple[str, ...]] | str | None:
     if groups is None:
         return None
-    if isinstance(groups, str) and groups == "type":
-        return "type"
+    if isinstance(groups, str) and groups in ("blocks", "type"):
+        return groups
     if not isinstance(groups, Mapping) or not all(isinstance(group, str) and group for group in groups):
         raise TypeError(
-            f"groups= is 'type' or a mapping from names to globs, such as {{'attention': '*.attn.*'}}; got {groups!r}"
+            "groups= is 'type' or a mapping from names to globs, such as {'attention': '*.attn.*'}, or 'blocks'; "
+            f"got {groups!r}"
         )
     return {group: checks.globs(f"groups[{group!r}]", matching) for group, matching in groups.items()}
 

@@ -46,7 +46,7 @@ class Session:
     ) -> None:
         self.tracker = tracker
         self.log = log
-        self.source = Source(tracker, self)
+        self.source = Source(tracker, self, options.groups)
         self._model = model
         # Not the options as a whole: copies and pickles cannot take what is in sinks= and alerts=.
         self._log_every = options.log_every
@@ -174,8 +174,11 @@ class Session:
         self._release()
         # Kept, because a copy of an optimizer has no model in it.
         self._types.update(owner_types(parameters, self._model))
-        self.source.groups = make_groups(self._groups, list(parameters), self._types, strict=strict)
-        groups = restricted(self.source.groups, {split_variant(weight.name)[0] for weight in weights})
+        tracked = list(dict.fromkeys(split_variant(weight.name)[0] for weight in weights))
+        self.source.groups = make_groups(self._groups, list(parameters), self._types, tracked=tracked, strict=strict)
+        groups = restricted(self.source.groups, set(tracked))
+        if strict and self._groups == "blocks" and not groups and not others:
+            self._say("groups='blocks' finds no block that repeats, such as layers.0 and layers.1, in the names")
         self.source.info = RunInfo(described, skipped, self._settings, plan.notes, groups, self.tracker.declared_values)
         if self.source not in self.log.sources:
             self.source.follow(self.log.sources)
