@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from weightflip.overview import MANY_LAYERS, outliers
 from weightflip.records import FlipRecord, Quotient, split_variant
 
-LayerValues: TypeAlias = "Sequence[str] | Literal['all'] | None"
+LayerValues: TypeAlias = "Sequence[str] | str | None"
 
 # What the package is asked for is there for every layer, always.
 _ALWAYS = ("cumulative_flip_rate",)
@@ -53,8 +53,10 @@ class ChosenLayers:
 
     def has(self, value: str, layer: str) -> bool:
         """Whether a number of a layer is written under a tag of its own."""
+        return self.has_all(value) or (self._asked is None and layer in self.outliers)
+
+    def has_all(self, value: str) -> bool:
+        """Whether every layer has it."""
         if self._asked == "all" or value in _ALWAYS:
             return True
-        if self._asked is not None:
-            return value in self._asked
-        return not self.are_many or layer in self.outliers
+        return not self.are_many if self._asked is None else value in self._asked

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from weightflip.records import FlipRecord, Value, shown, shown_as, split_variant
 from weightflip.sinks.chosen import ChosenLayers
-from weightflip.sinks.tags import spread_tag
-
-if TYPE_CHECKING:
-    from tensorboard.compat.proto.summary_pb2 import Summary
+from weightflip.sinks.tags import spread_tags
 
 _MAIN, _GROUPS, _OTHER = "weightflip", "weightflip: groups of layers", "weightflip: more"
 # Numbers that differ by less look the same in a chart.
 _SAME = 1e-4
 
-
-@dataclass
-class Chart:
-    """One chart.
-
-    Attributes:
-        tags: Patterns of the tags whose lines it has.
-        bands: Tags of a middle line and the borders of a band around it, instead of ``tags``.
-    """
-
-    tags: list[str] = field(default_factory=list)
-    bands: list[tuple[str, str, str]] = field(default_factory=list)
+Charts: TypeAlias = "dict[str, dict[str, list[str | list[str]]]]"
 
 
 @dataclass
@@ -57,76 +43,60 @@ class Layout:
     def __init__(self) -> None:
         self._numbers: dict[tuple[str, str], _Numbers] = {}
         self._quantizers: dict[str, None] = {}
-        self._known: object = None
+        self._last: Charts = {}
 
-    def news(self, record: FlipRecord, values: Iterable[Value], chosen: ChosenLayers) -> Summary | None:
-        """The charts after one more record; None where they are what they were."""
+    def news(self, record: FlipRecord, values: Iterable[Value], chosen: ChosenLayers) -> Charts | None:
+        """The charts after one more record, as ``add_custom_scalars`` takes them; None where they are what they were.
+
+        Args:
+            record: The record.
+            values: How each number is shown.
+            chosen: Which layers have tags of their own.
+        """
         self._quantizers.update(dict.fromkeys(split_variant(layer.name)[1] for layer in record.layers))
         for suffix, layers in (("", record.layers), ("_by_group", record.group_sums.values())):
             for layer in layers:
                 for name, number in layer.values.items():
                     self._numbers.setdefault((name, suffix), _Numbers()).add(number)
-        varying = {key for key, numbers in self._numbers.items() if numbers.may_vary}
-        known = (varying, tuple(self._quantizers), chosen.are_many, tuple(chosen.outliers))
-        if known == self._known:
+        charts = self._charts(list(values), chosen)
+        if charts == self._last:
             return None
-        self._known = known
-        return _summary(self._charts(varying, list(values), chosen))
+        self._last = charts
+        return charts
 
     def forget(self) -> None:
         """Nothing has been written, where a new file begins."""
-        self._known = None
+        self._last = {}
 
-    def _charts(
-        self, varying: set[tuple[str, str]], values: list[Value], chosen: ChosenLayers
-    ) -> dict[str, dict[str, Chart]]:
-        layout = {_MAIN: {"model": Chart(["^flips/rate", "^flips/stall_ratio"])}}
+    def _charts(self, values: list[Value], chosen: ChosenLayers) -> Charts:
+        layout: Charts = {_MAIN: {"model": ["Multiline", ["^flips/rate", "^flips/stall_ratio"]]}}
         for suffix, of in (("", "layer"), ("_by_group", "group of layers")):
-            for value in shown_as((name for name, kind in varying if kind == suffix), values):
+            varying = [name for (name, kind), numbers in self._numbers.items() if kind == suffix and numbers.may_vary]
+            for value in shown_as(varying, values):
                 category = layout.setdefault(_GROUPS if suffix else value.chart or _OTHER, {})
-                charts = {f"by {of}": Chart([f"^{re.escape(value.name)}{suffix}/.*"])}
+                title = value.description or value.title
+                charts = {f"by {of}": [f"^{re.escape(value.name)}{suffix}/.*"]}
                 if chosen.are_many and not suffix:
-                    charts = self._of_many(value.name, chosen.outliers)
-                for what, chart in charts.items():
+                    title, charts = value.title, self._of_many(value.name, chosen)
+                for what, tags in charts.items():
                     # Two numbers may have one title.
-                    titles = (shown(f"{name}, {what}") for name in (value.description or value.title, value.name))
-                    category[next(title for title in titles if title not in category)] = chart
+                    titles = (shown(f"{name}, {what}") for name in (title, value.name))
+                    category[next(title for title in titles if title not in category)] = ["Multiline", tags]
         return layout
 
-    def _of_many(self, value: str, outliers: list[str]) -> dict[str, Chart]:
-        """No line for each layer: a band for all of them, and lines for those that stand out."""
-        charts = {}
+    def _of_many(self, value: str, chosen: ChosenLayers) -> dict[str, list[str]]:
+        """No line for each layer, but how all of them are spread, and those that stand out."""
+        charts, medians = {}, []
         for quantizer in self._quantizers:
-            borders = (("median", "min", "max"), ("median", "p25", "p75"))
-            bands = [tuple(shown(spread_tag(value, which, quantizer)) for which in band) for band in borders]
-            charts[f"spread of layers{quantizer and ' @'}{quantizer}"] = Chart(bands=bands)  # type: ignore[arg-type]
-        if outliers:
-            medians = (spread_tag(value, "median", quantizer) for quantizer in self._quantizers)
-            tags = [*(f"{value}/{layer}" for layer in outliers), *medians]
-            charts["layers that stand out, and the median"] = Chart([f"^{re.escape(shown(tag))}$" for tag in tags])
+            spread = spread_tags(value, quantizer)
+            medians.append(spread["median"])
+            of = f" @{quantizer}" if quantizer else ""
+            charts[f"lowest, quartiles and highest layer{of}"] = [f"^{re.escape(tag)}$" for tag in spread.values()]
+        if chosen.outliers:
+            # Where other layers have tags, too, these alone. Else one pattern: TensorBoard shows charts of several runs
+            # as one, if they are the same.
+            tags = [f"^{re.escape(shown(f'{value}/{layer}'))}$" for layer in chosen.outliers]
+            if not chosen.has_all(value):
+                tags = [f"^{re.escape(value)}/.*"]
+            charts["layers that stand out, and the median"] = [*tags, *(f"^{re.escape(tag)}$" for tag in medians)]
         return charts
-
-
-def _summary(layout: Mapping[str, Mapping[str, Chart]]) -> Summary:
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-    from tensorboard.compat.proto.tensor_pb2 import TensorProto
-    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
-
-    def chart_of(title: str, chart: Chart) -> Any:
-        if not chart.bands:
-            return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=chart.tags))
-        series = [
-            layout_pb2.MarginChartContent.Series(value=middle, lower=lower, upper=upper)
-            for middle, lower, upper in chart.bands
-        ]
-        return layout_pb2.Chart(title=title, margin=layout_pb2.MarginChartContent(series=series))
-
-    categories = [
-        layout_pb2.Category(title=title, chart=[chart_of(*item) for item in charts.items()])
-        for title, charts in layout.items()
-    ]
-    text = layout_pb2.Layout(category=categories).SerializeToString()
-    tensor = TensorProto(dtype="DT_STRING", string_val=[text], tensor_shape=TensorShapeProto())
-    about = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME))
-    return Summary(value=[Summary.Value(tag=metadata.CONFIG_SUMMARY_TAG, tensor=tensor, metadata=about)])

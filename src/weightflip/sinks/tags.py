@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from weightflip.overview import spread
+from weightflip.overview import Spread, spread
 from weightflip.records import MODEL_TAGS, FlipRecord, LayerRecord, shown, split_variant, variant
 
 HISTOGRAMS_OF_ALL = 64
@@ -65,7 +65,7 @@ def model_points(record: FlipRecord) -> Iterator[Point]:
 
 
 def spread_points(record: FlipRecord) -> Iterator[Point]:
-    """How each number is spread over the layers: ``Spread/<value>_min``, ``_p25``, ``_median``, ``_p75``, ``_max``."""
+    """How each number is spread over the layers: ``spread/<value>_min``, ``_p25``, ``_median``, ``_p75``, ``_max``."""
     by_quantizer: dict[str, list[LayerRecord]] = {}
     for layer in record.layers:
         by_quantizer.setdefault(split_variant(layer.name)[1], []).append(layer)
@@ -74,13 +74,14 @@ def spread_points(record: FlipRecord) -> Iterator[Point]:
         for value in dict.fromkeys(value for of_layer in news for value in of_layer):
             found = spread(of_layer[value] for of_layer in news if value in of_layer)
             assert found is not None
+            tags = spread_tags(value, quantizer)
             for which, number in found._asdict().items():
-                yield _point(spread_tag(value, which, quantizer), number, value, f"{which} of the layers")
+                yield _point(tags[which], number, value, f"{which} of the layers")
 
 
-def spread_tag(value: str, which: str, quantizer: str = "") -> str:
-    """The tag of a part of a :class:`~weightflip.overview.Spread`."""
-    return _seen_as(f"Spread/{value}_{which}", quantizer)
+def spread_tags(value: str, quantizer: str = "") -> dict[str, str]:
+    """The tags of a number's :class:`~weightflip.overview.Spread`, by what of it each is."""
+    return {which: shown(_seen_as(f"spread/{value}_{which}", quantizer)) for which in Spread._fields}
 
 
 def tagged_values(record: FlipRecord) -> dict[str, float]:

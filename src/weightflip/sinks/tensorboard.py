@@ -33,7 +33,7 @@ class TensorBoardSink:
     numbers are there once more as ``Model/<value>``, since TensorBoard sorts tags and opens what comes first.
 
     Of more than 30 layers, each has its cumulative flip rate, and its other numbers only if it stands out: if its flip
-    rate is far from that of the others at three points in a row. All of them together are ``Spread/<value>_min``,
+    rate is far from that of the others at three points in a row. All of them together are ``spread/<value>_min``,
     ``_p25``, ``_median``, ``_p75`` and ``_max``. Histograms are those of groups, ``<name>_by_group/<group>``.
 
     Beside them, pictures of all layers over time, ``weightflip/flip_rate``, ``weightflip/stall_ratio`` and those of
@@ -212,10 +212,9 @@ class TensorBoardSink:
             # TensorBoard shows one layout a run: in a user's writer it would stand in the way of the user's own.
             return
         assert self._writer is not None
-        assert self._writer.file_writer is not None
         layout = self._layout.news(record, self._values.values(), self._chosen)
         if layout is not None:
-            self._writer.file_writer.add_summary(layout)
+            self._writer.add_custom_scalars(layout)
 
     def _scalar(self, point: Point, step: int) -> None:
         assert self._writer is not None
