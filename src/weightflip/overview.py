@@ -19,8 +19,9 @@ _FEW_BLOCKS, _LARGE_BLOCK = 6, 8
 # Weights outside of any block, beyond which they are put together.
 _MOST_SINGLE = 16
 
-# Far outside, as Tukey has it ("Exploratory data analysis", 1977): this many interquartile ranges beyond a quartile.
-_FAR_OUTSIDE = 3.0
+FAR_OUTSIDE = 3.0
+"""So many interquartile ranges beyond a quartile, as Tukey has it ("Exploratory data analysis", 1977)."""
+
 # And the odds differ from the median's at least by this factor.
 _LEAST_FACTOR = 2.0
 # Of fewer layers, quartiles say little.
@@ -153,7 +154,7 @@ def outliers(shares: Mapping[str, Quotient]) -> list[str]:
     found = spread(odds.values())
     if found is None or len(odds) < _LEAST_LAYERS:
         return []
-    reach = _FAR_OUTSIDE * (found.p75 - found.p25)
+    reach = FAR_OUTSIDE * (found.p75 - found.p25)
     low = min(found.p25 - reach, found.median - math.log(_LEAST_FACTOR))
     high = max(found.p75 + reach, found.median + math.log(_LEAST_FACTOR))
     far = {name: abs(value - found.median) for name, value in odds.items() if not low <= value <= high}

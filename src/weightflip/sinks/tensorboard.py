@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from weightflip.records import CORE_VALUES, AlertEvent, FlipRecord, Histogram, RunInfo, Value, shown
 from weightflip.sinks.chosen import ChosenLayers, LayerValues
 from weightflip.sinks.files import check_writable, warn_of_deletion
-from weightflip.sinks.heatmap import History, draw
 from weightflip.sinks.layout import Layout
+from weightflip.sinks.pictures import Pictures
 from weightflip.sinks.tags import Point, has_histograms, model_points, points, spread_points
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ class TensorBoardSink:
         self._described: set[str] = set()
         self._alerts: list[AlertEvent] = []
         self._values: dict[str, Value] = {value.name: value for value in CORE_VALUES}
-        self._histories: dict[str, History] = {}
-        self._has_pictures = True
+        self._pictures: Pictures | None = Pictures()
 
     def start(self, info: RunInfo, first_step: int) -> None:
         if not self._owned and self._process != os.getpid():
@@ -160,10 +159,8 @@ class TensorBoardSink:
         self._points += 1
         if has_histograms(self._points):
             self._histograms_of(record)
-        for shown_value in self._values.values():
-            if shown_value.heat_map and self._has_pictures:
-                history = self._histories.setdefault(shown_value.name, History(shown_value.name))
-                history.add(record, self._last_step)
+        if self._pictures is not None:
+            self._pictures.add(record, self._last_step, self._values.values())
         self._last_step = record.step
         if self._points & (self._points - 1) == 0:
             self._draw()
@@ -259,19 +256,15 @@ class TensorBoardSink:
 
     def _draw(self) -> None:
         """The pictures, if there is anything new in them."""
-        if self._points == self._drawn:
+        if self._points == self._drawn or self._pictures is None:
             return
         assert self._writer is not None
         self._drawn = self._points
         try:
-            pictures = {
-                name: draw(history, shown(self._values[name].description or self._values[name].title))
-                for name, history in self._histories.items()
-                if history
-            }
+            pictures = self._pictures.draw()
         except Exception as error:
             # Not worth the loss of the scalars.
-            self._histories, self._has_pictures = {}, False
+            self._pictures = None
             warnings.warn(
                 f"weightflip: no pictures of the layers over time: {type(error).__name__}: {error}", stacklevel=2
             )
