@@ -114,7 +114,7 @@ def layer_of(name: str, flips: float, expected: float, looked: int = 1) -> Layer
 @pytest.mark.parametrize("looked", [1, 2, 4])
 def test_where_each_layer_lies(looked):
     layers = [layer_of("a", 0.1, 0.1, looked), layer_of("b", 0.02, 0.08, looked)]
-    assert [tuple(spot) for spot in scatter.spots(layers, "flip_excess")] == [
+    assert [tuple(spot)[:3] for spot in scatter.spots(layers, "flip_excess")] == [
         ("a", pytest.approx(0.1), pytest.approx(0.1)),
         ("b", pytest.approx(0.08), pytest.approx(0.02)),
     ]
@@ -123,9 +123,17 @@ def test_where_each_layer_lies(looked):
 def test_layers_without_the_number_and_without_flips():
     plain = LayerRecord("plain", 10, Counts(10, 1), Counts(10, 1))
     (spot,) = scatter.spots([plain, layer_of("still", 0.0, 0.001)], "flip_excess")
-    assert spot == ("still", pytest.approx(0.001), 0.0)
+    assert spot == ("still", pytest.approx(0.001), 0.0, True, False)
     assert scatter.draw([spot], "step").shape[2] == 3
     assert scatter.spots([], "flip_excess") == []
+
+
+def test_what_lies_off_the_line_by_chance_is_not_named():
+    layers = [
+        LayerRecord(name, 1000, Counts(1000, flips), Counts(), gauges={"flip_excess": Quotient(flips, expected)})
+        for name, flips, expected in [("few", 3, 0.5), ("many", 300, 50.0), ("near", 300, 290.0), ("none", 0, 40.0)]
+    ]
+    assert [spot.is_far for spot in scatter.spots(layers, "flip_excess")] == [False, True, False, True]
 
 
 def centres(picture: np.ndarray, colour: tuple[int, int, int], radius: int = 4) -> list[tuple[float, float]]:
@@ -145,13 +153,13 @@ def centres(picture: np.ndarray, colour: tuple[int, int, int], radius: int = 4) 
 
 def test_points_lie_where_their_numbers_are():
     """The axes reach from 0.001 to 1, over a frame of 440 x 380 pixels."""
-    even, odd = scatter.Spot("even", 0.1, 0.1), scatter.Spot("odd", 0.3, 0.01)
+    even, odd = scatter.Spot("even", 0.1, 0.1), scatter.Spot("odd", 0.3, 0.01, is_far=True)
     low = scatter.Spot("low", 0.002, 0.002)
     picture = scatter.draw([even, odd, low], "step / cell width")
     plot_top, plot_left, width, height = 56, 90, 440, 380
 
     def place(spot):
-        shares = [(np.log10(rate) + 3) / 3 for rate in spot[1:]]
+        shares = [(np.log10(rate) + 3) / 3 for rate in spot[1:3]]
         return plot_left + shares[0] * width, plot_top + (1 - shares[1]) * height
 
     # On the line: in the colour of the others. Far below it: named, and red.

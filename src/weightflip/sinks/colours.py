@@ -35,8 +35,8 @@ _PALETTE = (
     (253, 231, 37),
 )
 NOTHING = (224, 224, 224)
-# Of numbers below and above the scale.
-BELOW, ABOVE = (214, 39, 40), (0, 0, 0)
+# Of numbers below and above the scale: beyond its dark end, and what its bright end is not taken for.
+BELOW, ABOVE = (0, 0, 0), (214, 39, 40)
 
 # Values that spread over more than this are shown on a logarithmic scale.
 _LOGARITHMIC = 50.0
