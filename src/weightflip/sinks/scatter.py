@@ -117,7 +117,7 @@ class _Plot:
         return _LEFT + share(expected) * _WIDTH, _TOP + (1 - share(flip_rate)) * _HEIGHT
 
     def _axes(self, expects: str) -> None:
-        self._text(_LEFT, 14, f"flip rate of each layer against {expects}", "lm")
+        self._text(_LEFT, 14, "flip rate of each layer; the line: weights spread evenly in their cells", "lm")
         for power in range(self._low, self._high + 1):
             x, y = self._at(10.0**power, 10.0**power)
             self._paint.line((x, _TOP, x, _TOP + _HEIGHT), fill=_GRID)
