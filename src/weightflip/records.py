@@ -34,6 +34,8 @@ class Value:
         chart: What charts it stands among in TensorBoard's layout; the metric group's, unless it is said.
         order: Its place among the numbers, the lowest first: the last ones are left out first where there is no room.
         heat_map: Whether it has a picture of all layers over time.
+        expects: Of a number that is the flip rate / another rate: what that is, in a few words. There is a picture of
+            each layer's flip rate against it.
 
     Raises:
         ValueError: A kind or a unit that there is not.
@@ -47,6 +49,7 @@ class Value:
     chart: str = ""
     order: int = 100
     heat_map: bool = False
+    expects: str = ""
 
     def __post_init__(self) -> None:
         for what, given, known in (("kind", self.kind, get_args(Kind)), ("unit", self.unit, get_args(Unit))):

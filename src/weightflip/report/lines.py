@@ -107,6 +107,7 @@ _VALUE = {
     "chart": str,
     "order": int,
     "heat_map": bool,
+    "expects": str,
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from weightflip import checks
 from weightflip.records import FlipRecord, RunInfo
+from weightflip.sinks.chosen import LayerValues
 
 
 @runtime_checkable
@@ -78,12 +79,13 @@ def _nowhere(record: FlipRecord) -> None:
     """Stands in for a function that could not be pickled."""
 
 
-def make_sink(spec: SinkLike) -> Sink:
+def make_sink(spec: SinkLike, layer_values: LayerValues = None) -> Sink:
     """The sink for one element of ``sinks=``.
 
     Args:
         spec: A ``Sink``, a ``SummaryWriter``, a ``wandb`` run, a path that ends in ``.jsonl`` or ``.csv``, or a
             function of a ``FlipRecord``.
+        layer_values: As in :class:`TensorBoardSink`.
 
     Raises:
         TypeError: Nothing of the above.
@@ -110,7 +112,7 @@ def make_sink(spec: SinkLike) -> Sink:
         return spec
     if hasattr(spec, "add_scalar"):
         writer: Any = spec
-        return TensorBoardSink(writer=writer)
+        return TensorBoardSink(writer=writer, layer_values=layer_values)
     if hasattr(spec, "define_metric") and hasattr(spec, "step"):
         run: Any = spec
         return WandbSink(run)
@@ -122,7 +124,7 @@ def make_sink(spec: SinkLike) -> Sink:
     )
 
 
-def make_sinks(specs: Sequence[SinkLike]) -> list[Sink]:
+def make_sinks(specs: Sequence[SinkLike], layer_values: LayerValues = None) -> list[Sink]:
     """The sinks for ``sinks=``.
 
     Raises:
@@ -133,7 +135,7 @@ def make_sinks(specs: Sequence[SinkLike]) -> list[Sink]:
     sinks: list[Sink] = []
     seen: set[object] = set()
     for spec in specs:
-        sink = make_sink(spec)
+        sink = make_sink(spec, layer_values)
         keys = {id(spec), getattr(sink, "place", None)} - {None}
         if seen & keys:
             shown = repr(str(spec)) if isinstance(spec, (str, PathLike)) else checks.described(spec)
