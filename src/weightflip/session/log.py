@@ -93,6 +93,12 @@ class Log:
         self._is_writing = False
         self._deferred: list[Callable[[], None]] = []
 
+    def join(self, source: Source) -> None:
+        """Take in an optimizer's part, if it is new; where all others have come to their end, it goes on from them."""
+        if source not in self.sources:
+            source.follow(self.sources)
+            self.sources.append(source)
+
     def find_writer(self) -> bool:
         """Whether this process writes: of several, one does. Known from then on, also when they have parted."""
         self._is_writer = self._is_writer and distributed.is_writer()
