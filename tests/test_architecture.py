@@ -124,6 +124,91 @@ def test_what_a_quantizer_has_is_asked_in_one_place():
             assert not is_of_quantizer, f"{_module(path)}: {asked}"
 
 
+MOST_CODE_OF_A_CLASS, MOST_CODE_OF_A_FUNCTION, MOST_PARAMETERS = 300, 50, 6
+# In a docstring: why this class or function is larger than that.
+REASON = re.compile(r"^Size: \S", re.MULTILINE)
+# Too large today. Each is to become smaller, and none is to come in.
+PENDING = {
+    "counting.tracker.WeightFlipTracker",
+    "counting.tracker.WeightFlipTracker.__init__",
+    "functional._in_one_pass",
+    "functional.advance",
+    "kernels.compiled._count_chunk",
+    "kernels.compiled._count_range",
+    "kernels.compiled._largest_range",
+    "kernels.cuda._count",
+    "kernels.cuda._largest",
+    "kernels.proof._fault",
+    "kernels.runs.count_alone",
+    "report.jsonl._Chain.read",
+    "report.terminal._print_table",
+    "selection.plan.make_plan",
+}
+
+
+def _defined(node: ast.AST, name: str) -> list[tuple[str, ast.ClassDef | ast.FunctionDef]]:
+    """Classes and functions below a node, also those inside others, with their dotted names."""
+    found = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            found += [(f"{name}.{child.name}", child), *_defined(child, f"{name}.{child.name}")]
+        else:
+            found += _defined(child, name)
+    return found
+
+
+def lines_of_code(node: ast.AST, source: list[str]) -> int:
+    """Without docstrings, comments and blank lines."""
+    texts = [n for n in ast.walk(node) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    prose = {at for n in texts if isinstance(n.value.value, str) for at in range(n.lineno, n.end_lineno + 1)}
+    numbered = enumerate(source[node.lineno - 1 : node.end_lineno], node.lineno)
+    return sum(at not in prose and not line.strip().startswith("#") and bool(line.strip()) for at, line in numbered)
+
+
+def _too_large(node: ast.ClassDef | ast.FunctionDef, source: list[str]) -> str | None:
+    size = lines_of_code(node, source)
+    if isinstance(node, ast.ClassDef):
+        return f"{size} lines of code" if size > MOST_CODE_OF_A_CLASS else None
+    arguments = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    parameters = len([name for name in arguments if name not in ("self", "cls")])
+    is_large = size > MOST_CODE_OF_A_FUNCTION or parameters > MOST_PARAMETERS
+    return f"{size} lines of code, {parameters} parameters" if is_large else None
+
+
+def test_classes_and_functions_are_small_or_say_why_not():
+    large = {}
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        for name, node in _defined(ast.parse(text), _module(path)):
+            size = _too_large(node, text.splitlines())
+            if size is not None and not REASON.search(ast.get_docstring(node) or ""):
+                large[name] = size
+    assert {name: size for name, size in large.items() if name not in PENDING} == {}, (
+        f"a class has at most {MOST_CODE_OF_A_CLASS} lines of code, a function {MOST_CODE_OF_A_FUNCTION} and "
+        f"{MOST_PARAMETERS} parameters; split it, or say why not in a line of its docstring that begins with 'Size:'"
+    )
+    assert large.keys() >= PENDING, "small now: take it out of PENDING"
+
+
+def test_lines_of_code_leave_out_prose():
+    source = '''class Box:
+    """What it is.
+
+    Size: of a sentence.
+    """
+
+    width = 1
+    """How wide."""
+
+    # Why.
+    def area(self, *, of=("a string", "is code")):
+        return self.width  # in inches
+'''
+    (_, box), (name, area) = _defined(ast.parse(source), "shapes")
+    assert (lines_of_code(box, source.splitlines()), lines_of_code(area, source.splitlines())) == (4, 2)
+    assert name == "shapes.Box.area"
+
+
 def test_import_is_light():
     heavy = ["torchao", "tensorboard", "matplotlib", "PIL", "wandb", "sklearn", "numba", "rich", "weightflip.report"]
     code = f"import sys, weightflip; print([name for name in {heavy} if name in sys.modules])"

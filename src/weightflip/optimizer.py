@@ -121,6 +121,10 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
         backend: str = "auto",
         **unknown: NoReturn,
     ) -> None:
+        """Wrap an optimizer.
+
+        Size: each option is a keyword of its own, as in ``torch.optim``, so that editors complete and check it.
+        """
         # Not super().__init__(): it would make a second set of groups and state beside the inner optimizer's.
         _check(optimizer, model)
         check_names(f"{type(self).__name__}()", unknown)
