@@ -63,7 +63,7 @@ def test_the_kernel_passes(quantizer):
         for with_updates in (False, True):
             question = question_of(quantizer, dtype, with_updates)
             assert cpu.Run.can_do(question.kind, scaled=question.finds_scale)
-            assert proof._fault(cpu.Run, question) is None
+            assert proof.find_fault(cpu.Run, question) is None
 
 
 class Raises(cpu.Run):
@@ -157,7 +157,7 @@ def test_a_good_kernel_is_told_of_once(monkeypatch, caplog):
 def test_no_stretch_is_left():
     """Codes beside those of a stretch have to stay as they are."""
     question = question_of("float8_e4m3")
-    assert proof._fault(WritesTooFar, question).startswith("1 of ")
+    assert proof.find_fault(WritesTooFar, question).startswith("1 of ")
 
 
 class Slow(cpu.Run):
@@ -203,7 +203,7 @@ def test_it_draws_no_random_numbers_and_is_over_soon():
     assert cpu.Run.can_do(question.kind, scaled=True)
     before = torch.get_rng_state()
     start = time.perf_counter()
-    assert proof._fault(cpu.Run, question) is None
+    assert proof.find_fault(cpu.Run, question) is None
     assert time.perf_counter() - start < 1
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -236,8 +236,8 @@ def question(name, dtype=torch.float32, with_updates=True):
 @pytest.mark.parametrize("name", ["float8_e4m3", "float8_e5m2", "e3m4", "e4m11", "mxfp4", "nvfp4", "int8", "bfloat16"])
 def test_it_is_shown_to_count_right(name):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert proof._fault(cuda.Run, question(name, dtype)) is None
-    assert proof._fault(cuda.Run, question(name, with_updates=False)) is None
+        assert proof.find_fault(cuda.Run, question(name, dtype)) is None
+    assert proof.find_fault(cuda.Run, question(name, with_updates=False)) is None
 
 
 class Raises(cuda.Run):

@@ -125,6 +125,8 @@ def _count(
     is_aligned: tl.constexpr,
 ):
     stretch, weight, codes, first_scale, groups, elements, is_there = _tile(places, tiles, rows, columns, is_aligned)
+    # Before the codes are stored: a load that waits for a store takes as long as the rest of the kernel.
+    row = tl.load(counted + stretch) if has_rows else stretch
     scaled = _float32_bits(weight, elements, is_there, stored, is_aligned).to(tl.float32, bitcast=True)
     if is_scaled:
         has_any = tl.max(is_there.to(tl.int32), axis=1) != 0
@@ -145,7 +147,6 @@ def _count(
     kept = _pointers(codes, elements, coded, is_aligned)
     has_flipped = (tl.load(kept, mask=is_there, other=0) != code) & is_there
     tl.store(kept, code, mask=is_there)
-    row = tl.load(counted + stretch) if has_rows else stretch
     count = counts + row * stride
     tl.atomic_add(count, tl.sum(has_flipped.to(tl.int32)).to(tl.int64), sem="relaxed")
     if updated is not None:

@@ -197,7 +197,9 @@ def _print_layers(console: Console, run: Run, findings: Sequence[Finding], title
         if value.name == "flip_rate" and _is_unicode(console):
             sparks = [sparkline(layer.get("flip_rate"), run.begin, run.end) for layer in shown]
             others.append(_Column("over time", sparks, 4, left=True))
-    _print_table(console, run if titled else None, [run], shown, len(layers), findings, others)
+    if titled:
+        console.print(_text(f"{run.name}: {formats(run)}", style="bold"))
+    _print_table(console, [run], shown, len(layers), findings, others)
 
 
 def _print_side_by_side(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> None:
@@ -221,12 +223,11 @@ def _print_side_by_side(console: Console, runs: Sequence[Run], findings: Sequenc
                 for layer in shown
             ]
             others.append(_Column(value.title, cells, _KEEP.get(value.name, -at), letter=letter))
-    _print_table(console, None, runs, shown, len(names), findings, others)
+    _print_table(console, runs, shown, len(names), findings, others)
 
 
 def _print_table(
     console: Console,
-    titled: Run | None,
     runs: Sequence[Run],
     layers: Sequence[Layer],
     of: int,
@@ -244,8 +245,6 @@ def _print_table(
         mark, style = max(marks, key=lambda pair: ["", "*", "!", "!!"].index(pair[0]))
         cells = [_text(column.cells[at]) for column in shown]
         table.add_row(_text(mark, style=style), _text(layer.name, style=style if mark else ""), *cells)
-    if titled is not None:
-        console.print(_text(f"{titled.name}: {formats(titled)}", style="bold"))
     console.print(table)
     late = " and ".join(dict.fromkeys(f"{max(0, int(run.late)):,} to {run.end:,}" for run in runs))
     console.print(_text(f"Means of the last quarter, steps {late}; shares of weights at its end.", style="dim"))

@@ -181,7 +181,7 @@ class Weights:
     def _part(self, seen: tuple[object, ...]) -> None:
         """Go on with the weights that all processes know of, without those that are others on this one alone."""
         self._is_apart = True
-        seconds = int(distributed.PATIENCE.total_seconds())
+        seconds = int(distributed.collectives.PATIENCE.total_seconds())
         reason = f"sharded parameters were frozen, added or replaced on this process alone in {seconds} s"
         self._log.untold.append(
             f"weightflip: {reason}: what is tracked stays as it was before, without what is another one now; do the "

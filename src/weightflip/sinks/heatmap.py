@@ -176,55 +176,87 @@ def draw(history: History, title: str) -> Pixels:
     Returns:
         RGB, uint8, of shape (height, width, 3).
     """
-    import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
+    return _Drawing(history).picture(title)
 
-    table = np.array(history.table)
-    rows, columns = table.shape
-    scale = _Scale.of(table.ravel().tolist())
-    font = ImageFont.load_default(_FONT_SIZE)
-    names = [_shortened(name) for name in history.layers]
-    row_height = max(3, min(30, 720 // rows))
-    left = 20 + math.ceil(max(font.getlength(name) for name in names))
-    top = 38
-    right, bottom = left + _PLOT_WIDTH, top + rows * row_height
-    # The colours' bar stands below, where there is room for it however few the layers are.
-    bar_top = bottom + 62
-    picture = Image.new("RGB", (right + 40, bar_top + 44), _PAPER)
-    paint = ImageDraw.Draw(picture)
 
-    def text(x: float, y: float, words: str, anchor: str) -> None:
-        paint.text((x, y), words, fill=_INK, font=font, anchor=anchor)
+class _Drawing:
+    """Where the parts of a picture are, and how each is painted."""
 
-    text(left, 14, title, "lm")
-    borders = np.round(np.linspace(0, _PLOT_WIDTH, columns + 1)).astype(int)
-    cells = _colours(scale.positions(table)).repeat(row_height, axis=0).repeat(np.diff(borders), axis=1)
-    picture.paste(Image.fromarray(cells), (left, top))
-    paint.rectangle((left - 1, top - 1, right, bottom), outline=_FRAME)
+    def __init__(self, history: History) -> None:
+        import numpy as np
+        from PIL import Image, ImageDraw, ImageFont
 
-    every = math.ceil((_FONT_SIZE + 2) / row_height)
-    for row in range(0, rows, every):
-        text(left - 8, top + (row + 0.5) * row_height, names[row], "rm")
+        self._table = np.array(history.table)
+        rows, columns = self._table.shape
+        self._scale = _Scale.of(self._table.ravel().tolist())
+        self._edges = history.edges
+        self._names = [_shortened(name) for name in history.layers]
+        self._font = ImageFont.load_default(_FONT_SIZE)
+        self._row_height = max(3, min(30, 720 // rows))
+        self._left = 20 + math.ceil(max(self._font.getlength(name) for name in self._names))
+        self._top = 38
+        self._right, self._bottom = self._left + _PLOT_WIDTH, self._top + rows * self._row_height
+        # The colours' bar stands below, where there is room for it however few the layers are.
+        self._bar_top = self._bottom + 62
+        self._borders = np.round(np.linspace(0, _PLOT_WIDTH, columns + 1)).astype(int)
+        self._image = Image.new("RGB", (self._right + 40, self._bar_top + 44), _PAPER)
+        self._paint = ImageDraw.Draw(self._image)
 
-    edges = history.edges
-    for step in _ticks(edges[0], edges[-1]):
-        x = left + float(np.interp(step, edges, borders))
-        paint.line((x, bottom, x, bottom + 5), fill=_FRAME)
-        text(x, bottom + 8, f"{step:,}", "mt")
-    text(right, bottom + 28, "optimizer steps", "rt")
+    def picture(self, title: str) -> Pixels:
+        import numpy as np
 
-    is_flat = scale.low == scale.high
-    bar_width = 30 if is_flat else 200
-    bar = _colours(scale.positions(np.array([[scale.at(i / (bar_width - 1)) for i in range(bar_width)]])))
-    picture.paste(Image.fromarray(bar.repeat(14, axis=0)), (left, bar_top))
-    for position in (0.5,) if is_flat else (0.0, 0.5, 1.0):
-        text(left + position * bar_width, bar_top + 20, f"{scale.at(position):.3g}", "mt")
-    if scale.is_logarithmic:
-        text(left, bottom + 28, "logarithmic, 0 as the lowest:", "lt")
-    if np.isnan(table).any():
-        paint.rectangle((right - 130, bar_top, right - 117, bar_top + 13), fill=_NOTHING)
-        text(right, bar_top + 7, "nothing counted", "rm")
-    return np.asarray(picture)
+        self._text(self._left, 14, title, "lm")
+        self._cells()
+        self._layers()
+        self._steps()
+        self._legend()
+        return np.asarray(self._image)
+
+    def _text(self, x: float, y: float, words: str, anchor: str) -> None:
+        self._paint.text((x, y), words, fill=_INK, font=self._font, anchor=anchor)
+
+    def _cells(self) -> None:
+        import numpy as np
+
+        colours = _colours(self._scale.positions(self._table))
+        self._paste(colours.repeat(self._row_height, axis=0).repeat(np.diff(self._borders), axis=1), self._top)
+        self._paint.rectangle((self._left - 1, self._top - 1, self._right, self._bottom), outline=_FRAME)
+
+    def _paste(self, pixels: Pixels, top: int) -> None:
+        from PIL import Image
+
+        self._image.paste(Image.fromarray(pixels), (self._left, top))
+
+    def _layers(self) -> None:
+        every = math.ceil((_FONT_SIZE + 2) / self._row_height)
+        for row in range(0, len(self._names), every):
+            self._text(self._left - 8, self._top + (row + 0.5) * self._row_height, self._names[row], "rm")
+
+    def _steps(self) -> None:
+        import numpy as np
+
+        for step in _ticks(self._edges[0], self._edges[-1]):
+            x = self._left + float(np.interp(step, self._edges, self._borders))
+            self._paint.line((x, self._bottom, x, self._bottom + 5), fill=_FRAME)
+            self._text(x, self._bottom + 8, f"{step:,}", "mt")
+        self._text(self._right, self._bottom + 28, "optimizer steps", "rt")
+
+    def _legend(self) -> None:
+        import numpy as np
+
+        scale = self._scale
+        is_flat = scale.low == scale.high
+        width = 30 if is_flat else 200
+        bar = _colours(scale.positions(np.array([[scale.at(i / (width - 1)) for i in range(width)]])))
+        self._paste(bar.repeat(14, axis=0), self._bar_top)
+        for position in (0.5,) if is_flat else (0.0, 0.5, 1.0):
+            self._text(self._left + position * width, self._bar_top + 20, f"{scale.at(position):.3g}", "mt")
+        if scale.is_logarithmic:
+            self._text(self._left, self._bottom + 28, "logarithmic, 0 as the lowest:", "lt")
+        if np.isnan(self._table).any():
+            right, top = self._right, self._bar_top
+            self._paint.rectangle((right - 130, top, right - 117, top + 13), fill=_NOTHING)
+            self._text(right, top + 7, "nothing counted", "rm")
 
 
 def _colours(positions: Any) -> Pixels:
