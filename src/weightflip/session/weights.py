@@ -17,7 +17,7 @@ from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.quantizers.adapt import quantizer_name
 from weightflip.quantizers.protocol import Quantizer
 from weightflip.records import RunInfo, shown, split_variant, variant
-from weightflip.selection import Plan, make_groups, make_plan, name_parameters, owner_types
+from weightflip.selection import Plan, is_by_place, make_groups, make_plan, name_parameters, owner_types
 from weightflip.session.log import Log, Source, restricted
 from weightflip.session.options import Options
 from weightflip.session.steps import parameters_of
@@ -130,7 +130,8 @@ class Weights:
             for quantizer in quantizers
         ]
         weights, taken = _shared_out(weights, others, strict)
-        self._tell_notes(plan.notes)
+        notes = (*plan.notes, *self._note_on_names(weights))
+        self._tell_notes(notes)
         if strict and not weights and not others:
             _say(f"{plan.nothing_to_track}; they are looked at again at the first step, and whenever they change")
         # Again at the first step: until then a model may still be converted, which leaves its parameters what they are.
@@ -145,10 +146,15 @@ class Weights:
         self._source.groups = make_groups(self._groups, list(parameters), self._types, strict=strict)
         groups = restricted(self._source.groups, {split_variant(weight.name)[0] for weight in weights})
         skipped = {**plan.skipped, **taken}
-        self._source.info = RunInfo(
-            described, skipped, self._settings, plan.notes, groups, self._tracker.declared_values
-        )
+        self._source.info = RunInfo(described, skipped, self._settings, notes, groups, self._tracker.declared_values)
         self._log.join(self._source)
+
+    def _note_on_names(self, weights: Sequence[TrackedWeight]) -> tuple[str, ...]:
+        names = [weight.name for weight in weights if is_by_place(split_variant(weight.name)[0])]
+        if self._model is not None or not names:
+            return ()
+        such = names[0] + (", ..." if len(names) > 1 else "")
+        return (f"Weights are named by their place in the optimizer's groups; model= gives them their names ({such})",)
 
     def _tell_notes(self, notes: Sequence[str]) -> None:
         for note in notes:
