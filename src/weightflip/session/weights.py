@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +19,7 @@ from weightflip.records import RunInfo, shown, split_variant, variant
 from weightflip.selection import Plan, is_by_place, make_groups, make_plan, name_parameters, owner_types
 from weightflip.session.log import Log, Source, restricted
 from weightflip.session.options import Options
-from weightflip.session.steps import parameters_of
+from weightflip.session.steps import parameters_of, reference
 
 logger = logging.getLogger("weightflip")
 
@@ -139,7 +138,7 @@ class Weights:
         places = {id(parameter): place for place, parameter in reversed(list(enumerate(every)))}
         self.tracked, self._places = weights, [places[id(weight.parameter)] for weight in weights]
         described = _table(weights)
-        self._optimizer = _reference(optimizer)
+        self._optimizer = reference(optimizer)
         self.release()
         # Kept, because a copy of an optimizer has no model in it.
         self._types.update(owner_types(parameters, self._model))
@@ -302,12 +301,3 @@ def _described(parameters: Sequence[Tensor]) -> tuple[object, ...]:
         )
         for p in parameters
     )
-
-
-def _reference(optimizer: Optimizer) -> Callable[[], Optimizer | None]:
-    """Does not keep the optimizer alive, if it is of a class that allows that."""
-    try:
-        return weakref.ref(optimizer)
-    except TypeError:
-        # __slots__ without __weakref__
-        return lambda: optimizer
