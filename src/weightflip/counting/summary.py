@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from weightflip.records import Counts, shown, split_variant
 
 
-class Total(NamedTuple):
-    """What was counted of a layer since tracking began.
-
-    Attributes:
-        name: Of the layer.
-        quantizer: Its name.
-        weights: How many there are.
-        counts: The totals.
-    """
-
-    name: str
-    quantizer: str
-    weights: int
-    counts: Counts
-
-
-def as_text(steps: int, layers: Iterable[Total]) -> str:
+def as_text(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> str:
     """What each layer, and all together, did since tracking began.
 
     Args:
         steps: How many there were.
-        layers: The totals of each.
+        layers: Of each, its name, its quantizer, how many weights it has, and its totals.
     """
     rows: list[tuple[str, ...]] = [("layer", "quantizer", "weights", "flips", "flips/weight", "stall ratio")]
     sums: dict[str, tuple[int, Counts]] = {}

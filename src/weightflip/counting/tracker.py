@@ -618,11 +618,11 @@ class WeightFlipTracker:
         """Stalled / updates of each layer, in [0, 1]; 0.0 without updates."""
         return {name: counts.stall_ratio if counts.updates else 0.0 for name, counts in self._counts().items()}
 
-    def totals(self) -> tuple[int, list[summary.Total]]:
-        """Steps, and what was counted of each layer since tracking began."""
+    def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
+        """Steps; and of each layer its name, its quantizer, how many weights it has, and its counts since the start."""
         steps, rows = self._totals.read(self._shards)
         layers = ((self._layers[name], self._columns.counts(row)) for name, row in rows.items())
-        return steps, [summary.Total(layer.name, layer.quantizer, layer.weights, counts) for layer, counts in layers]
+        return steps, [(layer.name, layer.quantizer, layer.weights, counts) for layer, counts in layers]
 
     def __str__(self) -> str:
         """A table: what each layer, and all together, did since tracking began."""

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from weightflip import distributed
-from weightflip.counting.summary import Total
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import Counts, FlipRecord, RunInfo, shown, split_variant
 from weightflip.session.alerts import AlertWatch
@@ -27,7 +26,7 @@ class Source:
         self.groups: dict[str, tuple[str, ...]] = {}
         self._tracker: WeightFlipTracker | None = tracker
         self._last = FlipRecord(0, ())
-        self._last_totals: list[Total] = []
+        self._last_totals: list[tuple[str, str, int, Counts]] = []
         self._owner: weakref.ref[object] | None = weakref.ref(owner)
         self._first_step = 0
 
@@ -48,8 +47,8 @@ class Source:
             self._last = replace(record, step=self._first_step + record.step, groups=restricted(self.groups, names))
         return self._last
 
-    def totals(self) -> tuple[int, list[Total]]:
-        """Steps, and what was counted of each layer since tracking began; after the end, that of then."""
+    def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
+        """As :meth:`WeightFlipTracker.totals`; after the end, what they were then."""
         if self._tracker is not None:
             steps, layers = self._tracker.totals()
             return self._first_step + steps, layers
@@ -87,7 +86,7 @@ class Source:
     def give_up_names(self, names: Set[str]) -> None:
         """After the end: another optimizer goes on with these weights."""
         self._last = replace(self._last, layers=tuple(x for x in self._last.layers if x.name not in names))
-        self._last_totals = [total for total in self._last_totals if total.name not in names]
+        self._last_totals = [total for total in self._last_totals if total[0] not in names]
         self.info = replace(self.info, tracked={k: v for k, v in self.info.tracked.items() if k not in names})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,7 +118,7 @@ class Log:
         self._is_writer = self._is_writer and distributed.is_writer()
         return self._is_writer
 
-    def totals(self) -> tuple[int, list[Total]]:
+    def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
         """Steps of the optimizer that has made most, and the totals of all layers."""
         parts = [source.totals() for source in self.sources]
         return max((steps for steps, _ in parts), default=0), [layer for _, layers in parts for layer in layers]
