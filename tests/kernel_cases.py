@@ -53,9 +53,13 @@ def gradient_of(weight: Tensor, generator: torch.Generator) -> Tensor:
     return gradient
 
 
+def eager(quantizer) -> functional.Encoding:
+    return functional.Encoding(quantizer, kernels.ScratchPool(), "eager")
+
+
 def codes_of(weight: Tensor, quantizer) -> tuple[Tensor, Tensor | None]:
     codes = torch.empty_like(weight, dtype=quantizer.code_dtype(weight))
-    return codes, functional.encode_into(weight, quantizer, codes, kernels.ScratchPool(), backend="eager")
+    return codes, functional.encode_into(weight, eager(quantizer), codes)
 
 
 def stale_codes(weight: Tensor, quantizer, generator: torch.Generator) -> Tensor:
@@ -68,7 +72,7 @@ def stale_codes(weight: Tensor, quantizer, generator: torch.Generator) -> Tensor
 def by_eager(weight: Tensor, quantizer, old: Tensor, update: Tensor | None, counted=(5, 6, 7)):
     """Codes, counts (added to what was counted before) and scale."""
     codes, counts = old.clone(), torch.tensor(counted, device=weight.device)
-    scale = functional.advance(weight, quantizer, codes, update, counts, kernels.ScratchPool(), backend="eager")
+    scale = functional.advance(weight, eager(quantizer), codes, update, counts)
     return codes, counts, scale
 
 

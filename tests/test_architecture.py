@@ -114,6 +114,7 @@ def test_no_two_files_need_each_other():
 # From the highest down: each needs only those of lower floors.
 COUNTING_FLOORS = (
     {"tracker"},
+    {"current"},
     {"totals", "batched", "summary", "stalls", "single"},
     {"routes", "named", "silent", "sharded"},
     {"metric_runner", "shards", "canary"},
@@ -152,17 +153,11 @@ MOST_CODE_OF_A_CLASS, MOST_CODE_OF_A_FUNCTION, MOST_PARAMETERS = 300, 50, 6
 REASON = re.compile(r"^Size: \S", re.MULTILINE)
 # Too large today. Each is to become smaller, and none is to come in.
 PENDING = {
-    "counting.tracker.WeightFlipTracker",
-    "counting.tracker.WeightFlipTracker.__init__",
-    "functional._in_one_pass",
-    "functional.advance",
     "kernels.compiled._count_chunk",
     "kernels.compiled._count_range",
     "kernels.compiled._largest_range",
     "kernels.cuda._count",
     "kernels.cuda._largest",
-    "kernels.runs.count_alone",
-    "selection.plan.make_plan",
 }
 
 

@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 from weightflip import FlipTrackingOptimizer, WeightFlipTracker, kernels
 from weightflip.formats import FloatFormat
 from weightflip.kernels import backend, cuda, proof
-from weightflip.kernels.runs import Kind, Stretch, count_alone
+from weightflip.kernels.runs import Kind, OnePass, Stretch
 from weightflip.quantizers import resolve
 from weightflip.quantizers.block import MX_NAMES, MXQuantizer
 
@@ -60,9 +60,7 @@ def quiet():
 def assert_equals_eager(weight, quantizer, old, update):
     expected_codes, expected_counts, scale = by_eager(weight, quantizer, old, update)
     codes, counts = old.clone(), torch.tensor([5, 6, 7], device=DEVICE)
-    assert count_alone(
-        cuda.Run, weight, quantizer.applied_scale(scale), quantizer.rounding(weight), codes, update, counts
-    )
+    assert OnePass(cuda.Run)(weight, quantizer.applied_scale(scale), quantizer.rounding(weight), codes, update, counts)
     assert torch.equal(codes, expected_codes)
     assert counts.tolist() == expected_counts.tolist()
 
@@ -113,7 +111,7 @@ def test_tails(numel):
         codes, counts = around[16:-16], torch.zeros(3, dtype=torch.int64, device=DEVICE)
         expected, expected_counts, scale = by_eager(weight, quantizer, codes, memory[:numel])
         rounding = quantizer.rounding(weight)
-        assert count_alone(cuda.Run, weight, scale, rounding, codes, memory[:numel], counts)
+        assert OnePass(cuda.Run)(weight, scale, rounding, codes, memory[:numel], counts)
         assert torch.equal(codes, expected)
         assert counts.tolist() == (expected_counts - torch.tensor([5, 6, 7], device=DEVICE)).tolist()
         assert around[:16].eq(99).all()
@@ -175,7 +173,7 @@ def test_what_is_not_covered_is_left_alone(case):
         rounding = rounding._replace(format=FloatFormat("e9m6", 9, 6, 255))
     codes = torch.zeros(8, 16, dtype=torch.int32 if case == "wide codes" else torch.int8, device=DEVICE)
     counts = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    assert not count_alone(cuda.Run, weight, scale, rounding, codes, update, counts)
+    assert not OnePass(cuda.Run)(weight, scale, rounding, codes, update, counts)
     assert codes.count_nonzero() == 0
     assert counts.tolist() == [0, 0, 0]
 

@@ -153,7 +153,7 @@ class ElementwiseRoute(OneByOne):
 
     def _encode(self, layer: Layer, weight: Tensor, quantizer: ElementwiseQuantizer) -> Tensor | None:
         codes = layer.make_room(weight, quantizer.code_dtype(weight))
-        return functional.encode_into(weight, quantizer, codes, self._scratch, self._backend, layer.statistic)
+        return functional.encode_into(weight, self._encoding(layer, quantizer), codes)
 
     def _advance(
         self,
@@ -165,17 +165,11 @@ class ElementwiseRoute(OneByOne):
     ) -> Tensor | None:
         assert layer.codes is not None
         assert layer.row is not None
-        return functional.advance(
-            weight,
-            quantizer,
-            layer.codes,
-            update,
-            layer.row.step[COUNTED],
-            self._scratch,
-            self._backend,
-            observe,
-            layer.statistic,
-        )
+        encoding = self._encoding(layer, quantizer)
+        return functional.advance(weight, encoding, layer.codes, update, layer.row.step[COUNTED], observe)
+
+    def _encoding(self, layer: Layer, quantizer: ElementwiseQuantizer) -> functional.Encoding:
+        return functional.Encoding(quantizer, self._scratch, self._backend, layer.statistic)
 
 
 class WholeWeightRoute(OneByOne):

@@ -100,47 +100,60 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def count_alone(
-    run: type[Run],
-    weight: Tensor,
-    scale: Tensor | None,
-    rounding: Rounding,
-    codes: Tensor,
-    update: Tensor | None,
-    counts: Tensor,
-    may_count: Callable[[Kind, bool], bool] | None = None,
-) -> bool:
-    """Encode one weight, compare, add to ``counts`` and store the new codes, if these tensors are of the kinds known.
+class OnePass(NamedTuple):
+    """Counts one weight by itself in one pass, if its tensors are of the kinds known.
 
-    Args:
+    Attributes:
         run: The kernel, for the weight's device.
-        weight: Before rounding; dense.
-        scale: None, or float32 of one element, or of one for so many neighbours in memory.
-        rounding: How a weight becomes an ordinal.
-        codes: Ordinals before the step, laid out as the weight; overwritten.
-        update: The gradient, or a bool mask of the weights that had one, laid out as the weight; None counts no
-            updates.
-        counts: int64 of shape (3,): flips, updates, stalled; added to.
         may_count: Whether the kernel is to be used for a kind, with a scale or without; None: wherever it can be.
-
-    Returns:
-        Whether it was done; False leaves everything as it was.
     """
-    group = _group(weight, scale)
-    if group is None or not torch.ops.aten.is_non_overlapping_and_dense(weight):
-        return False
-    if not all(_is_laid_out(tensor, weight) for tensor in (weight, codes, update) if tensor is not None):
-        return False
-    kind = Kind(weight.dtype, None if update is None else update.dtype, codes.dtype, rounding, weight.device)
-    if not (run.can_do(kind, scaled=False) if may_count is None else may_count(kind, scale is not None)):
-        return False
-    if weight.numel() == 0:
+
+    run: type[Run]
+    may_count: Callable[[Kind, bool], bool] | None = None
+
+    def __call__(
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        rounding: Rounding,
+        codes: Tensor,
+        update: Tensor | None,
+        counts: Tensor,
+    ) -> bool:
+        """Encode the weight, compare, add to ``counts`` and store the new codes.
+
+        Args:
+            weight: Before rounding; dense.
+            scale: None, or float32 of one element, or of one for so many neighbours in memory.
+            rounding: How a weight becomes an ordinal.
+            codes: Ordinals before the step, laid out as the weight; overwritten.
+            update: The gradient, or a bool mask of the weights that had one, laid out as the weight; None counts no
+                updates.
+            counts: int64 of shape (3,): flips, updates, stalled; added to.
+
+        Returns:
+            Whether it was done; False leaves everything as it was.
+        """
+        group = _group(weight, scale)
+        if group is None or not torch.ops.aten.is_non_overlapping_and_dense(weight):
+            return False
+        if not all(_is_laid_out(tensor, weight) for tensor in (weight, codes, update) if tensor is not None):
+            return False
+        kind = Kind(weight.dtype, None if update is None else update.dtype, codes.dtype, rounding, weight.device)
+        if not self._may_count(kind, takes_scale=scale is not None):
+            return False
+        if weight.numel() == 0:
+            return True
+        alone = self.run([Stretch(weight.data_ptr(), codes.data_ptr(), weight.numel(), group)], kind)
+        flat_scale = None if scale is None else scale.detach().reshape(-1).contiguous()
+        address = None if update is None else np.array([update.data_ptr()], dtype=np.int64)
+        counts.add_(alone.count_(flat_scale, address)[0])
         return True
-    alone = run([Stretch(weight.data_ptr(), codes.data_ptr(), weight.numel(), group)], kind)
-    flat_scale = None if scale is None else scale.detach().reshape(-1).contiguous()
-    address = None if update is None else np.array([update.data_ptr()], dtype=np.int64)
-    counts.add_(alone.count_(flat_scale, address)[0])
-    return True
+
+    def _may_count(self, kind: Kind, *, takes_scale: bool) -> bool:
+        if self.may_count is None:
+            return self.run.can_do(kind, scaled=False)
+        return self.may_count(kind, takes_scale)
 
 
 def _is_laid_out(tensor: Tensor, like: Tensor) -> bool:

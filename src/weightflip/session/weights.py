@@ -16,7 +16,16 @@ from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.quantizers.adapt import quantizer_name
 from weightflip.quantizers.protocol import Quantizer
 from weightflip.records import RunInfo, shown, split_variant, variant
-from weightflip.selection import Plan, is_by_place, make_groups, make_plan, name_parameters, owner_types
+from weightflip.selection import (
+    Plan,
+    Selection,
+    Sources,
+    is_by_place,
+    make_groups,
+    make_plan,
+    name_parameters,
+    owner_types,
+)
 from weightflip.session.log import Log, Source, restricted
 from weightflip.session.options import Options
 from weightflip.session.steps import parameters_of, reference
@@ -50,7 +59,7 @@ class Weights:
         self._source = source
         self._model = model
         # Not the options as a whole: copies and pickles cannot take what is in sinks= and alerts=.
-        self._selection = {"quantizer": options.quantizer, "include": options.include, "exclude": options.exclude}
+        self._selection = Selection(options.quantizer, options.include, options.exclude)
         self._groups = options.groups
         self._settings = dict(settings)
         self._names: list[list[str]] = []
@@ -113,12 +122,10 @@ class Weights:
         others = [source for source in self._log.sources if source is not self._source]
         plan = make_plan(
             parameters,
-            self._model,
-            **self._selection,
+            Sources(self._model, optimizer, self._known),
+            self._selection,
             strict=strict,
             may_be_empty=bool(others),
-            optimizer=optimizer,
-            known=self._known,
         )
         self._plan = plan
         weights = [
