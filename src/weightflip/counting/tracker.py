@@ -137,6 +137,7 @@ class WeightFlipTracker:
         self.fresh_snapshots = checks.flag("fresh_snapshots", fresh_snapshots)
         self.backend = backend
         self._holding: weakref.WeakMethod[Callable[[], AbstractContextManager[None]]] | None = None
+        self._show: weakref.WeakMethod[Callable[[], str]] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -337,6 +338,14 @@ class WeightFlipTracker:
             holding: A method; its object is not kept alive.
         """
         self._holding = weakref.WeakMethod(holding)
+
+    def take_summary_from(self, show: Callable[[], str]) -> None:
+        """Say what ``print(tracker)`` shows, where the table is one of several optimizers.
+
+        Args:
+            show: A method; its object is not kept alive.
+        """
+        self._show = weakref.WeakMethod(show)
 
     def forget_gradients(self) -> None:
         """Let go of the gradients of ``before_step``: a closure makes the step's own.
@@ -543,13 +552,16 @@ class WeightFlipTracker:
         """Stalled / updates of each layer, in [0, 1]; 0.0 without updates."""
         return {name: counts.stall_ratio if counts.updates else 0.0 for name, counts in self._counts().items()}
 
-    def __str__(self) -> str:
-        """A table: what each layer, and all together, did since tracking began."""
+    def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
+        """Steps; and of each layer its name, its quantizer, how many weights it has, and its counts since the start."""
         steps, rows = self._totals.read(self._shards)
         layers = ((self._layers[name], self._columns.counts(row)) for name, row in rows.items())
-        return summary.as_text(
-            steps, [(layer.name, layer.quantizer, layer.weights, counts) for layer, counts in layers]
-        )
+        return steps, [(layer.name, layer.quantizer, layer.weights, counts) for layer, counts in layers]
+
+    def __str__(self) -> str:
+        """A table: what each layer, and all together, did since tracking began."""
+        show = None if self._show is None else self._show()
+        return summary.as_text(*self.totals()) if show is None else show()
 
     def memory_usage(self) -> MemoryUsage:
         """Bytes held now, on all devices together."""
@@ -596,4 +608,4 @@ class WeightFlipTracker:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_gradients": {}, "_holding": None}
+        return {**self.__dict__, "_gradients": {}, "_holding": None, "_show": None}

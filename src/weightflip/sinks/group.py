@@ -50,8 +50,8 @@ class SinkGroup:
             for group in (self, *sharing):
                 group._shared.add(place)
             warnings.warn(
-                f"weightflip: {place!r}: another optimizer that is still tracked writes there, so that every point is "
-                "there twice; close() that one first, choose another place, or, if the two are parts of one run, give "
+                f"weightflip: {place!r}: another optimizer that is still tracked writes there, and the points of both "
+                "are mixed; close() that one first, choose another place, or, if the two are parts of one run, give "
                 "the first to the second: sinks=first",
                 stacklevel=3,
             )
@@ -74,12 +74,13 @@ class SinkGroup:
                 )
             return
         self._worker.wait()
-        if info != self._started:
+        is_news = info != self._started
+        if is_news:
             self._started, self._process = info, os.getpid()
             self._each("start", info, first_step)
         self._hand("write", record)
-        if self not in _at_work:
-            # A copy, or one that goes on after close().
+        if is_news or self not in _at_work:
+            # A default place is chosen at the first record. Not at work is a copy, or one that goes on after close().
             self.claim()
 
     def alert(self, event: AlertEvent) -> None:
