@@ -1,148 +1,95 @@
 """One pass over weights on the CPU: encode, compare, count and store, with nothing in between.
 
-Equal to :mod:`weightflip.kernels.eager` bit for bit, and about three times as fast. Imported only where Numba is.
+Equal to :mod:`weightflip.kernels.eager` bit for bit, and several times as fast. Imported only where Numba is.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from weightflip.kernels import compiled
-from weightflip.kernels.constants import constants
+from weightflip.kernels import compiled, pool, vectors
+from weightflip.kernels.constants import lanes
 from weightflip.kernels.runs import Addresses, Kind, Stretch
 
 DEVICE = "cpu"
 
-# Weights with fewer elements than this are done before a second thread has woken up.
-_ELEMENTS_PER_THREAD = 1 << 16
+# So many that starting a thread for them does not show, and so few that threads end together.
+_ELEMENTS_PER_ITEM = 1 << 16
 
-# What NumPy, which has no bfloat16, sees each dtype as.
-_STORED = {torch.float32: torch.float32, torch.bfloat16: torch.int16}
-_CODES = {torch.int8: torch.int8, torch.int16: torch.int16}
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.bool: torch.uint8}
-_MAGNITUDE = {torch.int32: np.int32(0x7FFFFFFF), torch.int16: np.int32(0x7FFF), torch.uint8: np.int32(0xFF)}
+_MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.bfloat16: 0x7FFF, torch.float16: 0x7FFF, torch.bool: 0xFF, None: 0}
 _NO_SCALE = np.ones(1, dtype=np.float32)
 
 
-@functools.lru_cache(maxsize=1)
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="weightflip")
-
-
-if hasattr(os, "register_at_fork"):
-    # A forked process has the pool but not its threads.
-    os.register_at_fork(after_in_child=_threads.cache_clear)
-
-
 class Run:
-    """A :class:`weightflip.kernels.runs.Run` for the CPU: threads share the elements evenly."""
+    """A :class:`weightflip.kernels.runs.Run` for the CPU: threads share the elements."""
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind = kind
-        numbers = constants(kind.rounding)
+        numbers = lanes(kind.rounding)
         assert numbers is not None
-        self._constants = tuple(numbers)
-        self._places = places = np.zeros((len(stretches), compiled.COLUMNS), dtype=np.int64)
+        self._lanes = np.array(numbers, dtype=np.int32)
         table = np.array(stretches, dtype=np.int64)
+        self._places = places = np.zeros((len(table), compiled.COLUMNS), dtype=np.int64)
         places[:, compiled.WEIGHT], places[:, compiled.CODES] = table[:, 0], table[:, 1]
         places[:, compiled.NUMEL], places[:, compiled.GROUP] = table[:, 2], table[:, 3]
         scales = -(-table[:, 2] // table[:, 3])
         places[1:, compiled.START] = table[:-1, 2].cumsum()
         places[1:, compiled.SCALE] = scales[:-1].cumsum()
-        self._scales = int(scales.sum())
-        self._numel = int(table[:, 2].sum())
-        self._likes = tuple(
-            compiled.like(None if dtype is None else views[dtype])
-            for dtype, views in ((kind.weight, _STORED), (kind.update, _BITS), (kind.codes, _CODES))
-        )
+        self._scales, self._numel = int(scales.sum()), int(table[:, 2].sum())
+        self._in_order = np.arange(len(table))
+        self._task = np.zeros(compiled.TASK, dtype=np.int64)
+        self._task[compiled.TOTAL] = self._numel
+        self._task[compiled.STRETCHES] = len(table)
+        self._task[compiled.PLACES] = places.ctypes.data
+        self._task[compiled.FORMAT] = self._lanes.ctypes.data
+        self._task[compiled.MASK] = _MAGNITUDE[kind.update]
 
     @staticmethod
     def can_do(kind: Kind, *, scaled: bool) -> bool:
-        numbers = constants(kind.rounding)
-        if numbers is None or kind.weight not in _STORED or kind.codes not in _CODES:
+        numbers = lanes(kind.rounding)
+        # The sum's last 16 bits are those of the ordinal.
+        if numbers is None or (numbers.by_adding and kind.codes.itemsize > 2):
             return False
-        if kind.update is not None and kind.update not in _BITS:
+        if scaled and compiled.largest_loop(kind.weight) is None:
             return False
-        if scaled and compiled.largest_range(_BITS[kind.weight]) is None:
-            return False
-        return _count_range(kind, tuple(numbers)) is not None
+        return compiled.count_loop(kind.weight, kind.update, kind.codes) is not None
 
     def largest(self) -> Tensor:
-        bits = _BITS[self.kind.weight]
-        kernel, like = compiled.largest_range(bits), compiled.like(bits)
-        largest = np.zeros(self._scales, dtype=np.int32)
-        bounds = self._bounds()
-        shared = np.full((len(bounds) - 1, 2), -1, dtype=np.int64)
-
-        def work(part: int) -> None:
-            kernel(bounds[part], bounds[part + 1], self._places, like, _MAGNITUDE[bits], largest, shared[part])
-
-        _in_threads(work, len(bounds) - 1)
-        for index, found in shared:
-            if index >= 0:
-                largest[index] = max(largest[index], found)
-        if bits is torch.int16:
-            largest <<= 16
-        return torch.from_numpy(largest.view(np.float32))
+        largest = torch.zeros(self._scales, dtype=torch.float32, device="cpu")
+        task = self._task.copy()
+        task[compiled.LARGEST] = largest.data_ptr()
+        self._call(compiled.largest_loop(self.kind.weight), task)
+        return largest
 
     def count_(self, scale: Tensor | None, updates: Addresses | None) -> Tensor:
-        places = self._places
-        if updates is not None:
-            has_update = updates != 0
-            assert self.kind.update is not None
-            # Where there is no update, the weight takes its place, and no bit of it counts.
-            places[:, compiled.UPDATE] = np.where(has_update, updates, places[:, compiled.WEIGHT])
-            places[:, compiled.MASK] = np.where(has_update, _MAGNITUDE[_BITS[self.kind.update]], 0)
-        if scale is None:
-            places[:, compiled.SCALE] = 0
-            places[:, compiled.GROUP] = places[:, compiled.NUMEL]
-        scales = _NO_SCALE if scale is None else scale.numpy()
-        kernel = _count_range(self.kind, self._constants)
-        bounds = self._bounds()
-        found = np.zeros((len(bounds) - 1, len(places), 3), dtype=np.int64)
-
-        def work(part: int) -> None:
-            kernel(
-                bounds[part],
-                bounds[part + 1],
-                places,
-                scales,
-                self.kind.rounding.divides,
-                *self._likes,
-                found[part],
-                self._constants,
-            )
-
-        _in_threads(work, len(bounds) - 1)
-        return torch.from_numpy(found.sum(0))
+        counts = torch.zeros(len(self._places), 3, dtype=torch.int64, device="cpu")
+        self._count_into(counts, self._in_order.ctypes.data, scale, updates)
+        return counts
 
     def count_into_(self, counts: Tensor, rows: Tensor, scale: Tensor | None, updates: Addresses | None) -> None:
-        counts.index_add_(0, rows, self.count_(scale, updates))
+        self._count_into(counts, rows.data_ptr(), scale, updates)
 
-    def _bounds(self) -> list[int]:
-        parts = max(1, min(torch.get_num_threads(), self._numel // _ELEMENTS_PER_THREAD))
-        return [self._numel * part // parts for part in range(parts + 1)]
+    def _count_into(self, counts: Tensor, rows: int, scale: Tensor | None, updates: Addresses | None) -> None:
+        rounding, by_adding = self.kind.rounding, bool(self._lanes[-1])
+        task = self._task.copy()
+        if scale is not None:
+            scaling = vectors.DIVIDED if rounding.divides else vectors.MULTIPLIED
+        else:
+            scaling = vectors.MULTIPLIED if by_adding else vectors.PLAIN
+        task[compiled.WAY] = compiled.WAYS.index((scaling, by_adding))
+        task[compiled.SCALES] = _NO_SCALE.ctypes.data if scale is None else scale.data_ptr()
+        task[compiled.SCALED] = scale is not None
+        if updates is not None:
+            task[compiled.UPDATES] = updates.ctypes.data
+        task[compiled.COUNTS], task[compiled.STRIDE] = counts.data_ptr(), counts.stride(0) * counts.element_size()
+        task[compiled.ROWS] = rows
+        self._call(compiled.count_loop(self.kind.weight, self.kind.update, self.kind.codes), task)
 
-
-def _count_range(kind: Kind, numbers: tuple[np.generic, ...]) -> Any:
-    update = None if kind.update is None else _BITS[kind.update]
-    return compiled.count_range(_STORED[kind.weight], update, _CODES[kind.codes], numbers)
-
-
-def _in_threads(work: Callable[[int], None], parts: int) -> None:
-    others = [_threads().submit(work, part) for part in range(1, parts)]
-    try:
-        work(0)
-    finally:
-        # Also when this is interrupted: they write to memory that may be given back then.
-        wait(others)
-    for other in others:
-        other.result()
+    def _call(self, loop: pool.Work | None, task: Addresses) -> None:
+        assert loop is not None
+        task[compiled.ITEM] = _ELEMENTS_PER_ITEM
+        pool.run(loop, task.ctypes.data, -(-self._numel // _ELEMENTS_PER_ITEM))

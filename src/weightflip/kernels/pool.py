@@ -1,0 +1,90 @@
+"""Threads for the loops on the CPU: torch's own, where they can be had, or a pool of this library.
+
+After each of its operations torch's threads wait for the next one for some milliseconds, at full speed. Other threads
+would have to share the cores with them: that took twice as long as the same work in torch's pool.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+import torch
+
+Work = Callable[[int], None]
+"""A C function, called by ctypes with an address. Each thread calls it with the same one: it has to share the work
+itself, for any number of threads."""
+
+
+@functools.cache
+def _parallel() -> Any:
+    """GNU OpenMP's function that runs another one in each thread of the pool that torch uses, too; None without.
+
+    Compilers call it with code of theirs, which is why it stays as it is. Other OpenMP libraries have one of that name,
+    but promise less.
+    """
+    try:
+        # Among what torch was linked with: another copy of the library would have other threads.
+        linked = ctypes.CDLL(torch._C.__file__)
+    except (OSError, AttributeError):
+        return None
+    if not hasattr(linked, "GOMP_parallel") or hasattr(linked, "__kmpc_fork_call"):
+        return None
+    function = linked.GOMP_parallel
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    return function
+
+
+class _State:
+    is_forked = False
+    """Whether this process was forked: OpenMP then waits for threads that only the parent has."""
+
+
+def _forget_threads() -> None:
+    _State.is_forked = True
+    _own_threads.cache_clear()
+
+
+@functools.lru_cache(maxsize=1)
+def _own_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="weightflip")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
+def run(work: Work, address: int, parts: int) -> None:
+    """Call ``work`` with an address in as many threads as torch has, this one included, and wait for all of them.
+
+    Args:
+        work: What to do.
+        address: Of the task.
+        parts: How many there are to share; one is done here.
+    """
+    threads = torch.get_num_threads()
+    if parts < 2 or threads < 2:
+        work(address)
+        return
+    parallel = None if _State.is_forked else _parallel()
+    if parallel is None:
+        _in_own_threads(work, address, min(parts, threads))
+    else:
+        # Always with all threads: for another number of them OpenMP ends some, and starts them again for torch.
+        parallel(ctypes.cast(work, ctypes.c_void_p), address, threads, 0)  # type: ignore[arg-type]
+
+
+def _in_own_threads(work: Work, address: int, threads: int) -> None:
+    others = [_own_threads().submit(work, address) for _ in range(threads - 1)]
+    try:
+        work(address)
+    finally:
+        # Also when this is interrupted: they write to memory that may be given back then.
+        wait(others)
+    for other in others:
+        other.result()
