@@ -13,7 +13,7 @@ from kernel_cases import QUANTIZERS, hard_numbers
 
 from weightflip import FlipTrackingOptimizer, kernels
 from weightflip.formats import IntegerRounding
-from weightflip.kernels import backend, compiled, cpu, proof
+from weightflip.kernels import backend, cpu, items, proof
 from weightflip.kernels.constants import Lanes
 from weightflip.kernels.runs import Kind
 from weightflip.quantizers import resolve
@@ -99,7 +99,7 @@ class MissesNaN(cpu.Run):
 
 class WritesTooFar(cpu.Run):
     def count_(self, scale, updates):
-        ctypes.c_int8.from_address(int(self._places[1, compiled.CODES]) + 4099).value = 3
+        ctypes.c_int8.from_address(int(self._places[1, items.CODES]) + 4099).value = 3
         return super().count_(scale, updates)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weightflip.kernels import compiled, pool, vectors
+from weightflip.kernels import compiled, items, pool, vectors
 from weightflip.kernels.constants import lanes
 from weightflip.kernels.runs import Addresses, Kind, Stretch
 
@@ -20,7 +20,9 @@ DEVICE = "cpu"
 # So many that starting a thread for them does not show, and so few that threads end together.
 _ELEMENTS_PER_ITEM = 1 << 16
 
-_MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.bfloat16: 0x7FFF, torch.float16: 0x7FFF, torch.bool: 0xFF, None: 0}
+_WEIGHTS = (torch.float32, torch.bfloat16)
+_UPDATES = (None, torch.float32, torch.bfloat16, torch.float16, torch.bool)
+_CODES = (torch.int8, torch.int16, torch.int32)
 _NO_SCALE = np.ones(1, dtype=np.float32)
 
 
@@ -33,36 +35,44 @@ class Run:
         assert numbers is not None
         self._lanes = np.array(numbers, dtype=np.int32)
         table = np.array(stretches, dtype=np.int64)
-        self._places = places = np.zeros((len(table), compiled.COLUMNS), dtype=np.int64)
-        places[:, compiled.WEIGHT], places[:, compiled.CODES] = table[:, 0], table[:, 1]
-        places[:, compiled.NUMEL], places[:, compiled.GROUP] = table[:, 2], table[:, 3]
+        self._places = places = np.zeros((len(table), items.COLUMNS), dtype=np.int64)
+        places[:, items.WEIGHT], places[:, items.CODES] = table[:, 0], table[:, 1]
+        places[:, items.NUMEL], places[:, items.GROUP] = table[:, 2], table[:, 3]
         scales = -(-table[:, 2] // table[:, 3])
-        places[1:, compiled.START] = table[:-1, 2].cumsum()
-        places[1:, compiled.SCALE] = scales[:-1].cumsum()
+        places[1:, items.START] = table[:-1, 2].cumsum()
+        places[1:, items.SCALE] = scales[:-1].cumsum()
         self._scales, self._numel = int(scales.sum()), int(table[:, 2].sum())
         self._in_order = np.arange(len(table))
-        self._task = np.zeros(compiled.TASK, dtype=np.int64)
-        self._task[compiled.TOTAL] = self._numel
-        self._task[compiled.STRETCHES] = len(table)
-        self._task[compiled.PLACES] = places.ctypes.data
-        self._task[compiled.FORMAT] = self._lanes.ctypes.data
-        self._task[compiled.MASK] = _MAGNITUDE[kind.update]
+        self._task = np.zeros(items.TASK, dtype=np.int64)
+        self._task[items.TOTAL] = self._numel
+        self._task[items.STRETCHES] = len(table)
+        self._task[items.PLACES] = places.ctypes.data
+        self._task[items.FORMAT] = self._lanes.ctypes.data
+        weight_size, update_size, code_size = _sizes(kind)
+        self._task[items.WEIGHT_SIZE], self._task[items.UPDATE_SIZE] = weight_size, update_size
+        self._task[items.CODES_SIZE] = code_size
+        # All but the sign, which a bool has not.
+        self._task[items.MASK] = 0xFF if update_size == 1 else (1 << 8 * update_size >> 1) - 1
 
     @staticmethod
     def can_do(kind: Kind, *, scaled: bool) -> bool:
+        if kind.weight not in _WEIGHTS or kind.update not in _UPDATES or kind.codes not in _CODES:
+            return False
         numbers = lanes(kind.rounding)
         # The sum's last 16 bits are those of the ordinal.
         if numbers is None or (numbers.by_adding and kind.codes.itemsize > 2):
             return False
-        if scaled and compiled.largest_loop(kind.weight) is None:
-            return False
-        return compiled.count_loop(kind.weight, kind.update, kind.codes) is not None
+        loops = [_count_lanes(kind, is_scaled=is_scaled) for is_scaled in (False, True)]
+        loops.append(compiled.count_loop())
+        if scaled:
+            loops += [compiled.largest_loop(), compiled.largest_lanes(8 * kind.weight.itemsize)]
+        return all(loop is not None for loop in loops)
 
     def largest(self) -> Tensor:
         largest = torch.zeros(self._scales, dtype=torch.float32, device="cpu")
         task = self._task.copy()
-        task[compiled.LARGEST] = largest.data_ptr()
-        self._call(compiled.largest_loop(self.kind.weight), task)
+        task[items.LARGEST] = largest.data_ptr()
+        self._call(compiled.largest_loop(), compiled.largest_lanes(8 * self.kind.weight.itemsize), task)
         return largest
 
     def count_(self, scale: Tensor | None, updates: Addresses | None) -> Tensor:
@@ -74,22 +84,34 @@ class Run:
         self._count_into(counts, rows.data_ptr(), scale, updates)
 
     def _count_into(self, counts: Tensor, rows: int, scale: Tensor | None, updates: Addresses | None) -> None:
-        rounding, by_adding = self.kind.rounding, bool(self._lanes[-1])
         task = self._task.copy()
-        if scale is not None:
-            scaling = vectors.DIVIDED if rounding.divides else vectors.MULTIPLIED
-        else:
-            scaling = vectors.MULTIPLIED if by_adding else vectors.PLAIN
-        task[compiled.WAY] = compiled.WAYS.index((scaling, by_adding))
-        task[compiled.SCALES] = _NO_SCALE.ctypes.data if scale is None else scale.data_ptr()
-        task[compiled.SCALED] = scale is not None
+        task[items.SCALED] = scale is not None
+        task[items.SCALES] = _NO_SCALE.ctypes.data if scale is None else scale.data_ptr()
         if updates is not None:
-            task[compiled.UPDATES] = updates.ctypes.data
-        task[compiled.COUNTS], task[compiled.STRIDE] = counts.data_ptr(), counts.stride(0) * counts.element_size()
-        task[compiled.ROWS] = rows
-        self._call(compiled.count_loop(self.kind.weight, self.kind.update, self.kind.codes), task)
+            task[items.UPDATES] = updates.ctypes.data
+        task[items.COUNTS], task[items.STRIDE] = counts.data_ptr(), counts.stride(0) * counts.element_size()
+        task[items.ROWS] = rows
+        self._call(compiled.count_loop(), _count_lanes(self.kind, is_scaled=scale is not None), task)
 
-    def _call(self, loop: pool.Work | None, task: Addresses) -> None:
+    def _call(self, loop: compiled.Loop | None, over_lanes: compiled.Loop | None, task: Addresses) -> None:
         assert loop is not None
-        task[compiled.ITEM] = _ELEMENTS_PER_ITEM
-        pool.run(loop, task.ctypes.data, -(-self._numel // _ELEMENTS_PER_ITEM))
+        assert over_lanes is not None
+        task[items.LANES_LOOP], task[items.ITEM] = over_lanes.address, _ELEMENTS_PER_ITEM
+        pool.run(loop.address, loop.call, task.ctypes.data, -(-self._numel // _ELEMENTS_PER_ITEM))
+
+
+def _sizes(kind: Kind) -> tuple[int, int, int]:
+    """Bytes of a weight, an update and a code."""
+    return kind.weight.itemsize, 0 if kind.update is None else kind.update.itemsize, kind.codes.itemsize
+
+
+def _count_lanes(kind: Kind, *, is_scaled: bool) -> compiled.Loop | None:
+    numbers = lanes(kind.rounding)
+    assert numbers is not None
+    by_adding = bool(numbers.by_adding)
+    scaling = vectors.DIVIDED if kind.rounding.divides else vectors.MULTIPLIED
+    if not is_scaled and not by_adding:
+        # By adding, a scale of 1 saves a loop. Here it would make 0 of subnormal numbers, if the processor does so.
+        scaling = vectors.PLAIN
+    weight_size, update_size, code_size = _sizes(kind)
+    return compiled.count_lanes(8 * weight_size, 8 * update_size, 8 * code_size, scaling, by_adding)

@@ -15,10 +15,6 @@ from typing import Any
 
 import torch
 
-Work = Callable[[int], None]
-"""A C function, called by ctypes with an address. Each thread calls it with the same one: it has to share the work
-itself, for any number of threads."""
-
 
 @functools.cache
 def _parallel() -> Any:
@@ -59,30 +55,33 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
 
 
-def run(work: Work, address: int, parts: int) -> None:
-    """Call ``work`` with an address in as many threads as torch has, this one included, and wait for all of them.
+def run(function: int, call: Callable[[int], None], task: int, parts: int) -> None:
+    """Call a C function in as many threads as torch has, this one included, and wait for all of them.
+
+    Each thread calls it with the same argument: it has to share the work itself, for any number of threads.
 
     Args:
-        work: What to do.
-        address: Of the task.
+        function: Its address.
+        call: Calls it from Python.
+        task: Its argument, an address.
         parts: How many there are to share; one is done here.
     """
     threads = torch.get_num_threads()
     if parts < 2 or threads < 2:
-        work(address)
+        call(task)
         return
     parallel = None if _State.is_forked else _parallel()
     if parallel is None:
-        _in_own_threads(work, address, min(parts, threads))
+        _in_own_threads(call, task, min(parts, threads))
     else:
         # Always with all threads: for another number of them OpenMP ends some, and starts them again for torch.
-        parallel(ctypes.cast(work, ctypes.c_void_p), address, threads, 0)  # type: ignore[arg-type]
+        parallel(function, task, threads, 0)
 
 
-def _in_own_threads(work: Work, address: int, threads: int) -> None:
-    others = [_own_threads().submit(work, address) for _ in range(threads - 1)]
+def _in_own_threads(call: Callable[[int], None], task: int, threads: int) -> None:
+    others = [_own_threads().submit(call, task) for _ in range(threads - 1)]
     try:
-        work(address)
+        call(task)
     finally:
         # Also when this is interrupted: they write to memory that may be given back then.
         wait(others)

@@ -6,7 +6,7 @@ addresses. Imported only where Numba is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -22,8 +22,9 @@ _tools: Any = cgutils
 _types: Any = types
 
 LANES = 32
-# Of the loops that find the largest magnitude, which read at four places at once.
-_LANES_OF_LARGEST, _STREAMS = 16, 4
+# Of the loops that find the largest magnitude; and of the one that reads at several places at once.
+LANES_OF_LARGEST, _STREAMS = 16, 4
+WIDE_OF_LARGEST = LANES_OF_LARGEST * _STREAMS
 
 # How far ahead memory is asked for. The processor does so by itself, but seems to begin anew at each page.
 _AHEAD, _AHEAD_CODES, _AHEAD_LARGEST = 2048, 1024, 512
@@ -78,6 +79,18 @@ class Vectors:
             )
             value = self.larger(low, high)
         return self.b.extract_element(value, ir.Constant(_I32, 0))
+
+    def magnitude(self, address: Any, of: Any) -> Any:
+        """Floats without their sign, as integers, which have the numbers' order; NaN is above them all."""
+        return self.b.and_(self.load(address, of, of.width // 8), self.all(of, (1 << (of.width - 1)) - 1))
+
+    def larger_neighbours(self, x: Any, y: Any) -> Any:
+        """The larger one of each pair of lanes of two vectors."""
+        even, odd = (
+            self.b.shuffle_vector(x, y, ir.Constant(self.type(_I32), list(range(first, 2 * self.lanes, 2))))
+            for first in (0, 1)
+        )
+        return self.larger(even, odd)
 
     def prefetch(self, address: Any, ahead: int, size: int) -> None:
         """Ask for the memory behind that of the present lanes."""
@@ -151,15 +164,13 @@ def _encoded(rounding: _Rounding, by_adding: bool, number: Any) -> Any:
     return b.select(is_nan, rounding.narrow(rounding["nan"]), code)
 
 
-_INTEGERS = {types.int8: _I8, types.uint8: _I8, types.int16: _I16, types.int32: _I32}
-
 PLAIN, MULTIPLIED, DIVIDED = range(3)
 """What becomes of a weight before it is rounded."""
 
 
-def _number(v: Vectors, weight: Any, address: Any, scaling: int, scale: Any) -> Any:
+def _number(v: Vectors, weight_bits: int, address: Any, scaling: int, scale: Any) -> Any:
     """Weights as float32, under their scale."""
-    if weight is types.float32:
+    if weight_bits == 32:
         number = v.load(address, _F32, 4)
     else:
         # bfloat16 is the upper half of a float32.
@@ -171,115 +182,132 @@ def _number(v: Vectors, weight: Any, address: Any, scaling: int, scale: Any) -> 
     return v.b.fmul(number, under) if scaling == MULTIPLIED else v.b.fdiv(number, under)
 
 
-def _apart(
-    b: Any, name: str, arguments: Sequence[Any], results: int, body: Callable[[Any, Sequence[Any]], Sequence[Any]]
-) -> Sequence[Any]:
-    """Call what ``body`` makes in a function of its own: to optimize it as a part of others takes LLVM seconds."""
-    signature = ir.FunctionType(ir.LiteralStructType([_I64] * results), [argument.type for argument in arguments])
-    function = ir.Function(b.module, signature, b.module.get_unique_name(f"weightflip.{name}"))
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    inner = ir.IRBuilder(function.append_basic_block("entry"))
-    struct = ir.Constant(signature.return_type, ir.Undefined)
-    for at, value in enumerate(body(inner, function.args)):
-        struct = inner.insert_value(struct, value, at)
-    inner.ret(struct)
-    found = b.call(function, arguments)
-    return [b.extract_value(found, at) for at in range(results)]
+def make_advance(weight_bits: int, update_bits: int, code_bits: int, scaling: int, by_adding: bool) -> Any:
+    """The loop that encodes, compares, counts and stores.
 
-
-def make_advance(scaling: int, by_adding: bool) -> Any:
-    """The loop that encodes, compares, counts and stores, for one way of scaling and one of rounding.
+    Args:
+        weight_bits: 32 for float32, 16 for bfloat16.
+        update_bits: Of an update, which is a float, or a bool of 8; 0 where none are counted.
+        code_bits: Of an ordinal.
+        scaling: What becomes of a weight before it is rounded.
+        by_adding: How it is rounded.
 
     Returns:
-        ``advance(weight_type, update_type, codes_type, weight, update, codes, numel, scales, scale_step, mask,
-        constants)``: Numba's types, none for updates that are not counted; addresses of the first of ``numel`` weights,
-        updates and codes, a multiple of ``LANES``; address of LANES scales, and how many bytes further those of the
-        next weight are, 4 or 0; the bits of an update that tell whether it is 0; address of
-        :class:`~weightflip.kernels.constants.Lanes`. It gives flips, updates and stalled weights.
+        ``advance(weight, update, codes, numel, scales, scale_step, mask, constants, found)``: addresses of the first of
+        ``numel`` weights, updates and codes, a multiple of ``LANES``; address of ``LANES`` scales, and how many bytes
+        further those of the next weight are, 4 or 0; the bits of an update that tell whether it is 0; addresses of
+        :class:`~weightflip.kernels.constants.Lanes` and of three int64: flips, updates and stalled weights, added to.
     """
+    code, bits = ir.IntType(code_bits), ir.IntType(update_bits or 8)
+    weight_size, update_size, code_size = weight_bits // 8, update_bits // 8, code_bits // 8
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        weight_at, update_at, codes_at, numel, scales, scale_step, mask, constants, found_at = arguments
+        v = Vectors(b)
+        rounding = _Rounding(v, constants, code)
+        found = [_tools.alloca_once_value(b, ir.Constant(_I64, 0)) for _ in range(3)]
+
+        def count(at: int, flags: Any) -> None:
+            number = b.zext(b.ctpop(b.bitcast(flags, ir.IntType(LANES))), _I64)
+            b.store(b.add(b.load(found[at]), number), found[at])
+
+        with v.loop(numel) as (i, _):
+            place, code_place = v.at(weight_at, i, weight_size), v.at(codes_at, i, code_size)
+            v.prefetch(place, _AHEAD, weight_size)
+            v.prefetch(code_place, _AHEAD_CODES, code_size)
+            number = _number(v, weight_bits, place, scaling, b.add(scales, b.mul(i, scale_step)))
+            new = _encoded(rounding, by_adding, number)
+            old = v.load(code_place, code, code_size)
+            v.store(new, code_place)
+            flipped = b.icmp_signed("!=", new, old)
+            count(0, flipped)
+            if update_bits:
+                update_place = v.at(update_at, i, update_size)
+                v.prefetch(update_place, _AHEAD, update_size)
+                # As integers, so that it holds also where the processor takes subnormal numbers for 0.
+                masked = b.and_(v.load(update_place, bits, update_size), v.splat(b.trunc(mask, bits)))
+                updated = b.icmp_signed("!=", masked, v.all(bits, 0))
+                count(1, updated)
+                count(2, b.and_(updated, b.not_(flipped)))
+        for at, number in enumerate(found):
+            pointer = b.inttoptr(b.add(found_at, ir.Constant(_I64, 8 * at)), _I64.as_pointer())
+            b.store(b.add(b.load(pointer), b.load(number)), pointer)
+        return context.get_dummy_value()
 
     @_intrinsic
     def advance(  # type: ignore[no-untyped-def]
-        context, weight, update, codes, weight_at, update_at, codes_at, numel, scales, scale_step, mask, constants
+        context, weight, update, codes, numel, scales, scale_step, mask, constants, found
     ):
-        def body(b: Any, arguments: Sequence[Any]) -> Sequence[Any]:
-            weight_at, update_at, codes_at, numel, scales, scale_step, mask, constants = arguments
-            v = Vectors(b)
-            weight_size = weight.dtype.bitwidth // 8
-            code = _INTEGERS[codes.dtype]
-            code_size = code.width // 8
-            bits = None if isinstance(update, types.NoneType) else _INTEGERS[update.dtype]
-            rounding = _Rounding(v, constants, code)
-            found = [_tools.alloca_once_value(b, ir.Constant(_I64, 0)) for _ in range(3)]
-
-            def count(at: int, flags: Any) -> None:
-                number = b.zext(b.ctpop(b.bitcast(flags, ir.IntType(LANES))), _I64)
-                b.store(b.add(b.load(found[at]), number), found[at])
-
-            with v.loop(numel) as (i, _):
-                place, code_place = v.at(weight_at, i, weight_size), v.at(codes_at, i, code_size)
-                v.prefetch(place, _AHEAD, weight_size)
-                v.prefetch(code_place, _AHEAD_CODES, code_size)
-                number = _number(v, weight.dtype, place, scaling, b.add(scales, b.mul(i, scale_step)))
-                new = _encoded(rounding, by_adding, number)
-                old = v.load(code_place, code, code_size)
-                v.store(new, code_place)
-                flipped = b.icmp_signed("!=", new, old)
-                count(0, flipped)
-                if bits is not None:
-                    update_place = v.at(update_at, i, bits.width // 8)
-                    v.prefetch(update_place, _AHEAD, bits.width // 8)
-                    # As integers, so that it holds also where the processor takes subnormal numbers for 0.
-                    masked = b.and_(v.load(update_place, bits, bits.width // 8), v.splat(b.trunc(mask, bits)))
-                    updated = b.icmp_signed("!=", masked, v.all(bits, 0))
-                    count(1, updated)
-                    count(2, b.and_(updated, b.not_(flipped)))
-            return [b.load(number) for number in found]
-
-        def generate(context: Any, b: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-            found = _apart(b, f"advance_{scaling}_{by_adding}", arguments[3:], 3, body)
-            return context.make_tuple(b, signature.return_type, found)
-
-        arguments = (weight, update, codes, *(_ADDRESS for _ in range(8)))
-        return _types.UniTuple(types.int64, 3)(*arguments), generate
+        return _types.void(*[_ADDRESS] * 9), generate
 
     return advance
 
 
-def make_largest(streams: int) -> Any:
+def make_largest(weight_bits: int, streams: int) -> Any:
     """The loop that finds the largest magnitude, at so many places at once.
 
     Returns:
-        ``largest(bits_type, address, numel)``: over a multiple of ``16 * streams`` weights seen as integers.
+        ``largest(address, numel)``: over a multiple of ``LANES_OF_LARGEST * streams`` weights. Bits of the magnitude.
     """
+    bits, size = ir.IntType(weight_bits), weight_bits // 8
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        address, numel = arguments
+        v = Vectors(b, LANES_OF_LARGEST)
+        found = [_tools.alloca_once_value(b, v.all(bits, 0)) for _ in range(streams)]
+        each = b.udiv(numel, ir.Constant(_I64, streams))
+        with v.loop(each) as (i, _):
+            for stream, largest in enumerate(found):
+                place = v.at(v.at(address, b.mul(each, ir.Constant(_I64, stream)), size), i, size)
+                if streams > 1:
+                    v.prefetch(place, _AHEAD_LARGEST, size)
+                b.store(v.larger(b.load(largest), v.magnitude(place, bits)), largest)
+        value = b.load(found[0])
+        for other in found[1:]:
+            value = v.larger(value, b.load(other))
+        return b.zext(v.largest_lane(value), _I64)
 
     @_intrinsic
-    def largest(context, weight, address, numel):  # type: ignore[no-untyped-def]
-        def body(b: Any, arguments: Sequence[Any]) -> Sequence[Any]:
-            address, numel = arguments
-            v = Vectors(b, _LANES_OF_LARGEST)
-            bits = _INTEGERS[weight.dtype]
-            size = bits.width // 8
-            found = [_tools.alloca_once_value(b, v.all(bits, 0)) for _ in range(streams)]
-            each = b.udiv(numel, ir.Constant(_I64, streams))
-            with v.loop(each) as (i, _):
-                for stream, largest in enumerate(found):
-                    first = v.at(address, b.mul(each, ir.Constant(_I64, stream)), size)
-                    place = v.at(first, i, size)
-                    if streams > 1:
-                        v.prefetch(place, _AHEAD_LARGEST, size)
-                    # Of numbers without a sign the bits have the numbers' order, and NaN is above them all.
-                    magnitude = b.and_(v.load(place, bits, size), v.all(bits, (1 << (bits.width - 1)) - 1))
-                    b.store(v.larger(b.load(largest), magnitude), largest)
-            value = b.load(found[0])
-            for other in found[1:]:
-                value = v.larger(value, b.load(other))
-            return [b.zext(v.largest_lane(value), _I64)]
+    def largest(context, address, numel):  # type: ignore[no-untyped-def]
+        return _types.int64(_ADDRESS, _ADDRESS), generate
 
-        def generate(context: Any, b: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-            return _apart(b, f"largest_{streams}", arguments[1:], 1, body)[0]
+    return largest
 
-        return types.int64(weight, _ADDRESS, _ADDRESS), generate
+
+def make_largest_of_blocks(weight_bits: int) -> Any:
+    """The loop that finds the largest magnitude of each of many small groups, ``LANES_OF_LARGEST`` at a time.
+
+    Returns:
+        ``largest(address, groups, group, into)``: of ``groups`` groups of ``group`` weights, both multiples of
+        ``LANES_OF_LARGEST``. Bits of the magnitudes, as float32, go to the address ``into``.
+    """
+    bits, size = ir.IntType(weight_bits), weight_bits // 8
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        address, groups, group, into = arguments
+        v = Vectors(b, LANES_OF_LARGEST)
+        found = [_tools.alloca_once_value(b, v.all(bits, 0)) for _ in range(LANES_OF_LARGEST)]
+        with v.loop(groups) as (first, _):
+            for largest in found:
+                b.store(v.all(bits, 0), largest)
+            block = v.at(address, b.mul(first, group), size)
+            with v.loop(group) as (i, _):
+                for at, largest in enumerate(found):
+                    place = v.at(v.at(block, b.mul(group, ir.Constant(_I64, at)), size), i, size)
+                    v.prefetch(place, _AHEAD, size)
+                    b.store(v.larger(b.load(largest), v.magnitude(place, bits)), largest)
+            vectors = [b.load(largest) for largest in found]
+            # Neighbours with neighbours, two vectors to one, until a lane is left of each.
+            while len(vectors) > 1:
+                vectors = [v.larger_neighbours(*vectors[at : at + 2]) for at in range(0, len(vectors), 2)]
+            result = vectors[0]
+            if weight_bits < 32:
+                result = b.shl(b.zext(result, v.type(_I32)), v.all(_I32, 32 - weight_bits))
+            v.store(result, v.at(into, first, 4))
+        return context.get_dummy_value()
+
+    @_intrinsic
+    def largest(context, address, groups, group, into):  # type: ignore[no-untyped-def]
+        return _types.void(*[_ADDRESS] * 4), generate
 
     return largest
