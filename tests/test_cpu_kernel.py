@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import multiprocessing
 import os
-import threading
-import time
 import warnings
 
 import numba
@@ -18,7 +15,7 @@ from processes import run_python
 
 from weightflip import WeightFlipTracker, functional, kernels
 from weightflip.formats import FloatFormat
-from weightflip.kernels import compiled, cpu, items, pool
+from weightflip.kernels import compiled, cpu, items
 from weightflip.kernels.runs import count_alone
 from weightflip.quantizers import resolve
 from weightflip.quantizers.floatx import FloatxQuantizer
@@ -119,31 +116,6 @@ def test_every_weight_dtype_goes_through_the_tracker(quantizer):
             functional.encode_into(weight, resolved, codes, kernels.ScratchPool(), backend)
             found.append(codes)
         assert torch.equal(*found)
-
-
-def _count_in_child(queue) -> None:
-    weight = torch.randn(400, 1000, generator=torch.Generator().manual_seed(3))
-    quantizer, counts = resolve("float8_e4m3"), torch.zeros(3, dtype=torch.int64)
-    codes = torch.zeros(400, 1000, dtype=torch.int8)
-    count_alone(cpu.Run, weight, quantizer.scale(weight), quantizer.rounding(weight), codes, None, counts)
-    queue.put(counts.tolist())
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_process_has_its_own_threads(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    _count_in_child(queue)
-    expected = queue.get(timeout=60)
-    assert expected[0] > 390_000
-    # OpenMP of the parent must not be used in the child: one thread for torch's own part.
-    child = context.Process(target=lambda: (torch.set_num_threads(1), _count_in_child(queue)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child.start()
-    assert queue.get(timeout=60) == expected
-    child.join()
 
 
 WITHOUT_NUMBA = """
@@ -286,19 +258,3 @@ def test_a_subclass_with_its_own_encode_into_is_asked():
     found = torch.ones(5, 5, dtype=torch.int8)
     functional.encode_into(weight, Zero(FloatFormat("e3m4", 3, 4, 3)), found, kernels.ScratchPool())
     assert found.count_nonzero() == 0
-
-
-def test_an_interrupt_waits_for_the_other_threads():
-    """They write to memory that whoever is interrupted may give back."""
-    written = []
-    main = threading.get_ident()
-
-    def work(address):
-        if threading.get_ident() == main:
-            raise KeyboardInterrupt
-        time.sleep(0.2)
-        written.append(address)
-
-    with pytest.raises(KeyboardInterrupt):
-        pool._in_own_threads(work, 7, 3)
-    assert written == [7, 7]

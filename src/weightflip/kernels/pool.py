@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -79,11 +80,46 @@ def run(function: int, call: Callable[[int], None], task: int, parts: int) -> No
 
 
 def _in_own_threads(call: Callable[[int], None], task: int, threads: int) -> None:
-    others = [_own_threads().submit(call, task) for _ in range(threads - 1)]
+    team = _Team(call, task)
     try:
+        for _ in range(threads - 1):
+            _own_threads().submit(team.join)
         call(task)
     finally:
         # Also when this is interrupted: they write to memory that may be given back then.
-        wait(others)
-    for other in others:
-        other.result()
+        team.end()
+
+
+class _Team:
+    """Threads at the same task. Those that come when it is over have nothing to do."""
+
+    def __init__(self, call: Callable[[int], None], task: int) -> None:
+        self._call, self._task = call, task
+        self._working, self._is_over = 0, False
+        self._changed = threading.Condition()
+
+    def join(self) -> None:
+        with self._changed:
+            if self._is_over:
+                return
+            self._working += 1
+        try:
+            self._call(self._task)
+        finally:
+            with self._changed:
+                self._working -= 1
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        """Let nobody join from now on, and wait for those that have; an interrupt has to wait, too."""
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                with self._changed:
+                    self._is_over = True
+                    self._changed.wait_for(lambda: not self._working)
+                break
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
