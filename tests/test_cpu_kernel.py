@@ -15,7 +15,7 @@ from processes import run_python
 
 from weightflip import WeightFlipTracker, functional, kernels
 from weightflip.formats import FloatFormat
-from weightflip.kernels import compiled, cpu, items
+from weightflip.kernels import compiled, cpu, items, reference
 from weightflip.kernels.runs import count_alone
 from weightflip.quantizers import resolve
 from weightflip.quantizers.floatx import FloatxQuantizer
@@ -61,6 +61,51 @@ def test_equals_eager(quantizer, monkeypatch):
                     if done:
                         assert torch.equal(codes, expected_codes)
                         assert counts.tolist() == expected_counts.tolist()
+
+
+@pytest.mark.parametrize("flushes", [False, True])
+def test_equals_eager_under_any_scale(flushes):
+    """All numbers that are hard, also where the processor takes subnormal ones for 0."""
+    if flushes and not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot do so")
+    try:
+        for quantizer in map(resolve, [*QUANTIZERS, "mxfp6_e2m3", "mxfp4", "ternary", "native"]):
+            for dtype in (torch.float32, torch.bfloat16):
+                # Of an odd length, so that some stand alone at the end.
+                weight = hard_numbers()[:-1].to(dtype)
+                update = torch.where(torch.arange(weight.numel()) % 3 == 0, 0.0, 1.0).to(dtype)
+                for number in (None,) if quantizer.scope == "element" else (0.37, 2.0**-20, 2.0**20):
+                    scale = None if number is None else quantizer.applied_scale(torch.tensor(number))
+                    wanted = torch.empty(weight.shape, dtype=quantizer.code_dtype(weight))
+                    under = None if number is None else torch.tensor(number)
+                    quantizer.encode_under(weight, under, wanted, kernels.ScratchPool())
+                    old = torch.where(torch.arange(weight.numel()) % 5 == 0, wanted ^ 1, wanted)
+                    codes, counts = old.clone(), torch.zeros(3, dtype=torch.int64)
+                    with case(quantizer.name, dtype, number):
+                        rounding = quantizer.rounding(weight)
+                        assert count_alone(cpu.Run, weight, scale, rounding, codes, update, counts)
+                        assert torch.equal(codes, wanted)
+                        assert torch.equal(counts, reference.count(old, wanted, update))
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_an_update_of_any_size_counts():
+    """The smallest subnormal gradient is not 0, also where the processor takes it for that."""
+    quantizer, weight = resolve("e2m1:none"), torch.ones(3, 35)
+    found = []
+    for flushes in (False, True):
+        torch.set_flush_denormal(flushes)
+        try:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                bits = torch.zeros(3, 35, dtype={4: torch.int32, 2: torch.int16}[dtype.itemsize])
+                bits[1], bits[2] = 1, torch.iinfo(bits.dtype).min
+                codes, counts = torch.zeros(3, 35, dtype=torch.int8), torch.zeros(3, dtype=torch.int64)
+                assert count_alone(cpu.Run, weight, None, quantizer.rounding(weight), codes, bits.view(dtype), counts)
+                found.append(counts.tolist())
+        finally:
+            torch.set_flush_denormal(False)
+    assert found == [[105, 35, 0]] * 6
 
 
 def test_counts_beyond_a_chunk():

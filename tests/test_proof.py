@@ -32,7 +32,12 @@ def take_instead(monkeypatch, kernel):
 
 @pytest.mark.parametrize("quantizer", [*QUANTIZERS, "mxfp6_e2m3", "nvfp4", "ternary", "native"], ids=str)
 def test_the_table_says_what_plain_torch_does(quantizer):
-    quantizer, weight = resolve(quantizer), hard_numbers().view(-1, 32)
+    quantizer, numbers = resolve(quantizer), hard_numbers().view(-1, 32)
+    for weight in (numbers, numbers.bfloat16()) if quantizer.name == "native" else (numbers,):
+        assert_the_table_is_right(quantizer, weight)
+
+
+def assert_the_table_is_right(quantizer, weight):
     weight = quantizer.grouped(weight)
     for scale in (None, torch.tensor(0.37)):
         if scale is not None and quantizer.scope == "element":
@@ -63,6 +68,18 @@ def test_the_kernel_passes(quantizer):
             question = question_of(quantizer, dtype, with_updates)
             assert cpu.Run.can_do(question.kind, scaled=question.finds_scale)
             assert proof._fault(cpu.Run, question) is None
+
+
+def test_the_kernel_passes_where_subnormal_numbers_are_flushed():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot do so")
+    try:
+        for quantizer in ("float8_e4m3", "e3m4", "bfloat16", "native", "int8", "mxfp4"):
+            question = question_of(quantizer)
+            assert cpu.Run.can_do(question.kind, scaled=question.finds_scale)
+            assert proof._fault(cpu.Run, question) is None
+    finally:
+        torch.set_flush_denormal(False)
 
 
 class Raises(cpu.Run):
