@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _diff(args: argparse.Namespace) -> None:
+    import torch
+
     from weightflip.delta.diff import diff
     from weightflip.delta.show import print_diff, write_html
     from weightflip.delta.table import write_csv
@@ -80,7 +82,13 @@ def _diff(args: argparse.Namespace) -> None:
     for file in (args.html, args.csv):
         if file is not None:
             _check_report(Path(file), (args.old, args.new, args.write))
-    found = diff(args.old, args.new, quantizers=quantizers, write=args.write, force=args.force)
+    threads = torch.get_num_threads()
+    # There are threads for parts of tensors already.
+    torch.set_num_threads(1)
+    try:
+        found = diff(args.old, args.new, quantizers=quantizers, write=args.write, force=args.force)
+    finally:
+        torch.set_num_threads(threads)
     if args.html is not None:
         write_html(found, args.html)
     if args.csv is not None:

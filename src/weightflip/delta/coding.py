@@ -229,7 +229,8 @@ class _Zstd(threading.local):
     def __init__(self) -> None:
         zstandard = extra("zstandard", "a delta")
         self.compress: Callable[[Bytes], bytes] = zstandard.ZstdCompressor(level=_LEVEL).compress
-        self.decompress: Callable[..., bytes] = zstandard.ZstdDecompressor().decompress
+        self.decompress: Callable[[Bytes], bytes] = zstandard.ZstdDecompressor().decompress
+        self.size: Callable[[Bytes], int] = zstandard.frame_content_size
         self.error: type[Exception] = zstandard.ZstdError
 
 
@@ -268,10 +269,11 @@ class _Reader:
         length = self.number()
         if not length:
             return self.take(count)
-        found = np.frombuffer(_zstd().decompress(self.take(length), max_output_size=count), np.uint8)
-        if len(found) != count:
+        squeezed = self.take(length)
+        # Before anything is allocated.
+        if _zstd().size(squeezed) != count:
             raise _Damaged
-        return found
+        return np.frombuffer(_zstd().decompress(squeezed), np.uint8)
 
     def end(self) -> None:
         if self._at != len(self._data):
