@@ -179,18 +179,17 @@ def test_anything_but_the_old_weights_is_refused(tmp_path):
     tensors = load_file(old)
     one_bit = tensors["c"].clone()
     one_bit.view(torch.int16)[7, 7] ^= 1
-    other_zero = tensors["a"].clone()
     others = {
         "tensor 'c' has other weights": {**tensors, "c": one_bit},
         "tensor 'b' is missing": {name: tensors[name] for name in "ac"},
         "tensor 'd' is one too many": {**tensors, "d": torch.ones(1)},
         r"tensor 'b' is F32 \[48\], expected BF16 \[48\]": {**tensors, "b": tensors["b"].float()},
-        r"tensor 'a' is BF16 \[48, 64\], expected BF16 \[64, 48\]": {**tensors, "a": other_zero.reshape(48, 64)},
+        r"tensor 'a' is BF16 \[48, 64\], expected BF16 \[64, 48\]": {**tensors, "a": tensors["a"].reshape(48, 64)},
     }
     (tmp_path / "out").mkdir()
     for message, other in others.items():
         path = save(tmp_path / "other.safetensors", other)
-        with pytest.raises(DeltaError, match=message), case(message):
+        with case(message), pytest.raises(DeltaError, match=message):
             apply(path, delta, tmp_path / "out" / "made.safetensors")
         assert os.listdir(tmp_path / "out") == []
     with pytest.raises(DeltaError, match="has other weights"):
@@ -282,7 +281,7 @@ def test_outputs_that_are_there(tmp_path):
             diff(old, new, write=path, force=True)
     with pytest.raises(DeltaError, match="is the delta"):
         apply(old, delta, delta, force=True)
-    with pytest.raises(DeltaError, match="ends? in .safetensors"):
+    with pytest.raises(DeltaError, match="does not end in"):
         apply(old, delta, tmp_path / "made.pt")
     with pytest.raises(DeltaError, match="is a directory"):
         diff(old, new, write=tmp_path, force=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -33,11 +35,10 @@ def test_differences_follow_the_order_of_numbers_and_lose_no_bit(width):
         old, new = every[others], np.full(others.sum(), every[partner])
         steps = differences(old, new, True)
         assert np.array_equal(moved(old, steps, True), new)
-        up, before = steps % 2 == 1, values[others]
-        finite = np.isfinite(before) & np.isfinite(values[partner])
-        assert np.array_equal(
-            up[finite & (before != values[partner])], (before < values[partner])[finite & (before != values[partner])]
-        )
+        before, after = values[others], values[partner]
+        # Those of one sign are less than half of all apart, so that nothing wraps.
+        alike = np.isfinite(before) & np.isfinite(after) & (np.sign(before) * np.sign(after) > 0)
+        assert np.array_equal(steps[alike] % 2 == 1, before[alike] < after)
 
 
 def test_next_numbers_are_one_step_apart():
@@ -118,7 +119,5 @@ def test_damaged_chunks_decode_to_an_error_or_to_bytes_of_the_same_length():
             data = np.frombuffer(coded, np.uint8).copy()
             data = data[: random.integers(1, len(data) + 1)]
             data[random.integers(0, min(len(data), 40), 2)] = random.integers(0, 256, 2)
-            try:
+            with contextlib.suppress(DeltaError):
                 assert len(coding.decode(as_bytes(old), data, 8192, 2, True)) == 8192
-            except DeltaError as error:
-                assert "does not decode" in str(error)
