@@ -207,9 +207,14 @@ def _load(path: Path) -> Any:
     except Exception as error:
         raise DeltaError(
             f"{shown(str(path))} does not load with torch.load(weights_only=True): expected tensors in dictionaries "
-            "and lists, such as model.state_dict(); save those alone. torch says: "
-            f"{shown(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)}"
+            f"and lists, such as model.state_dict(); save those alone. torch says: {shown(_reason(error))}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without what torch says of ways around it."""
+    text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0]
 
 
 def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:

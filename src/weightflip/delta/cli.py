@@ -71,10 +71,11 @@ def _diff(args: argparse.Namespace) -> None:
     import torch
 
     from weightflip.delta.diff import diff
-    from weightflip.delta.show import print_diff, write_html
+    from weightflip.delta.show import check_terminal, print_diff, write_html
     from weightflip.delta.table import write_csv
     from weightflip.quantizers import resolve
 
+    check_terminal()
     try:
         quantizers = [resolve(name) for name in args.quantizer]
     except ValueError as error:

@@ -105,6 +105,8 @@ class DeltaWriter:
     """
 
     def __init__(self, file: BinaryIO) -> None:
+        # Before hours of work, not after it.
+        extra("zstandard", "a delta")
         self._file = file
         self._digest = digests.new_digest()
         self._lengths: list[int] = []

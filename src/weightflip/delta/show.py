@@ -31,6 +31,15 @@ th.left, td.left { text-align: left; }
 """
 
 
+def check_terminal() -> None:
+    """See that :func:`print_diff` can print.
+
+    Raises:
+        DeltaError: rich is missing.
+    """
+    extra("rich", "the table on the terminal")
+
+
 def print_diff(diff: Diff, file: IO[str] | None = None) -> None:
     """Print the sums and the tensors that changed most.
 
@@ -41,7 +50,7 @@ def print_diff(diff: Diff, file: IO[str] | None = None) -> None:
     Raises:
         DeltaError: rich is missing.
     """
-    extra("rich", "the table on the terminal")
+    check_terminal()
     from rich import box
     from rich.console import Console
     from rich.table import Table
