@@ -69,7 +69,10 @@ def print_diff(diff: Diff, file: IO[str] | None = None) -> None:
     if tensors:
         table.add_section()
         table.add_row(*(Text(cell, style="bold") for cell in sums(diff)))
-        console.print(table)
+        with console.capture() as captured:
+            console.print(table)
+        # Without the spaces that fill the last column.
+        console.file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
     if len(tensors) > _TENSORS_SHOWN:
         console.print(f"{len(tensors) - _TENSORS_SHOWN:,} more tensors differ: --html and --csv have all.")
     for line in summary(diff):
