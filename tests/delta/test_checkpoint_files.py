@@ -84,6 +84,7 @@ def test_files_of_torch_save_that_are_refused(tmp_path):
         ({"a": torch.ones(3, dtype=torch.complex128)}, "'a' of .* is of torch.complex128"),
         ({"a": torch.ones(3, dtype=torch.complex64).conj()}, "and a view"),
         ({"a.b": weights(1), "a": {"b": weights(2)}}, "two tensors that are called 'a.b'"),
+        ({"__metadata__": weights(1)}, "which safetensors keeps"),
     ):
         torch.save(content, path)
         refused(path, message)

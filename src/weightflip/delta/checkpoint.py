@@ -182,6 +182,8 @@ def _of_torch(path: Path) -> Checkpoint:
     for name, tensor in _leaves(_load(path), ()):
         if name in tensors:
             raise DeltaError(f"{shown(str(path))} has two tensors that are called {shown(name)!r}; rename one")
+        if name == "__metadata__":
+            raise DeltaError(f"{shown(str(path))} has a tensor called {name!r}, which safetensors keeps; rename it")
         begin, nbytes, dtype, shape, strides = _place(path, name, tensor)
         if begin + nbytes > mapping.nbytes:
             raise DeltaError(f"{shown(str(path))} ends before tensor {shown(name)!r} does; copy or save it again")

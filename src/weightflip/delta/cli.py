@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"weightflip: {shown(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("weightflip: interrupted; nothing was written", file=sys.stderr)
+        print("weightflip: interrupted", file=sys.stderr)
         return 130
     return 0
 

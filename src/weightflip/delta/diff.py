@@ -60,7 +60,7 @@ def diff(
         old,
         new,
         [pair.diff() for pair in found.values()],
-        tuple(format.name for format in formats),
+        tuple(dict.fromkeys(format.name for format in formats)),
         sum(tensor.nbytes for tensor in after.tensors.values()),
     )
     if write is None:

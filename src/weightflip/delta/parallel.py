@@ -12,7 +12,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 # Each holds some tens of megabytes; more would wait for the disk.
-_WORKERS = min(8, os.cpu_count() or 1)
+_WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
