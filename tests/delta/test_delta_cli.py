@@ -18,7 +18,7 @@ def paths(tmp_path):
     return [save(tmp_path / f"{name}.safetensors", tensors) for name, tensors in (("old", old), ("new", new))]
 
 
-def test_diff_and_apply(paths, tmp_path):
+def test_diff_and_apply(paths, tmp_path, capsys):
     delta, made = tmp_path / "delta.safetensors", tmp_path / "made.safetensors"
     arguments = ["--csv", tmp_path / "n.csv", "--html", tmp_path / "p.html", "--write", delta]
     done = program("diff", *paths, *arguments)
@@ -28,8 +28,8 @@ def test_diff_and_apply(paths, tmp_path):
         f"Wrote {file}" for file in (delta, tmp_path / "p.html", tmp_path / "n.csv")
     ]
     assert (tmp_path / "p.html").exists()
-    done = program("apply", paths[0], delta, made)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"Wrote {made}\n", "")
+    assert main(["apply", str(paths[0]), str(delta), str(made)]) == 0
+    assert capsys.readouterr() == (f"Wrote {made}\n", "")
     assert made.read_bytes() == paths[1].read_bytes()
 
 

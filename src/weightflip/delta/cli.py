@@ -84,7 +84,7 @@ def _diff(args: argparse.Namespace) -> None:
         if file is not None:
             _check_report(Path(file), (args.old, args.new, args.write))
     threads = torch.get_num_threads()
-    # There are threads for parts of tensors already.
+    # Parts of tensors already run in threads of their own.
     torch.set_num_threads(1)
     try:
         found = diff(args.old, args.new, quantizers=quantizers, write=args.write, force=args.force)

@@ -57,7 +57,7 @@ class TensorDiff:
 
     @property
     def note(self) -> str:
-        """What else there is to say of it; empty for nothing."""
+        """Why it is not compared, or what else differs; empty where nothing does."""
         if self.old is None or self.new is None:
             parts = ["added" if self.old is None else "removed"]
         else:

@@ -105,7 +105,7 @@ class DeltaWriter:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        # Before hours of work, not after it.
+        # Fail here, not after all tensors have been compared.
         extra("zstandard", "a delta")
         self._file = file
         self._digest = digests.new_digest()

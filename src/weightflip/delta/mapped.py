@@ -1,4 +1,4 @@
-"""Tensors in mapped files: parts of them are read where they lie, and given back to the system."""
+"""Tensors in memory-mapped files, read in parts; pages that were read are released."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Mapping:
         return np.frombuffer(self._map, np.uint8, nbytes, begin)
 
     def release(self, begin: int, nbytes: int) -> None:
-        """Count pages no longer to this process's memory; whoever reads them again gets them again."""
+        """Drop pages from this process's memory. Reading them again maps them again."""
         if nbytes and hasattr(mmap, "MADV_DONTNEED"):
             start = begin // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, start, begin + nbytes - start)
@@ -82,7 +82,7 @@ class MappedTensor:
         return rows[begin - first * row : end - first * row]
 
     def release(self, begin: int, end: int) -> None:
-        """Give back what :meth:`read` read."""
+        """Release the pages that :meth:`read` touched."""
         if self.strides is None:
             self.mapping.release(self.begin + begin, end - begin)
         else:

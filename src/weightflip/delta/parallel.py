@@ -1,4 +1,4 @@
-"""A few chunks at a time, on all cores, in order."""
+"""Work on chunks in threads, with results in order."""
 
 from __future__ import annotations
 

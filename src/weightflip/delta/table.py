@@ -29,7 +29,7 @@ def percent(part: int, whole: int) -> str:
 
 
 def ranked(diff: Diff) -> list[TensorDiff]:
-    """All that differ, the largest share first; those that are only there before or after behind them."""
+    """Tensors that differ, the largest changed share first, then those that cannot be compared."""
     differing = [tensor for tensor in diff.tensors if tensor.changed != 0 or tensor.note]
     return sorted(differing, key=lambda tensor: -(tensor.changed_fraction or 0.0))
 
@@ -64,7 +64,7 @@ def sums(diff: Diff) -> list[str]:
 
 
 def summary(diff: Diff) -> list[str]:
-    """What there is to say in sentences."""
+    """The sums as sentences."""
     same = sum(tensor.changed == 0 for tensor in diff.comparable)
     lines = [
         f"{diff.changed:,} of {diff.weights:,} weights have other bits"
