@@ -77,7 +77,7 @@ def test_the_kernel_passes_where_subnormal_numbers_are_flushed():
         for quantizer in ("float8_e4m3", "e3m4", "bfloat16", "native", "int8", "mxfp4"):
             question = question_of(quantizer)
             assert cpu.Run.can_do(question.kind, scaled=question.finds_scale)
-            assert proof._fault(cpu.Run, question) is None
+            assert proof.find_fault(cpu.Run, question) is None
     finally:
         torch.set_flush_denormal(False)
 
