@@ -97,6 +97,7 @@ COUNTING_FLOORS = (
     {"table"},
     {"layer", "columns", "notices", "schedule", "checkpoint"},
     {"batch", "ledger"},
+    {"scale_table"},
 )
 
 

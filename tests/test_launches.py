@@ -18,9 +18,9 @@ from weightflip.counting.canary import Canary
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FORMATS = ["float8_e4m3", "float8_e4m3:row", "float8_e5m2:pow2", "e3m4", "mxfp8_e4m3", "mxfp4", "nvfp4", "int8",
            "int4:g32", "bfloat16"]  # fmt: skip
-# What a step starts on a device: a scale for each block takes some ten calls of torch more.
+# What a step starts on a device, kernels and calls of torch.
 ON_TRITON = {"float8_e4m3": 12, "float8_e4m3:row": 12, "e3m4": 12, "int8": 12, "bfloat16": 12,
-             "mxfp8_e4m3": 23, "nvfp4": 20, "int4:g32": 20}  # fmt: skip
+             "mxfp8_e4m3": 9, "nvfp4": 9, "mxfp4:rceil": 9, "int4:g32": 12}  # fmt: skip
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero"}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from weightflip.formats import Rounding
 from weightflip.kernels.backend import check_backend, one_pass, run, run_for
 from weightflip.kernels.eager import count_
-from weightflip.kernels.runs import Addresses, Kind, Run, Stretch, upload
+from weightflip.kernels.runs import Addresses, Kind, Run, ScaleCodes, Stretch, upload
 from weightflip.kernels.scratch import ScratchPool
 from weightflip.kernels.slices import Index, slice_elements, slices, take
 
@@ -25,6 +25,7 @@ __all__ = [
     "Kind",
     "Rounding",
     "Run",
+    "ScaleCodes",
     "ScratchPool",
     "Stretch",
     "check_backend",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weightflip.kernels import compiled
 from weightflip.kernels.constants import constants
-from weightflip.kernels.runs import Addresses, Kind, Stretch
+from weightflip.kernels.runs import Addresses, Kind, ScaleCodes, Stretch
 
 DEVICE = "cpu"
 
@@ -45,6 +45,8 @@ if hasattr(os, "register_at_fork"):
 class Run:
     """A :class:`weightflip.kernels.runs.Run` for the CPU: threads share the elements evenly."""
 
+    saves_calls = False
+
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind = kind
         numbers = constants(kind.rounding)
@@ -58,6 +60,7 @@ class Run:
         places[1:, compiled.START] = table[:-1, 2].cumsum()
         places[1:, compiled.SCALE] = scales[:-1].cumsum()
         self._scales = int(scales.sum())
+        self._last_scales = torch.from_numpy(scales.cumsum() - 1)
         self._numel = int(table[:, 2].sum())
         self._likes = tuple(
             compiled.like(None if dtype is None else views[dtype])
@@ -124,8 +127,21 @@ class Run:
         _in_threads(work, len(bounds) - 1)
         return torch.from_numpy(found.sum(0))
 
-    def count_into_(self, counts: Tensor, rows: Tensor, scale: Tensor | None, updates: Addresses | None) -> None:
+    def count_into_(
+        self,
+        counts: Tensor,
+        rows: Tensor,
+        scale: Tensor | None,
+        updates: Addresses | None,
+        scale_codes: ScaleCodes | None = None,
+    ) -> None:
         counts.index_add_(0, rows, self.count_(scale, updates))
+        if scale_codes is not None:
+            new, stored, changes = scale_codes
+            until = torch.cumsum(new != stored, 0).index_select(0, self._last_scales)
+            changes.index_add_(0, rows, until)
+            changes.index_add_(0, rows[1:], until[:-1], alpha=-1)
+            stored.copy_(new)
 
     def _bounds(self) -> list[int]:
         parts = max(1, min(torch.get_num_threads(), self._numel // _ELEMENTS_PER_THREAD))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from weightflip.formats import IntegerRounding, Rounding
 from weightflip.kernels import reference
-from weightflip.kernels.runs import Kind, Run, Stretch
+from weightflip.kernels.runs import Addresses, Kind, Run, ScaleCodes, Stretch
 
 logger = logging.getLogger("weightflip")
 
@@ -230,6 +230,25 @@ def _fault(run: type[Run], question: Question) -> str | None:
         return f"{wrong} of {size} codes are others"
     if not torch.equal(found, torch.stack(counts)):
         return f"it counts {found.tolist()}, plain torch {torch.stack(counts).tolist()}"
+    if scales is None:
+        return None
+    without = None if addresses is None else addresses * 0
+    return _fault_of_scale_codes(kernel, scales, without, [part.numel // part.group for part in parts])
+
+
+def _fault_of_scale_codes(kernel: Run, scales: Tensor, without: Addresses | None, of_parts: list[int]) -> str | None:
+    """As ``_fault``, of what is stored of scales, after the codes were counted: nothing else changes any more."""
+    rows = torch.arange(len(of_parts), device=scales.device)
+    new = torch.arange(len(scales), dtype=torch.int32, device=scales.device) % 256
+    for dtype in (torch.uint8, torch.int32):
+        stored = torch.where(new % 3 == 0, new ^ 1, new).to(dtype)
+        expected = torch.stack([torch.count_nonzero(part) for part in torch.split(stored != new, of_parts)])
+        table = torch.zeros(len(of_parts), 4, dtype=torch.int64, device=scales.device)
+        kernel.count_into_(table[:, :3], rows, scales, without, ScaleCodes(new, stored, table[:, 3]))
+        if not torch.equal(stored, new.to(dtype)):
+            return "it stores other scales"
+        if not torch.equal(table[:, 3], expected) or table[:, :3].count_nonzero():
+            return f"it counts changes of scales {table.tolist()}, plain torch {expected.tolist()}"
     return None
 
 
