@@ -16,6 +16,7 @@ from weightflip.counting import summary, totals
 from weightflip.counting.batch import Batch
 from weightflip.counting.batched import BatchedRoute
 from weightflip.counting.columns import Columns
+from weightflip.counting.gathered import GatheredRoute
 from weightflip.counting.layer import CodeState, Layer, TrackedWeight
 from weightflip.counting.ledger import NONFINITE
 from weightflip.counting.metric_runner import MetricRunner
@@ -147,7 +148,8 @@ class WeightFlipTracker:
         alone = (self._layers, self._runner, self._scratch, self.backend, with_updates)
         elementwise = ElementwiseRoute(*alone)
         self._batched = BatchedRoute(self._layers, elementwise, self.backend, with_updates, is_open=not self._groups)
-        self._routes: tuple[Route, ...] = (self._batched, elementwise, WholeWeightRoute(*alone))
+        self._gathered = GatheredRoute(elementwise, self._scratch, with_updates, is_open=not self._groups)
+        self._routes: tuple[Route, ...] = (self._batched, self._gathered, elementwise, WholeWeightRoute(*alone))
         self._shards: Shards = SingleProcess(self._layers, self._columns)
         self._gradients: dict[str, Tensor | None] = {}
         self._in_step = False
@@ -321,7 +323,7 @@ class WeightFlipTracker:
         are_others = self._layers.follow(weights)
         if are_others:
             # Batches hold codes, too.
-            self._batched.release()
+            self._release()
             self._shards = self._shards.for_weights(weights)
         self._shards.begin(weights, are_others=are_others, anew=self.fresh_snapshots)
 
@@ -342,7 +344,7 @@ class WeightFlipTracker:
         for route, of_route in stale.items():
             route.encode(of_route)
         if self._layers.has_lost:
-            self._batched.release()
+            self._release()
             found = [layer for layer in found if layer.state is not CodeState.FAILED]
         return found
 
@@ -379,7 +381,7 @@ class WeightFlipTracker:
     def _leave_out_failed(self) -> None:
         if self._layers.has_lost:
             self._layers.has_lost = False
-            self._batched.release()
+            self._release()
             self._set_current([layer for layer in self._current if layer.state is not CodeState.FAILED])
 
     def take_weights_from(self, holding: Callable[[], AbstractContextManager[None]]) -> None:
@@ -460,7 +462,12 @@ class WeightFlipTracker:
 
     def _drop_codes(self) -> None:
         self._layers.drop_codes()
+        self._release()
+
+    def _release(self) -> None:
+        """Have the routes hold no codes of layers that go together."""
         self._batched.release()
+        self._gathered.release()
 
     def drop_codes(self) -> None:
         """Give back all memory but that of the numbers; the next step starts with a baseline."""
@@ -470,7 +477,7 @@ class WeightFlipTracker:
 
     def _give_back(self) -> None:
         self._set_current([])
-        self._batched.release()
+        self._release()
         self._silent.release()
         self._scratch.clear()
         self._gradients = {}
