@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,6 +17,9 @@ MODEL_TAGS = {
     "stall_ratio": "flips/stall_ratio",
 }
 """Where there are tags, those of the model's numbers that are not ``flips/<value>``."""
+
+ALERTS_TAG = "weightflip/tracking_alerts"
+"""The text of alerts, which TensorBoard shows after that of what is tracked: it sorts them by tag."""
 
 
 @dataclass(frozen=True)
@@ -442,6 +446,27 @@ class AlertEvent:
     value: float
     since: int
     message: str
+
+
+# Layers that one line names.
+_NAMED = 5
+
+
+def in_lines(events: Iterable[AlertEvent]) -> list[str]:
+    """What to tell people of some alerts: a line each; of many layers with one rule at one step, one line.
+
+    Args:
+        events: Those of one step and rule together.
+    """
+    told = []
+    for (step, rule), group in itertools.groupby(events, lambda event: (event.step, event.rule)):
+        alike = list(group)
+        if len(alike) <= _NAMED:
+            told += [event.message for event in alike]
+        else:
+            names = ", ".join(shown(event.layer) for event in alike[:_NAMED])
+            told.append(f"step {step}: {rule}: {names} and {len(alike) - _NAMED} more")
+    return told
 
 
 def _summed(name: str, layers: Sequence[LayerRecord]) -> LayerRecord:

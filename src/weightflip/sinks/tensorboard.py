@@ -9,7 +9,17 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightflip.records import CORE_VALUES, AlertEvent, FlipRecord, Histogram, RunInfo, Value, shown
+from weightflip.records import (
+    ALERTS_TAG,
+    CORE_VALUES,
+    AlertEvent,
+    FlipRecord,
+    Histogram,
+    RunInfo,
+    Value,
+    in_lines,
+    shown,
+)
 from weightflip.sinks.chosen import ChosenLayers, LayerValues
 from weightflip.sinks.files import check_writable, warn_of_deletion
 from weightflip.sinks.layout import Layout
@@ -175,7 +185,7 @@ class TensorBoardSink:
     def _write_alerts(self) -> None:
         assert self._writer is not None
         for step, events in itertools.groupby(self._alerts, lambda event: event.step):
-            self._writer.add_text("weightflip/alerts", "\n".join(f"- {event.message}" for event in events), step)
+            self._writer.add_text(ALERTS_TAG, "\n".join(f"- {line}" for line in in_lines(events)), step)
         self._alerts = []
 
     def flush(self) -> None:
