@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from weightflip import FlipRecord, FlipTrackingOptimizer, RunInfo
 from weightflip.records import Counts, Histogram, LayerRecord
+from weightflip.report import read_runs
 from weightflip.sinks import TensorBoardSink
 
 PARTS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
@@ -308,3 +309,37 @@ def test_numbers_of_metric_groups(tmp_path):
     assert count["ever_flipped_by_group"] == 26
     assert count["ever_flipped"] == count["flip_rate"] <= 12
     assert "net flipped, lowest, quartiles and highest layer" in charts(tmp_path)["weightflip: coverage"]
+
+
+# ---------------------------------------------------------------------- reports of event files alone
+
+
+@pytest.mark.parametrize("has_panel", [True, False])
+def test_a_report_of_event_files_knows_every_layer(tmp_path, has_panel):
+    """What TensorBoard has of each layer is the cumulative flip rate: its differences are the flip rates."""
+    records = []
+    train(sinks=[TensorBoardSink(str(tmp_path / "run")), records.append], steps=6)
+    if not has_panel:
+        with SummaryWriter(tmp_path / "bare") as writer:
+            for tag, points in scalars(tmp_path / "run").items():
+                for step, number in points:
+                    writer.add_scalar(tag, number, step)
+    (run,) = read_runs([tmp_path / ("run" if has_panel else "bare")])
+    assert list(run.layers) == [layer.name for layer in records[0].layers]
+    for name, layer in run.layers.items():
+        series = layer.get("flip_rate")
+        of_layer = [next(x for x in record.layers if x.name == name) for record in records]
+        assert series.steps.tolist() == [record.step for record in records]
+        assert series.values == pytest.approx([x.flip_rate for x in of_layer], abs=1e-5)
+        if has_panel:
+            assert series.denominators.tolist() == [x.window.weight_steps for x in of_layer]
+    assert len(run.layers["layers.7.mlp.down.weight"].get("stall_ratio"))
+    assert any("flip rates of" in note for note in run.notes)
+
+
+def test_a_resumed_run_begins_with_its_second_point(tmp_path):
+    """Where the first cumulative rate holds the flips of an earlier run, its window is not known."""
+    records = [FlipRecord(step, layers_of(even_rates(step), dict.fromkeys(NAMES, 500_000))) for step in (1010, 1020)]
+    write(tmp_path, records)
+    (run,) = read_runs([tmp_path])
+    assert run.layers["embed.weight"].get("flip_rate").steps.tolist() == [1020]
