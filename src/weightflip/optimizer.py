@@ -152,7 +152,8 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             fresh_snapshots=fresh_snapshots,
             backend=backend,
         )
-        self.__dict__.update(inner=optimizer, _session=setup.start(optimizer, model, options))
+        # The session first: where both come to their end together, it still finds the optimizer.
+        self.__dict__.update(_session=setup.start(optimizer, model, options), inner=optimizer)
 
     @delegated
     @runs_hooks_itself
@@ -191,7 +192,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
 
     def __exit__(self, *exc_info: object) -> None:
         # After an error, the other processes of a sharded run may not come here.
-        self._session.log.close(together=exc_info[0] is None)
+        self._session.close(together=exc_info[0] is None)
 
     # ------------------------------------------------------------------ the inner optimizer's
 

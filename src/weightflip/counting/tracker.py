@@ -11,16 +11,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from weightflip import checks, distributed, functional, kernels
+from weightflip import checks, distributed, kernels
 from weightflip.counting import summary, totals
 from weightflip.counting.batch import Batch
 from weightflip.counting.batched import BatchedRoute
 from weightflip.counting.columns import Columns
 from weightflip.counting.current import CurrentLayers
 from weightflip.counting.layer import CodeState, Layer, TrackedWeight
-from weightflip.counting.ledger import NONFINITE
 from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.named import NamedSnapshots
+from weightflip.counting.nonfinite import count_nonfinite
 from weightflip.counting.notices import Notices
 from weightflip.counting.routes import ElementwiseRoute, WholeWeightRoute
 from weightflip.counting.schedule import Progress, Schedule
@@ -137,6 +137,7 @@ class WeightFlipTracker:
         self.fresh_snapshots = checks.flag("fresh_snapshots", fresh_snapshots)
         self.backend = backend
         self._holding: weakref.WeakMethod[Callable[[], AbstractContextManager[None]]] | None = None
+        self._show: weakref.WeakMethod[Callable[[], str]] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -338,6 +339,14 @@ class WeightFlipTracker:
         """
         self._holding = weakref.WeakMethod(holding)
 
+    def take_summary_from(self, show: Callable[[], str]) -> None:
+        """Say what ``print(tracker)`` shows, where the table is one of several optimizers.
+
+        Args:
+            show: A method; its object is not kept alive.
+        """
+        self._show = weakref.WeakMethod(show)
+
     def forget_gradients(self) -> None:
         """Let go of the gradients of ``before_step``: a closure makes the step's own.
 
@@ -446,19 +455,9 @@ class WeightFlipTracker:
         """Find what is found at logging points."""
         holding = None if self._holding is None else self._holding()
         with nullcontext() if holding is None else holding():
-            self._count_nonfinite()
+            count_nonfinite(self._current, self._layers, self._scratch)
+            self._current.leave_out_failed()
             self._measure()
-
-    def _count_nonfinite(self) -> None:
-        for layer in self._current:
-            if layer.tracked is None or not layer.tracked.is_held:
-                continue
-            try:
-                assert layer.row is not None
-                functional.count_nonfinite(layer.tracked.plain(), layer.row.total[NONFINITE], self._scratch)
-            except Exception as error:
-                self._layers.fail(layer.name, error)
-        self._current.leave_out_failed()
 
     def _measure(self) -> None:
         due = self._runner.begin_measure(self._layers) if self._runner else []
@@ -553,13 +552,16 @@ class WeightFlipTracker:
         """Stalled / updates of each layer, in [0, 1]; 0.0 without updates."""
         return {name: counts.stall_ratio if counts.updates else 0.0 for name, counts in self._counts().items()}
 
-    def __str__(self) -> str:
-        """A table: what each layer, and all together, did since tracking began."""
+    def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
+        """Steps; and of each layer its name, its quantizer, how many weights it has, and its counts since the start."""
         steps, rows = self._totals.read(self._shards)
         layers = ((self._layers[name], self._columns.counts(row)) for name, row in rows.items())
-        return summary.as_text(
-            steps, [(layer.name, layer.quantizer, layer.weights, counts) for layer, counts in layers]
-        )
+        return steps, [(layer.name, layer.quantizer, layer.weights, counts) for layer, counts in layers]
+
+    def __str__(self) -> str:
+        """A table: what each layer, and all together, did since tracking began."""
+        show = None if self._show is None else self._show()
+        return summary.as_text(*self.totals()) if show is None else show()
 
     def memory_usage(self) -> MemoryUsage:
         """Bytes held now, on all devices together."""
@@ -606,4 +608,4 @@ class WeightFlipTracker:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_gradients": {}, "_holding": None}
+        return {**self.__dict__, "_gradients": {}, "_holding": None, "_show": None}

@@ -6,6 +6,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,6 +34,7 @@ class Source:
         self.asked_groups = asked_groups
         self._tracker: WeightFlipTracker | None = tracker
         self._last = FlipRecord(0, ())
+        self._last_totals: list[tuple[str, str, int, Counts]] = []
         self._owner: weakref.ref[object] | None = weakref.ref(owner)
         self._first_step = 0
 
@@ -52,6 +54,13 @@ class Source:
             names = {split_variant(layer.name)[0] for layer in record.layers}
             self._last = replace(record, step=self._first_step + record.step, groups=restricted(self.groups, names))
         return self._last
+
+    def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
+        """As :meth:`WeightFlipTracker.totals`; after the end, what they were then."""
+        if self._tracker is not None:
+            steps, layers = self._tracker.totals()
+            return self._first_step + steps, layers
+        return self._last.step, self._last_totals
 
     @property
     def is_sharded(self) -> bool:
@@ -74,6 +83,10 @@ class Source:
 
     def end(self) -> None:
         """Keep plain numbers, and let tensors go."""
+        with suppress(Exception):
+            # Of a broken device none: the last record stays.
+            steps, self._last_totals = self.totals()
+            self._last = replace(self._last, step=steps)
         layers = (replace(layer, window=Counts(), nonfinite=0, gauges={}, histograms={}) for layer in self._last.layers)
         self._last = replace(self._last, layers=tuple(layers))
         self._tracker = self._owner = None
@@ -81,6 +94,7 @@ class Source:
     def give_up_names(self, names: Set[str]) -> None:
         """After the end: another optimizer goes on with these weights."""
         self._last = replace(self._last, layers=tuple(x for x in self._last.layers if x.name not in names))
+        self._last_totals = [total for total in self._last_totals if total[0] not in names]
         self.info = replace(self.info, tracked={k: v for k, v in self.info.tracked.items() if k not in names})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,6 +125,11 @@ class Log:
         """Whether this process writes: of several, one does. Known from then on, also when they have parted."""
         self._is_writer = self._is_writer and distributed.is_writer()
         return self._is_writer
+
+    def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
+        """Steps of the optimizer that has made most, and the totals of all layers."""
+        parts = [source.totals() for source in self.sources]
+        return max((steps for steps, _ in parts), default=0), [layer for _, layers in parts for layer in layers]
 
     def is_led_by(self, source: Source) -> bool:
         """Whether this optimizer's steps say when to write: the first one's that is still at work."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weightflip import distributed
-from weightflip.counting import checkpoint
+from weightflip.counting import checkpoint, summary
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import RunInfo, shown
 from weightflip.session.ending import Ending
@@ -19,6 +19,7 @@ from weightflip.session.guard import Guard, outside_of_graphs
 from weightflip.session.log import Log, Source
 from weightflip.session.options import Options
 from weightflip.session.steps import is_phantom, is_real
+from weightflip.session.unseen import UnseenSteps
 from weightflip.session.weights import Weights
 
 STATE_KEY = "flip_tracking"
@@ -42,6 +43,7 @@ class Session:
         self.weights = Weights(tracker, log, self.source, model, options, settings)
         self._guard = Guard(tracker, self.weights, log)
         self._ending = Ending(log, self.source)
+        self._unseen = UnseenSteps(log)
         self._log_every = options.log_every
         # From the beginning of a step to the end of what all processes do in it.
         self.tracker.holds_warnings = True
@@ -51,13 +53,24 @@ class Session:
 
     def _start(self) -> None:
         self.tracker.take_weights_from(self.weights.holding)
+        self.tracker.take_summary_from(self.summary)
         self._found_inf: Tensor | None = None
         self._is_step: Tensor | None = None
         self._is_open = False
 
+    def begin(self, optimizer: Optimizer) -> None:
+        """Find the weights, and wait for steps."""
+        self.weights.select(optimizer, strict=True)
+        self._unseen.watch(optimizer, self)
+
     @property
     def info(self) -> RunInfo:
         return self.source.info
+
+    def summary(self) -> str:
+        """What ``print(tracker)`` shows: all optimizers of the run in one table, and a step that was not seen."""
+        steps, layers = self.log.totals()
+        return "\n".join(filter(None, [summary.as_text(steps, layers), self._unseen.text]))
 
     # ------------------------------------------------------------------ one step
 
@@ -65,10 +78,12 @@ class Session:
         """Have the codes at hand."""
         self._is_open = False
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            self._unseen.end()
             self._leave_out_capture()
             return
         if is_phantom(optimizer):
             return
+        self._unseen.end()
         # Objects with __slots__ have no __dict__.
         found_inf = getattr(optimizer, "__dict__", {}).get("found_inf")
         self._found_inf = found_inf if isinstance(found_inf, Tensor) else None
@@ -152,8 +167,15 @@ class Session:
         self.guarded(self.log.write)
         self.log.flush()
 
+    def close(self, *, together: bool = True) -> None:
+        """Write the last record and close the sinks."""
+        self._unseen.tell()
+        self.log.close(together=together)
+
     def end(self, *, together: bool = True) -> None:
         """Write the last record, and give memory back; the numbers stay."""
+        self._unseen.tell()
+        self._unseen.end(self._unseen.text)
         self._ending.come(together=together)
         self.tracker.drop_codes()
         self.weights.forget()

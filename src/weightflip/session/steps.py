@@ -1,9 +1,10 @@
-"""Which calls of an optimizer's step are none of the training: frameworks have it make its state by one."""
+"""The optimizer of a step, and which calls of its step are none of the training: frameworks make its state by one."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ from weightflip import distributed
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """All parameters, in the order of the groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def reference(optimizer: Optimizer) -> Callable[[], Optimizer | None]:
+    """Does not keep the optimizer alive, if it is of a class that allows that."""
+    try:
+        return weakref.ref(optimizer)
+    except TypeError:
+        # __slots__ without __weakref__
+        return lambda: optimizer
 
 
 def is_phantom(optimizer: Optimizer) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,10 +16,19 @@ from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.quantizers.adapt import quantizer_name
 from weightflip.quantizers.protocol import Quantizer
 from weightflip.records import RunInfo, shown, split_variant, variant
-from weightflip.selection import Plan, Selection, Sources, make_groups, make_plan, name_parameters, owner_types
+from weightflip.selection import (
+    Plan,
+    Selection,
+    Sources,
+    is_by_place,
+    make_groups,
+    make_plan,
+    name_parameters,
+    owner_types,
+)
 from weightflip.session.log import Log, Source, restricted
 from weightflip.session.options import Options
-from weightflip.session.steps import parameters_of
+from weightflip.session.steps import parameters_of, reference
 
 logger = logging.getLogger("weightflip")
 
@@ -128,7 +136,8 @@ class Weights:
             for quantizer in quantizers
         ]
         weights, taken = _shared_out(weights, others, strict)
-        self._tell_notes(plan.notes)
+        notes = (*plan.notes, *self._note_on_names(weights))
+        self._tell_notes(notes)
         if strict and not weights and not others:
             _say(f"{plan.nothing_to_track}; they are looked at again at the first step, and whenever they change")
         # Again at the first step: until then a model may still be converted, which leaves its parameters what they are.
@@ -136,7 +145,7 @@ class Weights:
         places = {id(parameter): place for place, parameter in reversed(list(enumerate(every)))}
         self.tracked, self._places = weights, [places[id(weight.parameter)] for weight in weights]
         described = _table(weights)
-        self._optimizer = _reference(optimizer)
+        self._optimizer = reference(optimizer)
         self.release()
         # Kept, because a copy of an optimizer has no model in it.
         self._types.update(owner_types(parameters, self._model))
@@ -146,10 +155,15 @@ class Weights:
         if strict and self._groups == "blocks" and not groups and not others:
             _say("groups='blocks' finds no block that repeats, such as layers.0 and layers.1, in the names")
         skipped = {**plan.skipped, **taken}
-        self._source.info = RunInfo(
-            described, skipped, self._settings, plan.notes, groups, self._tracker.declared_values
-        )
+        self._source.info = RunInfo(described, skipped, self._settings, notes, groups, self._tracker.declared_values)
         self._log.join(self._source)
+
+    def _note_on_names(self, weights: Sequence[TrackedWeight]) -> tuple[str, ...]:
+        names = [weight.name for weight in weights if is_by_place(split_variant(weight.name)[0])]
+        if self._model is not None or not names:
+            return ()
+        such = names[0] + (", ..." if len(names) > 1 else "")
+        return (f"Weights are named by their place in the optimizer's groups; model= gives them their names ({such})",)
 
     def _tell_notes(self, notes: Sequence[str]) -> None:
         for note in notes:
@@ -297,12 +311,3 @@ def _described(parameters: Sequence[Tensor]) -> tuple[object, ...]:
         )
         for p in parameters
     )
-
-
-def _reference(optimizer: Optimizer) -> Callable[[], Optimizer | None]:
-    """Does not keep the optimizer alive, if it is of a class that allows that."""
-    try:
-        return weakref.ref(optimizer)
-    except TypeError:
-        # __slots__ without __weakref__
-        return lambda: optimizer

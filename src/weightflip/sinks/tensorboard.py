@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from weightflip.records import (
     in_lines,
     shown,
 )
+from weightflip.sinks.background import BackgroundSink, warn
 from weightflip.sinks.chosen import ChosenLayers, LayerValues
 from weightflip.sinks.files import check_writable, warn_of_deletion
 from weightflip.sinks.layout import Layout
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _SUFFIX = ".weightflip"
 
 
-class TensorBoardSink:
+class TensorBoardSink(BackgroundSink):
     """Writes the numbers of the model, the layers and the groups; x axis: optimizer steps.
 
     ``flips/rate``, ``flips/cumulative_rate``, ``flips/stall_ratio`` and ``flips/<value>`` for the model;
@@ -71,6 +71,8 @@ class TensorBoardSink:
         self.log_dir = log_dir
         self.layer_values = layer_values
         self._owned = writer is None
+        # A writer of the user's is in use in the training's thread, too, and may be closed there.
+        self.writes_in_background = self._owned
         self._writer = writer
         self._process = os.getpid()
         self._purged = False
@@ -275,9 +277,7 @@ class TensorBoardSink:
         except Exception as error:
             # Not worth the loss of the scalars.
             self._pictures = None
-            warnings.warn(
-                f"weightflip: no pictures of the layers over time: {type(error).__name__}: {error}", stacklevel=2
-            )
+            warn(f"weightflip: no pictures of the layers over time: {type(error).__name__}: {error}")
             return
         for name, picture in pictures.items():
             self._writer.add_image(f"weightflip/{name}", picture, self._last_step, dataformats="HWC")
