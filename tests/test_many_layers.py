@@ -154,6 +154,12 @@ def test_what_stands_out_for_a_while_stays(tmp_path):
     found = scalars(tmp_path)
     assert [tag for tag in found if tag.startswith("flip_rate/")] == ["flip_rate/head.weight"]
     assert [step for step, _ in found["flip_rate/head.weight"]] == [6, 7, 8, 9, 10]
+    # The Text tab names it.
+    (event,) = events_in(tmp_path).Tensors("weightflip/layers_that_stand_out/text_summary")
+    assert event.step == 6
+    text = event.tensor_proto.string_val[0].decode()
+    median = np.median([layer.flip_rate for layer in records[5].layers])
+    assert text == f"- `head.weight`: flip rate 0\n- the median of all layers: {median:.3g}"
     assert "stall_ratio/head.weight" in found
 
 
