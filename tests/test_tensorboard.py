@@ -138,6 +138,7 @@ def test_charts_show_what_there_is(digits, tmp_path):
         ["^flip_rate/.*"],
         ["^stall_ratio/.*"],
         ["^cumulative_flip_rate/.*"],
+        ["^updated_fraction/.*"],
         ["^flips/rate", "^flips/stall_ratio"],
     ]
     metrics = ("flips", "stalls", "oscillation")

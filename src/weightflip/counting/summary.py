@@ -14,7 +14,7 @@ def as_text(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> str:
         steps: How many there were.
         layers: Of each, its name, its quantizer, how many weights it has, and its totals.
     """
-    rows: list[tuple[str, ...]] = [("layer", "quantizer", "weights", "flips", "flips/weight", "stall ratio")]
+    rows: list[tuple[str, ...]] = [("layer", "quantizer", "weights", "flips", "flips/weight", "stall ratio", "updated")]
     sums: dict[str, tuple[int, Counts]] = {}
     for name, quantizer, weights, counts in layers:
         rows.append(_row(split_variant(name)[0], quantizer, weights, counts))
@@ -36,4 +36,10 @@ def as_text(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> str:
 def _row(name: str, quantizer: str, weights: int, counts: Counts) -> tuple[str, ...]:
     per_weight = f"{counts.flips / weights:.2f}" if weights else "-"
     stall_ratio = f"{counts.stall_ratio:.1%}" if counts.updates else "-"
-    return shown(name), shown(quantizer), f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio
+    updated = _percent(counts.updated_fraction) if counts.update_steps else "-"
+    return shown(name), shown(quantizer), f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio, updated
+
+
+def _percent(share: float) -> str:
+    """One weight of a large layer is not 0.0%."""
+    return f"{100 * share:.1g}%" if 0 < share < 0.001 else f"{share:.1%}"
