@@ -117,7 +117,7 @@ COUNTING_FLOORS = (
     {"current"},
     {"totals", "batched", "summary", "stalls", "single"},
     {"routes", "named", "silent", "sharded"},
-    {"metric_runner", "shards", "canary"},
+    {"metric_runner", "shards", "canary", "nonfinite"},
     {"table"},
     {"layer", "columns", "notices", "schedule", "checkpoint"},
     {"batch", "ledger"},

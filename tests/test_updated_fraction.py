@@ -87,8 +87,11 @@ def test_it_is_in_records_files_tags_and_tables(tmp_path):
     train(log_dir=tmp_path / "tb")[1].close()
     tags = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert tags.Scalars("flips/updated_fraction")[-1].value == pytest.approx(OF_MODEL)
-    for name, expected in EXPECTED.items():
-        assert tags.Scalars(f"updated_fraction/{name}")[-1].value == pytest.approx(expected)
+    shown = [tag.partition("/")[2] for tag in tags.Tags()["scalars"] if tag.startswith("updated_fraction/")]
+    # Of a layer all of whose weights have gradients, TensorBoard has no line.
+    assert sorted(shown) == sorted(name for name, expected in EXPECTED.items() if expected < 1)
+    for name in shown:
+        assert tags.Scalars(f"updated_fraction/{name}")[-1].value == pytest.approx(EXPECTED[name])
 
 
 def test_without_stalls_nobody_knows():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,6 +17,9 @@ MODEL_TAGS = {
     "stall_ratio": "flips/stall_ratio",
 }
 """Where there are tags, those of the model's numbers that are not ``flips/<value>``."""
+
+ALERTS_TAG = "weightflip/tracking_alerts"
+"""The text of alerts, which TensorBoard shows after that of what is tracked: it sorts them by tag."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Value:
         chart: What charts it stands among in TensorBoard's layout; the metric group's, unless it is said.
         order: Its place among the numbers, the lowest first: the last ones are left out first where there is no room.
         heat_map: Whether it has a picture of all layers over time.
+        expects: Of a number that is the flip rate / another rate: what that is, in a few words. There is a picture of
+            each layer's flip rate against it.
 
     Raises:
         ValueError: A kind or a unit that there is not.
@@ -47,6 +53,7 @@ class Value:
     chart: str = ""
     order: int = 100
     heat_map: bool = False
+    expects: str = ""
 
     def __post_init__(self) -> None:
         for what, given, known in (("kind", self.kind, get_args(Kind)), ("unit", self.unit, get_args(Unit))):
@@ -473,6 +480,27 @@ class AlertEvent:
     value: float
     since: int
     message: str
+
+
+# Layers that one line names.
+_NAMED = 5
+
+
+def in_lines(events: Iterable[AlertEvent]) -> list[str]:
+    """What to tell people of some alerts: a line each; of many layers with one rule at one step, one line.
+
+    Args:
+        events: Those of one step and rule together.
+    """
+    told = []
+    for (step, rule), group in itertools.groupby(events, lambda event: (event.step, event.rule)):
+        alike = list(group)
+        if len(alike) <= _NAMED:
+            told += [event.message for event in alike]
+        else:
+            names = ", ".join(shown(event.layer) for event in alike[:_NAMED])
+            told.append(f"step {step}: {rule}: {names} and {len(alike) - _NAMED} more")
+    return told
 
 
 def _summed(name: str, layers: Sequence[LayerRecord]) -> LayerRecord:

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from weightflip import checks, distributed, functional, kernels
+from weightflip import checks, distributed, kernels
 from weightflip.counting import summary, totals
 from weightflip.counting.batch import Batch
 from weightflip.counting.batched import BatchedRoute
 from weightflip.counting.columns import Columns
 from weightflip.counting.current import CurrentLayers
 from weightflip.counting.layer import CodeState, Layer, TrackedWeight
-from weightflip.counting.ledger import NONFINITE
 from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.named import NamedSnapshots
+from weightflip.counting.nonfinite import count_nonfinite
 from weightflip.counting.notices import Notices
 from weightflip.counting.routes import ElementwiseRoute, WholeWeightRoute
 from weightflip.counting.schedule import Progress, Schedule
@@ -455,19 +455,9 @@ class WeightFlipTracker:
         """Find what is found at logging points."""
         holding = None if self._holding is None else self._holding()
         with nullcontext() if holding is None else holding():
-            self._count_nonfinite()
+            count_nonfinite(self._current, self._layers, self._scratch)
+            self._current.leave_out_failed()
             self._measure()
-
-    def _count_nonfinite(self) -> None:
-        for layer in self._current:
-            if layer.tracked is None or not layer.tracked.is_held:
-                continue
-            try:
-                assert layer.row is not None
-                functional.count_nonfinite(layer.tracked.plain(), layer.row.total[NONFINITE], self._scratch)
-            except Exception as error:
-                self._layers.fail(layer.name, error)
-        self._current.leave_out_failed()
 
     def _measure(self) -> None:
         due = self._runner.begin_measure(self._layers) if self._runner else []

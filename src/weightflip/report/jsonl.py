@@ -10,8 +10,9 @@ from typing import IO
 
 import numpy as np
 
-from weightflip.records import FlipRecord, LayerRecord, RunInfo
+from weightflip.records import RunInfo
 from weightflip.report import legacy, lines
+from weightflip.report.block import Block
 from weightflip.report.points import Table
 from weightflip.report.run import Alert, Run, chains_of, models_of, of_nonfinite, updated
 from weightflip.report.scan import Line, Scan, Writer
@@ -68,7 +69,7 @@ class _Chain:
         self._follow(content for writer in writers for content in writer.contents)
         chosen = self._kept if every_record else _spread(self._kept)
         table = self._table(chosen)
-        if not table.points:
+        if not table:
             return None
         info = legacy.declared(self._info, table.gauges)
         layers = table.layers(info)
@@ -102,29 +103,27 @@ class _Chain:
     def _table(self, chosen: Sequence[Line]) -> Table:
         """The points of some of the records; of a record that follows others left out, those of all of them."""
         table = Table()
-        before: dict[str, LayerRecord] = {}
+        before: Block | None = None
         last = -1
         positions = {(line.file, line.offset): at for at, line in enumerate(self._kept)}
         for line in chosen:
             try:
-                record = self._record(line)
+                block = self._block(line)
             except lines.DamagedLine:
                 self._damaged += 1
                 continue
             at = positions[line.file, line.offset]
-            for layer in record.layers:
-                table.add(record.step, _widened(layer, before.get(layer.name)) if at > last + 1 else layer)
-            before = {layer.name: layer for layer in record.layers}
-            last = at
+            table.add(line.step, block, before, widens=at > last + 1)
+            before, last = block, at
         return table
 
-    def _record(self, line: Line) -> FlipRecord:
+    def _block(self, line: Line) -> Block:
         self._files[line.file].seek(line.offset)
-        return lines.record_of(self._files[line.file].read(line.length), line.step)
+        return lines.block_of(self._files[line.file].read(line.length), line.step)
 
     def _is_damaged(self, line: Line) -> bool:
         try:
-            self._record(line)
+            self._block(line)
         except lines.DamagedLine:
             return True
         return False
@@ -157,10 +156,3 @@ def _spread(every: Sequence[Line]) -> Sequence[Line]:
     if points >= len(every):
         return every
     return [every[at] for at in np.unique(np.linspace(0, len(every) - 1, points).round().astype(int))]
-
-
-def _widened(layer: LayerRecord, before: LayerRecord | None) -> LayerRecord:
-    """With the window since an earlier record than the last one, where counting was not begun anew in between."""
-    window = layer.total - before.total if before is not None else layer.total
-    counted = [number for name, number in vars(window).items() if name != "ratios"]
-    return layer if min(counted) < 0 else replace(layer, window=window)

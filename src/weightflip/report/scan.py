@@ -107,8 +107,8 @@ def _content(data: Mapping[str, Any]) -> RunInfo | Alert | None:
 def _alert_from_dict(data: Any) -> Alert:
     if not isinstance(data, dict):
         raise lines.DamagedLine
-    step, *words = (data.get(name, "") for name in Alert._fields)
-    step = step or 0
+    step = data.get("step") or 0
     if type(step) is not int or not 0 <= step < 2**63:
         raise lines.DamagedLine
-    return Alert(step, *(str(word) for word in words))
+    layer, rule, message = (str(data.get(name, "")) for name in ("layer", "rule", "message"))
+    return Alert(step, layer, rule, message)

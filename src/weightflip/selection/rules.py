@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weightflip.checks import described, globs
+from weightflip.overview import MANY_LAYERS, blocks_of
 from weightflip.quantizers import resolve
 from weightflip.quantizers.adapt import quantizer_name
 
@@ -151,14 +152,17 @@ def make_groups(
     names: Sequence[str],
     types: Mapping[str, str],
     *,
+    tracked: Sequence[str] = (),
     strict: bool = True,
 ) -> dict[str, tuple[str, ...]]:
     """Name of each group of layers to the parameters in it.
 
     Args:
-        groups: Name to globs over parameter names, or ``"type"`` for a group of each type; None for none.
+        groups: Name to globs over parameter names; ``"type"`` for a group of each type; ``"blocks"`` for one of each
+            repeated block; None for blocks where more than 30 weights are tracked, else none.
         names: Of the parameters.
         types: Name to the type of the module that holds the parameter; what has none is in no group.
+        tracked: Those of the parameters that blocks are found among.
         strict: Whether a glob that matches nothing is an error.
 
     Returns:
@@ -167,8 +171,8 @@ def make_groups(
     Raises:
         ValueError: If ``strict``: a glob that matches nothing, or ``"type"`` without types.
     """
-    if groups is None:
-        return {}
+    if groups is None or groups == "blocks":
+        return blocks_of(tracked) if groups or len(tracked) > MANY_LAYERS else {}
     if isinstance(groups, str):
         if strict and not types:
             raise ValueError("groups='type' looks at the model's modules; pass model=, or globs over parameter names")

@@ -14,16 +14,24 @@ from typing import Any
 from weightflip import distributed
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import Counts, FlipRecord, RunInfo, shown, split_variant
+from weightflip.selection import make_groups
 from weightflip.session.alerts import AlertWatch
 from weightflip.sinks import SinkGroup
 
 
 class Source:
-    """One optimizer's part of a run."""
+    """One optimizer's part of a run.
 
-    def __init__(self, tracker: WeightFlipTracker, owner: object) -> None:
+    Args:
+        tracker: Of the optimizer.
+        owner: What lives as long as its steps come.
+        asked_groups: ``groups=``, as it was given.
+    """
+
+    def __init__(self, tracker: WeightFlipTracker, owner: object, asked_groups: object = None) -> None:
         self.info = RunInfo({}, {})
         self.groups: dict[str, tuple[str, ...]] = {}
+        self.asked_groups = asked_groups
         self._tracker: WeightFlipTracker | None = tracker
         self._last = FlipRecord(0, ())
         self._last_totals: list[tuple[str, str, int, Counts]] = []
@@ -171,6 +179,12 @@ class Log:
 
     def _show(self, record: FlipRecord) -> None:
         info = RunInfo.merged([source.info for source in self.sources])
+        asked = [source.asked_groups for source in self.sources]
+        if len(asked) > 1 and all(groups is None or groups == "blocks" for groups in asked):
+            # What repeats shows in the names of all; one optimizer may have a single weight of each block.
+            names = dict.fromkeys(split_variant(layer.name)[0] for layer in record.layers)
+            groups = make_groups("blocks" if any(asked) else None, (), {}, tracked=list(names))
+            record, info = replace(record, groups=groups), replace(info, groups=groups)
         self._unless_warned(self.sinks.write, record, info, self.first_step)
         for event in self._unless_warned(self.alerts.check, record) or []:
             self._unless_warned(self.sinks.alert, event)

@@ -39,7 +39,7 @@ class Session:
     ) -> None:
         self.tracker = tracker
         self.log = log
-        self.source = Source(tracker, self)
+        self.source = Source(tracker, self, options.groups)
         self.weights = Weights(tracker, log, self.source, model, options, settings)
         self._guard = Guard(tracker, self.weights, log)
         self._ending = Ending(log, self.source)

@@ -149,8 +149,11 @@ class Weights:
         self.release()
         # Kept, because a copy of an optimizer has no model in it.
         self._types.update(owner_types(parameters, self._model))
-        self._source.groups = make_groups(self._groups, list(parameters), self._types, strict=strict)
-        groups = restricted(self._source.groups, {split_variant(weight.name)[0] for weight in weights})
+        tracked = list(dict.fromkeys(split_variant(weight.name)[0] for weight in weights))
+        self._source.groups = make_groups(self._groups, list(parameters), self._types, tracked=tracked, strict=strict)
+        groups = restricted(self._source.groups, set(tracked))
+        if strict and self._groups == "blocks" and not groups and not others:
+            _say("groups='blocks' finds no block that repeats, such as layers.0 and layers.1, in the names")
         skipped = {**plan.skipped, **taken}
         self._source.info = RunInfo(described, skipped, self._settings, notes, groups, self._tracker.declared_values)
         self._log.join(self._source)

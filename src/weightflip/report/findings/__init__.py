@@ -17,12 +17,15 @@ from weightflip.report.findings.bursts import BURST_POINTS, find_bursts
 from weightflip.report.findings.comparison import compare
 from weightflip.report.findings.dead import find_dead
 from weightflip.report.findings.formats import find_formats
+from weightflip.report.findings.gradients import find_few_gradients
 from weightflip.report.findings.lost import find_lost_updates
 from weightflip.report.findings.nonfinite import find_nonfinite
 from weightflip.report.findings.oscillation import find_oscillating
-from weightflip.report.findings.ranges import find_out_of_range
+from weightflip.report.findings.ranges import find_saturated, find_underflow, find_zeros
 from weightflip.report.findings.rank import find_lost_rank
+from weightflip.report.findings.resting import find_resting
 from weightflip.report.findings.scale import find_scale_driven
+from weightflip.report.findings.steps import find_small_steps
 from weightflip.report.findings.stuck import find_stuck
 from weightflip.report.run import Run
 
@@ -33,13 +36,18 @@ CHECKS = (
     Check(find_alerts),
     Check(find_nonfinite, "non-finite weights"),
     Check(find_lost_updates),
+    Check(find_small_steps),
     Check(find_dead, "layers without updates"),
+    Check(find_few_gradients),
     Check(find_stuck, "layers that stand still"),
     Check(find_behind),
     Check(find_bursts, "bursts of flips"),
     Check(find_oscillating, "oscillation", needs=("oscillation_ratio", "oscillating_fraction")),
+    Check(find_resting, "resting weights", needs=("travel_ratio",)),
     Check(find_scale_driven, "moving scales", needs=("weight_driven_fraction",)),
-    Check(find_out_of_range, "range", needs=("zero_fraction", "saturated_fraction", "underflow_fraction")),
+    Check(find_zeros, "range", needs=("zero_fraction", "saturated_fraction", "underflow_fraction")),
+    Check(find_underflow),
+    Check(find_saturated),
     Check(find_lost_rank, "rank", needs=("effective_rank",)),
     Check(find_formats),
 )

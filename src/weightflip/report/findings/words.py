@@ -28,16 +28,29 @@ def times(factor: float) -> str:
     return f"{factor:.1f}" if factor < 10 else f"{factor:,.0f}"
 
 
-def named(names: Sequence[str], of: int) -> str:
-    """Layers by name; many of them by number."""
-    if len(names) == 1:
+def named(names: Sequence[str], of: int, unnamed: int = 0) -> str:
+    """Layers by name; many of them by number.
+
+    Args:
+        names: Some of them, or all.
+        of: How many layers there are.
+        unnamed: How many there are beside ``names``.
+
+    Example:
+        >>> named(["a"], 9), named(["a", "b"], 9), named(list("abcd"), 9), named(["a"], 2, unnamed=1)
+        ('a', '2 of 9 layers (a and b)', '4 of 9 layers (a, b, c and 1 more)', 'both layers')
+    """
+    count = len(names) + unnamed
+    if count == len(names) == 1:
         return names[0]
-    if len(names) == of:
+    if count == of:
         return f"all {of} layers" if of > 2 else "both layers"
-    shown = list(names[:3])
-    more = len(names) - len(shown)
-    listed = ", ".join(shown) + f" and {more} more" if more else " and ".join([", ".join(shown[:-1]), shown[-1]])
-    return f"{len(names)} of {of} layers ({listed})"
+    if not names:
+        return f"{count} of {of} layers"
+    listed = list(names[:3])
+    more = count - len(listed)
+    text = ", ".join(listed) + f" and {more} more" if more else " and ".join([", ".join(listed[:-1]), listed[-1]])
+    return f"{count} of {of} layers ({text})"
 
 
 def format_of(layer: Layer) -> str:
