@@ -29,7 +29,7 @@ BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode i
 @pytest.fixture(autouse=True, params=[(1, 1 << 21), (3, 1 << 21), (3, 2100)], ids=["1", "3", "3 in short runs"])
 def threads_and_runs(request, monkeypatch):
     threads, elements = request.param
-    monkeypatch.setattr(cpu, "_ELEMENTS_PER_THREAD", 100)
+    monkeypatch.setattr(cpu, "_ELEMENTS_PER_ITEM", 100)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(batch, "_ELEMENTS_PER_RUN", elements)
 
