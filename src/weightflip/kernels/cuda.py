@@ -134,8 +134,13 @@ def _count(
     stretch, weight, codes, first_scale, groups, elements, is_there, is_first = _tile(
         places, tiles, rows, columns, is_aligned
     )
-    # Before the codes are stored: a load that waits for a store takes as long as the rest of the kernel.
+    # Loads come before the codes are stored: one that waits for a store takes as long as the rest of the kernel.
     row = tl.load(counted + stretch) if has_rows else stretch
+    if has_scale_codes:
+        counts_scale = (tl.max(is_there.to(tl.int32), axis=1) != 0) & is_first
+        at = first_scale + groups
+        new = tl.load(new_scales + at, mask=counts_scale, other=0).to(stored_scales.dtype.element_ty)
+        has_changed = (tl.load(stored_scales + at, mask=counts_scale, other=0) != new) & counts_scale
     scaled = _float32_bits(weight, elements, is_there, stored, is_aligned).to(tl.float32, bitcast=True)
     if is_scaled:
         has_any = tl.max(is_there.to(tl.int32), axis=1) != 0
@@ -158,10 +163,6 @@ def _count(
     tl.store(kept, code, mask=is_there)
     count = counts + row * stride
     if has_scale_codes:
-        counts_scale = (tl.max(is_there.to(tl.int32), axis=1) != 0) & is_first
-        at = first_scale + groups
-        new = tl.load(new_scales + at, mask=counts_scale, other=0).to(stored_scales.dtype.element_ty)
-        has_changed = (tl.load(stored_scales + at, mask=counts_scale, other=0) != new) & counts_scale
         tl.store(stored_scales + at, new, mask=counts_scale)
         tl.atomic_add(scale_changes + row * stride, tl.sum(has_changed.to(tl.int32)).to(tl.int64), sem="relaxed")
     tl.atomic_add(count, tl.sum(has_flipped.to(tl.int32)).to(tl.int64), sem="relaxed")
