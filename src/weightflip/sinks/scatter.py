@@ -143,6 +143,8 @@ class _Plot:
         taken: list[float] = []
         for spot in (*far, *odd):
             x, y = self._at(spot.expected, spot.flip_rate)
+            # Above the numbers of the axis.
+            y = min(y, _TOP + _HEIGHT - FONT_SIZE)
             while any(abs(y - other) < FONT_SIZE for other in taken):
                 y -= FONT_SIZE
             taken.append(y)
