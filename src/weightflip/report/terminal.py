@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from weightflip.report.run import Layer, ReportError, Run, Series
 from weightflip.report.table import ALWAYS, cell, columns, concerns, formats, model_series, ranked
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
     from rich.text import Text
 
@@ -49,6 +49,17 @@ def print_report(runs: Sequence[Run], findings: Sequence[Finding], file: IO[str]
     Raises:
         ReportError: rich is missing.
     """
+    console = console_of(file)
+    for part in parts_of(console, runs, findings):
+        console.print(part)
+
+
+def console_of(file: IO[str] | None = None) -> Console:
+    """The terminal; a pipe or a file is wide.
+
+    Raises:
+        ReportError: rich is missing.
+    """
     try:
         from rich.console import Console
     except ImportError as error:
@@ -58,16 +69,20 @@ def print_report(runs: Sequence[Run], findings: Sequence[Finding], file: IO[str]
     console = Console(file=file, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(file=file, highlight=False, width=_PIPE_WIDTH)
-    _print_runs(console, runs)
-    _print_findings(console, runs, findings)
-    console.print()
+    return console
+
+
+def parts_of(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> list[RenderableType]:
+    """The report, part by part, as wide as a console."""
+    parts = [*_runs(console, runs), _findings(console, runs, findings), ""]
     if 1 < len(runs) <= _SIDE_BY_SIDE and _share_layers(runs):
-        _print_side_by_side(console, runs, findings)
+        parts += _side_by_side(console, runs, findings)
     elif len(runs) <= _SIDE_BY_SIDE:
         for run in runs:
-            _print_layers(console, run, findings, titled=len(runs) > 1)
+            parts += _layers(console, run, findings, titled=len(runs) > 1)
     else:
-        console.print(f"Layers are listed for up to {_SIDE_BY_SIDE} runs; --html has those of all.")
+        parts.append(_text(f"Layers are listed for up to {_SIDE_BY_SIDE} runs; --html has those of all."))
+    return parts
 
 
 def _share_layers(runs: Sequence[Run]) -> bool:
@@ -91,7 +106,7 @@ def _text(text: str, style: str = "") -> Text:
     return Text(escaped(text), style=style)
 
 
-def _print_runs(console: Console, runs: Sequence[Run]) -> None:
+def _runs(console: Console, runs: Sequence[Run]) -> Iterator[RenderableType]:
     rows = []
     for run in runs:
         for variant in run.models:
@@ -115,13 +130,14 @@ def _print_runs(console: Console, runs: Sequence[Run]) -> None:
         table.add_column(_text(column.title), justify="left" if column.left else "right", overflow="fold")
     for at, name in enumerate(names):
         table.add_row(_text(name), *(_text(column.cells[at]) for column in shown))
-    console.print(table)
+    yield table
     for run in runs:
         for note in run.notes:
-            console.print(_text(f"{run.name}: {note}" if len(runs) > 1 else note, style="dim"))
+            yield _text(f"{run.name}: {note}" if len(runs) > 1 else note, style="dim")
 
 
-def _print_findings(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> None:
+def _findings(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> RenderableType:
+    from rich.constrain import Constrain
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2, 0, 0))
@@ -131,7 +147,7 @@ def _print_findings(console: Console, runs: Sequence[Run], findings: Sequence[Fi
         style, word = _STYLES[finding.severity]
         whose = f"{finding.runs[0]}: " if len(runs) > 1 and len(finding.runs) == 1 else ""
         table.add_row(_text(word, style=style), _text(whose + finding.text + "."))
-    console.print(table, width=min(console.width, _TEXT_WIDTH))
+    return Constrain(table, min(console.width, _TEXT_WIDTH))
 
 
 def _mark(run: Run, findings: Sequence[Finding], layer: str) -> tuple[str, str]:
@@ -184,7 +200,7 @@ def _fitting(console: Console, names: Sequence[str], others: Sequence[_Column]) 
     return shown
 
 
-def _print_layers(console: Console, run: Run, findings: Sequence[Finding], titled: bool) -> None:
+def _layers(console: Console, run: Run, findings: Sequence[Finding], titled: bool) -> Iterator[RenderableType]:
     layers = ranked(run, findings)
     shown = layers[:_LAYERS_SHOWN]
     values = columns([run], shown)
@@ -198,11 +214,11 @@ def _print_layers(console: Console, run: Run, findings: Sequence[Finding], title
             sparks = [sparkline(layer.get("flip_rate"), run.begin, run.end) for layer in shown]
             others.append(_Column("over time", sparks, 4, left=True))
     if titled:
-        console.print(_text(f"{run.name}: {formats(run)}", style="bold"))
-    _print_table(console, [run], shown, len(layers), findings, others)
+        yield _text(f"{run.name}: {formats(run)}", style="bold")
+    yield from _table_of_layers(console, [run], shown, len(layers), findings, others)
 
 
-def _print_side_by_side(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> None:
+def _side_by_side(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> Iterator[RenderableType]:
     """One table, with a column of each run for each number."""
 
     def worst(name: str) -> int:
@@ -214,7 +230,7 @@ def _print_side_by_side(console: Console, runs: Sequence[Run], findings: Sequenc
     shown = [next(run.layers[name] for run in runs if name in run.layers) for name in names[:_LAYERS_SHOWN]]
     letters = "ABCDEFGH"
     for letter, run in zip(letters, runs, strict=False):
-        console.print(_text(f"{letter} = {run.name}: {formats(run)}", style="bold"))
+        yield _text(f"{letter} = {run.name}: {formats(run)}", style="bold")
     others = []
     for at, value in enumerate(columns(runs, [layer for run in runs for layer in run.layers.values()])):
         for letter, run in zip(letters, runs, strict=False):
@@ -223,17 +239,17 @@ def _print_side_by_side(console: Console, runs: Sequence[Run], findings: Sequenc
                 for layer in shown
             ]
             others.append(_Column(value.title, cells, _KEEP.get(value.name, -at), letter=letter))
-    _print_table(console, runs, shown, len(names), findings, others)
+    yield from _table_of_layers(console, runs, shown, len(names), findings, others)
 
 
-def _print_table(
+def _table_of_layers(
     console: Console,
     runs: Sequence[Run],
     layers: Sequence[Layer],
     of: int,
     findings: Sequence[Finding],
     others: Sequence[_Column],
-) -> None:
+) -> Iterator[RenderableType]:
     shown = _fitting(console, [layer.name for layer in layers], others)
     table = _table(console)
     table.add_column("")
@@ -245,11 +261,11 @@ def _print_table(
         mark, style = max(marks, key=lambda pair: ["", "*", "!", "!!"].index(pair[0]))
         cells = [_text(column.cells[at]) for column in shown]
         table.add_row(_text(mark, style=style), _text(layer.name, style=style if mark else ""), *cells)
-    console.print(table)
+    yield table
     late = " and ".join(dict.fromkeys(f"{max(0, int(run.late)):,} to {run.end:,}" for run in runs))
-    console.print(_text(f"Means of the last quarter, steps {late}; shares of weights at its end.", style="dim"))
+    yield _text(f"Means of the last quarter, steps {late}; shares of weights at its end.", style="dim")
     if of > len(layers):
-        console.print(_text(f"{of - len(layers):,} more layers: --html and --csv have all.", style="dim"))
+        yield _text(f"{of - len(layers):,} more layers: --html and --csv have all.", style="dim")
     hidden = list(dict.fromkeys(column.value for column in others if column not in shown))
     if hidden:
-        console.print(_text(f"Left out in this width: {', '.join(hidden)}.", style="dim"))
+        yield _text(f"Left out in this width: {', '.join(hidden)}.", style="dim")

@@ -152,7 +152,7 @@ class _Singles:
         return np.array(self.orders), Points(steps, times, values[None])
 
 
-def read(paths: Sequence[Path], progress: Callable[[int], object] = lambda size: None) -> Events:
+def read(paths: Sequence[Path], progress: Callable[[float], object] = lambda size: None) -> Events:
     """Scalars and texts of some event files, one after the other.
 
     A file is read up to the first place that is torn, as it is where the training was killed or is still writing.
@@ -182,7 +182,7 @@ def _event_parser() -> Callable[[bytes], Any]:
 
 
 class _Reader:
-    def __init__(self, parse: Callable[[bytes], Any], progress: Callable[[int], object]) -> None:
+    def __init__(self, parse: Callable[[bytes], Any], progress: Callable[[float], object]) -> None:
         self._parse = parse
         self._progress = progress
         self._events = Events()
