@@ -53,10 +53,8 @@ class Block:
         """Of a record that was read with all checks."""
         layers = record.layers
         periods = [[layer.window for layer in layers], [layer.total for layer in layers]]
-        window, total = (
-            np.array([[getattr(counts, name) for name in COUNTS] for counts in period], np.int64).reshape(-1, 6)
-            for period in periods
-        )
+        rows = [[[getattr(counts, name) for name in COUNTS] for counts in period] for period in periods]
+        window, total = (np.array(counts, np.int64).reshape(-1, len(COUNTS)) for counts in rows)
         window_ratios, total_ratios = (_pairs([counts.ratios for counts in period]) for period in periods)
         return cls(
             tuple(layer.name for layer in layers),
@@ -81,11 +79,22 @@ class Block:
             if not set(map(type, parts.names)) <= {str} or len(set(parts.names)) < len(parts.names):
                 raise IrregularRecord
             numbers = (_integers([numbers], len(parts.names))[0] for numbers in (parts.weights, parts.nonfinite))
-            counts = (_integers(rows, len(COUNTS)) for rows in (parts.window, parts.total))
+            counts = [_integers(rows, len(COUNTS)) for rows in (parts.window, parts.total)]
+            if "rows" in data:
+                # As one row of arrays: what its numbers stand for is said there.
+                layers = LayerRecord.from_row(["", 0, *(list(matrix.T) for matrix in counts)])
+                counts = [_matrix(period, len(parts.names)) for period in (layers.window, layers.total)]
             pairs = (_checked_pairs(of) for of in (parts.window_ratios, parts.total_ratios, parts.gauges))
             return cls(tuple(parts.names), *numbers, *counts, *pairs)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise IrregularRecord from error
+
+    def with_window(self, window: NDArray[np.int64]) -> LayerRecord:
+        """All layers as one record, of which each number is an array, with another window."""
+        now: dict[str, Any] = dict(zip(COUNTS, window.T, strict=True))
+        ever: dict[str, Any] = dict(zip(COUNTS, self.total.T, strict=True))
+        weights: Any = self.weights
+        return LayerRecord("", weights, Counts(**now), Counts(**ever))
 
 
 class _Parts(NamedTuple):
@@ -133,6 +142,14 @@ def _integers(rows: Sequence[Sequence[Any]], width: int) -> NDArray[np.int64]:
         found = np.array(rows, np.int64)
     else:
         found = np.array([[*row, *(0,) * (width - len(row))] for row in rows], np.int64).reshape(-1, width)
+    if found.size and found.min() < 0:
+        raise IrregularRecord
+    return found
+
+
+def _matrix(counts: Counts, layers: int) -> NDArray[np.int64]:
+    """(layers, counts), of counts of which each is an array."""
+    found = np.stack([np.broadcast_to(np.asarray(getattr(counts, name)), layers) for name in COUNTS], axis=1)
     if found.size and found.min() < 0:
         raise IrregularRecord
     return found
