@@ -46,7 +46,8 @@ runs_here = pytest.mark.skipif(
 )
 on_a_gpu = pytest.mark.skipif(IS_INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
 
-BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("rceil",)), "nvfp4", "int4:g32"]
+BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("rceil",)), "nvfp4", "int4:g32",
+          "float8_e4m3:1x128"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

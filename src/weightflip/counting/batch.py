@@ -101,6 +101,10 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
         return None
     if weight.data_ptr() == 0 or weight.data_ptr() % weight.element_size():
         return None
+    grouped = quantizer.grouped(weight)
+    if quantizer.group is not None and grouped.shape[-1] != quantizer.group and grouped.shape[-2] > 1:
+        # Several groups share a scale, and the last ones of a row are fewer.
+        return None
     is_scaled = quantizer.scope != "element"
     for update in (None, weight.dtype) if with_updates else (None,):
         kind = kernels.Kind(weight.dtype, update, codes.dtype, rounding, weight.device)
@@ -108,11 +112,9 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
         if not kernels.run_for(backend, kind, takes_scale=is_scaled, finds_scale=is_scaled, eager=eager):
             return None
     scale_codes, group = None, 0
-    if quantizer.scope == "group":
-        assert quantizer.group is not None
+    if quantizer.group is not None:
         scale_codes = quantizer.scale_codes(weight.new_ones((), dtype=torch.float32))
-        shape = quantizer.grouped(weight).shape
-        scale_codes, group = scale_codes.new_zeros((*shape[:-1], 1)), quantizer.group
+        scale_codes, group = scale_codes.new_zeros((*grouped.shape[:-1], 1)), grouped.shape[-1]
     elif quantizer.scope == "row":
         group = weight.shape[-1] if weight.ndim else 1
     elif quantizer.scope == "tensor":

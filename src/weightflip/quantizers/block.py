@@ -16,7 +16,7 @@ from weightflip.quantizers.registry import register
 
 ScaleMode: TypeAlias = Literal["floor", "rceil", "ceil", "even"]
 
-MX_NAMES = {block.family: block.element for block in BLOCK_FORMATS.values() if block.scale == E8M0}
+MX_NAMES = {block.family: block.element for block in BLOCK_FORMATS.values() if block.rule == "floor"}
 """The MX formats without options, and their elements."""
 
 

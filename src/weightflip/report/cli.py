@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from weightflip.delta.cli import COMMANDS, add_commands, run
 from weightflip.records import shown
 from weightflip.report.findings import find
 from weightflip.report.follow import follow
@@ -46,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument(
         "--follow", action="store_true", help="read again when a training has added points, until Ctrl+C"
     )
+    add_commands(commands)
     args = parser.parse_args(argv)
+    if args.command in COMMANDS:
+        return run(args)
     if args.follow and (args.html or args.csv):
         parser.error("--follow is for the terminal; write --html and --csv without it")
     try:
