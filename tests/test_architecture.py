@@ -115,12 +115,13 @@ def test_no_two_files_need_each_other():
 COUNTING_FLOORS = (
     {"tracker"},
     {"current"},
-    {"totals", "batched", "summary", "stalls", "single"},
+    {"totals", "batched", "gathered", "summary", "stalls", "single"},
     {"routes", "named", "silent", "sharded"},
     {"metric_runner", "shards", "canary", "nonfinite"},
     {"table"},
     {"layer", "columns", "notices", "schedule", "checkpoint"},
     {"batch", "ledger"},
+    {"scale_table"},
 )
 
 

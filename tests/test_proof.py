@@ -114,6 +114,20 @@ class MissesNaN(cpu.Run):
         return super().largest().nan_to_num(nan=0.0)
 
 
+class LosesAChangeOfAScale(cpu.Run):
+    def count_into_(self, counts, rows, scale, updates, scale_codes=None):
+        super().count_into_(counts, rows, scale, updates, scale_codes)
+        if scale_codes is not None:
+            scale_codes.changes[-1] -= 1
+
+
+class KeepsAnOldScale(cpu.Run):
+    def count_into_(self, counts, rows, scale, updates, scale_codes=None):
+        super().count_into_(counts, rows, scale, updates, scale_codes)
+        if scale_codes is not None:
+            scale_codes.stored[-1] ^= 1
+
+
 class WritesTooFar(cpu.Run):
     def count_(self, scale, updates):
         ctypes.c_int8.from_address(int(self._places[1, items.CODES]) + 4099).value = 3
@@ -126,6 +140,8 @@ FAULTS = {
     IgnoresNaNAsUpdate: "it counts ",
     RoundsCoarsely: "codes are others",
     MissesNaN: "it finds other largest magnitudes",
+    LosesAChangeOfAScale: "it counts changes of scales",
+    KeepsAnOldScale: "it stores other scales",
 }
 
 

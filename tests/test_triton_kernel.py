@@ -301,6 +301,7 @@ def test_compiled_for_a_gpu_it_rounds_as_ieee_says(divides):
         "update_mask": 0x7FFFFFFF,
         "is_scaled": True,
         "has_rows": True,
+        "has_scale_codes": True,
         "divides": divides,
         "columns": 128,
         "is_aligned": True,
@@ -312,6 +313,9 @@ def test_compiled_for_a_gpu_it_rounds_as_ieee_says(divides):
         "updates": "*i64",
         "counts": "*i64",
         "counted": "*i64",
+        "new_scales": "*i32",
+        "stored_scales": "*u8",
+        "scale_changes": "*i64",
     }
     signature = {name: pointers.get(name, "constexpr" if name in numbers else "i32") for name in kernel.arg_names}
     at = kernel.arg_names.index

@@ -47,6 +47,10 @@ class Route(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Hold no codes of layers; the next step finds them in the layers."""
+        ...
+
 
 class OneByOne(ABC):
     """Each layer by itself.
@@ -83,6 +87,9 @@ class OneByOne(ABC):
         observe: functional.Observer | None,
     ) -> Tensor | None:
         """Count what changed into the layer's row, and keep the new codes; the scale."""
+
+    def release(self) -> None:
+        """Layers alone hold codes here."""
 
     def encode(self, layers: Sequence[Layer]) -> None:
         for layer in layers:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from weightflip.formats import FP32, FloatRounding, IntegerRounding, Rounding
 from weightflip.kernels import reference
-from weightflip.kernels.runs import Addresses, Kind, Run, Stretch
+from weightflip.kernels.runs import Addresses, Kind, Run, ScaleCodes, Stretch
 
 logger = logging.getLogger("weightflip")
 
@@ -291,6 +291,25 @@ def find_fault(run: type[Run], question: Question) -> str | None:
         return f"{wrong} of {len(trial.codes)} codes are others"
     if not torch.equal(found, trial.counts):
         return f"it counts {found.tolist()}, plain torch {trial.counts.tolist()}"
+    return None if trial.scales is None else _fault_of_scale_codes(kernel, trial)
+
+
+def _fault_of_scale_codes(kernel: Run, trial: _Trial) -> str | None:
+    """As :func:`find_fault`, of what is stored of scales, once the codes were counted: nothing else changes any more."""
+    assert trial.scales is not None
+    scales, of_parts = trial.scales, [part.numel // part.group for part in trial.parts]
+    without = None if trial.addresses is None else trial.addresses * 0
+    rows = torch.arange(len(of_parts), device=scales.device)
+    new = torch.arange(len(scales), dtype=torch.int32, device=scales.device) % 256
+    for dtype in (torch.uint8, torch.int32):
+        stored = torch.where(new % 3 == 0, new ^ 1, new).to(dtype)
+        expected = torch.stack([torch.count_nonzero(part) for part in torch.split(stored != new, of_parts)])
+        table = torch.zeros(len(of_parts), 4, dtype=torch.int64, device=scales.device)
+        kernel.count_into_(table[:, :3], rows, scales, without, ScaleCodes(new, stored, table[:, 3]))
+        if not torch.equal(stored, new.to(dtype)):
+            return "it stores other scales"
+        if not torch.equal(table[:, 3], expected) or table[:, :3].count_nonzero():
+            return f"it counts changes of scales {table.tolist()}, plain torch {expected.tolist()}"
     return None
 
 

@@ -174,6 +174,9 @@ class ElementwiseQuantizer(BaseQuantizer):
     """Whether all that a code depends on beside its weight is the largest magnitude in its ``scope``, from which
     :meth:`scale_of` makes the scale; nothing where that is ``"element"``. With this and ``rounding`` many weights are
     counted in one call."""
+    is_two_level: bool = False
+    """Whether a code depends on the largest magnitudes of its group and of its tensor, from which
+    :meth:`scale_of_groups` makes the scale, and on no more."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -263,6 +266,10 @@ class ElementwiseQuantizer(BaseQuantizer):
         The largest magnitudes are in the weight's dtype, and NaN where there is one.
         """
         raise NotImplementedError(f"quantizer {self.name!r} takes its scales from whole weights")
+
+    def scale_of_groups(self, largest: Tensor, of_tensors: Tensor) -> Tensor:
+        """The scales, from the largest magnitude of each group and of the tensor that it is in, as in ``scale_of``."""
+        raise NotImplementedError(f"quantizer {self.name!r} has no scale of two levels")
 
     def applied_scale(self, scale: Tensor | None) -> Tensor | None:
         """What the weight is multiplied or divided by: the scale, unless the format computes with another number."""
