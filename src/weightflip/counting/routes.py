@@ -89,7 +89,8 @@ class OneByOne(ABC):
         """Count what changed into the layer's row, and keep the new codes; the scale."""
 
     def release(self) -> None:
-        """Layers alone hold codes here."""
+        """As in :class:`Route`: codes are held by the layers only."""
+        return
 
     def encode(self, layers: Sequence[Layer]) -> None:
         for layer in layers:

@@ -419,11 +419,6 @@ class WeightFlipTracker:
         self._layers.drop_codes()
         self._current.release()
 
-    def _release(self) -> None:
-        """Have the routes hold no codes of layers that go together."""
-        self._current.release()
-        self._gathered.release()
-
     def drop_codes(self) -> None:
         """Give back all memory but that of the numbers; the next step starts with a baseline."""
         self._layers.forget_weights()

@@ -295,7 +295,7 @@ def find_fault(run: type[Run], question: Question) -> str | None:
 
 
 def _fault_of_scale_codes(kernel: Run, trial: _Trial) -> str | None:
-    """As :func:`find_fault`, of what is stored of scales, once the codes were counted: nothing else changes any more."""
+    """As :func:`find_fault`, of what is stored of scales. The codes were counted before, so no other count changes."""
     assert trial.scales is not None
     scales, of_parts = trial.scales, [part.numel // part.group for part in trial.parts]
     without = None if trial.addresses is None else trial.addresses * 0
