@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def run(
             gradient = whole(name, step)
             p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if isinstance(p, DTensor) else gradient
         before(step, model)
-        with Collectives() as done:
+        with nullcontext() if calls is None else Collectives() as done:
             optimizer.step()
         if calls is not None:
             calls.append(done.calls)
@@ -150,9 +150,9 @@ def work(rank: int, world: int, folder: Path) -> None:
     with connected(rank, world, folder), warnings.catch_warnings():
         warnings.simplefilter("error")
         cases = CASES | (OF_FOUR if world == 4 else {})
-        results = {name: run(*case) for name, case in cases.items()}
-        results["calls"] = []
-        run(FLAT, fsdp, calls=results["calls"])
+        calls: list = []
+        results = {name: run(*case, calls=calls if name == "fsdp" else None) for name, case in cases.items()}
+        results["calls"] = calls
         for name, case in REFUSED.items():
             if name != "strided" or world == 4:
                 try:

@@ -143,6 +143,7 @@ def test_charts_show_what_there_is(digits, tmp_path):
         ["^flip_rate/.*"],
         ["^stall_ratio/.*"],
         ["^cumulative_flip_rate/.*"],
+        ["^updated_fraction/.*"],
     ]
     metrics = ("flips", "stalls", "oscillation")
     train(digits, 10, log_dir=tmp_path / "more", metrics=metrics, groups={"all": "*"})[0].close()

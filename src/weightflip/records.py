@@ -71,6 +71,15 @@ CORE_VALUES = (
         "cumulative_flip_rate", "gauge", "flips/weight", "flips since the start / weights", "number", "weightflip", 55
     ),
     Value(
+        "updated_fraction",
+        "rate",
+        "updated",
+        "share of weights whose gradient is not 0 in a step",
+        "share",
+        "weightflip",
+        57,
+    ),
+    Value(
         "scale_changes",
         "rate",
         "scale changes",
@@ -136,6 +145,7 @@ class Counts:
         stalled: Weights with an update and no flip.
         scale_steps: Sum over the tracked steps of the block and group scales that were compared in each.
         scale_changes: Those of them that changed.
+        update_steps: As ``weight_steps``, of the steps in which updates were counted: none without ``"stalls"``.
         ratios: What metric groups counted, by name.
     """
 
@@ -145,6 +155,7 @@ class Counts:
     stalled: int = 0
     scale_steps: int = 0
     scale_changes: int = 0
+    update_steps: int = 0
     ratios: Mapping[str, Quotient] = field(default_factory=dict)
 
     def __add__(self, other: Counts) -> Counts:
@@ -168,6 +179,11 @@ class Counts:
         return self.stalled / self.updates if self.updates else math.nan
 
     @property
+    def updated_fraction(self) -> float:
+        """Mean share of the weights with an update in a step, in [0, 1]; NaN where updates were not counted."""
+        return self.updates / self.update_steps if self.update_steps else math.nan
+
+    @property
     def scale_change_rate(self) -> float:
         """Mean share of the block and group scales that change in a step; NaN where there are none."""
         return self.scale_changes / self.scale_steps if self.scale_steps else math.nan
@@ -184,10 +200,22 @@ class Counts:
 
 def _short(counts: Counts) -> list[int]:
     """The numbers of ``counts`` in their order, without zeros at the end."""
-    numbers = [getattr(counts, name) for name in _NUMBERS]
+    # Updates are counted in all steps, or in none: what is left over is 0 in most runs.
+    found = {
+        **{name: getattr(counts, name) for name in _NUMBERS},
+        "update_steps": counts.weight_steps - counts.update_steps,
+    }
+    numbers = list(found.values())
     while numbers and not numbers[-1]:
         numbers.pop()
     return numbers
+
+
+def _of_short(numbers: Sequence[int], ratios: Mapping[str, Quotient]) -> Counts:
+    """The inverse of ``_short``."""
+    counts: dict[str, Any] = {**dict.fromkeys(_NUMBERS, 0), **dict(zip(_NUMBERS, numbers, strict=False))}
+    counts["update_steps"] = counts["weight_steps"] - counts["update_steps"]
+    return Counts(**counts, ratios=ratios)
 
 
 _NUMBERS = tuple(f.name for f in fields(Counts) if f.name != "ratios")
@@ -275,6 +303,11 @@ class LayerRecord:
         return self.window.stall_ratio
 
     @property
+    def updated_fraction(self) -> float:
+        """Mean share of the weights that had an update in a step of the window; NaN where updates were not counted."""
+        return self.window.updated_fraction
+
+    @property
     def scale_change_rate(self) -> float:
         """Mean share of the block and group scales that changed in a step of the window; NaN where there are none."""
         return self.window.scale_change_rate
@@ -292,6 +325,7 @@ class LayerRecord:
             "flip_rate": Quotient(window.flips, window.weight_steps),
             "cumulative_flip_rate": Quotient(self.total.flips, self.weights),
             "stall_ratio": Quotient(window.stalled, window.updates),
+            "updated_fraction": Quotient(window.updates, window.update_steps),
             "scale_changes": Quotient(window.scale_changes, window.scale_steps),
             **window.ratios,
             **self.gauges,
@@ -349,7 +383,7 @@ class LayerRecord:
         """The inverse of ``to_row``."""
         name, weights, *periods, more = row if len(row) > 4 else [*row, {}]
         window, total = (
-            Counts(**dict(zip(_NUMBERS, numbers, strict=False)), ratios=_quotients(more.get(of, {})))
+            _of_short(numbers, _quotients(more.get(of, {})))
             for of, numbers in zip(("window", "total"), periods, strict=True)
         )
         return cls(name, weights, window, total, more.get("nonfinite", 0), _quotients(more.get("gauges", {})))

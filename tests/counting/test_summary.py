@@ -13,7 +13,7 @@ def layers(blocks=24, odd=("layers.7.down.weight",), suffix=""):
     found = []
     for at, name in enumerate(names):
         flips = 1 if name in odd else 900 + at % 10
-        found.append((name + suffix, "e3m4", 100, Counts(10_000, flips, 10_000, 10_000 - flips)))
+        found.append((name + suffix, "e3m4", 100, Counts(10_000, flips, 10_000, 10_000 - flips, update_steps=10_000)))
     return found
 
 
@@ -22,16 +22,16 @@ def test_blocks_come_first_and_then_what_stands_out():
     lines = as_text(100, rows).splitlines()
     assert len(lines) == 1 + 1 + 25 + 1 + 1 + 2 + 2
     assert lines[0] == "after step 100, 169 layers"
-    assert lines[1].split() == ["block", "quantizer", "weights", "flips", "flips/weight", "stall", "ratio"]
+    assert lines[1].split() == ["block", "quantizer", "weights", "flips", "flips/weight", "stall", "ratio", "updated"]
     of_block = [counts.flips for name, _, _, counts in rows if name.startswith("layers.3.")]
     assert lines[2 + 1 + 3].split() == [
         "layers.3", "e3m4", "700",
-        f"{sum(of_block):,}", f"{sum(of_block) / 700:.2f}", f"{1 - sum(of_block) / 70_000:.1%}",
+        f"{sum(of_block):,}", f"{sum(of_block) / 700:.2f}", f"{1 - sum(of_block) / 70_000:.1%}", "100.0%",
     ]  # fmt: skip
     total = sum(counts.flips for *_, counts in rows)
     assert lines[27].split()[:3] == ["all", "16,900", f"{total:,}"]
     assert lines[29].startswith("layers that stand out")
-    assert lines[30].split() == ["layers.7.down.weight", "e3m4", "100", "1", "0.01", "100.0%"]
+    assert lines[30].split() == ["layers.7.down.weight", "e3m4", "100", "1", "0.01", "100.0%", "100.0%"]
     assert lines[-1] == "each layer: get_flip_rates(), get_stall_ratios()"
 
 

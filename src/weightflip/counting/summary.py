@@ -22,7 +22,14 @@ class Row(NamedTuple):
         counts, weights = self.counts, self.weights
         per_weight = f"{counts.flips / weights:.2f}" if weights else "-"
         stall_ratio = f"{counts.stall_ratio:.1%}" if counts.updates else "-"
-        return shown(self.name), shown(self.quantizer), f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio
+        updated = _percent(counts.updated_fraction) if counts.update_steps else "-"
+        names = shown(self.name), shown(self.quantizer)
+        return *names, f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio, updated
+
+
+def _percent(share: float) -> str:
+    """One weight of a large layer is not 0.0%."""
+    return f"{100 * share:.1g}%" if 0 < share < 0.001 else f"{share:.1%}"
 
 
 def as_text(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> str:
@@ -75,7 +82,10 @@ def _outliers(rows: Sequence[Row]) -> list[Row]:
 
 
 def _table(what: str, rows: Sequence[Row]) -> list[str]:
-    cells = [(what, "quantizer", "weights", "flips", "flips/weight", "stall ratio"), *(row.cells for row in rows)]
+    cells = [
+        (what, "quantizer", "weights", "flips", "flips/weight", "stall ratio", "updated"),
+        *(row.cells for row in rows),
+    ]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
     return [
         "  ".join(

@@ -131,7 +131,7 @@ class WeightFlipTracker:
         kernels.check_backend(backend)
         names, self._groups = make_groups(metrics, oscillation_ema)
         self._schedule = Schedule(track_every, start_step, end_step)
-        self._columns = Columns(self._groups)
+        self._columns = Columns(self._groups, with_updates="stalls" in names)
         self._notices = Notices()
         self.metrics = tuple(names)
         self.low_memory = checks.flag("low_memory", low_memory)

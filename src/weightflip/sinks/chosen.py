@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from weightflip.overview import MANY_LAYERS, outliers
 from weightflip.records import FlipRecord, Quotient, split_variant
+from weightflip.sinks.tags import Point
 
 LayerValues: TypeAlias = "Sequence[str] | str | None"
 
@@ -36,6 +37,7 @@ class ChosenLayers:
         self.are_many = False
         self.outliers: list[str] = []
         self._since: dict[str, int] = {}
+        self._begun: set[str] = set()
 
     def look(self, record: FlipRecord) -> list[str]:
         """Take note of a record, before it is written.
@@ -60,6 +62,20 @@ class ChosenLayers:
     def has(self, value: str, layer: str) -> bool:
         """Whether a number of a layer is written under a tag of its own."""
         return self.has_all(value) or (self._asked is None and layer in self.outliers)
+
+    def begins(self, point: Point) -> bool:
+        """Whether a tag of those that are had gets its points: ``updated_fraction`` from where it is not 1 any more.
+
+        In most models it is 1 all the time, and of the model itself this is written.
+        """
+        if point.value != "updated_fraction" or point.tag.startswith("flips/") or self._is_asked_for(point.value):
+            return True
+        if point.number < 1:
+            self._begun.add(point.tag)
+        return point.tag in self._begun
+
+    def _is_asked_for(self, value: str) -> bool:
+        return self._asked is not None and (self._asked == "all" or value in self._asked)
 
     def has_all(self, value: str) -> bool:
         """Whether every layer has it."""

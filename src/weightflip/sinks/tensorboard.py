@@ -169,7 +169,8 @@ class TensorBoardSink(BackgroundSink):
         self._lay_out(record)
         of_all = spread_points(record) if self._chosen.are_many else ()
         for point in itertools.chain(points(record, self._chosen.has), model_points(record), of_all):
-            self._scalar(point, record.step)
+            if self._chosen.begins(point):
+                self._scalar(point, record.step)
         self._points += 1
         if has_histograms(self._points):
             self._histograms_of(record)
