@@ -109,7 +109,8 @@ def write_run(where: Path, layers: int, points: int) -> None:
     speed = draw.uniform(0.01, 0.2, layers)
     for point in range(points):
         flips = draw.binomial(SIZE * EVERY, speed * (1 - 0.9 * point / points)).tolist()
-        windows = [Counts(SIZE * EVERY, n, SIZE * EVERY, SIZE * EVERY - n) for n in flips]
+        every_step = SIZE * EVERY
+        windows = [Counts(every_step, n, every_step, every_step - n, update_steps=every_step) for n in flips]
         totals = [total + window for total, window in zip(totals, windows, strict=True)]
         rows = zip(names, [SIZE] * layers, windows, totals, strict=True)
         record = FlipRecord((point + 1) * EVERY, tuple(LayerRecord(*row) for row in rows))

@@ -121,13 +121,13 @@ def _of_rows(rows: Sequence[Sequence[Any]]) -> _Parts:
 
 def _of_layers(layers: Sequence[Mapping[str, Any]]) -> _Parts:
     window, total = ([layer[of] for layer in layers] for of in ("window", "total"))
-    if any(layer.keys() != _LAYER for layer in layers) or any(period.keys() != _COUNTS for period in window + total):
+    # Earlier versions counted less.
+    if not all(layer.keys() <= _LAYER for layer in layers) or not all(of.keys() <= _COUNTS for of in window + total):
         raise IrregularRecord
-    names, weights, nonfinite, gauges = (
-        [layer[of] for layer in layers] for of in ("name", "weights", "nonfinite", "gauges")
-    )
-    counts, total_counts = ([[period[name] for name in COUNTS] for period in periods] for periods in (window, total))
-    ratios, total_ratios = ([period["ratios"] for period in periods] for periods in (window, total))
+    names, weights = ([layer[of] for layer in layers] for of in ("name", "weights"))
+    nonfinite, gauges = [layer.get("nonfinite", 0) for layer in layers], [layer.get("gauges", {}) for layer in layers]
+    counts, total_counts = ([[of.get(name, 0) for name in COUNTS] for of in period] for period in (window, total))
+    ratios, total_ratios = ([of.get("ratios", {}) for of in period] for period in (window, total))
     return _Parts(names, weights, nonfinite, counts, total_counts, ratios, total_ratios, gauges)
 
 
