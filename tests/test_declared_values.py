@@ -74,7 +74,7 @@ def test_a_users_metric_shows_up_everywhere(digits, tmp_path, capsys, monkeypatc
     head = next(line for line in out.splitlines() if "weights" in line and "wide flips" in line)
     assert head.index("stall ratio") < head.index("wide flips") < head.index("reach")
     row = next(line for line in out.splitlines() if "2.weight" in line).split()
-    assert row[-3:-1] == ["%", f"{reach:.2f}"], "and flips/weight after them"
+    assert row[-5:-3] == ["%", f"{reach:.2f}"], "and flips/weight and the updated fraction after them"
 
     text = " ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).text)
     assert "Wide flips: share of flips over several codes" in text, "the heading of its heat map"

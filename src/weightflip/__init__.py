@@ -12,8 +12,7 @@ from weightflip.quantizers import Codes, Quantizer, decode, encode, quantize, qu
 from weightflip.records import AlertEvent, FlipRecord, LayerRecord, RunInfo
 from weightflip.session.alerts import Alert
 from weightflip.sinks import Sink
-
-__version__ = "0.1.0"
+from weightflip.version import __version__ as __version__
 
 __all__ = [
     "Alert",

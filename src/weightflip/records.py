@@ -315,8 +315,13 @@ class LayerRecord:
     @property
     def quotients(self) -> dict[str, Quotient]:
         """What ``values`` are made of, so that they can be added before they are divided."""
+        return {name: quotient for name, quotient in self.pairs.items() if not math.isnan(quotient.value)}
+
+    @property
+    def pairs(self) -> dict[str, Quotient]:
+        """The same, and those where nothing was there to count. Of numbers that are arrays, arrays."""
         window = self.window
-        found = {
+        return {
             "flip_rate": Quotient(window.flips, window.weight_steps),
             "cumulative_flip_rate": Quotient(self.total.flips, self.weights),
             "stall_ratio": Quotient(window.stalled, window.updates),
@@ -325,7 +330,6 @@ class LayerRecord:
             **window.ratios,
             **self.gauges,
         }
-        return {name: quotient for name, quotient in found.items() if not math.isnan(quotient.value)}
 
     @property
     def values(self) -> dict[str, float]:

@@ -53,10 +53,8 @@ class Block:
         """Of a record that was read with all checks."""
         layers = record.layers
         periods = [[layer.window for layer in layers], [layer.total for layer in layers]]
-        window, total = (
-            np.array([[getattr(counts, name) for name in COUNTS] for counts in period], np.int64).reshape(-1, 6)
-            for period in periods
-        )
+        rows = [[[getattr(counts, name) for name in COUNTS] for counts in period] for period in periods]
+        window, total = (np.array(counts, np.int64).reshape(-1, len(COUNTS)) for counts in rows)
         window_ratios, total_ratios = (_pairs([counts.ratios for counts in period]) for period in periods)
         return cls(
             tuple(layer.name for layer in layers),
@@ -81,11 +79,22 @@ class Block:
             if not set(map(type, parts.names)) <= {str} or len(set(parts.names)) < len(parts.names):
                 raise IrregularRecord
             numbers = (_integers([numbers], len(parts.names))[0] for numbers in (parts.weights, parts.nonfinite))
-            counts = (_integers(rows, len(COUNTS)) for rows in (parts.window, parts.total))
+            counts = [_integers(rows, len(COUNTS)) for rows in (parts.window, parts.total)]
+            if "rows" in data:
+                # As one row of arrays: what its numbers stand for is said there.
+                layers = LayerRecord.from_row(["", 0, *(list(matrix.T) for matrix in counts)])
+                counts = [_matrix(period, len(parts.names)) for period in (layers.window, layers.total)]
             pairs = (_checked_pairs(of) for of in (parts.window_ratios, parts.total_ratios, parts.gauges))
             return cls(tuple(parts.names), *numbers, *counts, *pairs)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise IrregularRecord from error
+
+    def with_window(self, window: NDArray[np.int64]) -> LayerRecord:
+        """All layers as one record, of which each number is an array, with another window."""
+        now: dict[str, Any] = dict(zip(COUNTS, window.T, strict=True))
+        ever: dict[str, Any] = dict(zip(COUNTS, self.total.T, strict=True))
+        weights: Any = self.weights
+        return LayerRecord("", weights, Counts(**now), Counts(**ever))
 
 
 class _Parts(NamedTuple):
@@ -112,13 +121,13 @@ def _of_rows(rows: Sequence[Sequence[Any]]) -> _Parts:
 
 def _of_layers(layers: Sequence[Mapping[str, Any]]) -> _Parts:
     window, total = ([layer[of] for layer in layers] for of in ("window", "total"))
-    if any(layer.keys() != _LAYER for layer in layers) or any(period.keys() != _COUNTS for period in window + total):
+    # Earlier versions counted less.
+    if not all(layer.keys() <= _LAYER for layer in layers) or not all(of.keys() <= _COUNTS for of in window + total):
         raise IrregularRecord
-    names, weights, nonfinite, gauges = (
-        [layer[of] for layer in layers] for of in ("name", "weights", "nonfinite", "gauges")
-    )
-    counts, total_counts = ([[period[name] for name in COUNTS] for period in periods] for periods in (window, total))
-    ratios, total_ratios = ([period["ratios"] for period in periods] for periods in (window, total))
+    names, weights = ([layer[of] for layer in layers] for of in ("name", "weights"))
+    nonfinite, gauges = [layer.get("nonfinite", 0) for layer in layers], [layer.get("gauges", {}) for layer in layers]
+    counts, total_counts = ([[of.get(name, 0) for name in COUNTS] for of in period] for period in (window, total))
+    ratios, total_ratios = ([of.get("ratios", {}) for of in period] for period in (window, total))
     return _Parts(names, weights, nonfinite, counts, total_counts, ratios, total_ratios, gauges)
 
 
@@ -133,6 +142,14 @@ def _integers(rows: Sequence[Sequence[Any]], width: int) -> NDArray[np.int64]:
         found = np.array(rows, np.int64)
     else:
         found = np.array([[*row, *(0,) * (width - len(row))] for row in rows], np.int64).reshape(-1, width)
+    if found.size and found.min() < 0:
+        raise IrregularRecord
+    return found
+
+
+def _matrix(counts: Counts, layers: int) -> NDArray[np.int64]:
+    """(layers, counts), of counts of which each is an array."""
+    found = np.stack([np.broadcast_to(np.asarray(getattr(counts, name)), layers) for name in COUNTS], axis=1)
     if found.size and found.min() < 0:
         raise IrregularRecord
     return found

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from weightflip.delta.cli import COMMANDS, add_commands, run
 from weightflip.records import shown
 from weightflip.report.findings import find
+from weightflip.report.follow import follow
+from weightflip.report.live import reading, watch
 from weightflip.report.read import read_runs
 from weightflip.report.run import ReportError
 from weightflip.report.table import write_csv
-from weightflip.report.terminal import print_report
+from weightflip.report.terminal import console_of, print_report
+from weightflip.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="weightflip", description="How quantized weights move while a network trains."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     report = commands.add_parser(
         "report",
@@ -40,12 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report.add_argument("--html", metavar="FILE", help="write a page with plots; it needs no network")
     report.add_argument("--csv", metavar="FILE", help="write every number: run, step, layer, quantizer, value, number")
+    report.add_argument(
+        "--follow", action="store_true", help="read again when a training has added points, until Ctrl+C"
+    )
     add_commands(commands)
     args = parser.parse_args(argv)
     if args.command in COMMANDS:
         return run(args)
+    if args.follow and (args.html or args.csv):
+        parser.error("--follow is for the terminal; write --html and --csv without it")
     try:
-        _report(args.runs, args.html, args.csv)
+        if args.follow:
+            watch(follow(args.runs), console_of())
+        else:
+            _report(args.runs, args.html, args.csv)
     except ReportError as error:
         print(f"weightflip: {shown(str(error))}", file=sys.stderr)
         return 1
@@ -59,7 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(paths: Sequence[str], html: str | None, csv: str | None) -> None:
-    runs = read_runs(paths)
+    try:
+        console = console_of()
+    except ReportError:
+        # Said once the page is written, which needs no rich.
+        console = None
+    with reading(paths, console) as progress:
+        runs = read_runs(paths, progress=progress)
     findings = find(runs)
     if html is not None:
         from weightflip.report.html import write_html

@@ -6,7 +6,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -83,16 +83,21 @@ def _point_at(data: mmap.mmap, at: int) -> tuple[float, int] | None:
     return None
 
 
-def read(path: Path) -> list[Run]:
-    """One run; several where their writers were at work at once; none for event files without our tags."""
+def read(path: Path, progress: Callable[[float], object] = lambda size: None) -> list[Run]:
+    """One run; several where their writers were at work at once; none for event files without our tags.
+
+    Args:
+        path: A file or a directory.
+        progress: Called with a number of bytes, each time that so many more are read.
+    """
     files = [path] if path.is_file() else sorted(path.glob("*tfevents*"))
     spans = {file: found for file in files if len(files) > 1 and file.is_file() and (found := span(file)) is not None}
     ours = list(spans)
     chains = chains_of([(found.begin, found.end) for found in spans.values()])
     if len(chains) < 2:
-        run = _read_event_files(path, [file for file in files if file.is_file()])
+        run = _read_event_files(path, [file for file in files if file.is_file()], progress)
         return [] if run is None else [run]
-    runs = [_read_event_files(path, [ours[index] for index in chain]) for chain in chains]
+    runs = [_read_event_files(path, [ours[index] for index in chain], progress) for chain in chains]
     note = (
         f"one of {len(chains)} trainings that wrote to this directory at once, kept apart; "
         "give each a directory of its own"
@@ -109,9 +114,9 @@ _ALERT = re.compile(r"^- step (\d{1,18}): ([^:]+): (.*)$", re.M)
 _SEVERAL = re.compile(r"(.*) and (\d{1,9}) more")
 
 
-def _read_event_files(path: Path, files: Sequence[Path]) -> Run | None:
+def _read_event_files(path: Path, files: Sequence[Path], progress: Callable[[float], object]) -> Run | None:
     """None for event files without our tags."""
-    loaded = tfevents.read(files)
+    loaded = tfevents.read(files, progress)
     info = RunInfo({}, {})
     for panel in loaded.texts.get(_TRACKED, ()):
         info = updated(info, _info_from_markdown(panel.text))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,23 +22,26 @@ _BYTES_READ_AT_MOST = 24_000_000
 _POINTS_READ_AT_LEAST = 200
 
 
-def read(found: Scan, path: Path, every_record: bool) -> list[Run]:
+def read(
+    found: Scan, path: Path, every_record: bool, progress: Callable[[float], object] = lambda size: None
+) -> list[Run]:
     """One run; several where their writers were at work at once; none for files that are not ours.
 
     Args:
         found: What the files hold.
         path: What the runs are called by.
         every_record: Read all records; else as many as a report can show.
+        progress: Called with a number of bytes, in all half of those of the files.
     """
     writers = list(found.writers.values())
     chains = chains_of([(writer.begin, writer.end) for writer in writers])
     with ExitStack() as stack:
         files = [stack.enter_context(file.open("rb")) for file in found.paths]
-        runs = [
-            run
+        every = [
+            _Chain(files, found.damaged, progress).read([writers[at] for at in chain], path, every_record)
             for chain in chains
-            if (run := _Chain(files, found.damaged).read([writers[at] for at in chain], path, every_record)) is not None
         ]
+        runs = [run for run in every if run is not None]
     if len(runs) < 2:
         return runs
     where = "file" if len(found.paths) == 1 else "directory"
@@ -54,10 +57,12 @@ class _Chain:
     Args:
         files: Those that were scanned, open.
         damaged: Lines that the scan could not read.
+        progress: Called with half of the bytes of each record, read or left out.
     """
 
-    def __init__(self, files: Sequence[IO[bytes]], damaged: int) -> None:
+    def __init__(self, files: Sequence[IO[bytes]], damaged: int, progress: Callable[[float], object]) -> None:
         self._files = files
+        self._progress = progress
         self._damaged = damaged
         self._info = RunInfo({}, {})
         self._alerts: list[Alert] = []
@@ -106,7 +111,9 @@ class _Chain:
         before: Block | None = None
         last = -1
         positions = {(line.file, line.offset): at for at, line in enumerate(self._kept)}
+        share = sum(line.length for line in self._kept) / 2 / max(1, len(chosen))
         for line in chosen:
+            self._progress(share)
             try:
                 block = self._block(line)
             except lines.DamagedLine:

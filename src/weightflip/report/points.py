@@ -12,14 +12,6 @@ from weightflip.records import RunInfo, split_variant
 from weightflip.report.block import COUNTS, Block, Pairs
 from weightflip.report.run import Layer, Series, gauges_of
 
-# Numbers of every record: numerator and denominator, as names of counts.
-_QUOTIENTS = {
-    "flip_rate": ("flips", "weight_steps"),
-    "stall_ratio": ("stalled", "updates"),
-    "scale_changes": ("scale_changes", "scale_steps"),
-}
-_COLUMN = {name: at for at, name in enumerate(COUNTS)}
-
 
 class _Numbers(NamedTuple):
     """One number of some layers, at one point."""
@@ -119,12 +111,9 @@ class Table:
 def _quotients(
     block: Block, window: NDArray[np.int64], ratios: Pairs
 ) -> Iterator[tuple[str, tuple[NDArray[np.float64], NDArray[np.float64]]]]:
-    counts = window.astype(np.float64)
-    for name, (numerator, denominator) in _QUOTIENTS.items():
-        yield name, (counts[:, _COLUMN[numerator]], counts[:, _COLUMN[denominator]])
-        if name == "flip_rate":
-            flips = block.total[:, _COLUMN["flips"]].astype(np.float64)
-            yield "cumulative_flip_rate", (flips, block.weights.astype(np.float64))
+    """What a record says of each layer, by name: numerators and denominators."""
+    for name, (numerators, denominators) in block.with_window(window).pairs.items():
+        yield name, (np.asarray(numerators, np.float64), np.asarray(denominators, np.float64))
     for of_groups in ({name: ratios[name] for name in ratios if name not in block.gauges}, block.gauges):
         for name, pairs in of_groups.items():
             yield name, (pairs[:, 0], pairs[:, 1])

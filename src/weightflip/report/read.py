@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from weightflip.report import events, jsonl
-from weightflip.report.run import ReportError, Run
+from weightflip.report.run import NoRecords, ReportError, Run
 from weightflip.report.scan import Scan, scan
 
 # Beside an event file: flips, time, host, process, number.
@@ -18,13 +18,19 @@ _BESIDE = re.compile(r"flips\.\d+\..*\.\d+\.\d+\.jsonl")
 _SLACK = 5.0
 
 
-def read_runs(paths: Sequence[str | os.PathLike[str]], every_record: bool = False) -> list[Run]:
+def read_runs(
+    paths: Sequence[str | os.PathLike[str]],
+    every_record: bool = False,
+    progress: Callable[[float], object] = lambda size: None,
+) -> list[Run]:
     """Every run below some paths.
 
     Args:
         paths: Run directories, directories with runs somewhere below, ``.jsonl`` files, event files.
         every_record: Read each record of a long JSONL file. Else as many as a report can show, evenly spread: the
             windows between them are added up, so that no count is lost.
+        progress: Called with a number of bytes, each time that so many more are done with; in all it is about
+            :func:`size_of`.
 
     Returns:
         At least one run. In a directory with both, JSONL is read: it has the counts, event files have quotients.
@@ -35,9 +41,9 @@ def read_runs(paths: Sequence[str | os.PathLike[str]], every_record: bool = Fals
     runs: list[Run] = []
     seen: set[Path] = set()
     for path in (Path(path) for path in paths):
-        found = list(_read_below(path, every_record))
+        found = list(_read_below(path, every_record, progress))
         if not found:
-            raise ReportError(
+            raise NoRecords(
                 f"{path}: no records of weightflip. Looked for .jsonl files with records and for event files "
                 "(*tfevents*) with flip_rate/... tags, here and in all directories below. A training writes its first "
                 "point after log_every= steps"
@@ -56,40 +62,64 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
     return [str(path.relative_to(common)) if path != common else path.name for path in absolute]
 
 
-def _read_below(path: Path, every_record: bool) -> Iterator[Run]:
+def _read_below(path: Path, every_record: bool, progress: Callable[[float], object]) -> Iterator[Run]:
     if not path.exists():
-        raise ReportError(f"{path}: no such file or directory")
+        raise NoRecords(f"{path}: no such file or directory")
     if path.is_file():
         if path.suffix != ".jsonl" and "tfevents" not in path.name:
             raise ReportError(f"{path}: neither a .jsonl file nor an event file (*tfevents*) nor a directory")
         if path.suffix == ".jsonl":
-            yield from jsonl.read(scan([path]), path, every_record)
+            yield from jsonl.read(scan([path], progress), path, every_record, progress)
         else:
-            yield from events.read(path)
+            yield from events.read(path, progress)
         return
     for directory, below, names in os.walk(path):
         below.sort()
-        yield from _read_directory(Path(directory), sorted(names), every_record)
+        yield from _read_directory(Path(directory), sorted(names), every_record, progress)
 
 
-def _read_directory(path: Path, names: Sequence[str], every_record: bool) -> list[Run]:
+def _read_directory(
+    path: Path, names: Sequence[str], every_record: bool, progress: Callable[[float], object]
+) -> list[Run]:
     """The files of a directory: JSONL that somebody asked for, or else what a run with TensorBoard has written."""
-    files = [path / name for name in names if name.endswith(".jsonl") and not _BESIDE.fullmatch(name)]
-    runs = [run for file in files for run in jsonl.read(scan([file]), file, every_record)]
+    files, beside = _jsonl_in(path, names)
+    runs = [run for file in files for run in jsonl.read(scan([file], progress), file, every_record, progress)]
     if len(runs) == 1:
         return [replace(runs[0], path=path)]
     if runs:
         return runs
-    if beside := [path / name for name in names if _BESIDE.fullmatch(name)]:
-        found = scan(beside)
+    if beside:
+        found = scan(beside, progress)
         if _is_whole(found, path):
-            runs = jsonl.read(found, path, every_record)
+            runs = jsonl.read(found, path, every_record, progress)
     if not runs and any("tfevents" in name for name in names):
-        runs = events.read(path)
+        runs = events.read(path, progress)
         if beside:
             note = "read from event files, which hold quotients: the JSONL beside them does not have all points"
             runs = [replace(run, notes=(*run.notes, note)) for run in runs]
     return runs
+
+
+def _jsonl_in(path: Path, names: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """JSONL that somebody asked for, and what is beside event files."""
+    files = [path / name for name in names if name.endswith(".jsonl") and not _BESIDE.fullmatch(name)]
+    return files, [path / name for name in names if _BESIDE.fullmatch(name)]
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that are read of a path, as far as their names tell."""
+    if path.is_file():
+        return [path]
+    found = []
+    for directory, _, names in os.walk(path):
+        files, beside = _jsonl_in(Path(directory), names)
+        found += files or beside or [Path(directory, name) for name in names if "tfevents" in name]
+    return found
+
+
+def size_of(paths: Sequence[str | os.PathLike[str]]) -> int:
+    """Bytes to read."""
+    return sum(file.stat().st_size for path in paths for file in files_of(Path(path)) if file.is_file())
 
 
 def _is_whole(found: Scan, path: Path) -> bool:

@@ -19,6 +19,10 @@ class ReportError(Exception):
     """What a person can put right: a path without records, a package that is missing."""
 
 
+class NoRecords(ReportError):
+    """A path where nothing is, or nothing of ours; a training may be about to write it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Series:
     """One number over time.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,8 +60,13 @@ class Scan:
         return min((content.step for content in contents if isinstance(content, Line)), default=math.inf)
 
 
-def scan(paths: Sequence[Path]) -> Scan:
-    """Look through one file, or through those of one directory that are one training, resumed or not."""
+def scan(paths: Sequence[Path], progress: Callable[[float], object] = lambda size: None) -> Scan:
+    """Look through one file, or through those of one directory that are one training, resumed or not.
+
+    Args:
+        paths: The files.
+        progress: Called with half of the bytes of each line: the other half is the reading.
+    """
     found = Scan(paths)
     for at, path in enumerate(paths):
         writer = b""
@@ -91,6 +96,7 @@ def scan(paths: Sequence[Path]) -> Scan:
                     of.contents.append(content)
                     of.end = max(of.end, now)
                 offset += len(line)
+                progress(len(line) / 2)
     return found
 
 

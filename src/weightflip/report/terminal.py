@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from weightflip.report.run import Layer, ReportError, Run, Series
 from weightflip.report.table import ALWAYS, cell, columns, concerns, formats, model_series, ranked
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
     from rich.text import Text
 
@@ -50,6 +50,17 @@ def print_report(runs: Sequence[Run], findings: Sequence[Finding], file: IO[str]
     Raises:
         ReportError: rich is missing.
     """
+    console = console_of(file)
+    for part in parts_of(console, runs, findings):
+        console.print(part)
+
+
+def console_of(file: IO[str] | None = None) -> Console:
+    """The terminal; a pipe or a file is wide.
+
+    Raises:
+        ReportError: rich is missing.
+    """
     try:
         from rich.console import Console
     except ImportError as error:
@@ -59,16 +70,20 @@ def print_report(runs: Sequence[Run], findings: Sequence[Finding], file: IO[str]
     console = Console(file=file, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(file=file, highlight=False, width=_PIPE_WIDTH)
-    _print_runs(console, runs)
-    _print_findings(console, runs, findings)
-    console.print()
+    return console
+
+
+def parts_of(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> list[RenderableType]:
+    """The report, part by part, as wide as a console."""
+    parts = [*_runs(console, runs), _findings(console, runs, findings), ""]
     if 1 < len(runs) <= _SIDE_BY_SIDE and _share_layers(runs):
-        _print_side_by_side(console, runs, findings)
+        parts += _side_by_side(console, runs, findings)
     elif len(runs) <= _SIDE_BY_SIDE:
         for run in runs:
-            _print_layers(console, run, findings, titled=len(runs) > 1)
+            parts += _layers(console, run, findings, titled=len(runs) > 1)
     else:
-        console.print(f"Layers are listed for up to {_SIDE_BY_SIDE} runs; --html has those of all.")
+        parts.append(_text(f"Layers are listed for up to {_SIDE_BY_SIDE} runs; --html has those of all."))
+    return parts
 
 
 def _share_layers(runs: Sequence[Run]) -> bool:
@@ -92,7 +107,7 @@ def _text(text: str, style: str = "") -> Text:
     return Text(escaped(text), style=style)
 
 
-def _print_runs(console: Console, runs: Sequence[Run]) -> None:
+def _runs(console: Console, runs: Sequence[Run]) -> Iterator[RenderableType]:
     rows = []
     for run in runs:
         for variant in run.models:
@@ -116,13 +131,14 @@ def _print_runs(console: Console, runs: Sequence[Run]) -> None:
         table.add_column(_text(column.title), justify="left" if column.left else "right", overflow="fold")
     for at, name in enumerate(names):
         table.add_row(_text(name), *(_text(column.cells[at]) for column in shown))
-    console.print(table)
+    yield table
     for run in runs:
         for note in run.notes:
-            console.print(_text(f"{run.name}: {note}" if len(runs) > 1 else note, style="dim"))
+            yield _text(f"{run.name}: {note}" if len(runs) > 1 else note, style="dim")
 
 
-def _print_findings(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> None:
+def _findings(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> RenderableType:
+    from rich.constrain import Constrain
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2, 0, 0))
@@ -132,7 +148,7 @@ def _print_findings(console: Console, runs: Sequence[Run], findings: Sequence[Fi
         style, word = _STYLES[finding.severity]
         whose = f"{finding.runs[0]}: " if len(runs) > 1 and len(finding.runs) == 1 else ""
         table.add_row(_text(word, style=style), _text(whose + finding.text + "."))
-    console.print(table, width=min(console.width, _TEXT_WIDTH))
+    return Constrain(table, min(console.width, _TEXT_WIDTH))
 
 
 def _mark(run: Run, findings: Sequence[Finding], layers: Sequence[str]) -> tuple[str, str]:
@@ -234,9 +250,9 @@ def _worst_first(runs: Sequence[Run], findings: Sequence[Finding]) -> list[str]:
     return sorted({layer.name: None for run in runs for layer in ranked(run, findings)}, key=worst, reverse=True)
 
 
-def _print_layers(console: Console, run: Run, findings: Sequence[Finding], titled: bool) -> None:
+def _layers(console: Console, run: Run, findings: Sequence[Finding], titled: bool) -> Iterator[RenderableType]:
     if titled:
-        console.print(_text(f"{run.name}: {formats(run)}", style="bold"))
+        yield _text(f"{run.name}: {formats(run)}", style="bold")
     for rows in _rows([run], findings):
         shown = [rows.first(name) for name in rows.names]
         others = [_Column("weights", [f"{layer.weights:,}" if layer.weights else "" for layer in shown], 3)]
@@ -248,14 +264,14 @@ def _print_layers(console: Console, run: Run, findings: Sequence[Finding], title
             if value.name == "flip_rate" and _is_unicode(console):
                 sparks = [sparkline(layer.get("flip_rate"), run.begin, run.end) for layer in shown]
                 others.append(_Column("over time", sparks, 4, left=True))
-        _print_table(console, [run], rows, findings, others)
+        yield from _table_of_layers(console, [run], rows, findings, others)
 
 
-def _print_side_by_side(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> None:
+def _side_by_side(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> Iterator[RenderableType]:
     """One table, with a column of each run for each number."""
     letters = "ABCDEFGH"
     for letter, run in zip(letters, runs, strict=False):
-        console.print(_text(f"{letter} = {run.name}: {formats(run)}", style="bold"))
+        yield _text(f"{letter} = {run.name}: {formats(run)}", style="bold")
     for rows in _rows(runs, findings):
         others = []
         for at, value in enumerate(columns(runs, [layer for run in runs for layer in run.layers.values()])):
@@ -264,12 +280,12 @@ def _print_side_by_side(console: Console, runs: Sequence[Run], findings: Sequenc
                     cell(value, layers[name].get(value.name), run.late) if name in layers else "" for name in rows.names
                 ]
                 others.append(_Column(value.title, cells, _KEEP.get(value.name, -at), letter=letter))
-        _print_table(console, runs, rows, findings, others)
+        yield from _table_of_layers(console, runs, rows, findings, others)
 
 
-def _print_table(
+def _table_of_layers(
     console: Console, runs: Sequence[Run], rows: _Rows, findings: Sequence[Finding], others: Sequence[_Column]
-) -> None:
+) -> Iterator[RenderableType]:
     shown = _fitting(console, rows.names, others)
     table = _table(console)
     table.add_column("")
@@ -282,14 +298,14 @@ def _print_table(
         mark, style = max(marks, key=lambda pair: ["", "*", "!", "!!"].index(pair[0]))
         cells = [_text(column.cells[at]) for column in shown]
         table.add_row(_text(mark, style=style), _text(name, style=style if mark else ""), *cells)
-    console.print(table)
+    yield table
     if rows.members and not rows.others:
         # Another table follows, with the same notes.
         return
     late = " and ".join(dict.fromkeys(f"{max(0, int(run.late)):,} to {run.end:,}" for run in runs))
-    console.print(_text(f"Means of the last quarter, steps {late}; shares of weights at its end.", style="dim"))
+    yield _text(f"Means of the last quarter, steps {late}; shares of weights at its end.", style="dim")
     if rows.others:
-        console.print(_text(f"{rows.others:,} more layers: --html and --csv have all.", style="dim"))
+        yield _text(f"{rows.others:,} more layers: --html and --csv have all.", style="dim")
     hidden = list(dict.fromkeys(column.value for column in others if column not in shown))
     if hidden:
-        console.print(_text(f"Left out in this width: {', '.join(hidden)}.", style="dim"))
+        yield _text(f"Left out in this width: {', '.join(hidden)}.", style="dim")

@@ -33,6 +33,8 @@ def find_few_gradients(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
 
 
 def _share(run: Run, layer: Layer) -> float:
-    """Weights with a gradient / weights, in a step; NaN where a run has no counts."""
+    """Weights with a gradient / weights, in a step; NaN where a run does not tell."""
+    if len(counted := late_part(run, layer, "updated_fraction")):
+        return counted.summary
     updates, weights = (late_part(run, layer, value).denominators for value in ("stall_ratio", "flip_rate"))
     return float(updates.sum() / weights.sum()) if layer.weights and len(weights) and weights.sum() else math.nan
