@@ -93,7 +93,9 @@ def each_alone(weights: Iterable[Tensor], quantizer, generator: torch.Generator)
     """Those of the weights that the groups fit, changed since they were encoded; every fourth has no update."""
     found = []
     for i, weight in enumerate(weights):
-        if quantizer.group and (weight.ndim == 0 or weight.shape[-1] % quantizer.group):
+        # A row that is shorter than a tile is one, though a smaller one.
+        is_one_block = quantizer.tile is not None and weight.ndim > 0 and weight.shape[-1] < quantizer.group
+        if quantizer.group and not is_one_block and (weight.ndim == 0 or weight.shape[-1] % quantizer.group):
             continue
         old, old_scale = codes_of(weight, quantizer)
         weight.mul_((torch.rand(weight.shape, generator=generator) + 0.5).to(weight.device))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from test_report import run_cli
 from test_sinks import scalars
 from test_tensorboard import charts, events_in
 from torch import nn
@@ -16,6 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from weightflip import FlipRecord, FlipTrackingOptimizer, RunInfo
 from weightflip.records import Counts, Histogram, LayerRecord
+from weightflip.report import read_runs
+from weightflip.report.many import overview_of
 from weightflip.sinks import TensorBoardSink
 
 PARTS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
@@ -151,6 +154,12 @@ def test_what_stands_out_for_a_while_stays(tmp_path):
     found = scalars(tmp_path)
     assert [tag for tag in found if tag.startswith("flip_rate/")] == ["flip_rate/head.weight"]
     assert [step for step, _ in found["flip_rate/head.weight"]] == [6, 7, 8, 9, 10]
+    # The Text tab names it.
+    (event,) = events_in(tmp_path).Tensors("weightflip/layers_that_stand_out/text_summary")
+    assert event.step == 6
+    text = event.tensor_proto.string_val[0].decode()
+    median = np.median([layer.flip_rate for layer in records[5].layers])
+    assert text == f"- `head.weight`: flip rate 0\n- the median of all layers: {median:.3g}"
     assert "stall_ratio/head.weight" in found
 
 
@@ -308,3 +317,96 @@ def test_numbers_of_metric_groups(tmp_path):
     assert count["ever_flipped_by_group"] == 26
     assert count["ever_flipped"] == count["flip_rate"] <= 12
     assert "net flipped, lowest, quartiles and highest layer" in charts(tmp_path)["weightflip: coverage"]
+
+
+# ---------------------------------------------------------------------- reports of event files alone
+
+
+@pytest.mark.parametrize("has_panel", [True, False])
+def test_a_report_of_event_files_knows_every_layer(tmp_path, has_panel):
+    """What TensorBoard has of each layer is the cumulative flip rate: its differences are the flip rates."""
+    records = []
+    train(sinks=[TensorBoardSink(str(tmp_path / "run")), records.append], steps=6)
+    if not has_panel:
+        with SummaryWriter(tmp_path / "bare") as writer:
+            for tag, points in scalars(tmp_path / "run").items():
+                for step, number in points:
+                    writer.add_scalar(tag, number, step)
+    (run,) = read_runs([tmp_path / ("run" if has_panel else "bare")])
+    assert list(run.layers) == [layer.name for layer in records[0].layers]
+    for name, layer in run.layers.items():
+        series = layer.get("flip_rate")
+        of_layer = [next(x for x in record.layers if x.name == name) for record in records]
+        assert series.steps.tolist() == [record.step for record in records]
+        assert series.values == pytest.approx([x.flip_rate for x in of_layer], abs=1e-5)
+        if has_panel:
+            assert series.denominators.tolist() == [x.window.weight_steps for x in of_layer]
+    assert len(run.layers["layers.7.mlp.down.weight"].get("stall_ratio"))
+    assert any("flip rates of" in note for note in run.notes)
+
+
+def test_a_resumed_run_begins_with_its_second_point(tmp_path):
+    """Where the first cumulative rate holds the flips of an earlier run, its window is not known."""
+    records = [FlipRecord(step, layers_of(even_rates(step), dict.fromkeys(NAMES, 500_000))) for step in (1010, 1020)]
+    write(tmp_path, records)
+    (run,) = read_runs([tmp_path])
+    assert run.layers["embed.weight"].get("flip_rate").steps.tolist() == [1020]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("many")
+    train(sinks=[directory / "a" / "flips.jsonl"], steps=12)
+    train(sinks=[directory / "b" / "flips.jsonl"], steps=12, quantizer="int4")
+    return directory
+
+
+class TestReport:
+    """Blocks first, layers that stand out below, never 170 like rows."""
+
+    def rows(self, text: str) -> list[str]:
+        cells = [line.split() for line in text.splitlines() if line.strip()]
+        return [row[1] if row[0] in ("!", "!!", "*") else row[0] for row in cells]
+
+    @pytest.mark.parametrize("runs", [("a",), ("a", "b")])
+    def test_terminal(self, run_dir, capsys, runs):
+        out = run_cli(capsys, *(run_dir / run for run in runs))
+        rows = self.rows(out)
+        assert {f"layers.{i}" for i in range(24)} | {"embed", "head"} <= set(rows)
+        layers = [row for row in rows if row.startswith("layers.") and row.endswith(".weight")]
+        assert "layers.7.mlp.down.weight" in layers
+        assert len(layers) <= 24
+        assert "more layers: --html and --csv have all" in out
+
+    def test_block_rows_are_sums(self, run_dir):
+        (run,) = read_runs([run_dir / "a"])
+        overview = overview_of(run, [])
+        assert [block.name for block in overview.blocks] == ["embed", *(f"layers.{i}" for i in range(24)), "head"]
+        names = [f"layers.3.{part}.weight" for part in PARTS]
+        assert sorted(overview.members["layers.3"]) == sorted(names)
+        block = next(block for block in overview.blocks if block.name == "layers.3")
+        flips = sum(run.layers[name].get("flip_rate").numerators.sum() for name in names)
+        assert block.get("flip_rate").numerators.sum() == flips > 0
+        assert block.weights == 7 * 16
+        assert sum(block.weights for block in overview.blocks) == 170 * 16
+
+    def test_page(self, run_dir, capsys, tmp_path):
+        run_cli(capsys, run_dir / "a", "--html", tmp_path / "report.html")
+        text = (tmp_path / "report.html").read_text(encoding="utf-8")
+        tables = text[text.index("<h2>Layers</h2>") :]
+        before, _, folded = tables.partition("<details>")
+        assert before.count(">layers.3<") == 1
+        assert ">layers.3.mlp.up.weight<" not in before
+        assert ">layers.7.mlp.down.weight<" in before
+        assert folded.count(".weight</td>") >= 170
+        # The heat map has names of blocks.
+        maps = text[text.index("<h2>Layers over time</h2>") : text.index("<h2>Layers</h2>")]
+        assert ">layers.23<" in maps
+        assert "layers.0.attn.q.weight" not in maps
+
+
+def test_runs_without_blocks_or_with_few_layers_have_a_row_for_each_layer(tmp_path):
+    for names in (NAMES[:30], tuple(f"{i}.weight" for i in range(40))):
+        write(tmp_path / str(len(names)), [FlipRecord(1, layers_of(even_rates(0, names)))], layer_values="all")
+        (run,) = read_runs([tmp_path / str(len(names))])
+        assert overview_of(run, []) is None

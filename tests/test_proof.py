@@ -13,7 +13,8 @@ from kernel_cases import QUANTIZERS, hard_numbers
 
 from weightflip import FlipTrackingOptimizer, kernels
 from weightflip.formats import IntegerRounding
-from weightflip.kernels import backend, compiled, cpu, proof
+from weightflip.kernels import backend, cpu, items, proof
+from weightflip.kernels.constants import Lanes
 from weightflip.kernels.runs import Kind
 from weightflip.quantizers import resolve
 
@@ -31,9 +32,12 @@ def take_instead(monkeypatch, kernel):
 
 @pytest.mark.parametrize("quantizer", [*QUANTIZERS, "mxfp6_e2m3", "nvfp4", "ternary", "native"], ids=str)
 def test_the_table_says_what_plain_torch_does(quantizer):
-    quantizer, weight = resolve(quantizer), hard_numbers().view(-1, 32)
-    if quantizer.name == "native":
-        weight = weight.bfloat16()
+    quantizer, numbers = resolve(quantizer), hard_numbers().view(-1, 32)
+    for weight in (numbers, numbers.bfloat16()) if quantizer.name == "native" else (numbers,):
+        assert_the_table_is_right(quantizer, weight)
+
+
+def assert_the_table_is_right(quantizer, weight):
     weight = quantizer.grouped(weight)
     for scale in (None, torch.tensor(0.37)):
         if scale is not None and quantizer.scope == "element":
@@ -57,13 +61,25 @@ def question_of(quantizer, dtype=torch.float32, with_updates=True) -> proof.Ques
     return proof.Question(kind, is_scaled, is_scaled)
 
 
-@pytest.mark.parametrize("quantizer", [*QUANTIZERS, "mxfp4", "nvfp4"], ids=str)
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, "mxfp4", "nvfp4", "native"], ids=str)
 def test_the_kernel_passes(quantizer):
     for dtype in (torch.float32, torch.bfloat16):
         for with_updates in (False, True):
             question = question_of(quantizer, dtype, with_updates)
             assert cpu.Run.can_do(question.kind, scaled=question.finds_scale)
             assert proof.find_fault(cpu.Run, question) is None
+
+
+def test_the_kernel_passes_where_subnormal_numbers_are_flushed():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot do so")
+    try:
+        for quantizer in ("float8_e4m3", "e3m4", "bfloat16", "native", "int8", "mxfp4"):
+            question = question_of(quantizer)
+            assert cpu.Run.can_do(question.kind, scaled=question.finds_scale)
+            assert proof.find_fault(cpu.Run, question) is None
+    finally:
+        torch.set_flush_denormal(False)
 
 
 class Raises(cpu.Run):
@@ -86,12 +102,11 @@ class IgnoresNaNAsUpdate(cpu.Run):
         return found
 
 
-class RoundsTiesUp(cpu.Run):
+class RoundsCoarsely(cpu.Run):
     def __init__(self, stretches, kind):
         super().__init__(stretches, kind)
-        cut, offset, first_normal, adder, *rest = self._constants
-        # A larger adder rounds subnormal numbers to a coarser grid.
-        self._constants = (cut, offset, first_normal, adder * 2, *rest)
+        # As if subnormal numbers were twice as far apart.
+        self._lanes[Lanes._fields.index("first")] += 1 << 23
 
 
 class MissesNaN(cpu.Run):
@@ -99,9 +114,23 @@ class MissesNaN(cpu.Run):
         return super().largest().nan_to_num(nan=0.0)
 
 
+class LosesAChangeOfAScale(cpu.Run):
+    def count_into_(self, counts, rows, scale, updates, scale_codes=None):
+        super().count_into_(counts, rows, scale, updates, scale_codes)
+        if scale_codes is not None:
+            scale_codes.changes[-1] -= 1
+
+
+class KeepsAnOldScale(cpu.Run):
+    def count_into_(self, counts, rows, scale, updates, scale_codes=None):
+        super().count_into_(counts, rows, scale, updates, scale_codes)
+        if scale_codes is not None:
+            scale_codes.stored[-1] ^= 1
+
+
 class WritesTooFar(cpu.Run):
     def count_(self, scale, updates):
-        ctypes.c_int8.from_address(int(self._places[1, compiled.CODES]) + 4099).value = 3
+        ctypes.c_int8.from_address(int(self._places[1, items.CODES]) + 4099).value = 3
         return super().count_(scale, updates)
 
 
@@ -109,8 +138,10 @@ FAULTS = {
     Raises: "it raised RuntimeError: no instruction of that name",
     LosesAFlip: "it counts ",
     IgnoresNaNAsUpdate: "it counts ",
-    RoundsTiesUp: "codes are others",
+    RoundsCoarsely: "codes are others",
     MissesNaN: "it finds other largest magnitudes",
+    LosesAChangeOfAScale: "it counts changes of scales",
+    KeepsAnOldScale: "it stores other scales",
 }
 
 

@@ -46,7 +46,8 @@ runs_here = pytest.mark.skipif(
 )
 on_a_gpu = pytest.mark.skipif(IS_INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
 
-BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("rceil",)), "nvfp4", "int4:g32"]
+BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("rceil",)), "nvfp4", "int4:g32",
+          "float8_e4m3:1x128"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -300,6 +301,7 @@ def test_compiled_for_a_gpu_it_rounds_as_ieee_says(divides):
         "update_mask": 0x7FFFFFFF,
         "is_scaled": True,
         "has_rows": True,
+        "has_scale_codes": True,
         "divides": divides,
         "columns": 128,
         "is_aligned": True,
@@ -311,6 +313,9 @@ def test_compiled_for_a_gpu_it_rounds_as_ieee_says(divides):
         "updates": "*i64",
         "counts": "*i64",
         "counted": "*i64",
+        "new_scales": "*i32",
+        "stored_scales": "*u8",
+        "scale_changes": "*i64",
     }
     signature = {name: pointers.get(name, "constexpr" if name in numbers else "i32") for name in kernel.arg_names}
     at = kernel.arg_names.index

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -527,6 +527,10 @@ def _summed(name: str, layers: Sequence[LayerRecord]) -> LayerRecord:
     )
 
 
+# In the text panel, more than so many weights that are skipped for one reason are one row, with the first of them.
+_SKIPPED_ROWS, _SKIPPED_NAMES = 12, 4
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """What is tracked and how, for people.
@@ -576,12 +580,14 @@ class RunInfo:
     def to_markdown(self) -> str:
         """The text panel."""
         lines = [f"**weightflip** tracks {len(self.tracked)} weights, skips {len(self.skipped)}.", ""]
+        about = (f"*{value.title}*: {value.description}" for value in CORE_VALUES[:3])
+        lines += ["; ".join(about) + ".", ""]
         lines += [f"- {shown(note)}" for note in self.notes]
         lines += ["", "| weight | shape | dtype | quantizer |", "|---|---|---|---|"]
         lines += [f"| `{shown(name)}` | {' | '.join(map(shown, row))} |" for name, row in self.tracked.items()]
         if self.skipped:
             lines += ["", "| skipped | why |", "|---|---|"]
-            lines += [f"| `{shown(name)}` | {shown(reason)} |" for name, reason in self.skipped.items()]
+            lines += [f"| {names} | {shown(reason)} |" for names, reason in self._skipped_in_rows()]
         if self.groups:
             lines += ["", "| group | weights |", "|---|---|"]
             lines += [
@@ -596,6 +602,16 @@ class RunInfo:
             ]
         lines += ["", shown(", ".join(f"{name}={value}" for name, value in self.settings.items()))]
         return "\n".join(lines)
+
+    def _skipped_in_rows(self) -> Iterator[tuple[str, str]]:
+        """Names and the reason: one row for each, or, of many with one reason, one for all."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            by_reason.setdefault(reason, []).append(f"`{shown(name)}`")
+        for reason, names in by_reason.items():
+            if len(names) > _SKIPPED_ROWS:
+                names = [f"{', '.join(names[:_SKIPPED_NAMES])} and {len(names) - _SKIPPED_NAMES} more"]
+            yield from ((name, reason) for name in names)
 
     def __str__(self) -> str:
         width = max((len(shown(name)) for name in (*self.tracked, *self.skipped)), default=0)

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from weightflip.counting.batched import BatchedRoute
 from weightflip.counting.layer import CodeState, Layer, TrackedWeight
 from weightflip.counting.routes import Gradients, Route
 from weightflip.counting.shards import Shards
@@ -19,16 +18,14 @@ class CurrentLayers:
 
     Args:
         layers: All layers.
-        batched: The route that is asked first; it holds codes of layers, too.
-        others: The routes that are asked then, in turn.
+        routes: They are asked in turn which layers they take.
 
     Attributes:
         layers: In the order of the weights.
     """
 
-    def __init__(self, layers: LayerTable, batched: BatchedRoute, others: Sequence[Route]) -> None:
-        self._table, self._batched = layers, batched
-        self._routes: tuple[Route, ...] = (batched, *others)
+    def __init__(self, layers: LayerTable, routes: Sequence[Route]) -> None:
+        self._table, self._routes = layers, tuple(routes)
         self._set([])
 
     def __iter__(self) -> Iterator[Layer]:
@@ -60,7 +57,7 @@ class CurrentLayers:
         for route, of_route in stale.items():
             route.encode(of_route)
         if self._table.has_lost:
-            self._batched.release()
+            self.release()
             found = [layer for layer in found if layer.state is not CodeState.FAILED]
         return found
 
@@ -104,7 +101,7 @@ class CurrentLayers:
         """Go on without those that have failed since this was called last."""
         if self._table.has_lost:
             self._table.has_lost = False
-            self._batched.release()
+            self.release()
             self._set([layer for layer in self.layers if layer.state is not CodeState.FAILED])
 
     def count(self, gradients: Gradients, valid: Tensor | None) -> None:
@@ -117,7 +114,12 @@ class CurrentLayers:
     def clear(self) -> None:
         """There is no step, and nothing is held for one."""
         self._set([])
-        self._batched.release()
+        self.release()
+
+    def release(self) -> None:
+        """Have no route hold codes of layers."""
+        for route in self._routes:
+            route.release()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layers": [], "_by_route": {}}

@@ -17,6 +17,7 @@ from weightflip.counting.batch import Batch
 from weightflip.counting.batched import BatchedRoute
 from weightflip.counting.columns import Columns
 from weightflip.counting.current import CurrentLayers
+from weightflip.counting.gathered import GatheredRoute
 from weightflip.counting.layer import CodeState, Layer, TrackedWeight
 from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.named import NamedSnapshots
@@ -153,7 +154,9 @@ class WeightFlipTracker:
         alone = (self._layers, self._runner, self._scratch, self.backend, with_updates)
         elementwise = ElementwiseRoute(*alone)
         self._batched = BatchedRoute(self._layers, elementwise, self.backend, with_updates, is_open=not self._groups)
-        self._current = CurrentLayers(self._layers, self._batched, (elementwise, WholeWeightRoute(*alone)))
+        gathered = GatheredRoute(elementwise, self._scratch, with_updates, is_open=not self._groups)
+        routes = (self._batched, gathered, elementwise, WholeWeightRoute(*alone))
+        self._current = CurrentLayers(self._layers, routes)
         self._shards: Shards = SingleProcess(self._layers, self._columns)
         self._gradients: dict[str, Tensor | None] = {}
         self._in_step = False
@@ -324,7 +327,7 @@ class WeightFlipTracker:
         are_others = self._layers.follow(weights)
         if are_others:
             # Batches hold codes, too.
-            self._batched.release()
+            self._current.release()
             self._shards = self._shards.for_weights(weights)
         self._shards.begin(weights, are_others=are_others, anew=self.fresh_snapshots)
 
@@ -414,7 +417,7 @@ class WeightFlipTracker:
 
     def _drop_codes(self) -> None:
         self._layers.drop_codes()
-        self._batched.release()
+        self._current.release()
 
     def drop_codes(self) -> None:
         """Give back all memory but that of the numbers; the next step starts with a baseline."""

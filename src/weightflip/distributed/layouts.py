@@ -27,6 +27,7 @@ class Layout:
         offsets: Where the shard begins in each dimension; None where it is no block of the weight.
         borders: In the last dimension, where shards begin and end; None where that is not known.
         is_partial: Whether the processes hold summands instead of parts.
+        row_borders: As ``borders``, in the last dimension but one.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +39,7 @@ class Layout:
     offsets: tuple[int, ...] | None
     borders: frozenset[int] | None
     is_partial: bool
+    row_borders: frozenset[int] | None = None
 
     @property
     def cuts_rows(self) -> bool:
@@ -47,6 +49,14 @@ class Layout:
     def cuts_groups(self, group: int) -> bool:
         """Whether parts of one group of neighbours in the last dimension do."""
         return self.borders is None or (self.cuts_rows and any(border % group for border in self.borders))
+
+    def cuts_blocks(self, rows: int, columns: int) -> tuple[bool, bool]:
+        """Whether parts of one block do: cut between its rows, and between its columns. The last may be smaller."""
+
+        def cuts(borders: frozenset[int] | None, size: int) -> bool:
+            return borders is None or any(border % size for border in borders if border != max(borders))
+
+        return rows > 1 and len(self.shape) > 1 and cuts(self.row_borders, rows), cuts(self.borders, columns)
 
 
 def layout(parameter: Tensor) -> Layout | None:
@@ -62,6 +72,12 @@ def layout(parameter: Tensor) -> Layout | None:
     if found is not None and found.shard is not None and mesh.ndim == 1 and groups.is_available():
         groups.adopt_group_of(mesh, (found.device_type, found.ranks))
     return found
+
+
+def first_row(parameter: Tensor) -> int:
+    """Where this process's shard begins in the last dimension but one; 0 where that is not known."""
+    lies = layout(parameter)
+    return 0 if lies is None or lies.offsets is None or len(lies.offsets) < 2 else lies.offsets[-2]
 
 
 # Of meshes that are in use.
@@ -82,15 +98,14 @@ def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> L
         strided = strided or hasattr(placement, "split_factor")
     offsets: list[int] = [0] * len(shape)
     sizes = list(shape)
-    borders: set[int] | None = {0, shape[-1]} if shape else {0}
+    borders: list[frozenset[int] | None] = [frozenset({0, size}) for size in shape] or [frozenset({0})]
     for i, placement in split.items():
         dim = placement.dim % len(shape)
         if strided:
-            if dim == len(shape) - 1:
-                borders = None
+            borders[dim] = None
             continue
-        if dim == len(shape) - 1 and borders is not None:
-            borders = cut(borders, mesh.size(i))
+        if (known := borders[dim]) is not None:
+            borders[dim] = frozenset(cut(set(known), mesh.size(i)))
         chunk = -(-sizes[dim] // mesh.size(i)) if sizes[dim] else 0
         start = min(chunk * coordinate[i], sizes[dim])
         offsets[dim] += start
@@ -104,8 +119,9 @@ def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> L
         shard=None if found is None else shard,
         shards=shards,
         offsets=None if strided else tuple(offsets),
-        borders=None if borders is None else frozenset(borders),
+        borders=borders[-1],
         is_partial=is_partial,
+        row_borders=borders[-2] if len(shape) > 1 else None,
     )
 
 

@@ -92,7 +92,7 @@ class ShardedWeights:
             try:
                 quantizer = quantizer.encoder
                 over = span(lies, quantizer)
-                statistic = None if over is None else Statistic(lies, over, quantizer.reduction)
+                statistic = None if over is None else Statistic(lies, over, quantizer.reduction, quantizer.tile)
                 now[name] = ShardedWeight(name, call(quantizer), lies, statistic)
             except Exception as error:
                 # Compared, too: no process must wait because it is refused on another one only.

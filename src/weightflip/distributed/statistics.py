@@ -13,7 +13,7 @@ from weightflip.distributed import collectives
 from weightflip.distributed.layouts import Layout
 from weightflip.distributed.teams import Team
 
-Span = Literal["tensor", "row"]
+Span = Literal["tensor", "row", "block"]
 
 
 def span(layout: Layout, quantizer: Any) -> Span | None:
@@ -22,8 +22,8 @@ def span(layout: Layout, quantizer: Any) -> Span | None:
     Args:
         layout: How the weight lies.
         quantizer: ``scope`` says how much of a weight one code depends on (``"element"``, ``"group"``, ``"row"``,
-            ``"tensor"``), ``group`` how many neighbours are one, and ``has_statistic`` whether it can say what has to
-            be known of a whole row or tensor.
+            ``"tensor"``, or ``"block"``, of as many rows and columns as ``tile`` says), ``group`` how many neighbours
+            are one, and ``has_statistic`` whether it can say what has to be known of a whole block, row or tensor.
 
     Returns:
         None where each process can encode its shard alone.
@@ -41,6 +41,8 @@ def span(layout: Layout, quantizer: Any) -> Span | None:
             f"it is sharded, and {quantizer} does not say how much of a weight one code depends on; where it may be "
             "encoded shard by shard, give the quantizer scope = 'element' or 'row'"
         )
+    if scope == "block":
+        return _span_of_blocks(layout, quantizer)
     if group is not None and layout.cuts_groups(group):
         raise ValueError(
             f"its shards cut the groups of {group} neighbours that share a scale in {quantizer}: the last dimension of "
@@ -58,24 +60,41 @@ def span(layout: Layout, quantizer: Any) -> Span | None:
     return cast(Span, scope)
 
 
+def _span_of_blocks(layout: Layout, quantizer: Any) -> Span | None:
+    rows, columns = quantizer.tile
+    cuts_rows, cuts_columns = layout.cuts_blocks(rows, columns)
+    if cuts_columns:
+        raise ValueError(
+            f"its shards cut the blocks of {rows} x {columns} that share a scale in {quantizer}: the last dimension of "
+            f"shape {layout.shape} is cut at {sorted(layout.borders or ()) or 'places that are not multiples'}"
+        )
+    if cuts_rows and layout.offsets is None:
+        raise ValueError(f"its blocks are cut by shards in a way that {quantizer} cannot follow; name another format")
+    return "block" if cuts_rows else None
+
+
 class Statistic(NamedTuple):
     """What has to be known of a whole weight: its place in the one collective of a step.
 
     Attributes:
         layout: How the weight lies.
-        span: One number for the tensor, or one for each row.
+        span: One number for the tensor, or one for each row or block.
         reduction: ``"max"`` or ``"mean"``; means are over the tensor.
+        tile: Rows and columns of a block.
     """
 
     layout: Layout
     span: Span
     reduction: Literal["max", "mean"]
+    tile: tuple[int, int] | None = None
 
     @property
     def numbers(self) -> int:
         """How many it takes."""
         if self.reduction == "mean":
             return self.layout.shards
+        if self.span == "block":
+            return math.prod(self._grid)
         return 1 if self.span == "tensor" else math.prod(self.layout.shape[:-1])
 
     def part(self, slots: Tensor, like: Tensor) -> Tensor:
@@ -95,6 +114,32 @@ class Statistic(NamedTuple):
         return slots.view(self.layout.shape[:-1])[tuple(slice(start, start + size) for start, size in rows)].unsqueeze(
             -1
         )
+
+    @property
+    def _grid(self) -> tuple[int, ...]:
+        """How many blocks there are in each dimension."""
+        assert self.tile is not None
+        *outer, rows, columns = self.layout.shape
+        return *outer, -(-rows // self.tile[0]), -(-columns // self.tile[1])
+
+    def blocks(self, slots: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Of this statistic's part of the table, the blocks in this process's columns, and that of each of its rows.
+
+        Args:
+            slots: Of ``numbers`` elements.
+            like: The statistic of the shard: of each row in each block.
+
+        Returns:
+            A view of the shape ``(..., rows of blocks, columns of blocks)``, and for each row of ``like`` an index.
+        """
+        assert self.tile is not None
+        assert self.layout.offsets is not None
+        *outer, row, column = self.layout.offsets
+        first = column // self.tile[1]
+        place = [slice(start, start + size) for start, size in zip(outer, like.shape[:-2], strict=True)]
+        place += [slice(None), slice(first, first + like.shape[-1])]
+        view = slots.view(self._grid)[tuple(place)]
+        return view, torch.arange(row, row + like.shape[-2], device=slots.device) // self.tile[0]
 
 
 class StatisticsTable:
@@ -147,6 +192,11 @@ class StatisticsTable:
         known = self._statistics[index]
         if known.reduction == "mean":
             statistic = statistic.double() * (weights / math.prod(known.layout.shape))
+        if known.span == "block":
+            view, rows = known.blocks(self._slots[index].view(torch.int64), statistic)
+            bits = statistic.to(view.device, torch.float64).view(torch.int64) & torch.iinfo(torch.int64).max
+            view.scatter_reduce_(-2, rows.unsqueeze(-1).expand_as(bits), bits, "amax")
+            return
         known.part(self._slots[index], statistic).copy_(statistic)
 
     def flag(self, index: int, reason: int) -> None:
@@ -166,7 +216,11 @@ class StatisticsTable:
             like: What this process handed in.
         """
         known, slots = self._statistics[index], self._slots[index]
-        found = slots.sum() if known.reduction == "mean" else known.part(slots, like)
+        if known.span == "block":
+            view, rows = known.blocks(slots, like)
+            found = view.index_select(-2, rows)
+        else:
+            found = slots.sum() if known.reduction == "mean" else known.part(slots, like)
         return found.to(like.device, like.dtype, copy=True)
 
     @property

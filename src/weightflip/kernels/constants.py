@@ -33,20 +33,107 @@ class Constants(NamedTuple):
     nan: np.int32
 
 
+class Lanes(NamedTuple):
+    """The same for the loops on the CPU: int32, one after the other in memory.
+
+    Attributes:
+        limit: Bits of the largest magnitude that is not too large: all larger ones are taken for it.
+        nan: Ordinal of NaN.
+        cap: Largest magnitude of a positive ordinal.
+        asymmetry: How much larger that of a negative one may be.
+        cut: How many mantissa bits go.
+        first: By adding: bits of the smallest magnitude whose exponent tells what is added.
+        exponent: By adding: the bits of a magnitude that tell it.
+        add: By adding: what is added to these bits.
+        base: By adding: how much larger than the ordinal the sum is.
+        first_normal: By shifting: bits of the smallest number with full precision.
+        rebias: By shifting: the difference of the biases, less just under half of what is cut off.
+        parity: By shifting: the last bit of that difference.
+        tie: By shifting: 1 where ties go to the even ordinal, 0 where nothing is cut off.
+        adder: By shifting: bits of what makes the floating-point adder round subnormal numbers.
+        by_adding: Whether rounding by adding is right for the format, which is faster. It is not for formats without
+            mantissa bits, in which another bit tells what is even, and not for those with the exponents of float32,
+            whose subnormal numbers have to be right also where the processor takes them for 0.
+    """
+
+    limit: int
+    nan: int
+    cap: int
+    asymmetry: int
+    cut: int
+    first: int
+    exponent: int
+    add: int
+    base: int
+    first_normal: int
+    rebias: int
+    parity: int
+    tie: int
+    adder: int
+    by_adding: int
+
+
+_INFINITY = int(np.float32(math.inf).view(np.int32))
+
+
 @functools.lru_cache(maxsize=64)
 def constants(rounding: Rounding) -> Constants | None:
+    """Of a format; None for one that cannot be rounded to in float32, or is float32."""
+    numbers = _constants(rounding)
+    return None if numbers is None or numbers.cut < 1 else numbers
+
+
+@functools.lru_cache(maxsize=64)
+def lanes(rounding: Rounding) -> Lanes | None:
     """Of a format; None for one that cannot be rounded to in float32."""
+    numbers = _constants(rounding)
+    if numbers is None:
+        return None
+    cut, offset, first_normal, adder, overflow, largest, nan = (int(bits.view(np.int32)) for bits in numbers)
+    mantissa_bits = FP32.mantissa_bits - cut
+    is_fixed = first_normal == _INFINITY
+    half = (1 << cut) >> 1
+    if is_fixed or overflow < 1 << mantissa_bits:
+        quantum = math.ldexp(float(numbers.adder), -FP32.mantissa_bits)
+        limit = int(np.float32((overflow + 0.5) * quantum).view(np.int32))
+    else:
+        limit = min(((overflow + offset) << cut) + half, _INFINITY)
+    if overflow % 2 and limit < _INFINITY:
+        # The tie goes to the next one.
+        limit -= 1
+    has_exponents_of_float32 = first_normal == int(np.float32(FP32.smallest_normal).view(np.int32))
+    highest = (limit >> FP32.mantissa_bits) + cut
+    return Lanes(
+        limit=limit,
+        nan=nan,
+        cap=largest,
+        asymmetry=overflow - largest,
+        cut=cut,
+        first=0 if is_fixed else first_normal,
+        exponent=0 if is_fixed else _INFINITY,
+        add=adder if is_fixed else cut << FP32.mantissa_bits,
+        base=adder + (adder >> cut) if is_fixed else offset + ((1 + cut) << mantissa_bits),
+        first_normal=0 if has_exponents_of_float32 else first_normal,
+        rebias=(offset << cut) - max(half - 1, 0),
+        parity=offset & 1,
+        tie=int(cut > 0),
+        adder=adder,
+        by_adding=is_fixed or (0 < mantissa_bits <= 15 and not has_exponents_of_float32 and highest <= 253),
+    )
+
+
+def _constants(rounding: Rounding) -> Constants | None:
     if isinstance(rounding, IntegerRounding):
         # Fixed point, whose quantum is 1.
-        return _constants(E0M7, FP32.mantissa_bits, -rounding.smallest, rounding.largest, rounding.nan)
+        return _of_format(E0M7, FP32.mantissa_bits, -rounding.smallest, rounding.largest, rounding.nan)
     format = rounding.format
     adder_exponent = format.min_exponent - format.mantissa_bits + FP32.mantissa_bits
-    return _constants(format, adder_exponent, rounding.overflow, rounding.overflow, format.nan_ordinal)
+    return _of_format(format, adder_exponent, rounding.overflow, rounding.overflow, format.nan_ordinal)
 
 
-def _constants(format: FloatFormat, adder_exponent: int, overflow: int, largest: int, nan: int) -> Constants | None:
+def _of_format(format: FloatFormat, adder_exponent: int, overflow: int, largest: int, nan: int) -> Constants | None:
     cut = FP32.mantissa_bits - format.mantissa_bits
-    if cut < 1 or format.min_exponent < FP32.min_exponent or adder_exponent > FP32.max_exponent:
+    if cut < 0 or format.min_exponent < FP32.min_exponent or adder_exponent > FP32.max_exponent:
         return None
     offset = (FP32.bias - format.bias) << format.mantissa_bits
     first_normal = np.float32(math.inf if format.exponent_bits == 0 else format.smallest_normal).view(np.int32)

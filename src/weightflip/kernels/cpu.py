@@ -1,148 +1,133 @@
 """One pass over weights on the CPU: encode, compare, count and store, with nothing in between.
 
-Equal to :mod:`weightflip.kernels.eager` bit for bit, and about three times as fast. Imported only where Numba is.
+Equal to :mod:`weightflip.kernels.eager` bit for bit, and several times as fast. Imported only where Numba is.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from weightflip.kernels import compiled
-from weightflip.kernels.constants import constants
-from weightflip.kernels.runs import Addresses, Kind, Stretch
+from weightflip.kernels import compiled, items, pool, vectors
+from weightflip.kernels.constants import lanes
+from weightflip.kernels.runs import Addresses, Kind, ScaleCodes, Stretch
 
 DEVICE = "cpu"
 
-# Weights with fewer elements than this are done before a second thread has woken up.
-_ELEMENTS_PER_THREAD = 1 << 16
+# So many that starting a thread for them does not show, and so few that threads end together.
+_ELEMENTS_PER_ITEM = 1 << 16
 
-# What NumPy, which has no bfloat16, sees each dtype as.
-_STORED = {torch.float32: torch.float32, torch.bfloat16: torch.int16}
-_CODES = {torch.int8: torch.int8, torch.int16: torch.int16}
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.bool: torch.uint8}
-_MAGNITUDE = {torch.int32: np.int32(0x7FFFFFFF), torch.int16: np.int32(0x7FFF), torch.uint8: np.int32(0xFF)}
+_WEIGHTS = (torch.float32, torch.bfloat16)
+_UPDATES = (None, torch.float32, torch.bfloat16, torch.float16, torch.bool)
+_CODES = (torch.int8, torch.int16, torch.int32)
 _NO_SCALE = np.ones(1, dtype=np.float32)
 
 
-@functools.lru_cache(maxsize=1)
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="weightflip")
-
-
-if hasattr(os, "register_at_fork"):
-    # A forked process has the pool but not its threads.
-    os.register_at_fork(after_in_child=_threads.cache_clear)
-
-
 class Run:
-    """A :class:`weightflip.kernels.runs.Run` for the CPU: threads share the elements evenly."""
+    """A :class:`weightflip.kernels.runs.Run` for the CPU: threads share the elements."""
+
+    saves_calls = False
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind = kind
-        numbers = constants(kind.rounding)
+        numbers = lanes(kind.rounding)
         assert numbers is not None
-        self._constants = tuple(numbers)
-        self._places = places = np.zeros((len(stretches), compiled.COLUMNS), dtype=np.int64)
+        self._lanes = np.array(numbers, dtype=np.int32)
         table = np.array(stretches, dtype=np.int64)
-        places[:, compiled.WEIGHT], places[:, compiled.CODES] = table[:, 0], table[:, 1]
-        places[:, compiled.NUMEL], places[:, compiled.GROUP] = table[:, 2], table[:, 3]
+        self._places = places = np.zeros((len(table), items.COLUMNS), dtype=np.int64)
+        places[:, items.WEIGHT], places[:, items.CODES] = table[:, 0], table[:, 1]
+        places[:, items.NUMEL], places[:, items.GROUP] = table[:, 2], table[:, 3]
         scales = -(-table[:, 2] // table[:, 3])
-        places[1:, compiled.START] = table[:-1, 2].cumsum()
-        places[1:, compiled.SCALE] = scales[:-1].cumsum()
-        self._scales = int(scales.sum())
-        self._numel = int(table[:, 2].sum())
-        self._likes = tuple(
-            compiled.like(None if dtype is None else views[dtype])
-            for dtype, views in ((kind.weight, _STORED), (kind.update, _BITS), (kind.codes, _CODES))
-        )
+        places[1:, items.START] = table[:-1, 2].cumsum()
+        places[1:, items.SCALE] = scales[:-1].cumsum()
+        self._last_scales = torch.from_numpy(scales.cumsum() - 1)
+        self._scales, self._numel = int(scales.sum()), int(table[:, 2].sum())
+        self._in_order = np.arange(len(table))
+        self._task = np.zeros(items.TASK, dtype=np.int64)
+        self._task[items.TOTAL] = self._numel
+        self._task[items.STRETCHES] = len(table)
+        self._task[items.PLACES] = places.ctypes.data
+        self._task[items.FORMAT] = self._lanes.ctypes.data
+        weight_size, update_size, code_size = _sizes(kind)
+        self._task[items.WEIGHT_SIZE], self._task[items.UPDATE_SIZE] = weight_size, update_size
+        self._task[items.CODES_SIZE] = code_size
+        # All but the sign, which a bool has not.
+        self._task[items.MASK] = 0xFF if update_size == 1 else (1 << 8 * update_size >> 1) - 1
 
     @staticmethod
     def can_do(kind: Kind, *, scaled: bool) -> bool:
-        numbers = constants(kind.rounding)
-        if numbers is None or kind.weight not in _STORED or kind.codes not in _CODES:
+        if kind.weight not in _WEIGHTS or kind.update not in _UPDATES or kind.codes not in _CODES:
             return False
-        if kind.update is not None and kind.update not in _BITS:
+        numbers = lanes(kind.rounding)
+        # The sum's last 16 bits are those of the ordinal.
+        if numbers is None or (numbers.by_adding and kind.codes.itemsize > 2):
             return False
-        if scaled and compiled.largest_range(_BITS[kind.weight]) is None:
-            return False
-        return _count_range(kind, tuple(numbers)) is not None
+        loops = [_count_lanes(kind, is_scaled=is_scaled) for is_scaled in (False, True)]
+        loops.append(compiled.count_loop())
+        if scaled:
+            loops += [compiled.largest_loop(), compiled.largest_lanes(8 * kind.weight.itemsize)]
+        return all(loop is not None for loop in loops)
 
     def largest(self) -> Tensor:
-        bits = _BITS[self.kind.weight]
-        kernel, like = compiled.largest_range(bits), compiled.like(bits)
-        largest = np.zeros(self._scales, dtype=np.int32)
-        bounds = self._bounds()
-        shared = np.full((len(bounds) - 1, 2), -1, dtype=np.int64)
-
-        def work(part: int) -> None:
-            kernel(bounds[part], bounds[part + 1], self._places, like, _MAGNITUDE[bits], largest, shared[part])
-
-        _in_threads(work, len(bounds) - 1)
-        for index, found in shared:
-            if index >= 0:
-                largest[index] = max(largest[index], found)
-        if bits is torch.int16:
-            largest <<= 16
-        return torch.from_numpy(largest.view(np.float32))
+        largest = torch.zeros(self._scales, dtype=torch.float32, device="cpu")
+        task = self._task.copy()
+        task[items.LARGEST] = largest.data_ptr()
+        self._call(compiled.largest_loop(), compiled.largest_lanes(8 * self.kind.weight.itemsize), task)
+        return largest
 
     def count_(self, scale: Tensor | None, updates: Addresses | None) -> Tensor:
-        places = self._places
+        counts = torch.zeros(len(self._places), 3, dtype=torch.int64, device="cpu")
+        self._count_into(counts, self._in_order.ctypes.data, scale, updates)
+        return counts
+
+    def count_into_(
+        self,
+        counts: Tensor,
+        rows: Tensor,
+        scale: Tensor | None,
+        updates: Addresses | None,
+        scale_codes: ScaleCodes | None = None,
+    ) -> None:
+        self._count_into(counts, rows.data_ptr(), scale, updates)
+        if scale_codes is not None:
+            new, stored, changes = scale_codes
+            until = torch.cumsum(new != stored, 0).index_select(0, self._last_scales)
+            changes.index_add_(0, rows, until)
+            changes.index_add_(0, rows[1:], until[:-1], alpha=-1)
+            stored.copy_(new)
+
+    def _count_into(self, counts: Tensor, rows: int, scale: Tensor | None, updates: Addresses | None) -> None:
+        task = self._task.copy()
+        task[items.SCALED] = scale is not None
+        task[items.SCALES] = _NO_SCALE.ctypes.data if scale is None else scale.data_ptr()
         if updates is not None:
-            has_update = updates != 0
-            assert self.kind.update is not None
-            # Where there is no update, the weight takes its place, and no bit of it counts.
-            places[:, compiled.UPDATE] = np.where(has_update, updates, places[:, compiled.WEIGHT])
-            places[:, compiled.MASK] = np.where(has_update, _MAGNITUDE[_BITS[self.kind.update]], 0)
-        if scale is None:
-            places[:, compiled.SCALE] = 0
-            places[:, compiled.GROUP] = places[:, compiled.NUMEL]
-        scales = _NO_SCALE if scale is None else scale.numpy()
-        kernel = _count_range(self.kind, self._constants)
-        bounds = self._bounds()
-        found = np.zeros((len(bounds) - 1, len(places), 3), dtype=np.int64)
+            task[items.UPDATES] = updates.ctypes.data
+        task[items.COUNTS], task[items.STRIDE] = counts.data_ptr(), counts.stride(0) * counts.element_size()
+        task[items.ROWS] = rows
+        self._call(compiled.count_loop(), _count_lanes(self.kind, is_scaled=scale is not None), task)
 
-        def work(part: int) -> None:
-            kernel(
-                bounds[part],
-                bounds[part + 1],
-                places,
-                scales,
-                self.kind.rounding.divides,
-                *self._likes,
-                found[part],
-                self._constants,
-            )
-
-        _in_threads(work, len(bounds) - 1)
-        return torch.from_numpy(found.sum(0))
-
-    def count_into_(self, counts: Tensor, rows: Tensor, scale: Tensor | None, updates: Addresses | None) -> None:
-        counts.index_add_(0, rows, self.count_(scale, updates))
-
-    def _bounds(self) -> list[int]:
-        parts = max(1, min(torch.get_num_threads(), self._numel // _ELEMENTS_PER_THREAD))
-        return [self._numel * part // parts for part in range(parts + 1)]
+    def _call(self, loop: compiled.Loop | None, over_lanes: compiled.Loop | None, task: Addresses) -> None:
+        assert loop is not None
+        assert over_lanes is not None
+        task[items.LANES_LOOP], task[items.ITEM] = over_lanes.address, _ELEMENTS_PER_ITEM
+        pool.run(loop.address, loop.call, task.ctypes.data, -(-self._numel // _ELEMENTS_PER_ITEM))
 
 
-def _count_range(kind: Kind, numbers: tuple[np.generic, ...]) -> Any:
-    update = None if kind.update is None else _BITS[kind.update]
-    return compiled.count_range(_STORED[kind.weight], update, _CODES[kind.codes], numbers)
+def _sizes(kind: Kind) -> tuple[int, int, int]:
+    """Bytes of a weight, an update and a code."""
+    return kind.weight.itemsize, 0 if kind.update is None else kind.update.itemsize, kind.codes.itemsize
 
 
-def _in_threads(work: Callable[[int], None], parts: int) -> None:
-    others = [_threads().submit(work, part) for part in range(1, parts)]
-    try:
-        work(0)
-    finally:
-        # Also when this is interrupted: they write to memory that may be given back then.
-        wait(others)
-    for other in others:
-        other.result()
+def _count_lanes(kind: Kind, *, is_scaled: bool) -> compiled.Loop | None:
+    numbers = lanes(kind.rounding)
+    assert numbers is not None
+    by_adding = bool(numbers.by_adding)
+    scaling = vectors.DIVIDED if kind.rounding.divides else vectors.MULTIPLIED
+    if not is_scaled and not by_adding:
+        # By adding, a scale of 1 saves a loop. Here it would make 0 of subnormal numbers, if the processor does so.
+        scaling = vectors.PLAIN
+    weight_size, update_size, code_size = _sizes(kind)
+    return compiled.count_lanes(8 * weight_size, 8 * update_size, 8 * code_size, scaling, by_adding)

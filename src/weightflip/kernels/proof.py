@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weightflip.formats import IntegerRounding, Rounding
+from weightflip.formats import FP32, FloatRounding, IntegerRounding, Rounding
 from weightflip.kernels import reference
-from weightflip.kernels.runs import Addresses, Kind, Run, Stretch
+from weightflip.kernels.runs import Addresses, Kind, Run, ScaleCodes, Stretch
 
 logger = logging.getLogger("weightflip")
 
@@ -34,6 +34,8 @@ _UNTOUCHED = 99
 # For how many weights, and of what shape, kernel and plain torch race.
 _RACE_WEIGHTS, _RACE_SHAPE = 16, (512, 1024)
 _TIES = 1024
+_SMALLEST_NORMAL = 1 << FP32.mantissa_bits
+"""Bits of that of float32."""
 
 
 class Question(NamedTuple):
@@ -123,13 +125,27 @@ def ordinals(values: Tensor, rounding: Rounding) -> Tensor:
     if isinstance(rounding, IntegerRounding):
         clamped = values.round().clamp(rounding.smallest, rounding.largest)
         return clamped.nan_to_num(nan=float(rounding.nan)).to(torch.int64)
-    numbers = _numbers(rounding, values.device)
-    between = (numbers[1:] + numbers[:-1]) / 2
-    magnitude = values.double().abs().nan_to_num(nan=0.0, posinf=float("inf"))
-    below, until = (torch.searchsorted(between, magnitude, right=right) for right in (False, True))
-    code = torch.where(below % 2 == 1, until, below)
-    code = torch.where(values < 0, -code, code)
+    bits = values.view(torch.int32)
+    magnitude_bits = (bits & 0x7FFFFFFF).to(torch.int64)
+    if _is_stored(rounding):
+        # Nothing is rounded: the bits without the sign are the ordinal.
+        code = magnitude_bits
+    else:
+        numbers = _numbers(rounding, values.device)
+        between = (numbers[1:] + numbers[:-1]) / 2
+        # The processor may take subnormal numbers for 0; of float64 these are none.
+        is_subnormal = magnitude_bits < _SMALLEST_NORMAL
+        magnitude = torch.where(is_subnormal, magnitude_bits.double() * FP32.smallest_subnormal, values.double().abs())
+        magnitude = magnitude.nan_to_num(nan=0.0, posinf=float("inf"))
+        below, until = (torch.searchsorted(between, magnitude, right=right) for right in (False, True))
+        code = torch.where(below % 2 == 1, until, below)
+    code = torch.where(bits < 0, -code, code)
     return torch.where(values.isnan(), rounding.format.nan_ordinal, code)
+
+
+def _is_stored(rounding: FloatRounding) -> bool:
+    """Whether float32 is what is rounded to, whose numbers are too many for a table."""
+    return rounding.format.mantissa_bits >= FP32.mantissa_bits
 
 
 def _numbers(rounding: Rounding, device: torch.device) -> Tensor:
@@ -153,7 +169,7 @@ def hard_numbers(kind: Kind) -> Tensor:
         return patterns.to(torch.int16).view(kind.weight)
     bits = patterns << 16
     found = [bits, bits[::32] - 1, bits[::32] + 1]
-    if not isinstance(kind.rounding, IntegerRounding):
+    if not isinstance(kind.rounding, IntegerRounding) and not _is_stored(kind.rounding):
         numbers = _numbers(kind.rounding, bits.device)
         ties = ((numbers[1:] + numbers[:-1]) / 2)[:: max(1, len(numbers) // _TIES)].float().view(torch.int32)
         found += [ties, ties - 1, ties + 1]
@@ -275,6 +291,25 @@ def find_fault(run: type[Run], question: Question) -> str | None:
         return f"{wrong} of {len(trial.codes)} codes are others"
     if not torch.equal(found, trial.counts):
         return f"it counts {found.tolist()}, plain torch {trial.counts.tolist()}"
+    return None if trial.scales is None else _fault_of_scale_codes(kernel, trial)
+
+
+def _fault_of_scale_codes(kernel: Run, trial: _Trial) -> str | None:
+    """As :func:`find_fault`, of what is stored of scales. The codes were counted before, so no other count changes."""
+    assert trial.scales is not None
+    scales, of_parts = trial.scales, [part.numel // part.group for part in trial.parts]
+    without = None if trial.addresses is None else trial.addresses * 0
+    rows = torch.arange(len(of_parts), device=scales.device)
+    new = torch.arange(len(scales), dtype=torch.int32, device=scales.device) % 256
+    for dtype in (torch.uint8, torch.int32):
+        stored = torch.where(new % 3 == 0, new ^ 1, new).to(dtype)
+        expected = torch.stack([torch.count_nonzero(part) for part in torch.split(stored != new, of_parts)])
+        table = torch.zeros(len(of_parts), 4, dtype=torch.int64, device=scales.device)
+        kernel.count_into_(table[:, :3], rows, scales, without, ScaleCodes(new, stored, table[:, 3]))
+        if not torch.equal(stored, new.to(dtype)):
+            return "it stores other scales"
+        if not torch.equal(table[:, 3], expected) or table[:, :3].count_nonzero():
+            return f"it counts changes of scales {table.tolist()}, plain torch {expected.tolist()}"
     return None
 
 

@@ -49,11 +49,28 @@ class Kind(NamedTuple):
     device: torch.device
 
 
+class ScaleCodes(NamedTuple):
+    """Scales that are stored as codes, stretch after stretch as those of :meth:`Run.largest`.
+
+    Attributes:
+        new: Integers.
+        stored: Those of before the step, as they are stored; overwritten.
+        changes: int64, a column of the table that is counted in: scales whose stored value changes are added to it.
+    """
+
+    new: Tensor
+    stored: Tensor
+    changes: Tensor
+
+
 class Run(Protocol):
     """Stretches of memory of one kind that are counted together.
 
     Nothing here keeps the memory alive or looks at it again: who calls vouches for the addresses.
     """
+
+    saves_calls: bool
+    """Whether a call of torch costs more here than a search in a table for each scale."""
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None: ...
 
@@ -82,7 +99,14 @@ class Run(Protocol):
         """
         ...
 
-    def count_into_(self, counts: Tensor, rows: Tensor, scale: Tensor | None, updates: Addresses | None) -> None:
+    def count_into_(
+        self,
+        counts: Tensor,
+        rows: Tensor,
+        scale: Tensor | None,
+        updates: Addresses | None,
+        scale_codes: ScaleCodes | None = None,
+    ) -> None:
         """As :meth:`count_`, but add what is found to rows of a table.
 
         Args:
@@ -90,6 +114,7 @@ class Run(Protocol):
             rows: int64, the row of each stretch. Stretches may share one.
             scale: As there.
             updates: As there.
+            scale_codes: What is stored of the scales, if anything is.
         """
         ...
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from weightflip.records import ALERTS_TAG, CORE_VALUES, MODEL_TAGS, RunInfo, split_variant
 from weightflip.report import legacy, lines, tfevents
 from weightflip.report.run import (
+    EMPTY,
     Alert,
     Layer,
     Run,
@@ -121,7 +122,8 @@ def _read_event_files(path: Path, files: Sequence[Path]) -> Run | None:
     quotients = _Quotients(_restarts(loaded), _whole_number(info.settings.get("track_every"), 1))
     of_layers: dict[str, dict[str, Series]] = {}
     models: dict[str, dict[str, Series]] = {}
-    tracked = info.tracked or {tag.partition("/")[2] for tag in loaded.scalars if tag.startswith("flip_rate/")}
+    rates = ("flip_rate/", "cumulative_flip_rate/")
+    tracked = info.tracked or {tag.partition("/")[2] for tag in loaded.scalars if tag.startswith(rates)}
     for tag, points in loaded.scalars.items():
         value, _, of = tag.partition("/")
         if value == "flips":
@@ -135,6 +137,7 @@ def _read_event_files(path: Path, files: Sequence[Path]) -> Run | None:
             rows[value] = quotients.counts(points, value in gauges)
         else:
             rows[value] = quotients.series(points, value in gauges, max(1, weights))
+    of_cumulative = [rows for rows in of_layers.values() if _add_flip_rates(rows, quotients)]
     layers = {}
     for name in (name for name in [*info.tracked, *of_layers] if name in of_layers and name not in layers):
         _, dtype, quantizer = info.tracked.get(name, ("", "", split_variant(name)[1]))
@@ -142,8 +145,22 @@ def _read_event_files(path: Path, files: Sequence[Path]) -> Run | None:
     if not any(len(layer.get("flip_rate")) for layer in layers.values()):
         return None
     alerts = tuple(quotients.valid(text for tag in _ALERTS for text in loaded.texts.get(tag, ())))
-    notes = (of_nonfinite(quotients.left_out),) if quotients.left_out else ()
+    notes: tuple[str, ...] = (of_nonfinite(quotients.left_out),) if quotients.left_out else ()
+    if of_cumulative:
+        notes += (
+            f"flip rates of {len(of_cumulative)} layers are those of their cumulative ones: event files have no other "
+            "number of them",
+        )
     return Run(path.name, path, info, layers, models or models_of(layers), _alerts(alerts), notes)
+
+
+def _add_flip_rates(rows: dict[str, Series], quotients: _Quotients) -> bool:
+    """Flip rates where there are none at all points: of many layers, TensorBoard has the cumulative one alone."""
+    cumulative = rows.get("cumulative_flip_rate")
+    if cumulative is None or len(rows.get("flip_rate", EMPTY)) >= len(cumulative):
+        return False
+    rows["flip_rate"] = quotients.differences(cumulative)
+    return True
 
 
 def _restarts(loaded: tfevents.Events) -> list[tuple[int, float]]:
@@ -194,6 +211,15 @@ class _Quotients:
             self._spans[key] = steps, self._denominators(steps, gauge, weights)
         spans = self._spans[key][1]
         return Series(steps, values * spans, spans, gauge)
+
+    def differences(self, cumulative: Series) -> Series:
+        """What was counted from point to point, of what was counted since the start for each weight."""
+        steps, weights = cumulative.steps, cumulative.denominators
+        spans = self._denominators(steps, False, 1) * weights
+        counted = np.diff(cumulative.numerators, prepend=0.0).clip(0.0)
+        # Of a run that was resumed elsewhere, the first number is that of all steps before.
+        begin = int(len(steps) > 1 and steps[0] > 1.5 * (steps[1] - steps[0]))
+        return Series(steps[begin:], counted[begin:], spans[begin:], False)
 
     def _finite(self, points: tfevents.Points) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         key = id(points.steps)

@@ -39,11 +39,15 @@ class ChosenLayers:
         self._since: dict[str, int] = {}
         self._begun: set[str] = set()
 
-    def look(self, record: FlipRecord) -> None:
-        """Take note of a record, before it is written."""
+    def look(self, record: FlipRecord) -> list[str]:
+        """Take note of a record, before it is written.
+
+        Returns:
+            Those that stand out from now on.
+        """
         self.are_many = len({split_variant(layer.name)[0] for layer in record.layers}) > MANY_LAYERS
         if not self.are_many:
-            return
+            return []
         rates: dict[str, dict[str, Quotient]] = {}
         for layer in record.layers:
             window = layer.window
@@ -51,7 +55,9 @@ class ChosenLayers:
         found = [name for of_quantizer in rates.values() for name in outliers(of_quantizer)]
         self._since = {name: self._since.get(name, 0) + 1 for name in found}
         lasting = [name for name in found if self._since[name] >= _LASTING and name not in self.outliers]
-        self.outliers += lasting[: _MOST_OUTLIERS - len(self.outliers)]
+        new = lasting[: _MOST_OUTLIERS - len(self.outliers)]
+        self.outliers += new
+        return new
 
     def has(self, value: str, layer: str) -> bool:
         """Whether a number of a layer is written under a tag of its own."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightflip.overview import spread
 from weightflip.records import (
     ALERTS_TAG,
     CORE_VALUES,
@@ -163,7 +165,7 @@ class TensorBoardSink(BackgroundSink):
         is_new = self._renew()
         assert self._writer is not None
         self._write_alerts()
-        self._chosen.look(record)
+        self._name(self._chosen.look(record), record)
         self._lay_out(record)
         of_all = spread_points(record) if self._chosen.are_many else ()
         for point in itertools.chain(points(record, self._chosen.has), model_points(record), of_all):
@@ -215,6 +217,18 @@ class TensorBoardSink(BackgroundSink):
             self._writer.flush()
         if is_new:
             self._tell()
+
+    def _name(self, outliers: list[str], record: FlipRecord) -> None:
+        """Layers that stand out from now on, in the text panel."""
+        if not outliers:
+            return
+        assert self._writer is not None
+        rates = {layer.name: layer.flip_rate for layer in record.layers}
+        lines = [f"- `{shown(name)}`: flip rate {rates[name]:.3g}" for name in outliers]
+        usual = spread(rate for rate in rates.values() if math.isfinite(rate))
+        assert usual is not None
+        lines.append(f"- the median of all layers: {usual.median:.3g}")
+        self._writer.add_text("weightflip/layers_that_stand_out", "\n".join(lines), record.step)
 
     def _lay_out(self, record: FlipRecord) -> None:
         """The charts, where there are others than before. TensorBoard shows the last layout of a run."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from weightflip.overview import MANY_LAYERS, blocks_of
 from weightflip.records import shown
 from weightflip.report.html.markup import escape
 
@@ -43,6 +45,21 @@ class Figures:
         svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label, quote=True)}" ', 1)
         below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         return f"<figure>{svg}{below}</figure>"
+
+
+def rows_by_block(names: Sequence[str]) -> tuple[list[str], list[float], list[str]]:
+    """The layers in the order in which they are shown, where the labels are, in rows, and what they say.
+
+    Of more than 30 layers, those of a block stand together, and blocks have the labels.
+    """
+    blocks = blocks_of(names) if len(names) > MANY_LAYERS else {}
+    if not blocks:
+        rows, labels = row_labels(names)
+        return list(names), [row + 0.5 for row in rows], labels
+    ends = list(itertools.accumulate(len(members) for members in blocks.values()))
+    middles = [end - len(members) / 2 for end, members in zip(ends, blocks.values(), strict=True)]
+    at, labels = row_labels(list(blocks))
+    return [name for members in blocks.values() for name in members], [middles[row] for row in at], labels
 
 
 def row_labels(names: Sequence[str]) -> tuple[list[int], list[str]]:

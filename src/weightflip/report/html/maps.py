@@ -10,7 +10,7 @@ import numpy as np
 
 from weightflip.records import Value, shown
 from weightflip.report.html.bins import binned, edges_of
-from weightflip.report.html.figures import ROW_LABELS, Figures, row_labels
+from weightflip.report.html.figures import ROW_LABELS, Figures, row_labels, rows_by_block
 from weightflip.report.html.markup import escape
 from weightflip.report.run import Layer, Run
 from weightflip.report.table import columns, model_series
@@ -51,14 +51,13 @@ def _heat_map_row(figures: Figures, runs: Sequence[Run], scale: Sequence[Run], v
         axes.set_visible(False)
     mesh: Any = None
     for at, (axes, run) in enumerate(zip(grid, runs, strict=False)):
-        layers = list(run.layers.values())
+        order, rows, names = rows_by_block(list(run.layers))
         edges = edges_of(run)
-        cells = np.stack([binned(layer.get(value.name), edges) for layer in layers])
-        mesh = axes.pcolormesh(edges, np.arange(len(layers) + 1), cells, norm=norm, cmap=colors, rasterized=True)
+        cells = np.stack([binned(run.layers[name].get(value.name), edges) for name in order])
+        mesh = axes.pcolormesh(edges, np.arange(len(order) + 1), cells, norm=norm, cmap=colors, rasterized=True)
         axes.invert_yaxis()
-        rows, names = row_labels([layer.name for layer in layers])
         same = at > 0 and list(run.layers) == list(runs[at - 1].layers)
-        axes.set_yticks([row + 0.5 for row in rows], [] if same else names, fontsize=7)
+        axes.set_yticks(rows, [] if same else names, fontsize=7)
         axes.tick_params(axis="y", length=0)
         axes.spines[:].set_visible(False)
         axes.set_xlabel("step")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from weightflip.records import Value, shown_as
 from weightflip.report.findings import Finding, Severity
 from weightflip.report.html.markup import escape, table, td
-from weightflip.report.run import Run, Series
+from weightflip.report.many import overview_of
+from weightflip.report.run import Layer, Run, Series
 from weightflip.report.table import ALWAYS, cell, columns, concerns, formats, model_series, ranked
 
 WORDS = {Severity.SERIOUS: "serious", Severity.WARNING: "warning", Severity.NOTE: "note", Severity.INFO: "info"}
@@ -61,12 +62,36 @@ def table_of_runs(runs: Sequence[Run]) -> str:
 
 
 def table_of_layers(run: Run, findings: Sequence[Finding], titled: bool) -> str:
-    """The layers of a run, the worst first."""
+    """The layers of a run, the worst first; of many, blocks and those that stand out first, and all to be opened."""
+    every = _table(run, findings, "layer", ranked(run, findings))
+    overview = overview_of(run, findings)
+    if overview is not None:
+        tables = [_table(run, findings, "block", overview.blocks, overview.members)]
+        if overview.layers:
+            tables.append(_table(run, findings, "layers that stand out", overview.layers))
+        every = f"<details><summary>All {len(run.layers):,} layers, the worst first</summary>{every}</details>"
+        every = "".join([*tables, every])
+    title = f"<h3>{escape(run.name)}</h3>" if titled else ""
+    late = f"<p class=soft>Means of steps {max(0, int(run.late)):,} to {run.end:,}; shares of weights at the end.</p>"
+    return title + late + every
+
+
+def _table(
+    run: Run,
+    findings: Sequence[Finding],
+    what: str,
+    layers: Sequence[Layer],
+    members: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     values = columns([run], run.layers.values())
-    head = [("layer", True), ("weights", False), ("format", True), *((value.title, False) for value in values)]
+    head = [(what, True), ("weights", False), ("format", True), *((value.title, False) for value in values)]
     rows = []
-    for layer in ranked(run, findings):
-        worst = max((finding.severity for finding in findings if concerns(finding, run, layer.name)), default=None)
+    for layer in layers:
+        names = (members or {}).get(layer.name, [layer.name])
+        worst = max(
+            (finding.severity for finding in findings if any(concerns(finding, run, name) for name in names)),
+            default=None,
+        )
         dot = f'<i class="dot {WORDS[worst] if worst else ""}"></i>'
         rows.append(
             [
@@ -76,9 +101,7 @@ def table_of_layers(run: Run, findings: Sequence[Finding], titled: bool) -> str:
                 *(_number(value, layer.get(value.name), run.late) for value in values),
             ]
         )
-    title = f"<h3>{escape(run.name)}</h3>" if titled else ""
-    late = f"<p class=soft>Means of steps {max(0, int(run.late)):,} to {run.end:,}; shares of weights at the end.</p>"
-    return title + late + table(head, rows)
+    return table(head, rows)
 
 
 def meanings(runs: Sequence[Run]) -> str:

@@ -1,0 +1,330 @@
+"""The loops over many weights on the CPU, for Numba. Imported only where Numba is.
+
+They see memory as addresses, so that one call goes over many tensors: a row of ``places`` for each stretch of memory,
+with the columns below. The elements of all stretches are numbered through, and cut into items. Each thread that calls a
+loop takes items until there are none, so that any number of threads is right.
+
+A loop is a C function of one address, that of a task, and can be called by any thread pool. Nothing in it allocates or
+raises.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import carray  # type: ignore[attr-defined]
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from weightflip.kernels.vectors import LANES, LANES_OF_LARGEST, WIDE_OF_LARGEST, Vectors
+
+# Numba's types say that it is called with what it is defined with.
+_intrinsic: Any = intrinsic
+
+START, NUMEL, GROUP, SCALE, WEIGHT, CODES = range(6)
+"""Columns of ``places``: number of the first element, elements, how many of them share a scale, index of the first
+scale, addresses of the weight and the codes."""
+COLUMNS = 6
+
+NEXT, TOTAL, ITEM, PLACES, STRETCHES, SCALES, SCALED, LARGEST = range(8)
+LANES_LOOP, FORMAT, WEIGHT_SIZE, UPDATE_SIZE, CODES_SIZE, UPDATES, MASK, COUNTS, STRIDE, ROWS = range(8, 18)
+"""What a task holds, int64: the next item; elements of all stretches, and of an item; address and number of the places;
+address of the scales, float32, and whether there is more than one of 1; address of the largest magnitudes, float32;
+address of the loop over lanes that is called, :func:`count_lanes` or :func:`largest_lanes` compiled for the dtypes, and
+of :class:`~weightflip.kernels.constants.Lanes`; bytes of a weight, an
+update and a code; address of the updates' addresses, 0 for one that has none, and the bits of an update that tell
+whether it is 0; address of the counts, int64, and how many bytes their rows are apart; address of the row of each
+stretch, int64."""
+TASK = 18
+
+# Scales that lie beside the weights of so many elements; and bytes of four buffers for fewer than LANES elements.
+_CHUNK = 1 << 11
+_ROOM = 4 * (_CHUNK + LANES)
+_SPARE = 4 * LANES
+# What a call has for itself: the scales, the buffers, and what was found.
+_STACK = _ROOM + 4 * _SPARE + 64
+
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
+# Nobody calls them from Python.
+_compile = functools.partial(numba.njit, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+# ---------------------------------------------------------------------- memory
+
+
+@_intrinsic
+def _pointer(context, address):  # type: ignore[no-untyped-def]
+    """An address as something that ``carray`` takes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return numba.types.voidptr(numba.types.int64), generate
+
+
+@_intrinsic
+def _stack(context):  # type: ignore[no-untyped-def]
+    """Address of the memory that a call has for itself."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        # Not as one array, which would be filled with zeros in a store that takes LLVM half a minute.
+        room = cgutils.alloca_once(builder, ir.IntType(8), size=_STACK)  # type: ignore[no-untyped-call]
+        room.align = 64
+        return builder.ptrtoint(room, ir.IntType(64))
+
+    return numba.types.int64(), generate
+
+
+def _atomically(operation: str, bits: int) -> Any:
+    @_intrinsic
+    def change(context, address, value):  # type: ignore[no-untyped-def]
+        """What was there before."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            integer = ir.IntType(bits)
+            pointer = builder.inttoptr(arguments[0], integer.as_pointer())
+            operand = arguments[1] if bits == 64 else builder.trunc(arguments[1], integer)
+            before = builder.atomic_rmw(operation, pointer, operand, "monotonic")
+            return before if bits == 64 else builder.sext(before, ir.IntType(64))
+
+        return numba.types.int64(numba.types.int64, numba.types.int64), generate
+
+    return change
+
+
+_add, _raise = _atomically("add", 64), _atomically("max", 32)
+
+
+@_intrinsic
+def _copy(context, target, source, nbytes):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        target, source = (builder.inttoptr(address, cgutils.voidptr_t) for address in arguments[:2])
+        cgutils.raw_memcpy(builder, target, source, arguments[2], 1)  # type: ignore[no-untyped-call]
+        return context.get_dummy_value()
+
+    return numba.types.void(*[numba.types.int64] * 3), generate
+
+
+@_intrinsic
+def _clear(context, target, nbytes):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        target = builder.inttoptr(arguments[0], cgutils.voidptr_t)
+        cgutils.memset(builder, target, arguments[1], 0)  # type: ignore[no-untyped-call]
+        return context.get_dummy_value()
+
+    return numba.types.void(*[numba.types.int64] * 2), generate
+
+
+@_intrinsic
+def _fill(context, target, scale):  # type: ignore[no-untyped-def]
+    """Write LANES times a scale."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        v = Vectors(builder)
+        v.store(v.splat(arguments[1]), arguments[0])
+        return context.get_dummy_value()
+
+    return numba.types.void(numba.types.int64, numba.types.float32), generate
+
+
+@_intrinsic
+def _call_4(context, function, a, b, c, d):  # type: ignore[no-untyped-def]
+    return numba.types.void(*[numba.types.int64] * 5), _generate_call
+
+
+@_intrinsic
+def _call_9(context, function, a, b, c, d, e, f, g, h, i):  # type: ignore[no-untyped-def]
+    return numba.types.void(*[numba.types.int64] * 10), _generate_call
+
+
+def _generate_call(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    """Call the C function at an address."""
+    kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments[1:]])
+    builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+    return context.get_dummy_value()
+
+
+@_compile()
+def _places(task):  # type: ignore[no-untyped-def]
+    return carray(_pointer(task[PLACES]), (task[STRETCHES], COLUMNS), np.int64)
+
+
+@_compile()
+def _row_of(places, element):  # type: ignore[no-untyped-def]
+    """The stretch that has this element."""
+    low, high = 0, places.shape[0]
+    while high - low > 1:
+        middle = (low + high) // 2
+        if places[middle, START] <= element:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+# ---------------------------------------------------------------------- counting
+
+
+@_compile()
+def _rest(task, at, update_at, codes_at, numel, scales, mask, found, spare):  # type: ignore[no-untyped-def]
+    """Fewer than LANES elements: beside them zeros, which stay zeros, under a scale of 1."""
+    spare_update, spare_codes, spare_scales = spare + _SPARE, spare + 2 * _SPARE, spare + 3 * _SPARE
+    _clear(spare, 3 * _SPARE)
+    _fill(spare_scales, np.float32(1.0))
+    _copy(spare, at, numel * task[WEIGHT_SIZE])
+    _copy(spare_update, update_at, numel * task[UPDATE_SIZE])
+    _copy(spare_codes, codes_at, numel * task[CODES_SIZE])
+    _copy(spare_scales, scales, numel * 4)
+    _call_9(task[LANES_LOOP], spare, spare_update, spare_codes, LANES, spare_scales, 4, mask, task[FORMAT], found)
+    _copy(codes_at, spare_codes, numel * task[CODES_SIZE])
+
+
+@_compile()
+def _spread(scales, index, low, high, group, room):  # type: ignore[no-untyped-def]
+    """A scale for each element, from one for each group; and for fewer than LANES beyond."""
+    at, until = low, (index + 1) * group
+    while at < high:
+        scale = scales[index]
+        for place in range(at, min(until, high), LANES):
+            # Beyond the group, too: the next one writes there after it.
+            _fill(room + 4 * (place - low), scale)
+        at, until, index = until, until + group, index + 1
+
+
+@_compile()
+def _count_stretch(task, row, low, high, found, room):  # type: ignore[no-untyped-def]
+    place = _places(task)[row]
+    group, first_scale = (place[GROUP], place[SCALE]) if task[SCALED] else (place[NUMEL], 0)
+    scales = carray(_pointer(task[SCALES] + 4 * first_scale), (place[NUMEL],), np.float32)
+    mask, first_update = task[MASK], np.int64(0)
+    if task[UPDATE_SIZE]:
+        first_update = carray(_pointer(task[UPDATES]), (task[STRETCHES],), np.int64)[row]
+        if not first_update:
+            # The weight takes its place, and no bit of it counts.
+            first_update, mask = place[WEIGHT], np.int64(0)
+    while low < high:
+        index = low // group
+        until = min((index + 1) * group, high)
+        if until - low >= _CHUNK or until == high:
+            # One scale; without those at the end that need the next one beside them.
+            if until < high:
+                until -= (until - low) % LANES
+            _fill(room, scales[index])
+            step = 0
+        else:
+            until = min(low + _CHUNK, high)
+            _spread(scales, index, low, until, group, room)
+            step = 4
+        numel = (until - low) // LANES * LANES
+        at, codes_at = place[WEIGHT] + low * task[WEIGHT_SIZE], place[CODES] + low * task[CODES_SIZE]
+        update_at = first_update + low * task[UPDATE_SIZE]
+        _call_9(task[LANES_LOOP], at, update_at, codes_at, numel, room, step, mask, task[FORMAT], found)
+        if low + numel < until:
+            at, codes_at = at + numel * task[WEIGHT_SIZE], codes_at + numel * task[CODES_SIZE]
+            update_at += numel * task[UPDATE_SIZE]
+            # Those of a single scale lie LANES times in memory as well.
+            _rest(task, at, update_at, codes_at, until - low - numel, room + step * numel, mask, found, room + _ROOM)
+        low = until
+
+
+def count(address):  # type: ignore[no-untyped-def]
+    """Encode, compare, count and store, in as many items as there are left."""
+    task = carray(_pointer(address), (TASK,), np.int64)
+    places = _places(task)
+    rows = carray(_pointer(task[ROWS]), (task[STRETCHES],), np.int64)
+    room = _stack()
+    found_at = room + _ROOM + 4 * _SPARE
+    found = carray(_pointer(found_at), (3,), np.int64)
+    while True:
+        start = _add(address + 8 * NEXT, 1) * task[ITEM]
+        if start >= task[TOTAL]:
+            return
+        stop = min(start + task[ITEM], task[TOTAL])
+        row = _row_of(places, start)
+        while start < stop:
+            begin = places[row, START]
+            high = min(places[row, NUMEL], stop - begin)
+            found[:] = 0
+            _count_stretch(task, row, start - begin, high, found_at, room)
+            counts = task[COUNTS] + rows[row] * task[STRIDE]
+            for column in range(3):
+                _add(counts + 8 * column, found[column])
+            start = begin + high
+            row += 1
+
+
+# ---------------------------------------------------------------------- the largest magnitude
+
+
+def largest(address):  # type: ignore[no-untyped-def]
+    """Find the largest magnitude under each scale, in as many items as there are left."""
+    task = carray(_pointer(address), (TASK,), np.int64)
+    places = _places(task)
+    part_at = _stack()
+    part = carray(_pointer(part_at), (1,), np.int32)
+    items = (task[TOTAL] + task[ITEM] - 1) // task[ITEM]
+    while True:
+        # Backwards, since an optimizer goes forwards: the caches hold the end. What then stays there is the beginning,
+        # with which counting starts.
+        start = (items - 1 - _add(address + 8 * NEXT, 1)) * task[ITEM]
+        if start < 0:
+            return
+        stop = min(start + task[ITEM], task[TOTAL])
+        row = _row_of(places, start)
+        while start < stop:
+            place = places[row]
+            group = place[GROUP]
+            low, high = start - place[START], min(place[NUMEL], stop - place[START])
+            while low < high:
+                index = low // group
+                at, into = place[WEIGHT] + low * task[WEIGHT_SIZE], task[LARGEST] + 4 * (place[SCALE] + index)
+                groups = (high - low) // group
+                if low == index * group and groups:
+                    _call_4(task[LANES_LOOP], at, groups, group, into)
+                    low += groups * group
+                else:
+                    # Others may have another part of this group.
+                    until = min((index + 1) * group, high)
+                    _call_4(task[LANES_LOOP], at, 1, until - low, part_at)
+                    _raise(into, part[0])
+                    low = until
+            start = place[START] + high
+            row += 1
+
+
+# ---------------------------------------------------------------------- the loops over lanes
+
+# Groups of this size or more are read at several places at once, one group at a time.
+_LARGE = 512
+
+
+def count_lanes(weight, update, codes, numel, scales, step, mask, constants, found):  # type: ignore[no-untyped-def]
+    """Encode, compare, count and store: of :func:`weightflip.kernels.vectors.make_advance`, for the dtypes."""
+    ADVANCE(weight, update, codes, numel, scales, step, mask, constants, found)  # type: ignore[name-defined]  # noqa: F821
+
+
+def largest_lanes(address, groups, group, into):  # type: ignore[no-untyped-def]
+    """Write the bits of the largest magnitude of each group, as float32."""
+    found = carray(_pointer(into), (groups,), np.int32)
+    first = 0
+    if group % LANES_OF_LARGEST == 0 and group < _LARGE:
+        first = groups // LANES_OF_LARGEST * LANES_OF_LARGEST
+        IN_BLOCKS(address, first, group, into)  # type: ignore[name-defined]  # noqa: F821
+    for index in range(first, groups):
+        at, numel, bits = address + index * group * SIZE, group, np.int64(0)  # type: ignore[name-defined]  # noqa: F821
+        if group >= _LARGE:
+            numel = group // WIDE_OF_LARGEST * WIDE_OF_LARGEST
+            bits = WIDE(at, numel)  # type: ignore[name-defined]  # noqa: F821
+            at, numel = at + numel * SIZE, group - numel  # type: ignore[name-defined]  # noqa: F821
+        narrow = numel // LANES_OF_LARGEST * LANES_OF_LARGEST
+        bits = max(bits, NARROW(at, narrow))  # type: ignore[name-defined]  # noqa: F821
+        rest = carray(_pointer(at), (numel,), BITS)  # type: ignore[name-defined]  # noqa: F821
+        for i in range(narrow, numel):
+            bits = max(bits, np.int64(rest[i]) & ((1 << (8 * SIZE - 1)) - 1))  # type: ignore[name-defined]  # noqa: F821
+        # bfloat16 is the upper half of a float32.
+        found[index] = bits << (32 - 8 * SIZE)  # type: ignore[name-defined]  # noqa: F821

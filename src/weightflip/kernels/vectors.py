@@ -1,0 +1,313 @@
+"""Loops over 32 weights at a time, written in LLVM's vectors: it lays them out for AVX2, AVX-512, NEON and others.
+
+Numba's own loops over int8, int32 and float32 side by side take twice as many instructions. Memory is seen as
+addresses. Imported only where Numba is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from weightflip.kernels.constants import Lanes
+
+# Their types say that an intrinsic is called with what it is defined with, or nothing.
+_intrinsic: Any = intrinsic
+_tools: Any = cgutils
+_types: Any = types
+
+LANES = 32
+# Of the loops that find the largest magnitude; and of the one that reads at several places at once.
+LANES_OF_LARGEST, _STREAMS = 16, 4
+WIDE_OF_LARGEST = LANES_OF_LARGEST * _STREAMS
+
+# How far ahead memory is asked for. The processor does so by itself, but seems to begin anew at each page.
+_AHEAD, _AHEAD_CODES, _AHEAD_LARGEST = 2048, 1024, 512
+_CACHE_LINE = 64
+
+_I1, _I8, _I16, _I32, _I64, _F32 = *(ir.IntType(bits) for bits in (1, 8, 16, 32, 64)), ir.FloatType()
+_ADDRESS = types.int64
+
+
+class Vectors:
+    """Instructions on vectors of a number of lanes."""
+
+    def __init__(self, builder: Any, lanes: int = LANES) -> None:
+        self.b, self.lanes = builder, lanes
+
+    def type(self, of: Any) -> Any:
+        return ir.VectorType(of, self.lanes)
+
+    def all(self, of: Any, value: int) -> Any:
+        return ir.Constant(self.type(of), [value] * self.lanes)
+
+    def splat(self, scalar: Any) -> Any:
+        undefined = ir.Constant(self.type(scalar.type), ir.Undefined)
+        first = self.b.insert_element(undefined, scalar, ir.Constant(_I32, 0))
+        return self.b.shuffle_vector(first, undefined, ir.Constant(self.type(_I32), [0] * self.lanes))
+
+    def load(self, address: Any, of: Any, align: int) -> Any:
+        return self.b.load(self.b.inttoptr(address, self.type(of).as_pointer()), align=align)
+
+    def store(self, value: Any, address: Any) -> None:
+        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=1)
+
+    def smaller(self, x: Any, y: Any) -> Any:
+        return self.b.select(self.b.icmp_signed("<", x, y), x, y)
+
+    def larger(self, x: Any, y: Any) -> Any:
+        return self.b.select(self.b.icmp_signed(">", x, y), x, y)
+
+    def loop(self, numel: Any) -> Any:
+        return cgutils.for_range_slice(self.b, ir.Constant(_I64, 0), numel, ir.Constant(_I64, self.lanes), _I64)
+
+    def at(self, address: Any, index: Any, size: int) -> Any:
+        return self.b.add(address, self.b.mul(index, ir.Constant(_I64, size)))
+
+    def largest_lane(self, value: Any) -> Any:
+        lanes = self.lanes
+        while lanes > 1:
+            lanes //= 2
+            low, high = (
+                self.b.shuffle_vector(value, value, ir.Constant(ir.VectorType(_I32, lanes), list(range(first, last))))
+                for first, last in ((0, lanes), (lanes, 2 * lanes))
+            )
+            value = self.larger(low, high)
+        return self.b.extract_element(value, ir.Constant(_I32, 0))
+
+    def magnitude(self, address: Any, of: Any) -> Any:
+        """Floats without their sign, as integers, which have the numbers' order; NaN is above them all."""
+        return self.b.and_(self.load(address, of, of.width // 8), self.all(of, (1 << (of.width - 1)) - 1))
+
+    def larger_neighbours(self, x: Any, y: Any) -> Any:
+        """The larger one of each pair of lanes of two vectors."""
+        even, odd = (
+            self.b.shuffle_vector(x, y, ir.Constant(self.type(_I32), list(range(first, 2 * self.lanes, 2))))
+            for first in (0, 1)
+        )
+        return self.larger(even, odd)
+
+    def prefetch(self, address: Any, ahead: int, size: int) -> None:
+        """Ask for the memory behind that of the present lanes."""
+        pointer = _I8.as_pointer()
+        signature = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        function = _tools.get_or_insert_function(self.b.module, signature, "llvm.prefetch.p0")
+        to_read, keep, data = ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)
+        for line in range(0, self.lanes * size, _CACHE_LINE):
+            place = self.b.add(address, ir.Constant(_I64, ahead + line))
+            self.b.call(function, [self.b.inttoptr(place, pointer), to_read, keep, data])
+
+
+class _Rounding:
+    """Magnitudes, as bits of float32, to ordinals of another width, not yet with sign or NaN."""
+
+    def __init__(self, vectors: Vectors, constants: Any, codes: Any) -> None:
+        self.v, self.codes = vectors, codes
+        self.scalars = {
+            name: vectors.b.load(
+                vectors.b.inttoptr(vectors.b.add(constants, ir.Constant(_I64, 4 * at)), _I32.as_pointer()), align=4
+            )
+            for at, name in enumerate(Lanes._fields)
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self.v.splat(self.scalars[name])
+
+    def narrow(self, value: Any) -> Any:
+        return value if value.type.element == self.codes else self.v.b.trunc(value, self.v.type(self.codes))
+
+    def by_adding(self, magnitude: Any) -> Any:
+        """The processor rounds, to nearest even, normal and subnormal numbers alike.
+
+        Added is the power of two whose last place is the distance of the format's numbers there. The sum's last bits
+        are then the ordinal, but for the exponent, which what was added has as well.
+        """
+        b, v = self.v.b, self.v
+        at_least = v.larger(magnitude, self["first"])
+        added = b.add(b.and_(at_least, self["exponent"]), self["add"])
+        total = b.fadd(b.bitcast(magnitude, v.type(_F32)), b.bitcast(added, v.type(_F32)))
+        bits = b.add(b.bitcast(total, v.type(_I32)), b.lshr(added, self["cut"]))
+        return b.sub(self.narrow(bits), self.narrow(self["base"]))
+
+    def by_shifting(self, magnitude: Any) -> Any:
+        """As :func:`weightflip.quantizers.ordinals.round_to_ordinals`, which explains it.
+
+        For formats without mantissa bits, in which another bit tells what is even, and those with the exponents of
+        float32: their subnormal numbers are right also where the processor takes subnormal numbers for 0.
+        """
+        b, v = self.v.b, self.v
+        is_odd = b.and_(b.xor(b.lshr(magnitude, self["cut"]), self["parity"]), self["tie"])
+        normal = b.ashr(b.add(b.sub(magnitude, self["rebias"]), is_odd), self["cut"])
+        total = b.fadd(b.bitcast(magnitude, v.type(_F32)), b.bitcast(self["adder"], v.type(_F32)))
+        subnormal = b.sub(b.bitcast(total, v.type(_I32)), self["adder"])
+        return self.narrow(b.select(b.icmp_signed("<", magnitude, self["first_normal"]), subnormal, normal))
+
+
+def _encoded(rounding: _Rounding, by_adding: bool, number: Any) -> Any:
+    """Ordinals of float32 numbers."""
+    b, v = rounding.v.b, rounding.v
+    bits = b.bitcast(number, v.type(_I32))
+    magnitude = b.and_(bits, v.all(_I32, 0x7FFFFFFF))
+    is_nan = b.icmp_signed(">", magnitude, v.all(_I32, 0x7F800000))
+    magnitude = v.smaller(magnitude, rounding["limit"])
+    code = rounding.by_adding(magnitude) if by_adding else rounding.by_shifting(magnitude)
+    # All ones for a negative number.
+    sign = rounding.narrow(b.ashr(bits, v.all(_I32, 31)))
+    cap = b.add(rounding.narrow(rounding["cap"]), b.and_(sign, rounding.narrow(rounding["asymmetry"])))
+    code = b.select(b.icmp_unsigned("<", code, cap), code, cap)
+    code = b.sub(b.xor(code, sign), sign)
+    return b.select(is_nan, rounding.narrow(rounding["nan"]), code)
+
+
+PLAIN, MULTIPLIED, DIVIDED = range(3)
+"""What becomes of a weight before it is rounded."""
+
+
+def _number(v: Vectors, weight_bits: int, address: Any, scaling: int, scale: Any) -> Any:
+    """Weights as float32, under their scale."""
+    if weight_bits == 32:
+        number = v.load(address, _F32, 4)
+    else:
+        # bfloat16 is the upper half of a float32.
+        bits = v.b.zext(v.load(address, _I16, 2), v.type(_I32))
+        number = v.b.bitcast(v.b.shl(bits, v.all(_I32, 16)), v.type(_F32))
+    if scaling == PLAIN:
+        return number
+    under = v.load(scale, _F32, 4)
+    return v.b.fmul(number, under) if scaling == MULTIPLIED else v.b.fdiv(number, under)
+
+
+def make_advance(weight_bits: int, update_bits: int, code_bits: int, scaling: int, by_adding: bool) -> Any:
+    """The loop that encodes, compares, counts and stores.
+
+    Args:
+        weight_bits: 32 for float32, 16 for bfloat16.
+        update_bits: Of an update, which is a float, or a bool of 8; 0 where none are counted.
+        code_bits: Of an ordinal.
+        scaling: What becomes of a weight before it is rounded.
+        by_adding: How it is rounded.
+
+    Returns:
+        ``advance(weight, update, codes, numel, scales, scale_step, mask, constants, found)``: addresses of the first of
+        ``numel`` weights, updates and codes, a multiple of ``LANES``; address of ``LANES`` scales, and how many bytes
+        further those of the next weight are, 4 or 0; the bits of an update that tell whether it is 0; addresses of
+        :class:`~weightflip.kernels.constants.Lanes` and of three int64: flips, updates and stalled weights, added to.
+    """
+    code, bits = ir.IntType(code_bits), ir.IntType(update_bits or 8)
+    weight_size, update_size, code_size = weight_bits // 8, update_bits // 8, code_bits // 8
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        weight_at, update_at, codes_at, numel, scales, scale_step, mask, constants, found_at = arguments
+        v = Vectors(b)
+        rounding = _Rounding(v, constants, code)
+        found = [_tools.alloca_once_value(b, ir.Constant(_I64, 0)) for _ in range(3)]
+
+        def count(at: int, flags: Any) -> None:
+            number = b.zext(b.ctpop(b.bitcast(flags, ir.IntType(LANES))), _I64)
+            b.store(b.add(b.load(found[at]), number), found[at])
+
+        with v.loop(numel) as (i, _):
+            place, code_place = v.at(weight_at, i, weight_size), v.at(codes_at, i, code_size)
+            v.prefetch(place, _AHEAD, weight_size)
+            v.prefetch(code_place, _AHEAD_CODES, code_size)
+            number = _number(v, weight_bits, place, scaling, b.add(scales, b.mul(i, scale_step)))
+            new = _encoded(rounding, by_adding, number)
+            old = v.load(code_place, code, code_size)
+            v.store(new, code_place)
+            flipped = b.icmp_signed("!=", new, old)
+            count(0, flipped)
+            if update_bits:
+                update_place = v.at(update_at, i, update_size)
+                v.prefetch(update_place, _AHEAD, update_size)
+                # As integers, so that it holds also where the processor takes subnormal numbers for 0.
+                masked = b.and_(v.load(update_place, bits, update_size), v.splat(b.trunc(mask, bits)))
+                updated = b.icmp_signed("!=", masked, v.all(bits, 0))
+                count(1, updated)
+                count(2, b.and_(updated, b.not_(flipped)))
+        for at, number in enumerate(found):
+            pointer = b.inttoptr(b.add(found_at, ir.Constant(_I64, 8 * at)), _I64.as_pointer())
+            b.store(b.add(b.load(pointer), b.load(number)), pointer)
+        return context.get_dummy_value()
+
+    @_intrinsic
+    def advance(  # type: ignore[no-untyped-def]
+        context, weight, update, codes, numel, scales, scale_step, mask, constants, found
+    ):
+        return _types.void(*[_ADDRESS] * 9), generate
+
+    return advance
+
+
+def make_largest(weight_bits: int, streams: int) -> Any:
+    """The loop that finds the largest magnitude, at so many places at once.
+
+    Returns:
+        ``largest(address, numel)``: over a multiple of ``LANES_OF_LARGEST * streams`` weights. Bits of the magnitude.
+    """
+    bits, size = ir.IntType(weight_bits), weight_bits // 8
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        address, numel = arguments
+        v = Vectors(b, LANES_OF_LARGEST)
+        found = [_tools.alloca_once_value(b, v.all(bits, 0)) for _ in range(streams)]
+        each = b.udiv(numel, ir.Constant(_I64, streams))
+        with v.loop(each) as (i, _):
+            for stream, largest in enumerate(found):
+                place = v.at(v.at(address, b.mul(each, ir.Constant(_I64, stream)), size), i, size)
+                if streams > 1:
+                    v.prefetch(place, _AHEAD_LARGEST, size)
+                b.store(v.larger(b.load(largest), v.magnitude(place, bits)), largest)
+        value = b.load(found[0])
+        for other in found[1:]:
+            value = v.larger(value, b.load(other))
+        return b.zext(v.largest_lane(value), _I64)
+
+    @_intrinsic
+    def largest(context, address, numel):  # type: ignore[no-untyped-def]
+        return _types.int64(_ADDRESS, _ADDRESS), generate
+
+    return largest
+
+
+def make_largest_of_blocks(weight_bits: int) -> Any:
+    """The loop that finds the largest magnitude of each of many small groups, ``LANES_OF_LARGEST`` at a time.
+
+    Returns:
+        ``largest(address, groups, group, into)``: of ``groups`` groups of ``group`` weights, both multiples of
+        ``LANES_OF_LARGEST``. Bits of the magnitudes, as float32, go to the address ``into``.
+    """
+    bits, size = ir.IntType(weight_bits), weight_bits // 8
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        address, groups, group, into = arguments
+        v = Vectors(b, LANES_OF_LARGEST)
+        found = [_tools.alloca_once_value(b, v.all(bits, 0)) for _ in range(LANES_OF_LARGEST)]
+        with v.loop(groups) as (first, _):
+            for largest in found:
+                b.store(v.all(bits, 0), largest)
+            block = v.at(address, b.mul(first, group), size)
+            with v.loop(group) as (i, _):
+                for at, largest in enumerate(found):
+                    place = v.at(v.at(block, b.mul(group, ir.Constant(_I64, at)), size), i, size)
+                    v.prefetch(place, _AHEAD, size)
+                    b.store(v.larger(b.load(largest), v.magnitude(place, bits)), largest)
+            vectors = [b.load(largest) for largest in found]
+            # Neighbours with neighbours, two vectors to one, until a lane is left of each.
+            while len(vectors) > 1:
+                vectors = [v.larger_neighbours(*vectors[at : at + 2]) for at in range(0, len(vectors), 2)]
+            result = vectors[0]
+            if weight_bits < 32:
+                result = b.shl(b.zext(result, v.type(_I32)), v.all(_I32, 32 - weight_bits))
+            v.store(result, v.at(into, first, 4))
+        return context.get_dummy_value()
+
+    @_intrinsic
+    def largest(context, address, groups, group, into):  # type: ignore[no-untyped-def]
+        return _types.void(*[_ADDRESS] * 4), generate
+
+    return largest

@@ -1,0 +1,232 @@
+"""The compiled loops in torch's own threads: right, and never waiting for ever, wherever they are called."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from weightflip import FlipTrackingOptimizer
+from weightflip.kernels import pool
+from weightflip.kernels.cpu import Run
+from weightflip.kernels.runs import Kind, OnePass
+from weightflip.quantizers import resolve
+
+# More than one item, and more than one thread takes.
+SHAPE = (400, 1000)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def count_once(seed: int = 0) -> tuple[Tensor, list[int]]:
+    """Codes and counts of a weight whose codes were 0."""
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+    quantizer, counts = resolve("float8_e4m3:row"), torch.zeros(3, dtype=torch.int64)
+    codes = torch.zeros(SHAPE, dtype=torch.int8)
+    assert OnePass(Run)(weight, quantizer.scale(weight), quantizer.rounding(weight), codes, weight, counts)
+    return codes, counts.tolist()
+
+
+def expected(seed: int = 0) -> tuple[Tensor, list[int]]:
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+    codes = resolve("float8_e4m3:row").encode(weight).ordinals
+    flips, updates = int(codes.count_nonzero()), int(weight.count_nonzero())
+    return codes, [flips, updates, int(((codes == 0) & (weight != 0)).sum())]
+
+
+def assert_counted(found: tuple[Tensor, list[int]], seed: int = 0) -> None:
+    codes, counts = expected(seed)
+    assert torch.equal(found[0], codes)
+    assert found[1] == counts
+
+
+needs_torch_pool = pytest.mark.skipif(pool._parallel() is None, reason="torch was built with another thread pool")
+
+
+@pytest.mark.parametrize("has_torch_pool", [pytest.param(True, marks=needs_torch_pool), False])
+def test_both_pools_count_the_same(has_torch_pool, two_threads, monkeypatch):
+    used = []
+    parallel = pool._parallel()
+    run_own = pool._in_own_threads
+    monkeypatch.setattr(
+        pool, "_parallel", lambda: (lambda *args: (used.append("torch"), parallel(*args))) if has_torch_pool else None
+    )
+    monkeypatch.setattr(pool, "_in_own_threads", lambda *args: (used.append("own"), run_own(*args)))
+    assert_counted(count_once())
+    assert used == ["torch" if has_torch_pool else "own"]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_another_process_counts(method, two_threads):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {method}")
+    # Now this process has OpenMP's threads, which a fork of it has not.
+    assert_counted(count_once())
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=_count_in_child, args=(queue,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child.start()
+    try:
+        assert queue.get(timeout=120) == expected()[1]
+    finally:
+        child.kill()
+        child.join()
+
+
+def _count_in_child(queue) -> None:
+    # torch's own operations must not use the parent's OpenMP: one thread for those around the count.
+    torch.set_num_threads(1)
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    quantizer, counts = resolve("float8_e4m3:row"), torch.zeros(3, dtype=torch.int64)
+    codes, scale = torch.zeros(SHAPE, dtype=torch.int8), quantizer.scale(weight)
+    assert Run.can_do(
+        Kind(weight.dtype, weight.dtype, torch.int8, quantizer.rounding(weight), weight.device), scaled=False
+    )
+    torch.set_num_threads(2)
+    assert OnePass(Run)(weight, scale, quantizer.rounding(weight), codes, weight, counts)
+    queue.put(counts.tolist())
+
+
+def train(backend: str, threads=(1,), seed: int = 0) -> list[tuple[int, int, int]]:
+    """What each step counts, with another number of threads in each."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in (SHAPE, (300, 333))]
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(weights, lr=0.05), backend=backend, sinks=[])
+    found = []
+    for number in threads:
+        torch.set_num_threads(number)
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+        counts = optimizer.tracker.record().model.window
+        found.append((counts.flips, counts.updates, counts.stalled))
+    return found
+
+
+def test_the_number_of_threads_may_change_between_steps(two_threads):
+    threads = (2, 1, 3, 2, 4)
+    assert train("numba", threads) == train("eager", threads)
+
+
+def test_two_optimizers_in_two_threads(two_threads):
+    wanted = {seed: train("eager", [2] * 5, seed) for seed in (1, 2)}
+    found = {}
+    threads = [
+        threading.Thread(target=lambda seed=seed: found.update({seed: train("numba", [2] * 5, seed)}))
+        for seed in (1, 2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert found == wanted
+
+
+@needs_torch_pool
+def test_inside_a_parallel_region(two_threads):
+    found = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def each(_):
+        found.append(count_once(len(found)))
+
+    pool._parallel()(ctypes.cast(each, ctypes.c_void_p).value, 0, 2, 0)
+    assert len(found) == 2
+    for codes, counts in found:
+        assert any(torch.equal(codes, expected(seed)[0]) and counts == expected(seed)[1] for seed in (0, 1))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers")
+@pytest.mark.parametrize("has_torch_pool", [True, False])
+def test_an_interrupt_comes_after_the_count(has_torch_pool, two_threads, monkeypatch):
+    """Never in the midst of it: no code is lost, and no thread writes to memory that was given back."""
+    if not has_torch_pool:
+        monkeypatch.setattr(pool, "_parallel", lambda: None)
+    weight = torch.randn(2000, 4000, generator=torch.Generator().manual_seed(0))
+    quantizer = resolve("float8_e4m3")
+    scale, rounding = quantizer.scale(weight), quantizer.rounding(weight)
+    wanted = quantizer.encode(weight).ordinals
+    codes, counts = torch.zeros_like(weight, dtype=torch.int8), torch.zeros(3, dtype=torch.int64)
+    calls = 0
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(5):
+            codes.zero_()
+            counts.zero_()
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+                signal.setitimer(signal.ITIMER_REAL, 0.001)
+                end = time.monotonic() + 60
+                while time.monotonic() < end:
+                    OnePass(Run)(weight, scale, rounding, codes, None, counts)
+                    calls += 1
+            # Whoever was at work has ended.
+            assert torch.equal(codes, wanted) or not codes.any()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    codes.zero_()
+    counts.zero_()
+    OnePass(Run)(weight, scale, rounding, codes, None, counts)
+    assert torch.equal(codes, wanted)
+    assert counts[0] == wanted.count_nonzero()
+
+
+def test_an_interrupt_waits_for_the_other_threads():
+    """They write to memory that whoever is interrupted may give back."""
+    begun, ended = threading.Semaphore(0), []
+    main = threading.get_ident()
+
+    def work(task):
+        if threading.get_ident() == main:
+            for _ in range(2):
+                begun.acquire()
+            raise KeyboardInterrupt
+        begun.release()
+        time.sleep(0.2)
+        ended.append(task)
+
+    with pytest.raises(KeyboardInterrupt):
+        pool._in_own_threads(work, 7, 3)
+    assert ended == [7, 7]
+
+
+def test_who_comes_when_all_is_done_does_nothing():
+    done = []
+    team = pool._Team(done.append, 7)
+    team.end()
+    team.join()
+    assert done == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_fork_is_noted(two_threads):
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        os.write(write, b"1" if pool._State.is_forked else b"0")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 1) == b"1"
+    assert not pool._State.is_forked
