@@ -175,7 +175,8 @@ def test_layers_that_prepare_converts_to_float8_are_seen(digits):
         prepared.step()
         prepared.zero_grad()
     quantizers = {name: row[2] for name, row in optimizer.info.tracked.items()}
-    assert quantizers == {"0.weight": "float8_e4m3", "2.weight": "float8_e4m3:pow2", "4.weight": "float8_e4m3"}
+    assert quantizers == {"2.weight": "float8_e4m3:pow2"}
+    assert all("high precision" in optimizer.info.skipped[name] for name in ("0.weight", "4.weight"))
     assert optimizer.tracker.get_flip_counts()["2.weight"] > 0
 
 

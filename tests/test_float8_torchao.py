@@ -201,7 +201,10 @@ def test_the_recipe_is_named_as_people_write_it(config):
 def test_layers_that_torchao_leaves_alone_are_not_cast_its_way():
     model = nn.Sequential(nn.Linear(16, 16, dtype=torch.bfloat16), nn.Linear(16, 16, dtype=torch.bfloat16))
     model = convert_to_float8_training(model, module_filter_fn=lambda module, name: name == "1")
-    tracked = plan_of(model).tracked
+    plan = plan_of(model)
+    assert {name: str(quantizer) for name, quantizer in plan.tracked.items()} == {"1.weight": "float8_e4m3"}
+    assert "high precision" in plan.skipped["0.weight"]
+    tracked = plan_of(model, include="*.weight").tracked
     assert {name: str(quantizer) for name, quantizer in tracked.items()} == {
         "0.weight": "native",
         "1.weight": "float8_e4m3",

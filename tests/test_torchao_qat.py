@@ -453,7 +453,8 @@ def test_a_layer_that_starts_disabled_is_noted():
     model = net(INTX["int4 groups"][0]())
     model.first.weight_fake_quantizer.enabled = False
     plan = plan_of(model)
-    assert set(plan.tracked) == {"embedding.weight", "first.weight", "second.weight"}
+    assert set(plan.tracked) == {"first.weight", "second.weight"}
+    assert "high precision" in plan.skipped["embedding.weight"]
     assert any("Fake quantization is off" in note and "first.weight" in note for note in plan.notes)
 
 
@@ -628,7 +629,8 @@ def test_a_mixed_model_is_seen_part_by_part():
         model, QATConfig(weight_config=embedding, step="prepare"), filter_fn=lambda m, _: isinstance(m, nn.Embedding)
     )
     model.tied.weight = model.head.weight
-    optimizer = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, sinks=[])
+    asked = {"mixer.*": "native", "head.*": "float8_e4m3", "*": "auto"}
+    optimizer = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, quantizer=asked, sinks=[])
     expected = {
         "embedding.weight": "qat_int4:g32",
         "first.weight": "float8_e4m3",
@@ -638,7 +640,10 @@ def test_a_mixed_model_is_seen_part_by_part():
     }
     assert {name: quantizer for name, (_, _, quantizer) in optimizer.info.tracked.items()} == expected
     assert set(optimizer.info.skipped) == {"first.bias", "second.bias", "norm.weight", "norm.bias"}
-    (note,) = optimizer.info.notes
+    assert optimizer.info.notes == ()
+    plan = plan_of(model)
+    assert expected.keys() - plan.tracked.keys() == {"mixer.weight", "head.weight"}
+    (note,) = plan.notes
     assert "head.weight" in note
     assert "first.weight" not in note
 

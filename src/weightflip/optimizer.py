@@ -46,7 +46,8 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             same weights through several formats, or a mapping from globs over parameter names to any of them, of which
             the first that matches counts.
         include: Globs over parameter names; None for every floating-point weight with two dimensions or more, and
-            for the flat parameters of FSDP1 and the partitions of ZeRO-3.
+            for the flat parameters of FSDP1 and the partitions of ZeRO-3. Of a model that torchao has converted, None
+            leaves out the weights that stay in high precision.
         exclude: Globs over parameter names.
         groups: Layers whose sums are shown beside the single ones: name to globs over parameter names, such as
             ``{"attention": "*.attn.*", "mlp": ["*.fc1.*", "*.fc2.*"]}``, ``"type"`` for a group of each type of module,

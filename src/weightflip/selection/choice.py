@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +28,10 @@ _DTYPE_DEFAULTS = {
     torch.float8_e4m3fn: "native",
     torch.float8_e5m2: "native",
 }
+_PLAIN_NOTE = (
+    "Weights that stay in high precision beside torchao's converted layers are not tracked, and not in the model's "
+    "numbers; name a format for those that you want to see, quantizer={'head.*': 'bfloat16', '*': 'auto'}"
+)
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,19 @@ class Choices:
         parameters: Name to parameter.
         sources: Where ``"auto"`` looks.
         strict: Whether each quantizer is tried on its weight.
+        with_plain: Whether weights that torchao leaves in high precision are tracked beside those that it converts.
 
     Raises:
         ValueError: If ``strict``: the model holds none of the parameters.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], sources: Sources, *, strict: bool) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], sources: Sources, *, strict: bool, with_plain: bool = False
+    ) -> None:
         model = sources.model
-        self._known, self._strict = sources.known, strict
+        self._known, self._strict, self._with_plain = sources.known, strict, with_plain
+        # Of the model, since the other optimizers of a run may have the converted ones.
+        self._all = [*parameters.values(), *(model.parameters() if model is not None else ())]
         self._owners = _owners(model) if model is not None else {}
         self._of_optimizer = of_optimizer(sources.optimizer)
         self._flat = flattened(parameters.values(), model)
@@ -108,7 +119,7 @@ class Choices:
             if is_named:
                 quantizer = inside_subclass(parameter, spec)
             else:
-                quantizer, note = self._detect(parameter)
+                quantizer, note = self._detect(parameter, is_alone=len(specs) == 1)
             # "auto" may come to the same as a name beside it.
             chosen.setdefault(quantizer_name(quantizer), quantizer)
             notes += [note] if note else []
@@ -124,16 +135,34 @@ class Choices:
             check_formats_of_flat(parameter, found, named=False)
         return tuple(chosen.values()), notes
 
-    def _detect(self, parameter: Tensor) -> tuple[Quantizer, str | None]:
-        of_optimizer = self._of_optimizer.get(id(parameter))
-        if of_optimizer is not None:
-            return of_optimizer, None
+    def _detect(self, parameter: Tensor, *, is_alone: bool) -> tuple[Quantizer, str | None]:
         owner = self._owners.get(id(parameter))
         try:
-            return _detect(parameter, owner)
+            converted = self._converted(parameter)
+            if converted is not None:
+                return converted
+            if is_alone and not self._with_plain and self._has_converted:
+                raise _plain()
+            return _default(parameter)
         except Skip as reason:
             reason.is_of_model = owner is not None
             raise
+
+    def _converted(self, parameter: Tensor) -> tuple[Quantizer, str | None] | None:
+        """What torchao, or the optimizer, quantizes it with, and a note; None for a plain weight."""
+        of_optimizer = self._of_optimizer.get(id(parameter))
+        if of_optimizer is not None:
+            return of_optimizer, None
+        return _of_torchao(parameter, self._owners.get(id(parameter)))
+
+    @cached_property
+    def _has_converted(self) -> bool:
+        """Whether torchao has converted any weight that is trained: not the frozen base below adapters."""
+        for parameter in self._all:
+            with suppress(Skip):
+                if parameter.requires_grad and self._converted(parameter) is not None:
+                    return True
+        return False
 
 
 def owner_types(parameters: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, str]:
@@ -165,7 +194,14 @@ def _owners(model: nn.Module) -> dict[int, nn.Module]:
     return owners
 
 
-def _detect(parameter: Tensor, owner: nn.Module | None) -> tuple[Quantizer, str | None]:
+def _plain() -> Skip:
+    reason = Skip("in high precision beside torchao's converted layers")
+    reason.is_elsewhere, reason.note = True, _PLAIN_NOTE
+    return reason
+
+
+def _of_torchao(parameter: Tensor, owner: nn.Module | None) -> tuple[Quantizer, str | None] | None:
+    """How torchao quantizes a weight, and a note; None if it does not."""
     shard = distributed.local(parameter)
     classes = torchao_classes(shard)
     if classes:
@@ -175,7 +211,11 @@ def _detect(parameter: Tensor, owner: nn.Module | None) -> tuple[Quantizer, str 
         raise Skip(f"a scale or zero point that torchao's {modules[0]} learns, no weight")
     if modules and parameter is not getattr(owner, "bias", None):
         return of_module(owner, modules)
+    return None
 
+
+def _default(parameter: Tensor) -> tuple[Quantizer, str | None]:
+    """What the dtype says, and a note."""
     default = _DTYPE_DEFAULTS.get(parameter.dtype)
     if default is None:
         raise Skip(f"no default quantizer for dtype {dtype_name(parameter)}; name one in quantizer=")

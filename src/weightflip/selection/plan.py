@@ -75,7 +75,7 @@ def make_plan(
     rules = Rules(selection)
     if strict:
         rules.check(parameters)
-    choices = Choices(parameters, sources, strict=strict)
+    choices = Choices(parameters, sources, strict=strict, with_plain=bool(rules.include))
     # Ranks have different shards of FSDP1, and must not come to different ends; ZeRO-3's partitions are yet to come.
     may_be_empty |= any(choices.is_flat(p) and not getattr(p, "_is_flat_param", False) for p in parameters.values())
     plan, noted, unknown = Plan(), dict[str, list[str]](), dict[str, None]()
@@ -95,6 +95,8 @@ def make_plan(
                 plan.skipped_by_model.add(name)
             if reason.unknown is not None:
                 unknown[reason.unknown] = None
+            if reason.note is not None:
+                noted.setdefault(reason.note, []).append(name)
         else:
             plan.tracked[name] = chosen
             if len(specs) > 1:

@@ -31,6 +31,9 @@ class Skip(Exception):
     is_elsewhere = False
     """Whether other processes, or later steps, have the weights: no fault of the call."""
 
+    note: str | None = None
+    """A sentence that is worth reading beside the reason."""
+
     def __init__(self, reason: str, *, misfit: bool = False, unknown: str | None = None) -> None:
         super().__init__(reason)
         self.misfit = misfit

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from weightflip.session.log import Log
 from weightflip.session.steps import is_phantom, parameters_of, reference
 
-# A loaded checkpoint and new initial weights are a write each; a few steps are more.
-_WRITES_OF_STEPS = 4
+# New initial weights, a loaded checkpoint and a broadcast are one or two writes each; steps soon are more.
+_WRITES_OF_STEPS = 8
 
 
 class _Inside:
