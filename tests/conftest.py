@@ -13,7 +13,7 @@ from processes import end_servers, multiply_float8_without_onednn
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, track_flips
-from weightflip.selection import Plan, make_plan, name_parameters
+from weightflip.selection import Plan, Selection, Sources, make_plan, name_parameters
 
 multiply_float8_without_onednn()
 
@@ -231,7 +231,8 @@ def same_as_bare(form, make: Callable, train: Callable, digits, build: Callable 
     assert_same(*results)
 
 
-def plan_of(model: nn.Module, **options) -> Plan:
+def plan_of(model: nn.Module, *, may_be_empty: bool = False, **options) -> Plan:
     """How the weights of a model would be tracked, with the one quantizer of each."""
-    plan = make_plan(name_parameters([{"params": list(model.parameters())}], model), model, **options)
+    parameters = name_parameters([{"params": list(model.parameters())}], model)
+    plan = make_plan(parameters, Sources(model), Selection(**options), may_be_empty=may_be_empty)
     return replace(plan, tracked={name: quantizer for name, (quantizer,) in plan.tracked.items()})

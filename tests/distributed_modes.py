@@ -29,6 +29,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightflip import Alert, FlipTrackingOptimizer, distributed, track_flips
+from weightflip.distributed.groups import group_of
 from weightflip.quantizers.ordinals import STORED_FORMATS, bits_to_ordinals_
 
 STEPS = 8
@@ -770,7 +771,7 @@ def phantom_steps(rank: int, world: int) -> dict[str, object]:
 
 def frozen_on_one(rank: int, world: int) -> dict[str, object]:
     """The last process alone freezes a weight, and both freeze another one later."""
-    patience, distributed.PATIENCE = distributed.PATIENCE, timedelta(seconds=1)
+    patience, distributed.collectives.PATIENCE = distributed.collectives.PATIENCE, timedelta(seconds=1)
 
     def freeze(step: int, model: nn.Module) -> None:
         if step == 4 and rank == world - 1:
@@ -783,7 +784,7 @@ def frozen_on_one(rank: int, world: int) -> dict[str, object]:
         start = time.monotonic()
         found = steps_with_faults("always", shard=fsdp, quantizer=quantizer, log_every=3, before=freeze)
         results[quantizer] = {**found, "seconds": time.monotonic() - start}
-    distributed.PATIENCE = patience
+    distributed.collectives.PATIENCE = patience
     return results
 
 
@@ -865,7 +866,7 @@ def groups(rank: int, world: int) -> dict[str, object]:
     mesh = over(2, world // 2, names=("replicate", "shard"))["shard"]
     parameter = nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)], src_data_rank=None))
     layout = distributed.layout(parameter)
-    ours, theirs = (distributed._group(distributed.Team(layout.ranks, kind)) for kind in ("cpu", "cuda"))
+    ours, theirs = (group_of((kind, layout.ranks)) for kind in ("cpu", "cuda"))
     # Of two of the processes; the others have it in their optimizer, and nothing of it.
     part = DeviceMesh("cpu", [0, 1])
     of_two = nn.Parameter(distribute_tensor(torch.ones(8, 8), part, [Shard(0)], src_data_rank=None))

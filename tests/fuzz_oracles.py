@@ -104,6 +104,36 @@ class Float8(Oracle):
         return _values(codes, self.split) / scale.double().numpy()
 
 
+class Float8Blocks(Float8):
+    """The formula of torchao's blockwise casts, of a weight that is padded to whole blocks."""
+
+    def __init__(self, options: list[str]) -> None:
+        super().__init__("e4m3", [])
+        self.rows, self.pow2 = 128 if "128x128" in options else 1, "pow2" in options
+
+    def encode(self, weight: Tensor) -> Encoded:
+        shape = weight.shape
+        matrices = weight.reshape(-1, *(1, 1, *shape)[-2:]).float()
+        height, width = (-(-size // n) for size, n in zip(matrices.shape[1:], (self.rows, 128), strict=True))
+        padded = torch.zeros(len(matrices), height * self.rows, width * 128)
+        padded[:, : matrices.shape[1], : matrices.shape[2]] = matrices
+        amax = padded.abs().view(-1, height, self.rows, width, 128).amax((2, 4))
+        scale = (448.0 / amax.double().clamp(min=1e-12)).float()
+        if self.pow2:
+            mantissa, exponent = np.frexp(scale.numpy())
+            scale = torch.from_numpy(
+                np.where(np.isfinite(mantissa) & (mantissa > 0), np.ldexp(0.5, exponent), mantissa)
+            )
+            scale = scale.float()
+        each = scale.repeat_interleave(self.rows, 1).repeat_interleave(128, 2)
+        each = each[:, : matrices.shape[1], : matrices.shape[2]].reshape(shape)
+        # A NaN has a sign, which is none of the number's.
+        stored = (1 / scale).numpy()
+        # Nor has E8M0 an infinity.
+        stored = np.where(np.isnan(stored) | (self.pow2 & np.isinf(stored)), -1.0, stored)
+        return Encoded(self.under(weight, each), each, stored)
+
+
 class Exmy(Oracle):
     """The nearest of all numbers, by search, of the weight divided by amax / largest number."""
 
@@ -302,6 +332,8 @@ class Thirds(Oracle):
 def oracle_of(name: str) -> Oracle:
     """The oracle of a quantizer name."""
     family, *options = name.split(":")
+    if "128" in name:
+        return Float8Blocks(options)
     if family.startswith("float8_"):
         return Float8(family.removeprefix("float8_"), options)
     if family in BLOCK_ELEMENT:

@@ -61,6 +61,9 @@ FORMATS = (
     "e7m0",
     "e4m7:none",
     "e2m5:none",
+    "float8_e4m3:1x128",
+    "float8_e4m3:128x128",
+    "float8_e4m3:128x128:pow2",
     "format e3m4:none",
     "format e5m2:none",
 )

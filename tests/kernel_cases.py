@@ -53,9 +53,13 @@ def gradient_of(weight: Tensor, generator: torch.Generator) -> Tensor:
     return gradient
 
 
+def eager(quantizer) -> functional.Encoding:
+    return functional.Encoding(quantizer, kernels.ScratchPool(), "eager")
+
+
 def codes_of(weight: Tensor, quantizer) -> tuple[Tensor, Tensor | None]:
     codes = torch.empty_like(weight, dtype=quantizer.code_dtype(weight))
-    return codes, functional.encode_into(weight, quantizer, codes, kernels.ScratchPool(), backend="eager")
+    return codes, functional.encode_into(weight, eager(quantizer), codes)
 
 
 def stale_codes(weight: Tensor, quantizer, generator: torch.Generator) -> Tensor:
@@ -68,7 +72,7 @@ def stale_codes(weight: Tensor, quantizer, generator: torch.Generator) -> Tensor
 def by_eager(weight: Tensor, quantizer, old: Tensor, update: Tensor | None, counted=(5, 6, 7)):
     """Codes, counts (added to what was counted before) and scale."""
     codes, counts = old.clone(), torch.tensor(counted, device=weight.device)
-    scale = functional.advance(weight, quantizer, codes, update, counts, kernels.ScratchPool(), backend="eager")
+    scale = functional.advance(weight, eager(quantizer), codes, update, counts)
     return codes, counts, scale
 
 
@@ -89,7 +93,9 @@ def each_alone(weights: Iterable[Tensor], quantizer, generator: torch.Generator)
     """Those of the weights that the groups fit, changed since they were encoded; every fourth has no update."""
     found = []
     for i, weight in enumerate(weights):
-        if quantizer.group and (weight.ndim == 0 or weight.shape[-1] % quantizer.group):
+        # A row that is shorter than a tile is one, though a smaller one.
+        is_one_block = quantizer.tile is not None and weight.ndim > 0 and weight.shape[-1] < quantizer.group
+        if quantizer.group and not is_one_block and (weight.ndim == 0 or weight.shape[-1] % quantizer.group):
             continue
         old, old_scale = codes_of(weight, quantizer)
         weight.mul_((torch.rand(weight.shape, generator=generator) + 0.5).to(weight.device))

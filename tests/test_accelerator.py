@@ -124,7 +124,8 @@ def test_counts_are_those_of_the_obvious_version(quantizer, backend):
         there, update = weight.to(DEVICE), update.to(DEVICE)
         new = quantizer.encode(there).ordinals
         codes, counts = old.clone(), torch.zeros(3, dtype=torch.int64, device=DEVICE)
-        functional.advance(there, quantizer, codes, update, counts, kernels.ScratchPool(), backend)
+        encoding = functional.Encoding(quantizer, kernels.ScratchPool(), backend)
+        functional.advance(there, encoding, codes, update, counts)
         assert torch.equal(codes, new)
         flipped, updated = old != new, update != 0
         assert counts.tolist() == [int(x.sum()) for x in (flipped, updated, updated & ~flipped)]

@@ -178,7 +178,7 @@ def test_everywhere_it_is_told(digits, tmp_path, caplog):
 def test_tensorboard_has_them_as_text(digits, tmp_path):
     train(digits, 20, log_dir=tmp_path, alerts=["flip_rate > 0", "cumulative_flip_rate > 0 for 10 steps"])[0].close()
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
-    found = events.Tensors("weightflip/alerts/text_summary")
+    found = events.Tensors("weightflip/tracking_alerts/text_summary")
     texts = [event.tensor_proto.string_val[0].decode() for event in found]
     # TensorBoard shows one text a step.
     assert [event.step for event in found] == [10, 20]

@@ -78,6 +78,29 @@ def _needs(path: Path) -> set[str]:
 
 MODULES = {_module(path) for path in FILES}
 
+FLOORS = tuple(ALLOWED)
+"""Rooms from the highest down: the rows of the table."""
+
+
+def _room(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_each_room_has_a_floor():
+    assert {_room(name) for name in MODULES} == ALLOWED.keys()
+    for room, entries in ALLOWED.items():
+        assert entries <= MODULES, f"{room} may import what is not there"
+
+
+def test_no_arrow_runs_up():
+    """Neither an import, nor one that the table would allow."""
+    allowed = {(room, entry) for room, entries in ALLOWED.items() for entry in entries}
+    found = {(_module(path), name) for path in FILES for name in _needs(path) if _room(name) != _room(_module(path))}
+    assert len(found) > 50, "imports are found"
+    for name, needed in allowed | found:
+        above, below = FLOORS.index(_room(name)), FLOORS.index(_room(needed))
+        assert above < below, f"{name} needs {needed}, whose row is not below its own"
+
 
 def test_no_two_files_need_each_other():
     graph = {_module(path): _needs(path) for path in FILES}
@@ -91,12 +114,14 @@ def test_no_two_files_need_each_other():
 # From the highest down: each needs only those of lower floors.
 COUNTING_FLOORS = (
     {"tracker"},
-    {"totals", "batched", "summary", "stalls", "single"},
+    {"current"},
+    {"totals", "batched", "gathered", "summary", "stalls", "single"},
     {"routes", "named", "silent", "sharded"},
-    {"metric_runner", "shards", "canary"},
+    {"metric_runner", "shards", "canary", "nonfinite"},
     {"table"},
     {"layer", "columns", "notices", "schedule", "checkpoint"},
     {"batch", "ledger"},
+    {"scale_table"},
 )
 
 
@@ -122,6 +147,76 @@ def test_what_a_quantizer_has_is_asked_in_one_place():
             is_declared = isinstance(call.args[1], ast.Constant) and call.args[1].value in declared
             is_of_quantizer = is_declared or "quantizer" in ast.unparse(call.args[0])
             assert not is_of_quantizer, f"{_module(path)}: {asked}"
+
+
+MOST_CODE_OF_A_CLASS, MOST_CODE_OF_A_FUNCTION, MOST_PARAMETERS = 300, 50, 6
+# In a docstring: why this class or function is larger than that.
+REASON = re.compile(r"^Size: \S", re.MULTILINE)
+# What Numba and Triton compile takes numbers and addresses, and no objects that hold some of them.
+COMPILED = ("kernels.items.", "kernels.vectors.", "kernels.cuda.")
+
+
+def _defined(node: ast.AST, name: str) -> list[tuple[str, ast.ClassDef | ast.FunctionDef]]:
+    """Classes and functions below a node, also those inside others, with their dotted names."""
+    found = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            found += [(f"{name}.{child.name}", child), *_defined(child, f"{name}.{child.name}")]
+        else:
+            found += _defined(child, name)
+    return found
+
+
+def lines_of_code(node: ast.AST, source: list[str]) -> int:
+    """Without docstrings, comments and blank lines."""
+    texts = [n for n in ast.walk(node) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    prose = {at for n in texts if isinstance(n.value.value, str) for at in range(n.lineno, n.end_lineno + 1)}
+    numbered = enumerate(source[node.lineno - 1 : node.end_lineno], node.lineno)
+    return sum(at not in prose and not line.strip().startswith("#") and bool(line.strip()) for at, line in numbered)
+
+
+def _too_large(node: ast.ClassDef | ast.FunctionDef, source: list[str]) -> str | None:
+    size = lines_of_code(node, source)
+    if isinstance(node, ast.ClassDef):
+        return f"{size} lines of code" if size > MOST_CODE_OF_A_CLASS else None
+    arguments = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    parameters = len([name for name in arguments if name not in ("self", "cls")])
+    is_large = size > MOST_CODE_OF_A_FUNCTION or parameters > MOST_PARAMETERS
+    return f"{size} lines of code, {parameters} parameters" if is_large else None
+
+
+def test_classes_and_functions_are_small_or_say_why_not():
+    large = {}
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        for name, node in _defined(ast.parse(text), _module(path)):
+            size = _too_large(node, text.splitlines())
+            is_compiled = isinstance(node, ast.FunctionDef) and name.startswith(COMPILED)
+            if size is not None and not is_compiled and not REASON.search(ast.get_docstring(node) or ""):
+                large[name] = size
+    assert large == {}, (
+        f"a class has at most {MOST_CODE_OF_A_CLASS} lines of code, a function {MOST_CODE_OF_A_FUNCTION} and "
+        f"{MOST_PARAMETERS} parameters; split it, or say why not in a line of its docstring that begins with 'Size:'"
+    )
+
+
+def test_lines_of_code_leave_out_prose():
+    source = '''class Box:
+    """What it is.
+
+    Size: of a sentence.
+    """
+
+    width = 1
+    """How wide."""
+
+    # Why.
+    def area(self, *, of=("a string", "is code")):
+        return self.width  # in inches
+'''
+    (_, box), (name, area) = _defined(ast.parse(source), "shapes")
+    assert (lines_of_code(box, source.splitlines()), lines_of_code(area, source.splitlines())) == (4, 2)
+    assert name == "shapes.Box.area"
 
 
 def test_import_is_light():

@@ -23,7 +23,7 @@ from weightflip.quantizers.floatx import FloatxQuantizer
 
 CPU = torch.device("cpu")
 BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("floor", "rceil", "ceil", "even")),
-          "nvfp4", "int4:g32", "int8:g16"]  # fmt: skip
+          "nvfp4", "int4:g32", "int8:g16", "float8_e4m3:1x128", "float8_e4m3:1x128:pow2"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True, params=[(1, 1 << 21), (3, 1 << 21), (3, 2100)], ids=["1", "3", "3 in short runs"])
@@ -75,7 +75,17 @@ def powers_of_two_and_their_neighbours():
 
 
 @pytest.mark.parametrize(
-    "name", ["float8_e4m3:pow2", "float8_e5m2", "e3m4", "mxfp8_e4m3:rceil", "mxfp4", "nvfp4", "int4:g32"]
+    "name",
+    [
+        "float8_e4m3:pow2",
+        "float8_e4m3:1x128:pow2",
+        "float8_e5m2",
+        "e3m4",
+        "mxfp8_e4m3:rceil",
+        "mxfp4",
+        "nvfp4",
+        "int4:g32",
+    ],
 )
 def test_many_scales_at_once_are_each_the_quantizers_own(name):
     # Logarithms decide between two powers of two: they must not depend on how many are taken at once.
@@ -114,6 +124,8 @@ E3M4 = FloatFormat("e3m4", 3, 4, 3)
         ("float8_e4m3", torch._neg_view(torch.ones(8, 4))),
         ("float8_e4m3", torch.zeros(17, dtype=torch.uint8)[1:].view(-1)[:16]),
         ("nvfp4:tensor", torch.ones(8, 32)),
+        ("float8_e4m3:128x128", torch.ones(8, 128)),
+        ("float8_e4m3:1x128", torch.ones(8, 130)),
         ("binary", torch.ones(8, 4)),
         ("ternary", torch.ones(8, 4)),
         ("e6m1", torch.ones(8, 4)),

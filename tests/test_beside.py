@@ -65,6 +65,8 @@ def test_it_is_there_by_default_small_and_as_far_as_the_events(digits, tmp_path,
         model(digits[0][step : step + 8]).square().mean().backward()
         optimizer.step()
     (path,) = beside(tmp_path)
+    assert len(path.read_bytes().splitlines()) >= 200, "on disk before it is flushed, but for the last record"
+    optimizer.flush()
     assert len(path.read_bytes().splitlines()) == 1 + 200, "on disk before it is closed"
     optimizer.close()
     assert read_one(tmp_path).steps.tolist() == [step for step, _ in scalars(tmp_path)["flips/rate"]]
@@ -157,6 +159,7 @@ def test_a_full_disk_costs_the_file_and_not_tensorboard(digits, tmp_path, monkey
 def test_deleted_midway_it_goes_on_without_a_word(digits, tmp_path):
     model = digits_model()
     optimizer = train(digits, 20, model=model, log_dir=tmp_path)
+    optimizer.flush()
     (path,) = beside(tmp_path)
     path.unlink()
     with warnings.catch_warnings():

@@ -376,7 +376,7 @@ def test_slices_and_strides_do_not_matter(limit, name, monkeypatch):
     for view in views:
         expected = quantizer.encode(view.contiguous())
         codes = torch.empty_like(view, dtype=torch.int8)
-        functional.encode_into(view, quantizer, codes, scratch, backend="eager")
+        functional.encode_into(view, functional.Encoding(quantizer, scratch, "eager"), codes)
         assert torch.equal(codes, expected.ordinals)
         assert torch.equal(quantizer.encode(view).ordinals, expected.ordinals)
 
@@ -387,7 +387,9 @@ def test_buffers_do_not_grow_with_the_weight(name, monkeypatch):
     quantizer, held = resolve(name), []
     for rows in (16, 256):
         scratch, weight = kernels.ScratchPool(), initial(rows, 64)
-        functional.encode_into(weight, quantizer, torch.empty(rows, 64, dtype=torch.int8), scratch, backend="eager")
+        functional.encode_into(
+            weight, functional.Encoding(quantizer, scratch, "eager"), torch.empty(rows, 64, dtype=torch.int8)
+        )
         held.append(scratch.nbytes)
     assert held[0] == held[1] > 0
 
@@ -408,7 +410,8 @@ def test_the_compiled_kernel_equals_eager(name):
             found = []
             for backend in ("eager", "numba"):
                 codes, counts = old.clone(), torch.tensor([5, 6, 7])
-                functional.advance(tensor, quantizer, codes, gradient, counts, kernels.ScratchPool(), backend)
+                encoding = functional.Encoding(quantizer, kernels.ScratchPool(), backend)
+                functional.advance(tensor, encoding, codes, gradient, counts)
                 found.append((codes, counts))
             assert torch.equal(found[0][0], found[1][0])
             assert found[0][1].tolist() == found[1][1].tolist()
@@ -416,7 +419,7 @@ def test_the_compiled_kernel_equals_eager(name):
             scale = quantizer.applied_scale(quantizer.scale(grouped))
             # It did not go to eager because it could not.
             rounding, old = quantizer.rounding(grouped), quantizer.grouped(old)
-            assert runs.count_alone(cpu.Run, grouped, scale, rounding, old, None, counts)
+            assert runs.OnePass(cpu.Run)(grouped, scale, rounding, old, None, counts)
 
 
 @pytest.mark.parametrize("name", NAMES)

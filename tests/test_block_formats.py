@@ -12,33 +12,41 @@ import pytest
 import torch
 
 from weightflip import encode, formats
-from weightflip.formats import BLOCK_FORMATS, E2M1, E4M3, E8M0, MXFP4, NVFP4, BlockFormat
+from weightflip.formats import BLOCK_FORMATS, E2M1, E4M3, E8M0, FLOAT8_E4M3_128X128, MXFP4, NVFP4, BlockFormat
 from weightflip.quantizers import resolve
 
-# Written out, from the table of the OCP Microscaling specification and NVIDIA's recipe: element, block, scale.
+# Written out, from the table of the OCP Microscaling specification, NVIDIA's recipe and DeepSeek-V3's: element, rows
+# and columns of a block; and the scale that goes with each option.
+MX = {"": "e8m0", ":rceil": "e8m0", ":ceil": "e8m0", ":even": "e8m0"}
+FLOAT8 = {"": "e8m23", ":pow2": "e8m0"}
 TABLE = {
-    "mxfp8_e4m3": ("e4m3", 32, "e8m0"),
-    "mxfp8_e5m2": ("e5m2", 32, "e8m0"),
-    "mxfp6_e2m3": ("e2m3", 32, "e8m0"),
-    "mxfp6_e3m2": ("e3m2", 32, "e8m0"),
-    "mxfp4": ("e2m1", 32, "e8m0"),
-    "nvfp4": ("e2m1", 16, "e4m3"),
+    "mxfp8_e4m3": ("e4m3", 1, 32, MX),
+    "mxfp8_e5m2": ("e5m2", 1, 32, MX),
+    "mxfp6_e2m3": ("e2m3", 1, 32, MX),
+    "mxfp6_e3m2": ("e3m2", 1, 32, MX),
+    "mxfp4": ("e2m1", 1, 32, MX),
+    "nvfp4": ("e2m1", 1, 16, {"": "e4m3", ":tensor": "e4m3"}),
+    "float8_e4m3:1x128": ("e4m3", 1, 128, FLOAT8),
+    "float8_e4m3:128x128": ("e4m3", 128, 128, FLOAT8),
 }
-OPTIONS = {"e8m0": ["", ":rceil", ":ceil", ":even"], "e4m3": ["", ":tensor"]}
 
 
 def test_every_block_format_there_is():
-    names = [family + option for family, (*_, scale) in TABLE.items() for option in OPTIONS[scale]]
+    names = [family + option for family, (*_, options) in TABLE.items() for option in options]
     assert list(BLOCK_FORMATS) == names
     for name, format in BLOCK_FORMATS.items():
         assert format.name == name
-        element, size, scale = TABLE[format.family]
-        assert (format.element.name, format.block_size, format.scale.name) == (element, size, scale)
-        assert getattr(formats, format.family.upper()) == dataclasses.replace(format, rule=format.rules[0])
+        element, *block, options = TABLE[format.family]
+        assert (format.element.name, [format.rows, format.block_size]) == (element, block)
+        assert format.scale.name == options[name.removeprefix(format.family)]
+        assert len(format.variants) == len(format.rules) == len(options)
+        assert format in format.variants
+        assert getattr(formats, format.family.upper().replace(":", "_")) == format.variants[0]
+        assert format.variants[0].rule == format.rules[0]
 
 
 def test_quantizers_follow_them():
-    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     for name, format in BLOCK_FORMATS.items():
         quantizer = resolve(name)
         assert resolve(format).name == quantizer.name == name
@@ -46,11 +54,14 @@ def test_quantizers_follow_them():
         codes = encode(weight, format)
         assert torch.equal(codes.ordinals, encode(weight, name).ordinals)
         assert codes.ordinals.abs().max() <= format.element.max_ordinal
-        assert codes.scale.shape == (4, 64 // format.block_size, 1)
+        assert codes.scale.shape == (256, 256 // format.block_size, 1)
         # Of the scales as stored, each stands for a number of the scale's format.
-        stored, scale = quantizer.scale_codes(codes.scale).flatten(), codes.scale
-        values = [format.scale.value(code) for code in stored.tolist()]
-        assert values == (scale.real if scale.is_complex() else scale).flatten().tolist()
+        scale = quantizer.of_blocks(codes.scale, weight.shape)
+        assert scale.numel() * format.rows * format.block_size == weight.numel()
+        values = [format.scale.value(code) for code in quantizer.scale_codes(scale).flatten().tolist()]
+        # Float8 is multiplied by a scale, and stored with what it is to be multiplied by afterwards.
+        scale = 1 / scale if name.startswith("float8") else scale.real if scale.is_complex() else scale
+        assert values == scale.flatten().tolist()
 
 
 def test_a_scale_of_the_users_own_takes_the_place_of_the_blocks():
@@ -60,7 +71,11 @@ def test_a_scale_of_the_users_own_takes_the_place_of_the_blocks():
 
 
 def test_bits_a_weight():
-    assert [BLOCK_FORMATS[name].bits for name in TABLE] == [8.25, 8.25, 6.25, 6.25, 4.25, 4.5]
+    assert [BLOCK_FORMATS[name].bits for name in TABLE] == [
+        *(8.25, 8.25, 6.25, 6.25, 4.25, 4.5),
+        *(8 + 32 / 128, 8 + 32 / 128**2),
+    ]
+    assert BLOCK_FORMATS["float8_e4m3:128x128:pow2"].bits == 8 + 8 / 128**2
 
 
 def test_every_code_of_e8m0():
@@ -105,14 +120,21 @@ def test_they_say_what_they_are():
     assert str(BLOCK_FORMATS["mxfp4:rceil"]) == (
         "mxfp4:rceil: e2m1 in blocks of 32, each with an e8m0 scale (rceil), 4.25 bits a weight"
     )
+    assert str(BLOCK_FORMATS["float8_e4m3:128x128:pow2"]) == (
+        "float8_e4m3:128x128:pow2: e4m3 in blocks of 128 x 128, each with an e8m0 scale (pow2), 8.00049 bits a weight"
+    )
 
 
 def test_wrong_block_formats():
     with pytest.raises(ValueError, match="a block has at least one weight, got 0"):
         dataclasses.replace(MXFP4, block_size=0)
+    with pytest.raises(ValueError, match="a block has at least one weight, got 0 x 128"):
+        dataclasses.replace(FLOAT8_E4M3_128X128, rows=0)
+    with pytest.raises(ValueError, match=r"an e8m23 scale is found by one of \('amax',\), got 'pow2'"):
+        dataclasses.replace(FLOAT8_E4M3_128X128, rule="pow2")
     with pytest.raises(ValueError, match=r"an e8m0 scale is found by one of \('floor', .*\), got 'tensor'"):
         dataclasses.replace(MXFP4, rule="tensor")
-    with pytest.raises(ValueError, match=r"the scale of a block is e8m0 or e4m3, got e2m1"):
+    with pytest.raises(ValueError, match=r"the scale of a block is e8m0 or e4m3 or e8m23, got e2m1"):
         BlockFormat("mine", E2M1, 16, E2M1, "amax")
     with pytest.raises(ValueError, match=r"no quantizer for the block format mine: .*; expected one of mxfp8_e4m3, "):
         resolve(BlockFormat("mine", E2M1, 8, E8M0, "floor"))

@@ -19,7 +19,7 @@ from processes import run_python
 from weightflip import WeightFlipTracker, functional, kernels
 from weightflip.formats import FloatFormat
 from weightflip.kernels import compiled, cpu, items, reference
-from weightflip.kernels.runs import count_alone
+from weightflip.kernels.runs import OnePass
 from weightflip.quantizers import resolve
 from weightflip.quantizers.floatx import FloatxQuantizer
 
@@ -59,7 +59,7 @@ def test_equals_eager(quantizer, monkeypatch):
                 monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
                 with case(name, None if update is None else update.dtype, threads, "threads"):
                     codes, counts = old.clone(), torch.tensor([5, 6, 7])
-                    done = count_alone(cpu.Run, weight, scale, rounding, codes, update, counts)
+                    done = OnePass(cpu.Run)(weight, scale, rounding, codes, update, counts)
                     assert done == (not by_row or weight.is_contiguous())
                     if done:
                         assert torch.equal(codes, expected_codes)
@@ -86,7 +86,7 @@ def test_equals_eager_under_any_scale(flushes):
                     codes, counts = old.clone(), torch.zeros(3, dtype=torch.int64)
                     with case(quantizer.name, dtype, number):
                         rounding = quantizer.rounding(weight)
-                        assert count_alone(cpu.Run, weight, scale, rounding, codes, update, counts)
+                        assert OnePass(cpu.Run)(weight, scale, rounding, codes, update, counts)
                         assert torch.equal(codes, wanted)
                         assert torch.equal(counts, reference.count(old, wanted, update))
     finally:
@@ -104,7 +104,7 @@ def test_an_update_of_any_size_counts():
                 bits = torch.zeros(3, 35, dtype={4: torch.int32, 2: torch.int16}[dtype.itemsize])
                 bits[1], bits[2] = 1, torch.iinfo(bits.dtype).min
                 codes, counts = torch.zeros(3, 35, dtype=torch.int8), torch.zeros(3, dtype=torch.int64)
-                assert count_alone(cpu.Run, weight, None, quantizer.rounding(weight), codes, bits.view(dtype), counts)
+                assert OnePass(cpu.Run)(weight, None, quantizer.rounding(weight), codes, bits.view(dtype), counts)
                 found.append(counts.tolist())
         finally:
             torch.set_flush_denormal(False)
@@ -115,8 +115,8 @@ def test_counts_beyond_a_chunk():
     weight = torch.ones(3, 100_001)
     codes, counts = torch.zeros(3, 100_001, dtype=torch.int8), torch.zeros(3, dtype=torch.int64)
     quantizer = resolve("e2m1:row")
-    assert count_alone(
-        cpu.Run, weight, quantizer.scale(weight), quantizer.rounding(weight), codes, torch.ones_like(weight), counts
+    assert OnePass(cpu.Run)(
+        weight, quantizer.scale(weight), quantizer.rounding(weight), codes, torch.ones_like(weight), counts
     )
     assert counts.tolist() == [300_003, 300_003, 0]
     assert codes.unique().tolist() == [7]
@@ -148,7 +148,7 @@ def test_what_is_not_covered_is_left_alone(case):
         weight = weight.as_subclass(type("Subclass", (torch.Tensor,), {}))
     codes = torch.zeros(8, 16, dtype=torch.int32 if case == "wide codes" else torch.int8)
     counts = torch.zeros(3, dtype=torch.int64)
-    assert not count_alone(cpu.Run, weight, scale, rounding, codes, update, counts)
+    assert not OnePass(cpu.Run)(weight, scale, rounding, codes, update, counts)
     assert codes.count_nonzero() == 0
     assert counts.tolist() == [0, 0]
 
@@ -161,7 +161,7 @@ def test_every_weight_dtype_goes_through_the_tracker(quantizer):
         for backend in ("eager", "numba"):
             resolved = resolve(quantizer)
             codes = torch.empty(9, 7, dtype=resolved.code_dtype(weight))
-            functional.encode_into(weight, resolved, codes, kernels.ScratchPool(), backend)
+            functional.encode_into(weight, functional.Encoding(resolved, kernels.ScratchPool(), backend), codes)
             found.append(codes)
         assert torch.equal(*found)
 
@@ -228,7 +228,7 @@ def fresh_count():
     codes, counts = torch.zeros(5, 5, dtype=torch.int8), torch.zeros(3, dtype=torch.int64)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        functional.advance(weight, quantizer, codes, None, counts, kernels.ScratchPool())
+        functional.advance(weight, functional.Encoding(quantizer, kernels.ScratchPool()), codes, None, counts)
     assert counts.tolist() == [25, 0, 0]
     return [str(warning.message) for warning in caught]
 
@@ -264,7 +264,8 @@ from weightflip.quantizers import resolve
 weight, counts = torch.ones(4, 4), torch.zeros(3, dtype=torch.int64)
 for update in (None, weight):
     codes = torch.zeros(4, 4, dtype=torch.int8)
-    functional.advance(weight, resolve("float8_e4m3"), codes, update, counts, kernels.ScratchPool(), "numba")
+    encoding = functional.Encoding(resolve("float8_e4m3"), kernels.ScratchPool(), "numba")
+    functional.advance(weight, encoding, codes, update, counts)
 assert counts.tolist() == [32, 16, 0]
 from_cache = {name: loop.is_from_cache for name, loop in compiled._loops.items()}
 print(len(from_cache), set(from_cache.values()))
@@ -335,5 +336,7 @@ def test_a_subclass_with_its_own_encode_into_is_asked():
 
     weight = torch.randn(5, 5)
     found = torch.ones(5, 5, dtype=torch.int8)
-    functional.encode_into(weight, Zero(FloatFormat("e3m4", 3, 4, 3)), found, kernels.ScratchPool())
+    functional.encode_into(
+        weight, functional.Encoding(Zero(FloatFormat("e3m4", 3, 4, 3)), kernels.ScratchPool()), found
+    )
     assert found.count_nonzero() == 0

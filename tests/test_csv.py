@@ -39,7 +39,7 @@ def test_a_row_for_each_number(digits, tmp_path):
                 expected[(*at, "stall_ratio")] = layer.window.stalled / layer.window.updates
     assert {key: found[key] for key in expected} == expected
     names = {name for *_, quantizer, name in found if quantizer == "e3m4"}
-    assert names == {"flip_rate", "cumulative_flip_rate", "stall_ratio"}
+    assert names == {"flip_rate", "cumulative_flip_rate", "stall_ratio", "updated_fraction"}
     assert {name for *_, quantizer, name in found if quantizer == "mxfp4"} == names | {"scale_changes"}
 
 

@@ -15,9 +15,6 @@ import torch
 import torch.multiprocessing
 from test_sinks import scalars
 
-from weightflip import distributed
-from weightflip.distributed import Layout, Statistic, StatisticsTable, Team, span, teams
-
 COUNTS = ("flips", "updates", "stalled")
 
 # Forked from one process that has imported what all of them need: by itself each would take seconds for that.
@@ -517,97 +514,3 @@ def test_the_state_of_one_process_loads_anywhere(runs):
     _, _, optimizer = modes.run(steps=range(0))
     optimizer.load_state_dict({**optimizer.inner.state_dict(), "flip_tracking": state})
     assert optimizer.tracker.step_count == modes.STEPS // 2
-
-
-# ---------------------------------------------------------------------- without processes
-
-
-def layout(shape=(8, 64), **given) -> Layout:
-    usual = {
-        "shape": shape,
-        "ranks": (0, 1),
-        "device_type": "cpu",
-        "is_first_copy": True,
-        "shard": 0,
-        "shards": 2,
-        "offsets": (0, 0),
-        "borders": frozenset({0, 64}),
-        "is_partial": False,
-    }
-    return Layout(**{**usual, **given})
-
-
-def test_without_processes_there_is_one_writer_and_no_shard():
-    assert distributed.is_writer()
-    assert distributed.layout(torch.nn.Parameter(torch.ones(2, 2))) is None
-
-
-def test_teams_are_the_largest_meshes():
-    two_d, dp, other = layout(ranks=(0, 1, 2, 3)), layout(ranks=(1, 3)), layout(ranks=(4, 5))
-    found = teams([dp, two_d, other])
-    assert [team.ranks for team in found] == [(0, 1, 2, 3), (0, 1, 2, 3), (4, 5)]
-    # Of the slices of a mesh that hold the same, the one with the first process counts.
-    assert not found[0].counts(dp)
-    assert found[0].counts(layout(ranks=(0, 2)))
-    assert not found[0].counts(layout(ranks=(0, 2), is_first_copy=False))
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8, 9, 64, 100])
-@pytest.mark.parametrize("parts", [(2,), (4,), (2, 2), (3, 5)])
-def test_borders_are_those_of_chunk(size, parts):
-    pieces = [torch.arange(size)]
-    for n in parts:
-        pieces = [chunk for piece in pieces for chunk in piece.chunk(n)]
-    expected = {0, size} | {int(piece[0]) for piece in pieces if len(piece)}
-    borders = {0, size}
-    for n in parts:
-        borders = distributed._cut(borders, n)
-    assert borders == expected
-
-
-@pytest.mark.parametrize(
-    ("scope", "group", "borders", "expected"),
-    [
-        ("element", None, {0, 32, 64}, None),
-        ("group", 32, {0, 32, 64}, None),
-        ("group", 32, {0, 48, 64}, ValueError),
-        # A group that is not whole is another's fault: the format refuses such a shape by itself.
-        ("group", 48, {0, 64}, None),
-        ("row", None, {0, 64}, None),
-        ("row", None, {0, 32, 64}, "row"),
-        ("tensor", None, {0, 64}, "tensor"),
-        (None, None, {0, 64}, ValueError),
-    ],
-)
-def test_what_processes_have_to_tell_each_other(scope, group, borders, expected):
-    quantizer = SimpleNamespace(scope=scope, group=group, has_statistic=True)
-    lies = layout(borders=frozenset(borders))
-    if expected is ValueError:
-        with pytest.raises(ValueError, match=r"cut|scope"):
-            span(lies, quantizer)
-    else:
-        assert span(lies, quantizer) == expected
-
-
-def test_a_maximum_keeps_nan(monkeypatch):
-    """Integer maxima of the bits: as torch's maximum, which some backends' floating-point maximum is not."""
-    nan, inf = float("nan"), float("inf")
-    shards = torch.tensor([[1.0, -nan, inf, 0.0, 3.0], [2.0, 5.0, nan, 0.0, inf]])
-    statistics = [Statistic(layout(), "tensor", "max") for _ in range(5)]
-    tables = [StatisticsTable(statistics, Team((0, 1), "cpu")) for _ in range(2)]
-    for table, values in zip(tables, shards, strict=True):
-        for index, value in enumerate(values):
-            table.put(index, value, weights=256)
-    tables[1].flag(3, 2)
-
-    def all_reduce(numbers, team, operation):
-        assert operation == "MAX"
-        assert numbers.dtype is torch.int64
-        numbers.copy_(torch.maximum(numbers, tables[1]._values.view(torch.int64)))
-
-    monkeypatch.setattr(distributed, "_all_reduce_", all_reduce)
-    tables[1]._values.view(torch.int64).bitwise_and_(torch.iinfo(torch.int64).max)
-    tables[0].reduce()
-    found = torch.stack([tables[0].get(index, shards[0, index]) for index in range(5)])
-    assert torch.equal(found.nan_to_num(nan=-1), torch.maximum(*shards).nan_to_num(nan=-1))
-    assert tables[0].is_counted.tolist() == [True, True, True, False, True]

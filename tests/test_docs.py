@@ -155,7 +155,7 @@ def test_readme_has_every_tag(tmp_path):
         log_dir=tmp_path,
         log_every=1,
     )
-    model[0].weight.grad = torch.ones_like(model[0].weight)
+    model[0].weight.grad = torch.ones_like(model[0].weight).index_fill_(0, torch.tensor(0), 0)
     optimizer.step()
     with torch.no_grad():
         model[0].weight[0, 0] = torch.nan

@@ -55,18 +55,19 @@ def numbers_after(label: str, output: str) -> list[float]:
 def check_table(output: str, layers: list[str], quantizer: str) -> None:
     """Each tracked layer has a row, in order, and the last row adds them up."""
     rows = [re.split(r"\s{2,}", line.strip()) for line in output.splitlines()]
-    start = rows.index(["layer", "quantizer", "weights", "flips", "flips/weight", "stall ratio"])
+    start = rows.index(["layer", "quantizer", "weights", "flips", "flips/weight", "stall ratio", "updated"])
     table = rows[start + 1 : start + 2 + len(layers)]
     assert [row[0] for row in table] == [*layers, "all"]
     assert [row[1] for row in table[:-1]] == [quantizer] * len(layers)
 
-    weights, flips = ([int(row[column].replace(",", "")) for row in table] for column in (-4, -3))
+    weights, flips = ([int(row[column].replace(",", "")) for row in table] for column in (-5, -4))
     assert weights[-1] == sum(weights[:-1])
     assert flips[-1] == sum(flips[:-1])
     assert all(count > 0 for count in flips)
     for row, n, count in zip(table, weights, flips, strict=True):
-        assert float(row[-2]) == pytest.approx(count / n, abs=0.01)
-        assert 0 < float(row[-1].rstrip("%")) < 100
+        assert float(row[-3]) == pytest.approx(count / n, abs=0.01)
+        assert 0 < float(row[-2].rstrip("%")) < 100
+        assert 0 < float(row[-1].rstrip("%")) <= 100
 
 
 def check_events(log_dir: Path, layers: list[str], steps: int) -> None:
@@ -74,8 +75,9 @@ def check_events(log_dir: Path, layers: list[str], steps: int) -> None:
     assert list(log_dir.glob("events.out.tfevents.*"))
     events = EventAccumulator(str(log_dir))
     events.Reload()
-    tags = ["flips/rate", "flips/cumulative_rate", "flips/stall_ratio"]
-    tags += [f"{tag}/{layer}" for layer in layers for tag in ("flip_rate", "cumulative_flip_rate", "stall_ratio")]
+    of_layers = ("flip_rate", "cumulative_flip_rate", "stall_ratio", "updated_fraction")
+    tags = ["flips/rate", "flips/cumulative_rate", "flips/stall_ratio", "flips/updated_fraction"]
+    tags += [f"{tag}/{layer}" for layer in layers for tag in of_layers]
     assert sorted(events.Tags()["scalars"]) == sorted(tags)
     for tag in tags:
         scalars = events.Scalars(tag)

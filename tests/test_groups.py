@@ -96,6 +96,79 @@ def test_none_by_default():
     assert "group" not in optimizer.info.to_markdown()
 
 
+BLOCKS = {
+    "token": ("token",),
+    "embed": ("embed.weight",),
+    "conv": ("conv.weight",),
+    "blocks.0": ("blocks.0.attn.weight", "blocks.0.mlp.weight"),
+    "blocks.1": ("blocks.1.attn.weight", "blocks.1.mlp.weight"),
+}
+
+
+def test_blocks_when_asked_for():
+    model, optimizer, records = make(groups="blocks")
+    steps(model, optimizer, 1)
+    assert records[0].groups == optimizer.info.groups == BLOCKS
+    assert "| blocks.1 | `blocks.1.attn.weight`, `blocks.1.mlp.weight` |" in optimizer.info.to_markdown()
+    sums = records[0].group_sums
+    assert sum(block.total.flips for block in sums.values()) == records[0].model.total.flips > 0
+
+
+class Deep(nn.Module):
+    """``blocks.<i>.a.weight`` and ``blocks.<i>.b.weight``, and a head."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}) for _ in range(blocks))
+        self.head = nn.Linear(4, 4)
+
+
+def step_with_ones(model, *optimizers):
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+@pytest.mark.parametrize("blocks", [14, 15])
+def test_blocks_by_default_of_many_layers(blocks):
+    model, records = Deep(blocks), []
+    optimizer = FlipTrackingOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[records.append], log_every=1
+    )
+    step_with_ones(model, optimizer)
+    # 29 layers are shown one by one, 31 by block.
+    expected = [] if blocks == 14 else [*(f"blocks.{i}" for i in range(15)), "head"]
+    assert list(records[0].groups) == list(optimizer.info.groups) == expected
+    none = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[], groups={})
+    assert none.info.groups == {}
+
+
+def test_no_block_repeats(caplog):
+    model = digits_model()
+    optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=1), model, sinks=[], groups="blocks")
+    assert optimizer.info.groups == {}
+    assert "groups='blocks' finds no block that repeats, such as layers.0 and layers.1" in caplog.text
+
+
+@pytest.mark.parametrize("groups", [None, "blocks", {"b": "*.b.*"}])
+def test_optimizers_of_one_run_have_the_blocks_of_all(groups):
+    model, records = Deep(16), []
+    of_each = [[p for n, p in model.named_parameters() if f".{part}.weight" in n] for part in "ab"]
+    options = {} if groups is None else {"groups": groups}
+    plain = {} if groups is None else {"groups": "blocks"}
+    first = FlipTrackingOptimizer(
+        torch.optim.SGD(of_each[0], lr=0.1), model, sinks=[records.append], log_every=1, **plain
+    )
+    second = FlipTrackingOptimizer(torch.optim.SGD(of_each[1], lr=0.1), model, sinks=first, **options)
+    step_with_ones(model, second, first)
+    if isinstance(groups, dict):
+        assert records[-1].groups == {"b": tuple(f"blocks.{i}.b.weight" for i in range(16))}
+    else:
+        assert records[-1].groups == {f"blocks.{i}": tuple(f"blocks.{i}.{x}.weight" for x in "ab") for i in range(16)}
+
+
 def test_what_is_not_tracked_is_in_no_group():
     model, optimizer, records = make(groups={"norms": "*.norm.*", "attention": "*.attn.*"})
     model.blocks[1]["attn"].weight.requires_grad_(False)

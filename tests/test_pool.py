@@ -17,7 +17,7 @@ from torch import Tensor
 from weightflip import FlipTrackingOptimizer
 from weightflip.kernels import pool
 from weightflip.kernels.cpu import Run
-from weightflip.kernels.runs import Kind, count_alone
+from weightflip.kernels.runs import Kind, OnePass
 from weightflip.quantizers import resolve
 
 # More than one item, and more than one thread takes.
@@ -37,7 +37,7 @@ def count_once(seed: int = 0) -> tuple[Tensor, list[int]]:
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
     quantizer, counts = resolve("float8_e4m3:row"), torch.zeros(3, dtype=torch.int64)
     codes = torch.zeros(SHAPE, dtype=torch.int8)
-    assert count_alone(Run, weight, quantizer.scale(weight), quantizer.rounding(weight), codes, weight, counts)
+    assert OnePass(Run)(weight, quantizer.scale(weight), quantizer.rounding(weight), codes, weight, counts)
     return codes, counts.tolist()
 
 
@@ -99,7 +99,7 @@ def _count_in_child(queue) -> None:
         Kind(weight.dtype, weight.dtype, torch.int8, quantizer.rounding(weight), weight.device), scaled=False
     )
     torch.set_num_threads(2)
-    assert count_alone(Run, weight, scale, quantizer.rounding(weight), codes, weight, counts)
+    assert OnePass(Run)(weight, scale, quantizer.rounding(weight), codes, weight, counts)
     queue.put(counts.tolist())
 
 
@@ -177,7 +177,7 @@ def test_an_interrupt_comes_after_the_count(has_torch_pool, two_threads, monkeyp
                 signal.setitimer(signal.ITIMER_REAL, 0.001)
                 end = time.monotonic() + 60
                 while time.monotonic() < end:
-                    count_alone(Run, weight, scale, rounding, codes, None, counts)
+                    OnePass(Run)(weight, scale, rounding, codes, None, counts)
                     calls += 1
             # Whoever was at work has ended.
             assert torch.equal(codes, wanted) or not codes.any()
@@ -186,7 +186,7 @@ def test_an_interrupt_comes_after_the_count(has_torch_pool, two_threads, monkeyp
         signal.signal(signal.SIGALRM, before)
     codes.zero_()
     counts.zero_()
-    count_alone(Run, weight, scale, rounding, codes, None, counts)
+    OnePass(Run)(weight, scale, rounding, codes, None, counts)
     assert torch.equal(codes, wanted)
     assert counts[0] == wanted.count_nonzero()
 

@@ -67,7 +67,7 @@ def test_the_kernel_passes(quantizer):
         for with_updates in (False, True):
             question = question_of(quantizer, dtype, with_updates)
             assert cpu.Run.can_do(question.kind, scaled=question.finds_scale)
-            assert proof._fault(cpu.Run, question) is None
+            assert proof.find_fault(cpu.Run, question) is None
 
 
 def test_the_kernel_passes_where_subnormal_numbers_are_flushed():
@@ -77,7 +77,7 @@ def test_the_kernel_passes_where_subnormal_numbers_are_flushed():
         for quantizer in ("float8_e4m3", "e3m4", "bfloat16", "native", "int8", "mxfp4"):
             question = question_of(quantizer)
             assert cpu.Run.can_do(question.kind, scaled=question.finds_scale)
-            assert proof._fault(cpu.Run, question) is None
+            assert proof.find_fault(cpu.Run, question) is None
     finally:
         torch.set_flush_denormal(False)
 
@@ -114,6 +114,20 @@ class MissesNaN(cpu.Run):
         return super().largest().nan_to_num(nan=0.0)
 
 
+class LosesAChangeOfAScale(cpu.Run):
+    def count_into_(self, counts, rows, scale, updates, scale_codes=None):
+        super().count_into_(counts, rows, scale, updates, scale_codes)
+        if scale_codes is not None:
+            scale_codes.changes[-1] -= 1
+
+
+class KeepsAnOldScale(cpu.Run):
+    def count_into_(self, counts, rows, scale, updates, scale_codes=None):
+        super().count_into_(counts, rows, scale, updates, scale_codes)
+        if scale_codes is not None:
+            scale_codes.stored[-1] ^= 1
+
+
 class WritesTooFar(cpu.Run):
     def count_(self, scale, updates):
         ctypes.c_int8.from_address(int(self._places[1, items.CODES]) + 4099).value = 3
@@ -126,6 +140,8 @@ FAULTS = {
     IgnoresNaNAsUpdate: "it counts ",
     RoundsCoarsely: "codes are others",
     MissesNaN: "it finds other largest magnitudes",
+    LosesAChangeOfAScale: "it counts changes of scales",
+    KeepsAnOldScale: "it stores other scales",
 }
 
 
@@ -172,7 +188,7 @@ def test_a_good_kernel_is_told_of_once(monkeypatch, caplog):
 def test_no_stretch_is_left():
     """Codes beside those of a stretch have to stay as they are."""
     question = question_of("float8_e4m3")
-    assert proof._fault(WritesTooFar, question).startswith("1 of ")
+    assert proof.find_fault(WritesTooFar, question).startswith("1 of ")
 
 
 class Slow(cpu.Run):
@@ -218,7 +234,7 @@ def test_it_draws_no_random_numbers_and_is_over_soon():
     assert cpu.Run.can_do(question.kind, scaled=True)
     before = torch.get_rng_state()
     start = time.perf_counter()
-    assert proof._fault(cpu.Run, question) is None
+    assert proof.find_fault(cpu.Run, question) is None
     assert time.perf_counter() - start < 1
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from weightflip.records import Counts, FlipRecord, Histogram, LayerRecord, Quotient
+from weightflip.records import Counts, FlipRecord, Histogram, LayerRecord, Quotient, RunInfo
 
 
 def layer(name: str, flips: int, oscillations: float, zeros: int, weights: int = 10) -> LayerRecord:
@@ -76,3 +76,11 @@ def test_merged_records_keep_the_groups_of_both():
     merged = FlipRecord.merged([RECORD, other])
     assert merged.step == 9
     assert merged.groups == {"attention": ("a.attn.q", "a.attn.k", "c.attn.v")}
+
+
+def test_the_text_panel_names_a_few_of_many_skipped_weights():
+    skipped = {f"layers.{i}.norm.weight": "one dimension" for i in range(98)} | {"frozen": "requires no gradient"}
+    rows = [line for line in RunInfo({}, skipped).to_markdown().splitlines() if "one dim" in line or "frozen" in line]
+    first = ", ".join(f"`layers.{i}.norm.weight`" for i in range(4))
+    assert rows == [f"| {first} and 94 more | one dimension |", "| `frozen` | requires no gradient |"]
+    assert len(RunInfo({}, skipped).skipped) == 99

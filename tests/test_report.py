@@ -21,9 +21,11 @@ from conftest import backward, digits_model
 from processes import run_python
 from torch.utils.tensorboard import SummaryWriter
 
+import weightflip
 from weightflip import FlipRecord, FlipTrackingOptimizer
 from weightflip.records import Counts, LayerRecord, Quotient, RunInfo
 from weightflip.report import ReportError, Severity, cli, find, jsonl, read_runs
+from weightflip.report.findings import CHECKS
 from weightflip.report.run import EMPTY, Run
 from weightflip.sinks import JSONLSink
 
@@ -292,6 +294,15 @@ def steady(count=20, layers=("a", "b", "c", "d"), **row):
 
 def rules(run):
     return {finding.rule: finding for finding in find([run])}
+
+
+def test_every_check_is_in_the_list():
+    files = sorted((Path(weightflip.__file__).parent / "report" / "findings").glob("*.py"))
+    written = [
+        name for file in files for name in re.findall(r"^def (find_\w+)\(run: Run, layers", file.read_text(), re.M)
+    ]
+    assert len(written) > 10
+    assert sorted(written) == sorted(check.find.__name__ for check in CHECKS)
 
 
 def test_nothing_stands_out(tmp_path):
@@ -659,7 +670,8 @@ def test_html_of_much_data_stays_small(tmp_path):
     layers = [f"blocks.{at}.weight" for at in range(60)]
     Script(tmp_path / "flips.jsonl", every=1).write([{name: {"flip": 0.1} for name in layers}] * 300)
     run = read_one(tmp_path)
-    from weightflip.report.html import binned, edges_of, write_html
+    from weightflip.report.html import write_html
+    from weightflip.report.html.bins import binned, edges_of
 
     edges = edges_of(run)
     assert len(edges) == 241

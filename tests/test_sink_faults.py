@@ -33,6 +33,12 @@ def steps(model, optimizer, count=1):
         optimizer.step()
 
 
+def written_steps(model, optimizer, count=1):
+    """Steps whose records are on disk then."""
+    steps(model, optimizer, count)
+    optimizer.flush()
+
+
 def records(path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line["record"]["step"] for line in lines if "record" in line]
@@ -100,7 +106,7 @@ def test_a_sink_may_close_the_run_in_its_own_methods(tmp_path):
 def test_a_file_that_is_deleted_midway(tmp_path, name, how):
     path = tmp_path / "run" / name
     model, optimizer, _ = make(sinks=[path])
-    steps(model, optimizer, 2)
+    written_steps(model, optimizer, 2)
     for _ in range(2):
         if how == "directory":
             shutil.rmtree(path.parent)
@@ -112,7 +118,7 @@ def test_a_file_that_is_deleted_midway(tmp_path, name, how):
                 path.touch()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            steps(model, optimizer, 2)
+            written_steps(model, optimizer, 2)
         if _ == 0:
             (message,) = [str(w.message) for w in caught]
             assert name in message
@@ -164,11 +170,11 @@ def test_what_is_no_plain_file_gets_its_heading_once(tmp_path):
 def test_a_place_that_cannot_come_back_is_said(tmp_path):
     path = tmp_path / "run" / "a.jsonl"
     model, optimizer, _ = make(sinks=[path])
-    steps(model, optimizer)
+    written_steps(model, optimizer)
     shutil.rmtree(path.parent)
     path.parent.write_text("a file now")
     with pytest.warns(UserWarning, match=r"JSONLSink failed and gets no more records.*(FileExists|NotADirectory)"):
-        steps(model, optimizer)
+        written_steps(model, optimizer)
 
 
 def test_another_working_directory_is_no_deletion(tmp_path, monkeypatch):
@@ -176,11 +182,11 @@ def test_another_working_directory_is_no_deletion(tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     monkeypatch.chdir(tmp_path / "a")
     model, optimizer, _ = make(sinks=["x.jsonl", "x.csv"])
-    steps(model, optimizer)
+    written_steps(model, optimizer)
     monkeypatch.chdir(tmp_path / "b")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        steps(model, optimizer)
+        written_steps(model, optimizer)
     assert records(tmp_path / "a" / "x.jsonl") == [1, 2]
     assert os.listdir() == []
 
@@ -188,13 +194,13 @@ def test_another_working_directory_is_no_deletion(tmp_path, monkeypatch):
 def test_with_warnings_as_errors_no_record_is_lost(tmp_path):
     path = tmp_path / "run" / "a.jsonl"
     model, optimizer, _ = make(sinks=[path])
-    steps(model, optimizer)
+    written_steps(model, optimizer)
     shutil.rmtree(path.parent)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="deleted or moved"):
-            steps(model, optimizer)
-        steps(model, optimizer)
+            written_steps(model, optimizer)
+        written_steps(model, optimizer)
     assert records(path) == [2, 3]
 
 

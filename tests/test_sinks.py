@@ -48,8 +48,11 @@ def test_tensorboard_tags_steps_and_values(digits, tmp_path):
     found = scalars(tmp_path)
 
     layers = {"0.weight": 48 * 64, "2.weight": 10 * 48}
-    expected = {"flips/rate", "flips/cumulative_rate", "flips/stall_ratio"}
-    expected |= {f"{tag}/{name}" for tag in ("flip_rate", "cumulative_flip_rate", "stall_ratio") for name in layers}
+    expected = {"flips/rate", "flips/cumulative_rate", "flips/stall_ratio", "flips/updated_fraction"}
+    values = ("flip_rate", "cumulative_flip_rate", "stall_ratio", "updated_fraction")
+    expected |= {f"{tag}/{name}" for tag in values for name in layers}
+    # Once more, under a tag that TensorBoard opens first.
+    expected |= {f"Model/{tag}" for tag in values}
     assert set(found) == expected
 
     zero = dict.fromkeys(layers, 0)

@@ -38,7 +38,10 @@ def charts(log_dir) -> dict[str, dict[str, list[str]]]:
     proto = events_in(log_dir).Tensors("custom_scalars__config__")[-1].tensor_proto
     layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(proto).item())
     return {
-        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+        category.title: {
+            chart.title: list(chart.multiline.tag) or [(x.value, x.lower, x.upper) for x in chart.margin.series]
+            for chart in category.chart
+        }
         for category in layout.category
     }
 
@@ -91,6 +94,7 @@ def test_every_value_of_every_record_has_its_tag(digits, tmp_path):
         for name in record.model.values:
             of_model = record.model.values[name]
             expected.setdefault(f"flips/{MODEL_TAGS.get(name, name)}", {})[record.step] = of_model
+            expected.setdefault(f"Model/{name}", {})[record.step] = of_model
             expected.setdefault(f"{name}_by_group/both", {})[record.step] = of_model
             expected.setdefault(f"{name}_by_group/first", {})[record.step] = first.values[name]
             for layer in (first, second):
@@ -135,10 +139,11 @@ def test_charts_show_what_there_is(digits, tmp_path):
     plain = charts(tmp_path / "plain")
     assert list(plain) == ["weightflip"]
     assert [tags for _, tags in plain["weightflip"].items()] == [
+        ["^flips/rate", "^flips/stall_ratio"],
         ["^flip_rate/.*"],
         ["^stall_ratio/.*"],
         ["^cumulative_flip_rate/.*"],
-        ["^flips/rate", "^flips/stall_ratio"],
+        ["^updated_fraction/.*"],
     ]
     metrics = ("flips", "stalls", "oscillation")
     train(digits, 10, log_dir=tmp_path / "more", metrics=metrics, groups={"all": "*"})[0].close()

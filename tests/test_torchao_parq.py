@@ -104,7 +104,7 @@ def test_levels_that_all_move_are_no_flips():
     model, inner = built(warmup_steps=0)
     optimizer = FlipTrackingOptimizer(inner, model, sinks=[])
     train(model, optimizer, steps=2)
-    (quantizer,) = (w.quantizer for w in optimizer._session._weights if w.name == "0.weight")
+    (quantizer,) = (w.quantizer for w in optimizer._session.weights.tracked if w.name == "0.weight")
     before = quantizer.encode(model[0].weight.detach()).ordinals
     assert before.unique().tolist() == [-2, -1, 0, 1]
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_soft_quantization_has_the_nearest_level():
     model, inner = built(prox=lambda: ProxPARQ(anneal_start=0, anneal_end=30), warmup_steps=0)
     optimizer = FlipTrackingOptimizer(inner, model, sinks=[])
     train(model, optimizer, steps=5)
-    (quantizer,) = (w.quantizer for w in optimizer._session._weights if w.name == "0.weight")
+    (quantizer,) = (w.quantizer for w in optimizer._session.weights.tracked if w.name == "0.weight")
     quants = inner.state[model[0].weight]["quants"]
     nearest = (model[0].weight.detach().unsqueeze(-1) - quants).abs().argmin(-1) - 2
     assert torch.equal(quantizer.encode(model[0].weight.detach()).ordinals.long(), nearest)

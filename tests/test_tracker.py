@@ -344,10 +344,10 @@ def test_print_shows_layers_and_their_sum():
     step(tracker, [large, small], lambda p: p[:, 0].mul_(2))
     assert str(tracker).splitlines() == [
         "after step 1",
-        "layer  quantizer  weights  flips  flips/weight  stall ratio",
-        "large  e3m4:none        3      1          0.33        66.7%",
-        "small  bfloat16         1      1          1.00            -",
-        "all                     4      2          0.50        66.7%",
+        "layer  quantizer  weights  flips  flips/weight  stall ratio  updated",
+        "large  e3m4:none        3      1          0.33        66.7%   100.0%",
+        "small  bfloat16         1      1          1.00            -     0.0%",
+        "all                     4      2          0.50        66.7%    75.0%",
     ]
 
 

@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 from weightflip import FlipTrackingOptimizer, WeightFlipTracker, kernels
 from weightflip.formats import FloatFormat
 from weightflip.kernels import backend, cuda, proof
-from weightflip.kernels.runs import Kind, Stretch, count_alone
+from weightflip.kernels.runs import Kind, OnePass, Stretch
 from weightflip.quantizers import resolve
 from weightflip.quantizers.block import MX_NAMES, MXQuantizer
 
@@ -46,7 +46,8 @@ runs_here = pytest.mark.skipif(
 )
 on_a_gpu = pytest.mark.skipif(IS_INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
 
-BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("rceil",)), "nvfp4", "int4:g32"]
+BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode in ("rceil",)), "nvfp4", "int4:g32",
+          "float8_e4m3:1x128"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +61,7 @@ def quiet():
 def assert_equals_eager(weight, quantizer, old, update):
     expected_codes, expected_counts, scale = by_eager(weight, quantizer, old, update)
     codes, counts = old.clone(), torch.tensor([5, 6, 7], device=DEVICE)
-    assert count_alone(
-        cuda.Run, weight, quantizer.applied_scale(scale), quantizer.rounding(weight), codes, update, counts
-    )
+    assert OnePass(cuda.Run)(weight, quantizer.applied_scale(scale), quantizer.rounding(weight), codes, update, counts)
     assert torch.equal(codes, expected_codes)
     assert counts.tolist() == expected_counts.tolist()
 
@@ -113,7 +112,7 @@ def test_tails(numel):
         codes, counts = around[16:-16], torch.zeros(3, dtype=torch.int64, device=DEVICE)
         expected, expected_counts, scale = by_eager(weight, quantizer, codes, memory[:numel])
         rounding = quantizer.rounding(weight)
-        assert count_alone(cuda.Run, weight, scale, rounding, codes, memory[:numel], counts)
+        assert OnePass(cuda.Run)(weight, scale, rounding, codes, memory[:numel], counts)
         assert torch.equal(codes, expected)
         assert counts.tolist() == (expected_counts - torch.tensor([5, 6, 7], device=DEVICE)).tolist()
         assert around[:16].eq(99).all()
@@ -175,7 +174,7 @@ def test_what_is_not_covered_is_left_alone(case):
         rounding = rounding._replace(format=FloatFormat("e9m6", 9, 6, 255))
     codes = torch.zeros(8, 16, dtype=torch.int32 if case == "wide codes" else torch.int8, device=DEVICE)
     counts = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    assert not count_alone(cuda.Run, weight, scale, rounding, codes, update, counts)
+    assert not OnePass(cuda.Run)(weight, scale, rounding, codes, update, counts)
     assert codes.count_nonzero() == 0
     assert counts.tolist() == [0, 0, 0]
 
@@ -236,8 +235,8 @@ def question(name, dtype=torch.float32, with_updates=True):
 @pytest.mark.parametrize("name", ["float8_e4m3", "float8_e5m2", "e3m4", "e4m11", "mxfp4", "nvfp4", "int8", "bfloat16"])
 def test_it_is_shown_to_count_right(name):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert proof._fault(cuda.Run, question(name, dtype)) is None
-    assert proof._fault(cuda.Run, question(name, with_updates=False)) is None
+        assert proof.find_fault(cuda.Run, question(name, dtype)) is None
+    assert proof.find_fault(cuda.Run, question(name, with_updates=False)) is None
 
 
 class Raises(cuda.Run):
@@ -302,6 +301,7 @@ def test_compiled_for_a_gpu_it_rounds_as_ieee_says(divides):
         "update_mask": 0x7FFFFFFF,
         "is_scaled": True,
         "has_rows": True,
+        "has_scale_codes": True,
         "divides": divides,
         "columns": 128,
         "is_aligned": True,
@@ -313,6 +313,9 @@ def test_compiled_for_a_gpu_it_rounds_as_ieee_says(divides):
         "updates": "*i64",
         "counts": "*i64",
         "counted": "*i64",
+        "new_scales": "*i32",
+        "stored_scales": "*u8",
+        "scale_changes": "*i64",
     }
     signature = {name: pointers.get(name, "constexpr" if name in numbers else "i32") for name in kernel.arg_names}
     at = kernel.arg_names.index

@@ -125,6 +125,14 @@ OPTIONS = [
     ({"alerts": [5]}, TypeError, r"a rule of alerts= is a text such as .*got int"),
     ({"alerts": {"stall_ratio > 1": print}}, TypeError, r"alerts= is a list of rules.*Alert\(rule, callback=.*got \{"),
     ({"alerts": ["stal_ratio > 1"]}, ValueError, r"about 'stal_ratio'.*did you mean 'stall_ratio'\?"),
+    ({"layer_values": 5}, TypeError, r"layer_values= is 'all' or a sequence of names.*got int 5"),
+    (
+        {"layer_values": ["flip_rat"]},
+        ValueError,
+        r"unknown number 'flip_rat' in layer_values=; did you mean 'flip_rate'\?",
+    ),
+    ({"layer_values": "every"}, ValueError, r"unknown number 'every' in layer_values=; .*'all'.*flip_rate"),
+    ({"layer_values": ["travel_ratio"]}, ValueError, r"unknown number 'travel_ratio'.*grow with metrics="),
     ({"inclde": "*"}, TypeError, r"got an unexpected keyword argument 'inclde'; did you mean 'include='\?"),
     ({"everything": 5}, TypeError, r"got an unexpected keyword argument 'everything'; expected .*quantizer.*backend"),
 ]

@@ -323,13 +323,14 @@ class ExponentFormat:
 # Of the OCP Microscaling specification; torch.float8_e8m0fnu.
 E8M0 = ExponentFormat("e8m0", 8, 127)
 
-ScaleRule: TypeAlias = Literal["floor", "rceil", "ceil", "even", "amax", "tensor"]
+ScaleRule: TypeAlias = Literal["floor", "rceil", "ceil", "even", "amax", "tensor", "pow2"]
 
-# What a scale can be found by, the usual way first.
-_SCALE_RULES: dict[FloatFormat | ExponentFormat, tuple[ScaleRule, ...]] = {
-    E8M0: ("floor", "rceil", "ceil", "even"),
-    E4M3: ("amax", "tensor"),
-}
+# What a scale can be found by, and is stored in: those of MX, of NVFP4 and of float8. The usual way of each is first.
+_SCALE_RULES: tuple[dict[ScaleRule, FloatFormat | ExponentFormat], ...] = (
+    {"floor": E8M0, "rceil": E8M0, "ceil": E8M0, "even": E8M0},
+    {"amax": E4M3, "tensor": E4M3},
+    {"amax": FP32, "pow2": E8M0},
+)
 
 
 @dataclass(frozen=True)
@@ -339,11 +340,13 @@ class BlockFormat:
     Attributes:
         family: Its name without the rule, such as ``"mxfp4"``.
         element: What each weight is rounded to.
-        block_size: How many neighbours in the last dimension are a block.
+        block_size: How many neighbours in the last dimension are a block, or a row of one.
         scale: What the scale of a block is stored in.
         rule: How the scale is found from the largest magnitude ``amax``. For E8M0, ``"floor"``, ``"rceil"``, ``"ceil"``
-            or ``"even"``: how the exponent of ``amax`` is rounded. For E4M3, ``"amax"``: so that ``amax`` meets the
-            element's largest number; ``"tensor"``: the same, under a float32 scale of the whole tensor.
+            or ``"even"``: how the exponent of ``amax`` is rounded. For E4M3 and float32, ``"amax"``: so that ``amax``
+            meets the element's largest number. For E4M3, ``"tensor"``: the same, under a float32 scale of the whole
+            tensor. For E8M0, ``"pow2"``: as ``"amax"``, rounded up to a power of two.
+        rows: How many neighbours in the last dimension but one are a block.
 
     Raises:
         ValueError: An empty block, a scale in another format, or a rule that does not go with it.
@@ -358,20 +361,31 @@ class BlockFormat:
     block_size: int
     scale: FloatFormat | ExponentFormat
     rule: ScaleRule
+    rows: int = 1
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"a block has at least one weight, got {self.block_size}")
-        if self.scale not in _SCALE_RULES:
-            known = " or ".join(scale.name for scale in _SCALE_RULES)
+        if self.block_size < 1 or self.rows < 1:
+            raise ValueError(f"a block has at least one weight, got {self._shape}")
+        rules = [rule for known in _SCALE_RULES for rule, scale in known.items() if scale == self.scale]
+        if not rules:
+            known = " or ".join(dict.fromkeys(scale.name for known in _SCALE_RULES for scale in known.values()))
             raise ValueError(f"the scale of a block is {known}, got {self.scale.name}")
-        if self.rule not in self.rules:
-            raise ValueError(f"an {self.scale.name} scale is found by one of {self.rules}, got {self.rule!r}")
+        if self.rule not in rules:
+            raise ValueError(f"an {self.scale.name} scale is found by one of {tuple(rules)}, got {self.rule!r}")
+
+    @property
+    def _rules(self) -> dict[ScaleRule, FloatFormat | ExponentFormat]:
+        return next(known for known in _SCALE_RULES if known.get(self.rule) == self.scale)
 
     @property
     def rules(self) -> tuple[ScaleRule, ...]:
-        """All rules that go with the scale; the first one has no suffix in the name."""
-        return _SCALE_RULES[self.scale]
+        """This rule and those that it can be exchanged for; the first one has no suffix in the name."""
+        return tuple(self._rules)
+
+    @property
+    def variants(self) -> tuple[BlockFormat, ...]:
+        """The same elements in the same blocks, with each of these rules."""
+        return tuple(replace(self, rule=rule, scale=scale) for rule, scale in self._rules.items())
 
     @property
     def name(self) -> str:
@@ -381,11 +395,15 @@ class BlockFormat:
     @property
     def bits(self) -> float:
         """Bits a weight, with its part of the block's scale."""
-        return self.element.bits + self.scale.bits / self.block_size
+        return self.element.bits + self.scale.bits / (self.rows * self.block_size)
+
+    @property
+    def _shape(self) -> str:
+        return str(self.block_size) if self.rows == 1 else f"{self.rows} x {self.block_size}"
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {self.element.name} in blocks of {self.block_size}, each with an {self.scale.name} scale "
+            f"{self.name}: {self.element.name} in blocks of {self._shape}, each with an {self.scale.name} scale "
             f"({self.rule}), {self.bits:g} bits a weight"
         )
 
@@ -398,10 +416,17 @@ MXFP6_E3M2 = BlockFormat("mxfp6_e3m2", E3M2, 32, E8M0, "floor")
 MXFP4 = BlockFormat("mxfp4", E2M1, 32, E8M0, "floor")
 NVFP4 = BlockFormat("nvfp4", E2M1, 16, E4M3, "amax")
 
+# DeepSeek-V3's: tiles of activations and blocks of weights.
+FLOAT8_E4M3_1X128 = BlockFormat("float8_e4m3:1x128", E4M3, 128, FP32, "amax")
+FLOAT8_E4M3_128X128 = BlockFormat("float8_e4m3:128x128", E4M3, 128, FP32, "amax", rows=128)
+
 BLOCK_FORMATS: dict[str, BlockFormat] = {
     variant.name: variant
-    for usual in (MXFP8_E4M3, MXFP8_E5M2, MXFP6_E2M3, MXFP6_E3M2, MXFP4, NVFP4)
-    for variant in (replace(usual, rule=rule) for rule in usual.rules)
+    for usual in (
+        *(MXFP8_E4M3, MXFP8_E5M2, MXFP6_E2M3, MXFP6_E3M2, MXFP4, NVFP4),
+        *(FLOAT8_E4M3_1X128, FLOAT8_E4M3_128X128),
+    )
+    for variant in usual.variants
 }
 """Every block format that there is a quantizer for, by its name."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +27,27 @@ class Elementwise(Protocol):
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: kernels.ScratchPool) -> None: ...
 
     def encode_under(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: kernels.ScratchPool) -> None: ...
+
+
+class Encoding(NamedTuple):
+    """How a weight becomes ordinals.
+
+    Attributes:
+        quantizer: What encodes it.
+        scratch: Where temporaries come from.
+        backend: As in :func:`weightflip.kernels.check_backend`.
+        statistic: What the quantizer has to know of the whole weight, where this is a shard.
+    """
+
+    quantizer: Elementwise
+    scratch: kernels.ScratchPool
+    backend: str = "auto"
+    statistic: Tensor | None = None
+
+    def scale(self, weight: Tensor) -> Tensor | None:
+        """The quantizer's scale of a weight, as ``quantizer.grouped`` gives it."""
+        # A quantizer of a user's own may know of no statistics.
+        return self.quantizer.scale(weight) if self.statistic is None else self.quantizer.scale(weight, self.statistic)
 
 
 def compute_flip_rate(prev_quantized: Tensor, curr_quantized: Tensor) -> float:
@@ -90,97 +111,73 @@ def compute_stall_ratio(flips: int, updates: int) -> float:
     return 1.0 - flips / updates if updates > 0 else 0.0
 
 
-def encode_into(
-    weight: Tensor,
-    quantizer: Elementwise,
-    codes: Tensor,
-    scratch: kernels.ScratchPool,
-    backend: str = "auto",
-    statistic: Tensor | None = None,
-) -> Tensor | None:
+def encode_into(weight: Tensor, encoding: Encoding, codes: Tensor) -> Tensor | None:
     """Write the ordinals of ``weight`` into ``codes``.
 
     Args:
         weight: Any shape and strides.
-        quantizer: What encodes it.
+        encoding: How it is encoded.
         codes: Of the weight's shape.
-        scratch: Where temporaries come from.
-        backend: As in :func:`weightflip.kernels.check_backend`.
-        statistic: What the quantizer has to know of the whole weight, where this is a shard.
 
     Returns:
         The quantizer's scale.
     """
-    weight, codes = quantizer.grouped(weight), quantizer.grouped(codes)
-    scale = _scale(quantizer, weight, statistic)
-    if _in_one_pass(weight, scale, quantizer, codes, None, codes.new_zeros(3, dtype=torch.int64), backend):
+    weight, codes = encoding.quantizer.grouped(weight), encoding.quantizer.grouped(codes)
+    scale = encoding.scale(weight)
+    if _in_one_pass(weight, encoding, scale, codes, None, codes.new_zeros(3, dtype=torch.int64)):
         return scale
-    new = _slice_encoder(weight, scale, quantizer, codes.dtype, scratch)
+    new = _slice_encoder(weight, encoding, scale, codes.dtype)
     for index in kernels.slices(weight, kernels.slice_elements(weight)):
         codes[index].copy_(new(index))
     return scale
 
 
-def encode_under(
-    weight: Tensor,
-    quantizer: Elementwise,
-    scale: Tensor | None,
-    codes: Tensor,
-    scratch: kernels.ScratchPool,
-    backend: str = "auto",
-) -> None:
+def encode_under(weight: Tensor, encoding: Encoding, scale: Tensor | None, codes: Tensor) -> None:
     """Write the ordinals of a slice under a scale that need not be its own into ``codes``.
 
     Args:
         weight: As ``quantizer.grouped`` gives it.
-        quantizer: What encodes it.
+        encoding: How it is encoded.
         scale: Of the slice.
         codes: Of the slice's shape.
-        scratch: Where temporaries come from.
-        backend: As in :func:`weightflip.kernels.check_backend`.
     """
-    if not _in_one_pass(weight, scale, quantizer, codes, None, codes.new_zeros(3, dtype=torch.int64), backend):
-        quantizer.encode_under(weight, scale, codes, scratch)
+    if not _in_one_pass(weight, encoding, scale, codes, None, codes.new_zeros(3, dtype=torch.int64)):
+        encoding.quantizer.encode_under(weight, scale, codes, encoding.scratch)
 
 
 def advance(
     weight: Tensor,
-    quantizer: Elementwise,
+    encoding: Encoding,
     codes: Tensor,
     update: Tensor | None,
     counts: Tensor,
-    scratch: kernels.ScratchPool,
-    backend: str = "auto",
     observe: Observer | None = None,
-    statistic: Tensor | None = None,
 ) -> Tensor | None:
     """Encode ``weight`` anew, count what changed against ``codes``, and keep the new codes there, in one go.
 
     Args:
         weight: Any shape and strides.
-        quantizer: What encodes it.
+        encoding: How it is encoded.
         codes: Ordinals before the step, of the weight's shape; overwritten.
         update: The dense gradient or a bool mask of the updated weights, of the weight's shape; None counts none.
         counts: int64 of shape (3,): flips, updates, stalled; added to.
-        scratch: Where temporaries come from.
-        backend: As in :func:`weightflip.kernels.check_backend`.
         observe: Called for each slice in turn with its index and its ordinals before and after, in the shape that
             ``quantizer.grouped`` gives.
-        statistic: What the quantizer has to know of the whole weight, where this is a shard.
 
     Returns:
         The quantizer's scale.
     """
+    quantizer, scratch = encoding.quantizer, encoding.scratch
     weight, codes = quantizer.grouped(weight), quantizer.grouped(codes)
     update = None if update is None else quantizer.grouped(update)
-    scale = _scale(quantizer, weight, statistic)
+    scale = encoding.scale(weight)
 
     def advance_part(index: kernels.Index) -> None:
         part, part_codes = weight[index], codes[index]
         part_scale = None if scale is None else kernels.take(scale, index)
         part_update = None if update is None else update[index]
-        if not _in_one_pass(part, part_scale, quantizer, part_codes, part_update, counts, backend):
-            new = _slice_encoder(part, part_scale, quantizer, codes.dtype, scratch)
+        if not _in_one_pass(part, encoding, part_scale, part_codes, part_update, counts):
+            new = _slice_encoder(part, encoding, part_scale, codes.dtype)
             kernels.count_(part_codes, new, part_update, counts, scratch)
 
     _observed(codes, advance_part, observe, scratch)
@@ -200,31 +197,26 @@ def _observed(
         observe(index, old, part)
 
 
-def _scale(quantizer: Elementwise, weight: Tensor, statistic: Tensor | None) -> Tensor | None:
-    # A quantizer of a user's own may know of no statistics.
-    return quantizer.scale(weight) if statistic is None else quantizer.scale(weight, statistic)
-
-
 def in_plain_torch(quantizer: Elementwise) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], object]:
     """What :func:`advance` does of weight, codes, update and counts without a compiled kernel."""
-    scratch = kernels.ScratchPool()
+    encoding = Encoding(quantizer, kernels.ScratchPool(), "eager")
 
     def advance_eagerly(weight: Tensor, codes: Tensor, update: Tensor | None, counts: Tensor) -> Tensor | None:
-        return advance(weight, quantizer, codes, update, counts, scratch, "eager")
+        return advance(weight, encoding, codes, update, counts)
 
     return advance_eagerly
 
 
 def _in_one_pass(
     weight: Tensor,
+    encoding: Encoding,
     scale: Tensor | None,
-    quantizer: Elementwise,
     codes: Tensor,
     update: Tensor | None,
     counts: Tensor,
-    backend: str,
 ) -> bool:
-    kernel = kernels.one_pass(backend, weight.device, in_plain_torch(quantizer))
+    quantizer = encoding.quantizer
+    kernel = kernels.one_pass(encoding.backend, weight.device, in_plain_torch(quantizer))
     rounding = None if kernel is None else quantizer.rounding(weight)
     if kernel is None or rounding is None:
         return False
@@ -232,9 +224,10 @@ def _in_one_pass(
 
 
 def _slice_encoder(
-    weight: Tensor, scale: Tensor | None, quantizer: Elementwise, dtype: torch.dtype, scratch: kernels.ScratchPool
+    weight: Tensor, encoding: Encoding, scale: Tensor | None, dtype: torch.dtype
 ) -> Callable[[kernels.Index], Tensor]:
     """From a slice's index to its ordinals, in a buffer that the next slice takes back."""
+    quantizer, scratch = encoding.quantizer, encoding.scratch
 
     def new(index: kernels.Index) -> Tensor:
         part = weight[index]

@@ -49,8 +49,9 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             for the flat parameters of FSDP1 and the partitions of ZeRO-3.
         exclude: Globs over parameter names.
         groups: Layers whose sums are shown beside the single ones: name to globs over parameter names, such as
-            ``{"attention": "*.attn.*", "mlp": ["*.fc1.*", "*.fc2.*"]}``, or ``"type"`` for a group of each type of
-            module.
+            ``{"attention": "*.attn.*", "mlp": ["*.fc1.*", "*.fc2.*"]}``, ``"type"`` for a group of each type of module,
+            or ``"blocks"`` for one of each repeated block (``layers.3``). None: blocks where more than 30 weights are
+            tracked; ``{}``: none.
         metrics: ``"flips"``, ``"stalls"``, and the groups ``"oscillation"``, ``"coverage"``, ``"scale"``, ``"travel"``,
             ``"range"``, ``"rank"``; a mapping, such as ``{"flips": 1, "travel": 10}``, has a group look at every tenth
             tracked step only.
@@ -62,6 +63,9 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
         log_dir: Where TensorBoard files go, and a JSONL file beside them for reports; None for ``SummaryWriter``'s own
             default place. Made at the first record.
         log_every: Steps between two records.
+        layer_values: Which numbers TensorBoard has of each layer: ``"all"``, or names such as ``("flip_rate",)``. None:
+            all, but of more than 30 layers the cumulative flip rate alone, and the rest for blocks and for layers that
+            stand out. The cumulative flip rate is always there.
         sinks: Instead of TensorBoard in ``log_dir``: ``SummaryWriter`` objects, ``wandb`` runs, paths that end in
             ``.jsonl`` or ``.csv``, functions of a :class:`FlipRecord`, ``Sink`` objects. An empty list keeps the
             numbers and writes nothing. Another tracked optimizer, or its handle, instead of a list: the two are parts
@@ -114,6 +118,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
         end_step: int | None = None,
         log_dir: str | PathLike[str] | None = None,
         log_every: int = 10,
+        layer_values: str | Sequence[str] | None = None,
         sinks: Sequence[Any] | Tracked | None = None,
         alerts: Sequence[str | Alert] | None = None,
         low_memory: bool = False,
@@ -121,6 +126,10 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
         backend: str = "auto",
         **unknown: NoReturn,
     ) -> None:
+        """Wrap an optimizer.
+
+        Size: each option is a keyword of its own, as in ``torch.optim``, so that editors complete and check it.
+        """
         # Not super().__init__(): it would make a second set of groups and state beside the inner optimizer's.
         _check(optimizer, model)
         check_names(f"{type(self).__name__}()", unknown)
@@ -136,13 +145,15 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             end_step=end_step,
             log_dir=log_dir,
             log_every=log_every,
+            layer_values=layer_values,
             sinks=sinks,
             alerts=alerts,
             low_memory=low_memory,
             fresh_snapshots=fresh_snapshots,
             backend=backend,
         )
-        self.__dict__.update(inner=optimizer, _session=setup.start(optimizer, model, options))
+        # The session first: where both come to their end together, it still finds the optimizer.
+        self.__dict__.update(_session=setup.start(optimizer, model, options), inner=optimizer)
 
     @delegated
     @runs_hooks_itself
@@ -181,7 +192,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
 
     def __exit__(self, *exc_info: object) -> None:
         # After an error, the other processes of a sharded run may not come here.
-        self._session.log.close(together=exc_info[0] is None)
+        self._session.close(together=exc_info[0] is None)
 
     # ------------------------------------------------------------------ the inner optimizer's
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -16,6 +17,9 @@ MODEL_TAGS = {
     "stall_ratio": "flips/stall_ratio",
 }
 """Where there are tags, those of the model's numbers that are not ``flips/<value>``."""
+
+ALERTS_TAG = "weightflip/tracking_alerts"
+"""The text of alerts, which TensorBoard shows after that of what is tracked: it sorts them by tag."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Value:
         chart: What charts it stands among in TensorBoard's layout; the metric group's, unless it is said.
         order: Its place among the numbers, the lowest first: the last ones are left out first where there is no room.
         heat_map: Whether it has a picture of all layers over time.
+        expects: Of a number that is the flip rate / another rate: what that is, in a few words. There is a picture of
+            each layer's flip rate against it.
 
     Raises:
         ValueError: A kind or a unit that there is not.
@@ -47,6 +53,7 @@ class Value:
     chart: str = ""
     order: int = 100
     heat_map: bool = False
+    expects: str = ""
 
     def __post_init__(self) -> None:
         for what, given, known in (("kind", self.kind, get_args(Kind)), ("unit", self.unit, get_args(Unit))):
@@ -62,6 +69,15 @@ CORE_VALUES = (
     ),
     Value(
         "cumulative_flip_rate", "gauge", "flips/weight", "flips since the start / weights", "number", "weightflip", 55
+    ),
+    Value(
+        "updated_fraction",
+        "rate",
+        "updated",
+        "share of weights whose gradient is not 0 in a step",
+        "share",
+        "weightflip",
+        57,
     ),
     Value(
         "scale_changes",
@@ -129,6 +145,7 @@ class Counts:
         stalled: Weights with an update and no flip.
         scale_steps: Sum over the tracked steps of the block and group scales that were compared in each.
         scale_changes: Those of them that changed.
+        update_steps: As ``weight_steps``, of the steps in which updates were counted: none without ``"stalls"``.
         ratios: What metric groups counted, by name.
     """
 
@@ -138,6 +155,7 @@ class Counts:
     stalled: int = 0
     scale_steps: int = 0
     scale_changes: int = 0
+    update_steps: int = 0
     ratios: Mapping[str, Quotient] = field(default_factory=dict)
 
     def __add__(self, other: Counts) -> Counts:
@@ -161,6 +179,11 @@ class Counts:
         return self.stalled / self.updates if self.updates else math.nan
 
     @property
+    def updated_fraction(self) -> float:
+        """Mean share of the weights with an update in a step, in [0, 1]; NaN where updates were not counted."""
+        return self.updates / self.update_steps if self.update_steps else math.nan
+
+    @property
     def scale_change_rate(self) -> float:
         """Mean share of the block and group scales that change in a step; NaN where there are none."""
         return self.scale_changes / self.scale_steps if self.scale_steps else math.nan
@@ -177,10 +200,22 @@ class Counts:
 
 def _short(counts: Counts) -> list[int]:
     """The numbers of ``counts`` in their order, without zeros at the end."""
-    numbers = [getattr(counts, name) for name in _NUMBERS]
+    # Updates are counted in all steps, or in none: what is left over is 0 in most runs.
+    found = {
+        **{name: getattr(counts, name) for name in _NUMBERS},
+        "update_steps": counts.weight_steps - counts.update_steps,
+    }
+    numbers = list(found.values())
     while numbers and not numbers[-1]:
         numbers.pop()
     return numbers
+
+
+def _of_short(numbers: Sequence[int], ratios: Mapping[str, Quotient]) -> Counts:
+    """The inverse of ``_short``."""
+    counts: dict[str, Any] = {**dict.fromkeys(_NUMBERS, 0), **dict(zip(_NUMBERS, numbers, strict=False))}
+    counts["update_steps"] = counts["weight_steps"] - counts["update_steps"]
+    return Counts(**counts, ratios=ratios)
 
 
 _NUMBERS = tuple(f.name for f in fields(Counts) if f.name != "ratios")
@@ -268,6 +303,11 @@ class LayerRecord:
         return self.window.stall_ratio
 
     @property
+    def updated_fraction(self) -> float:
+        """Mean share of the weights that had an update in a step of the window; NaN where updates were not counted."""
+        return self.window.updated_fraction
+
+    @property
     def scale_change_rate(self) -> float:
         """Mean share of the block and group scales that changed in a step of the window; NaN where there are none."""
         return self.window.scale_change_rate
@@ -280,6 +320,7 @@ class LayerRecord:
             "flip_rate": Quotient(window.flips, window.weight_steps),
             "cumulative_flip_rate": Quotient(self.total.flips, self.weights),
             "stall_ratio": Quotient(window.stalled, window.updates),
+            "updated_fraction": Quotient(window.updates, window.update_steps),
             "scale_changes": Quotient(window.scale_changes, window.scale_steps),
             **window.ratios,
             **self.gauges,
@@ -338,7 +379,7 @@ class LayerRecord:
         """The inverse of ``to_row``."""
         name, weights, *periods, more = row if len(row) > 4 else [*row, {}]
         window, total = (
-            Counts(**dict(zip(_NUMBERS, numbers, strict=False)), ratios=_quotients(more.get(of, {})))
+            _of_short(numbers, _quotients(more.get(of, {})))
             for of, numbers in zip(("window", "total"), periods, strict=True)
         )
         return cls(name, weights, window, total, more.get("nonfinite", 0), _quotients(more.get("gauges", {})))
@@ -441,6 +482,27 @@ class AlertEvent:
     message: str
 
 
+# Layers that one line names.
+_NAMED = 5
+
+
+def in_lines(events: Iterable[AlertEvent]) -> list[str]:
+    """What to tell people of some alerts: a line each; of many layers with one rule at one step, one line.
+
+    Args:
+        events: Those of one step and rule together.
+    """
+    told = []
+    for (step, rule), group in itertools.groupby(events, lambda event: (event.step, event.rule)):
+        alike = list(group)
+        if len(alike) <= _NAMED:
+            told += [event.message for event in alike]
+        else:
+            names = ", ".join(shown(event.layer) for event in alike[:_NAMED])
+            told.append(f"step {step}: {rule}: {names} and {len(alike) - _NAMED} more")
+    return told
+
+
 def _summed(name: str, layers: Sequence[LayerRecord]) -> LayerRecord:
     gauges: dict[str, Quotient] = {}
     histograms: dict[str, Histogram] = {}
@@ -463,6 +525,10 @@ def _summed(name: str, layers: Sequence[LayerRecord]) -> LayerRecord:
         gauges,
         histograms,
     )
+
+
+# In the text panel, more than so many weights that are skipped for one reason are one row, with the first of them.
+_SKIPPED_ROWS, _SKIPPED_NAMES = 12, 4
 
 
 @dataclass(frozen=True)
@@ -514,12 +580,14 @@ class RunInfo:
     def to_markdown(self) -> str:
         """The text panel."""
         lines = [f"**weightflip** tracks {len(self.tracked)} weights, skips {len(self.skipped)}.", ""]
+        about = (f"*{value.title}*: {value.description}" for value in CORE_VALUES[:3])
+        lines += ["; ".join(about) + ".", ""]
         lines += [f"- {shown(note)}" for note in self.notes]
         lines += ["", "| weight | shape | dtype | quantizer |", "|---|---|---|---|"]
         lines += [f"| `{shown(name)}` | {' | '.join(map(shown, row))} |" for name, row in self.tracked.items()]
         if self.skipped:
             lines += ["", "| skipped | why |", "|---|---|"]
-            lines += [f"| `{shown(name)}` | {shown(reason)} |" for name, reason in self.skipped.items()]
+            lines += [f"| {names} | {shown(reason)} |" for names, reason in self._skipped_in_rows()]
         if self.groups:
             lines += ["", "| group | weights |", "|---|---|"]
             lines += [
@@ -534,6 +602,16 @@ class RunInfo:
             ]
         lines += ["", shown(", ".join(f"{name}={value}" for name, value in self.settings.items()))]
         return "\n".join(lines)
+
+    def _skipped_in_rows(self) -> Iterator[tuple[str, str]]:
+        """Names and the reason: one row for each, or, of many with one reason, one for all."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            by_reason.setdefault(reason, []).append(f"`{shown(name)}`")
+        for reason, names in by_reason.items():
+            if len(names) > _SKIPPED_ROWS:
+                names = [f"{', '.join(names[:_SKIPPED_NAMES])} and {len(names) - _SKIPPED_NAMES} more"]
+            yield from ((name, reason) for name in names)
 
     def __str__(self) -> str:
         width = max((len(shown(name)) for name in (*self.tracked, *self.skipped)), default=0)

@@ -9,6 +9,7 @@ import torch
 from weightflip import kernels
 from weightflip.counting.batched import BatchedRoute
 from weightflip.counting.columns import Columns
+from weightflip.counting.current import CurrentLayers
 from weightflip.counting.layer import TrackedWeight
 from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.notices import Notices
@@ -31,6 +32,7 @@ def make(*metrics: str, backend: str = "auto") -> SimpleNamespace:
     alone = (parts.layers, parts.runner, parts.scratch, backend, True)
     parts.elementwise, parts.whole = ElementwiseRoute(*alone), WholeWeightRoute(*alone)
     parts.batched = BatchedRoute(parts.layers, parts.elementwise, backend, True, is_open=not groups)
+    parts.current = CurrentLayers(parts.layers, (parts.batched, parts.elementwise, parts.whole))
     parts.silent = SilentWrites(parts.layers, parts.notices)
     parts.totals = Totals(parts.columns, parts.layers, parts.schedule, parts.silent)
     parts.shards = SingleProcess(parts.layers, parts.columns)

@@ -12,7 +12,8 @@ from parts import weight
 import weightflip
 from weightflip import WeightFlipTracker
 
-SHARDING = {str(Path(weightflip.__file__).parent / name) for name in ("distributed.py", "counting/sharded.py")}
+ROOT = Path(weightflip.__file__).parent
+SHARDING = {str(path) for path in (*(ROOT / "distributed").glob("*.py"), ROOT / "counting/sharded.py")}
 
 
 def entered(action) -> set[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from weightflip import functional, kernels
+from weightflip.counting.scale_table import ScaleTable, table_of
 
 # A run's elements: so many that starting its threads does not show (2M took a third longer), and so few that the
 # scales of its blocks stay small: 4 MiB for blocks of 16.
@@ -101,6 +102,10 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
         return None
     if weight.data_ptr() == 0 or weight.data_ptr() % weight.element_size():
         return None
+    grouped = quantizer.grouped(weight)
+    if quantizer.group is not None and grouped.shape[-1] != quantizer.group and grouped.shape[-2] > 1:
+        # Several groups share a scale, and the last ones of a row are fewer.
+        return None
     is_scaled = quantizer.scope != "element"
     for update in (None, weight.dtype) if with_updates else (None,):
         kind = kernels.Kind(weight.dtype, update, codes.dtype, rounding, weight.device)
@@ -108,11 +113,9 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
         if not kernels.run_for(backend, kind, takes_scale=is_scaled, finds_scale=is_scaled, eager=eager):
             return None
     scale_codes, group = None, 0
-    if quantizer.scope == "group":
-        assert quantizer.group is not None
+    if quantizer.group is not None:
         scale_codes = quantizer.scale_codes(weight.new_ones((), dtype=torch.float32))
-        shape = quantizer.grouped(weight).shape
-        scale_codes, group = scale_codes.new_zeros((*shape[:-1], 1)), quantizer.group
+        scale_codes, group = scale_codes.new_zeros((*grouped.shape[:-1], 1)), grouped.shape[-1]
     elif quantizer.scope == "row":
         group = weight.shape[-1] if weight.ndim else 1
     elif quantizer.scope == "tensor":
@@ -244,7 +247,6 @@ class _Part:
             kind,
         )
         self.members = [piece.member for piece in pieces]
-        self.first_row = rows[self.members[0]]
         rows_of_pieces = torch.tensor([rows[member] for member in self.members], device="cpu")
         self.rows_there = kernels.upload(rows_of_pieces, first.codes.device)
         self.offsets = np.array([piece.first * item for piece in pieces], dtype=np.int64)
@@ -255,36 +257,35 @@ class _Part:
             if stored is not None
         ]
         self.scale_codes_in_one: Tensor | None = None
-        self._ends: Tensor | None = None
-        if len(self.scale_codes) > 1:
-            ends = torch.tensor([codes.numel() for codes in self.scale_codes], device="cpu").cumsum(0)
-            self._ends = kernels.upload(ends - 1, first.codes.device)
+        self.table: ScaleTable | None = None
+        if self.scale_codes and first.run.saves_calls:
+            self.table = table_of(first.quantizer, first.rounding, first.dtype, first.codes.device)
 
     def advance(self, updates: kernels.Addresses | None, counts: Tensor, scale_changes: Tensor) -> None:
-        scale = self.quantizer.scale_of(self.run.largest().to(self.dtype)) if self.is_scaled else None
         addresses = None
         if updates is not None:
             of_pieces = updates[self.members]
             addresses = np.where(of_pieces == 0, 0, of_pieces + self.offsets)
-        self.run.count_into_(counts, self.rows_there, self.quantizer.applied_scale(scale), addresses)
-        if scale is not None and self.scale_codes:
-            self._advance_scales(self.quantizer.scale_codes(scale), scale_changes)
-
-    def _advance_scales(self, new: Tensor, scale_changes: Tensor) -> None:
-        """Count the scales that have changed; in a few calls for all pieces."""
+        factors, new = self._scales()
+        if new is None:
+            self.run.count_into_(counts, self.rows_there, factors, addresses)
+            return
         in_one = self.scale_codes_in_one
-        old = torch.cat(self.scale_codes) if in_one is None else in_one
-        has_changed = new != old
-        if self._ends is None:
-            scale_changes[self.first_row].add_(torch.count_nonzero(has_changed))
-        else:
-            until = torch.cumsum(has_changed, 0).index_select(0, self._ends)
-            scale_changes.index_add_(0, self.rows_there, until)
-            scale_changes.index_add_(0, self.rows_there[1:], until[:-1], alpha=-1)
+        stored = torch.cat(self.scale_codes) if in_one is None else in_one
+        codes = kernels.ScaleCodes(new, stored, scale_changes)
+        self.run.count_into_(counts, self.rows_there, factors, addresses, codes)
         if in_one is None:
-            torch._foreach_copy_(self.scale_codes, torch.split(new, [codes.numel() for codes in self.scale_codes]))
-        else:
-            in_one.copy_(new)
+            torch._foreach_copy_(self.scale_codes, torch.split(stored, [codes.numel() for codes in self.scale_codes]))
+
+    def _scales(self) -> tuple[Tensor | None, Tensor | None]:
+        """What the weights are multiplied or divided by, and what is stored of it; None where there is none."""
+        if not self.is_scaled:
+            return self.quantizer.applied_scale(None), None
+        largest = self.run.largest()
+        if self.table is not None:
+            return self.table.look_up(largest)
+        scale = self.quantizer.scale_of(largest.to(self.dtype))
+        return self.quantizer.applied_scale(scale), self.quantizer.scale_codes(scale) if self.scale_codes else None
 
 
 def _lay_end_to_end(scale_codes: Sequence[Tensor], parts: Sequence[_Part]) -> None:

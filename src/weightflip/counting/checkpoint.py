@@ -72,8 +72,15 @@ def parse(state_dict: Any) -> tuple[int, dict[str, SavedLayer]]:
     steps = count(state_dict["steps"], "'steps'")
     if steps > _MOST_STEPS:
         raise ValueError(f"expected at most 2**53 steps, got {_got(steps)}")
+    layers = _layers(_rows(state_dict["layers"], "'layers'"))
+    _add_ratios(layers, _rows(state_dict.get("ratios", ()), "'ratios'"))
+    _add_tensors(layers, _mapping(state_dict.get("weights", {}), "'weights'"))
+    return steps, layers
+
+
+def _layers(rows: Sequence[Any]) -> dict[str, SavedLayer]:
     layers: dict[str, SavedLayer] = {}
-    for row in _rows(state_dict["layers"], "'layers'"):
+    for row in rows:
         name, weights, quantizer, total, base = _row(row, 5, "a layer")
         where = f"layer {name!r}"
         if not isinstance(name, str) or not isinstance(quantizer, str):
@@ -89,7 +96,11 @@ def parse(state_dict: Any) -> tuple[int, dict[str, SavedLayer]]:
             _counts(base, f"the totals at the last record of {where}"),
         )
         _check_order(layers[name], where)
-    for row in _rows(state_dict.get("ratios", ()), "'ratios'"):
+    return layers
+
+
+def _add_ratios(layers: Mapping[str, SavedLayer], rows: Sequence[Any]) -> None:
+    for row in rows:
         name, ratio, *numbers = _row(row, 6, "a ratio")
         where = f"ratio {_got(ratio)} of layer {_got(name)}"
         of = _known(layers, name, where)
@@ -97,7 +108,10 @@ def parse(state_dict: Any) -> tuple[int, dict[str, SavedLayer]]:
             raise ValueError(f"expected each ratio of a layer once, by name, got {where}")
         now, of_now, then, of_then = (_number(number, where) for number in numbers)
         of.ratios[ratio] = now, of_now, then, of_then
-    for name, groups in _mapping(state_dict.get("weights", {}), "'weights'").items():
+
+
+def _add_tensors(layers: Mapping[str, SavedLayer], saved: Mapping[Any, Any]) -> None:
+    for name, groups in saved.items():
         of = _known(layers, name, f"what is remembered of layer {_got(name)}")
         for group, tensors in _mapping(groups, f"what is remembered of layer {name!r}").items():
             where = f"what {_got(group)} remembers of layer {name!r}"
@@ -105,7 +119,6 @@ def parse(state_dict: Any) -> tuple[int, dict[str, SavedLayer]]:
             if not isinstance(group, str) or not all(isinstance(tensor, Tensor) for tensor in kept.values()):
                 raise ValueError(f"expected tensors, by name, as {where}, got {_got(tensors)}")
             of.tensors[group] = kept
-    return steps, layers
 
 
 def count(value: Any, what: str) -> int:

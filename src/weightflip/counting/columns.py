@@ -17,13 +17,14 @@ class Columns:
 
     Args:
         groups: The metric groups, with their places among the columns that all groups have.
+        with_updates: Whether updates are counted.
 
     Attributes:
         more: How many columns the groups have.
     """
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self._groups = groups
+    def __init__(self, groups: Sequence[Group], *, with_updates: bool = True) -> None:
+        self._groups, self._with_updates = groups, with_updates
         self.more = groups[-1].bins.stop if groups else 0
         now = {NONFINITE}.union(*(range(COLUMNS + g.gauges.start, COLUMNS + g.bins.stop) for g in groups))
         self._is_gauge = [column in now for column in range(len(self))]
@@ -72,6 +73,7 @@ class Columns:
             stalled=int(row[STALLED]),
             scale_steps=int(row[SCALE_STEPS]),
             scale_changes=int(row[SCALE_CHANGES]),
+            update_steps=int(row[WEIGHT_STEPS]) if self._with_updates else 0,
             ratios=ratios_of(self._groups, row[COLUMNS:]),
         )
 

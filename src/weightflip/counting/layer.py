@@ -180,6 +180,8 @@ class Layer:
     """What encodes and counts it."""
     member: Member | None = None
     """Its place in a batch."""
+    is_gathered: bool = False
+    """Whether it is counted in plain torch together with others."""
     metrics: dict[str, LayerMetric | None] | None = None
     """Name of a group to what it keeps, once there is a baseline; None for a group without numbers for this layer."""
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -223,6 +225,7 @@ class Layer:
         The stamp stays: it tells whether what is known of the weight beside its codes still holds.
         """
         self.codes = self.scale_codes = self.scale = self.member = self.route = None
+        self.is_gathered = False
         if self.state is not CodeState.FAILED:
             self.state = CodeState.ABSENT
         if metrics:
@@ -241,11 +244,11 @@ class Layer:
         return self.stamp is not None and self.stamp.is_unwritten(parameter, weight)
 
     def is_as_it_was(self, tracked: TrackedWeight) -> bool:
-        """Whether a member of a batch has the codes of now, asked as cheaply as can be."""
+        """Whether a layer that is counted together with others has the codes of now, asked as cheaply as can be."""
         return (
             self.tracked is tracked
             and self.state is CodeState.KEPT
-            and self.member is not None
+            and (self.is_gathered or self.member is not None)
             and self.is_unwritten(tracked.parameter, tracked.parameter)
         )
 

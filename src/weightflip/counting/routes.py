@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from weightflip import distributed, functional, kernels
-from weightflip.counting.layer import Layer
+from weightflip.counting.layer import Layer, TrackedWeight
 from weightflip.counting.ledger import COUNTED, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS
 from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.table import LayerTable
@@ -45,6 +45,10 @@ class Route(Protocol):
             gradients: Of before the step; after it, the parameters' own come first.
             valid: 0-dim: whether the step was one at all; None: it was.
         """
+        ...
+
+    def release(self) -> None:
+        """Hold no codes of layers; the next step finds them in the layers."""
         ...
 
 
@@ -84,13 +88,17 @@ class OneByOne(ABC):
     ) -> Tensor | None:
         """Count what changed into the layer's row, and keep the new codes; the scale."""
 
+    def release(self) -> None:
+        """As in :class:`Route`: codes are held by the layers only."""
+        return
+
     def encode(self, layers: Sequence[Layer]) -> None:
         for layer in layers:
             try:
                 assert layer.tracked is not None
                 weight, quantizer = layer.tracked.unwrapped()
                 scale = self._encode(layer, weight, quantizer)
-                layer.scale_codes = _scale_codes(quantizer, scale, weight.ndim)
+                layer.scale_codes = _scale_codes(quantizer, scale, weight, layer.tracked)
                 layer.scale = scale if self._runner else None
                 layer.encoded(weight)
             except Exception as error:
@@ -119,7 +127,7 @@ class OneByOne(ABC):
         scale = self._advance(layer, weight, quantizer, dense, self._runner.observer(layer, weight, quantizer, valid))
         layer.scale = scale if self._runner else None
         self._runner.after(layer, weight, quantizer)
-        scale_codes = _scale_codes(quantizer, scale, weight.ndim)
+        scale_codes = _scale_codes(quantizer, scale, weight, layer.tracked)
         if scale_codes is not None and layer.scale_codes is not None:
             step[SCALE_CHANGES].copy_(torch.count_nonzero(scale_codes != layer.scale_codes))
             step[SCALE_STEPS].fill_(scale_codes.numel())
@@ -153,7 +161,7 @@ class ElementwiseRoute(OneByOne):
 
     def _encode(self, layer: Layer, weight: Tensor, quantizer: ElementwiseQuantizer) -> Tensor | None:
         codes = layer.make_room(weight, quantizer.code_dtype(weight))
-        return functional.encode_into(weight, quantizer, codes, self._scratch, self._backend, layer.statistic)
+        return functional.encode_into(weight, self._encoding(layer, quantizer), codes)
 
     def _advance(
         self,
@@ -165,17 +173,11 @@ class ElementwiseRoute(OneByOne):
     ) -> Tensor | None:
         assert layer.codes is not None
         assert layer.row is not None
-        return functional.advance(
-            weight,
-            quantizer,
-            layer.codes,
-            update,
-            layer.row.step[COUNTED],
-            self._scratch,
-            self._backend,
-            observe,
-            layer.statistic,
-        )
+        encoding = self._encoding(layer, quantizer)
+        return functional.advance(weight, encoding, layer.codes, update, layer.row.step[COUNTED], observe)
+
+    def _encoding(self, layer: Layer, quantizer: ElementwiseQuantizer) -> functional.Encoding:
+        return functional.Encoding(quantizer, self._scratch, self._backend, layer.statistic)
 
 
 class WholeWeightRoute(OneByOne):
@@ -205,11 +207,14 @@ class WholeWeightRoute(OneByOne):
         return encoded.scale
 
 
-def _scale_codes(quantizer: Quantizer, scale: Tensor | None, ndim: int) -> Tensor | None:
+def _scale_codes(quantizer: Quantizer, scale: Tensor | None, weight: Tensor, tracked: TrackedWeight) -> Tensor | None:
     """What is stored of scales that are codes themselves: those of blocks and groups, ``(..., K // group, 1)``."""
     if scale is None:
         return None
     if isinstance(quantizer, ElementwiseQuantizer):
-        return None if quantizer.group is None else quantizer.scale_codes(scale)
-    is_of_groups = scale.ndim == ndim + 1
+        if quantizer.group is None:
+            return None
+        first_row = distributed.first_row(tracked.parameter) if tracked.is_dtensor else 0
+        return quantizer.scale_codes(quantizer.of_blocks(scale, weight.shape, first_row))
+    is_of_groups = scale.ndim == weight.ndim + 1
     return bits_of_scale(scale) if is_of_groups else None

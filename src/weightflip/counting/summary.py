@@ -2,38 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from weightflip.records import Counts, shown, split_variant
+from weightflip.overview import MANY_LAYERS, blocks_of, outliers
+from weightflip.records import Counts, Quotient, shown, split_variant
+
+
+class Row(NamedTuple):
+    """One layer, or the sum of several."""
+
+    name: str
+    quantizer: str
+    weights: int
+    counts: Counts
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        counts, weights = self.counts, self.weights
+        per_weight = f"{counts.flips / weights:.2f}" if weights else "-"
+        stall_ratio = f"{counts.stall_ratio:.1%}" if counts.updates else "-"
+        updated = _percent(counts.updated_fraction) if counts.update_steps else "-"
+        names = shown(self.name), shown(self.quantizer)
+        return *names, f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio, updated
+
+
+def _percent(share: float) -> str:
+    """One weight of a large layer is not 0.0%."""
+    return f"{100 * share:.1g}%" if 0 < share < 0.001 else f"{share:.1%}"
 
 
 def as_text(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> str:
     """What each layer, and all together, did since tracking began.
 
+    More than 30 layers are shown by block, with those that stand out by their flip rate below.
+
     Args:
         steps: How many there were.
         layers: Of each, its name, its quantizer, how many weights it has, and its totals.
     """
-    rows: list[tuple[str, ...]] = [("layer", "quantizer", "weights", "flips", "flips/weight", "stall ratio")]
-    sums: dict[str, tuple[int, Counts]] = {}
-    for name, quantizer, weights, counts in layers:
-        rows.append(_row(split_variant(name)[0], quantizer, weights, counts))
-        # Of weights that are tracked with several quantizers, a sum for each.
-        _, seen_as = split_variant(name)
-        before, so_far = sums.get(seen_as, (0, Counts()))
-        sums[seen_as] = before + weights, so_far + counts
-    rows += [_row("all", seen_as, weights, counts) for seen_as, (weights, counts) in sums.items()]
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = [
+    rows = [Row(*layer) for layer in layers]
+    # Of weights that are tracked with several quantizers, a sum for each.
+    sums = [_sum("all", of, "") for of in _by_quantizer(rows).values()]
+    plain = [row._replace(name=split_variant(row.name)[0]) for row in rows]
+    names = list(dict.fromkeys(row.name for row in plain))
+    if len(names) <= MANY_LAYERS:
+        return "\n".join([f"after step {steps}", *_table("layer", [*plain, *sums])])
+    blocks = [
+        _sum(block, of, of[0].quantizer if len({row.quantizer for row in of}) == 1 else "several")
+        for block, members in blocks_of(names).items()
+        for of in _by_quantizer([row for row in rows if split_variant(row.name)[0] in set(members)]).values()
+    ]
+    lines = [f"after step {steps}, {len(names)} layers", *_table("block" if blocks else "layers", [*blocks, *sums])]
+    if odd := _outliers(rows):
+        lines += ["", *_table("layers that stand out", odd)]
+    return "\n".join([*lines, "", "each layer: get_flip_rates(), get_stall_ratios()"])
+
+
+def _by_quantizer(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by the quantizer in their name, which is empty where there is but one."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(split_variant(row.name)[1], []).append(row)
+    return found
+
+
+def _sum(name: str, rows: Sequence[Row], quantizer: str) -> Row:
+    seen_as = split_variant(rows[0].name)[1]
+    return Row(name, seen_as or quantizer, sum(row.weights for row in rows), sum((r.counts for r in rows), Counts()))
+
+
+def _outliers(rows: Sequence[Row]) -> list[Row]:
+    found = []
+    for of in _by_quantizer(rows).values():
+        by_name = {row.name: row for row in of}
+        rates = {name: Quotient(row.counts.flips, row.counts.weight_steps) for name, row in by_name.items()}
+        found += [by_name[name]._replace(name=split_variant(name)[0]) for name in outliers(rates)]
+    return found
+
+
+def _table(what: str, rows: Sequence[Row]) -> list[str]:
+    cells = [
+        (what, "quantizer", "weights", "flips", "flips/weight", "stall ratio", "updated"),
+        *(row.cells for row in rows),
+    ]
+    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+    return [
         "  ".join(
             cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
-        for row in rows
+        for row in cells
     ]
-    return "\n".join([f"after step {steps}", *lines])
-
-
-def _row(name: str, quantizer: str, weights: int, counts: Counts) -> tuple[str, ...]:
-    per_weight = f"{counts.flips / weights:.2f}" if weights else "-"
-    stall_ratio = f"{counts.stall_ratio:.1%}" if counts.updates else "-"
-    return shown(name), shown(quantizer), f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio

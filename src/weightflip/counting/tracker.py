@@ -11,17 +11,19 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from weightflip import checks, distributed, functional, kernels
+from weightflip import checks, distributed, kernels
 from weightflip.counting import summary, totals
 from weightflip.counting.batch import Batch
 from weightflip.counting.batched import BatchedRoute
 from weightflip.counting.columns import Columns
+from weightflip.counting.current import CurrentLayers
+from weightflip.counting.gathered import GatheredRoute
 from weightflip.counting.layer import CodeState, Layer, TrackedWeight
-from weightflip.counting.ledger import NONFINITE
 from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.named import NamedSnapshots
+from weightflip.counting.nonfinite import count_nonfinite
 from weightflip.counting.notices import Notices
-from weightflip.counting.routes import ElementwiseRoute, Route, WholeWeightRoute
+from weightflip.counting.routes import ElementwiseRoute, WholeWeightRoute
 from weightflip.counting.schedule import Progress, Schedule
 from weightflip.counting.shards import Shards
 from weightflip.counting.silent import SilentWrites
@@ -122,16 +124,21 @@ class WeightFlipTracker:
         fresh_snapshots: bool = False,
         backend: str = "auto",
     ) -> None:
+        """Start with nothing counted.
+
+        Size: each option is a keyword of its own, which users write as to :class:`FlipTrackingOptimizer`.
+        """
         kernels.check_backend(backend)
         names, self._groups = make_groups(metrics, oscillation_ema)
         self._schedule = Schedule(track_every, start_step, end_step)
-        self._columns = Columns(self._groups)
+        self._columns = Columns(self._groups, with_updates="stalls" in names)
         self._notices = Notices()
         self.metrics = tuple(names)
         self.low_memory = checks.flag("low_memory", low_memory)
         self.fresh_snapshots = checks.flag("fresh_snapshots", fresh_snapshots)
         self.backend = backend
         self._holding: weakref.WeakMethod[Callable[[], AbstractContextManager[None]]] | None = None
+        self._show: weakref.WeakMethod[Callable[[], str]] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -147,11 +154,12 @@ class WeightFlipTracker:
         alone = (self._layers, self._runner, self._scratch, self.backend, with_updates)
         elementwise = ElementwiseRoute(*alone)
         self._batched = BatchedRoute(self._layers, elementwise, self.backend, with_updates, is_open=not self._groups)
-        self._routes: tuple[Route, ...] = (self._batched, elementwise, WholeWeightRoute(*alone))
+        gathered = GatheredRoute(elementwise, self._scratch, with_updates, is_open=not self._groups)
+        routes = (self._batched, gathered, elementwise, WholeWeightRoute(*alone))
+        self._current = CurrentLayers(self._layers, routes)
         self._shards: Shards = SingleProcess(self._layers, self._columns)
         self._gradients: dict[str, Tensor | None] = {}
         self._in_step = False
-        self._set_current([])
 
     # ------------------------------------------------------------------ what was asked for
 
@@ -306,14 +314,12 @@ class WeightFlipTracker:
         self._gradients = {}
         self._begin(weights)
         self._silent.look(weights)
-        current = self._have_codes(weights)
-        if self._has_rerouted or current != self._current:
-            self._set_current(current)
+        self._current.take_up(self._with_codes(weights))
         if self._runner:
-            for layer in current:
+            for layer in self._current:
                 self._runner.before(layer, is_shard=layer.name in self._shards)
         if "stalls" in self.metrics:
-            self._gradients = {layer.name: layer.tracked.parameter.grad for layer in current if layer.tracked}
+            self._gradients = {layer.name: layer.tracked.parameter.grad for layer in self._current if layer.tracked}
         self._notices.flush()
 
     def _begin(self, weights: list[TrackedWeight]) -> None:
@@ -321,66 +327,12 @@ class WeightFlipTracker:
         are_others = self._layers.follow(weights)
         if are_others:
             # Batches hold codes, too.
-            self._batched.release()
+            self._current.release()
             self._shards = self._shards.for_weights(weights)
         self._shards.begin(weights, are_others=are_others, anew=self.fresh_snapshots)
 
-    def _have_codes(self, weights: Iterable[TrackedWeight]) -> list[Layer]:
-        """The layers of the weights, each with its codes of now."""
-        layers, found = self._layers.by_name, []
-        stale: dict[Route, list[Layer]] = {}
-        for tracked in weights:
-            try:
-                layer = layers.get(tracked.name)
-                if layer is None or self.fresh_snapshots or not layer.is_as_it_was(tracked):
-                    layer = self._look_at(tracked, stale)
-            except Exception as error:
-                self._layers.fail(tracked.name, error)
-                continue
-            if layer is not None:
-                found.append(layer)
-        for route, of_route in stale.items():
-            route.encode(of_route)
-        if self._layers.has_lost:
-            self._batched.release()
-            found = [layer for layer in found if layer.state is not CodeState.FAILED]
-        return found
-
-    def _look_at(self, tracked: TrackedWeight, stale: dict[Route, list[Layer]]) -> Layer | None:
-        """The layer of a weight, and among the stale ones if its codes are not those of now; None if none counts it."""
-        if tracked.name in self._layers.failed:
-            return None
-        if not tracked.is_active:
-            if tracked.name in self._layers:
-                self._layers[tracked.name].distrust()
-            return None
-        weight, quantizer = tracked.unwrapped()
-        layer = self._layers.open(tracked, weight, quantizer)
-        is_kept = self._shards.may_keep(tracked.name, layer.is_unwritten(tracked.parameter, weight))
-        is_kept = is_kept and layer.state is CodeState.KEPT and not self.fresh_snapshots
-        if not is_kept:
-            layer.distrust()
-        if not is_kept or layer.route is None or layer.tracked is not tracked:
-            layer.tracked = tracked
-            layer.route = next(route for route in self._routes if route.accepts(layer, weight, quantizer))
-            self._has_rerouted = True
-        if not is_kept:
-            stale.setdefault(layer.route, []).append(layer)
-        return layer
-
-    def _set_current(self, layers: list[Layer]) -> None:
-        """Take up the layers of this step, by their routes."""
-        self._current, self._has_rerouted = layers, False
-        self._by_route: dict[Route, list[Layer]] = {}
-        for layer in layers:
-            assert layer.route is not None
-            self._by_route.setdefault(layer.route, []).append(layer)
-
-    def _leave_out_failed(self) -> None:
-        if self._layers.has_lost:
-            self._layers.has_lost = False
-            self._batched.release()
-            self._set_current([layer for layer in self._current if layer.state is not CodeState.FAILED])
+    def _with_codes(self, weights: Iterable[TrackedWeight]) -> list[Layer]:
+        return self._current.with_codes(weights, self._shards, anew=self.fresh_snapshots)
 
     def take_weights_from(self, holding: Callable[[], AbstractContextManager[None]]) -> None:
         """Say how to have the weights of ``before_step`` at hand between two steps, where they are released then.
@@ -389,6 +341,14 @@ class WeightFlipTracker:
             holding: A method; its object is not kept alive.
         """
         self._holding = weakref.WeakMethod(holding)
+
+    def take_summary_from(self, show: Callable[[], str]) -> None:
+        """Say what ``print(tracker)`` shows, where the table is one of several optimizers.
+
+        Args:
+            show: A method; its object is not kept alive.
+        """
+        self._show = weakref.WeakMethod(show)
 
     def forget_gradients(self) -> None:
         """Let go of the gradients of ``before_step``: a closure makes the step's own.
@@ -431,10 +391,7 @@ class WeightFlipTracker:
     def _count(self, valid: Tensor | None) -> None:
         self._layers.begin_step()
         self._shards.share(is_next_due=self._schedule.is_due(self._schedule.steps + 1))
-        self._leave_out_failed()
-        for route, layers in self._by_route.items():
-            route.count(layers, self._gradients, valid)
-        self._leave_out_failed()
+        self._current.count(self._gradients, valid)
         self._shards.drop_uncertain()
         self._gradients = {}
 
@@ -446,7 +403,7 @@ class WeightFlipTracker:
         elif self.low_memory:
             self._drop_codes()
         elif not self.fresh_snapshots:
-            self._silent.remember(self._schedule.steps, self._current)
+            self._silent.remember(self._schedule.steps, self._current.layers)
         if self._schedule.is_over() or not self._current:
             self._scratch.clear()
 
@@ -460,7 +417,7 @@ class WeightFlipTracker:
 
     def _drop_codes(self) -> None:
         self._layers.drop_codes()
-        self._batched.release()
+        self._current.release()
 
     def drop_codes(self) -> None:
         """Give back all memory but that of the numbers; the next step starts with a baseline."""
@@ -469,8 +426,7 @@ class WeightFlipTracker:
         self._give_back()
 
     def _give_back(self) -> None:
-        self._set_current([])
-        self._batched.release()
+        self._current.clear()
         self._silent.release()
         self._scratch.clear()
         self._gradients = {}
@@ -502,19 +458,9 @@ class WeightFlipTracker:
         """Find what is found at logging points."""
         holding = None if self._holding is None else self._holding()
         with nullcontext() if holding is None else holding():
-            self._count_nonfinite()
+            count_nonfinite(self._current, self._layers, self._scratch)
+            self._current.leave_out_failed()
             self._measure()
-
-    def _count_nonfinite(self) -> None:
-        for layer in self._current:
-            if layer.tracked is None or not layer.tracked.is_held:
-                continue
-            try:
-                assert layer.row is not None
-                functional.count_nonfinite(layer.tracked.plain(), layer.row.total[NONFINITE], self._scratch)
-            except Exception as error:
-                self._layers.fail(layer.name, error)
-        self._leave_out_failed()
 
     def _measure(self) -> None:
         due = self._runner.begin_measure(self._layers) if self._runner else []
@@ -522,14 +468,14 @@ class WeightFlipTracker:
             return
         self._runner.measured(due)
         held = [layer.tracked for layer in self._current if layer.tracked is not None and layer.tracked.is_held]
-        for layer in self._have_codes(held):
+        for layer in self._with_codes(held):
             self._runner.measure(layer, due)
             if layer.state is CodeState.FRESH:
                 # The next step may be an untracked one, which need not leave a trace.
                 layer.distrust()
             if self.low_memory or self._schedule.is_over():
                 layer.drop_codes()
-        self._leave_out_failed()
+        self._current.leave_out_failed()
 
     # ------------------------------------------------------------------ many processes
 
@@ -609,13 +555,16 @@ class WeightFlipTracker:
         """Stalled / updates of each layer, in [0, 1]; 0.0 without updates."""
         return {name: counts.stall_ratio if counts.updates else 0.0 for name, counts in self._counts().items()}
 
-    def __str__(self) -> str:
-        """A table: what each layer, and all together, did since tracking began."""
+    def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
+        """Steps; and of each layer its name, its quantizer, how many weights it has, and its counts since the start."""
         steps, rows = self._totals.read(self._shards)
         layers = ((self._layers[name], self._columns.counts(row)) for name, row in rows.items())
-        return summary.as_text(
-            steps, [(layer.name, layer.quantizer, layer.weights, counts) for layer, counts in layers]
-        )
+        return steps, [(layer.name, layer.quantizer, layer.weights, counts) for layer, counts in layers]
+
+    def __str__(self) -> str:
+        """A table: what each layer, and all together, did since tracking began."""
+        show = None if self._show is None else self._show()
+        return summary.as_text(*self.totals()) if show is None else show()
 
     def memory_usage(self) -> MemoryUsage:
         """Bytes held now, on all devices together."""
@@ -662,4 +611,4 @@ class WeightFlipTracker:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_current": [], "_by_route": {}, "_gradients": {}, "_holding": None}
+        return {**self.__dict__, "_gradients": {}, "_holding": None, "_show": None}

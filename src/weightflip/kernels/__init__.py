@@ -9,7 +9,8 @@ from __future__ import annotations
 from weightflip.formats import Rounding
 from weightflip.kernels.backend import check_backend, one_pass, run, run_for
 from weightflip.kernels.eager import count_
-from weightflip.kernels.runs import Addresses, Kind, Run, Stretch, upload
+from weightflip.kernels.gathered import Layout, is_small, pack
+from weightflip.kernels.runs import Addresses, Kind, Run, ScaleCodes, Stretch, upload
 from weightflip.kernels.scratch import ScratchPool
 from weightflip.kernels.slices import Index, slice_elements, slices, take
 
@@ -23,13 +24,17 @@ __all__ = [
     "Addresses",
     "Index",
     "Kind",
+    "Layout",
     "Rounding",
     "Run",
+    "ScaleCodes",
     "ScratchPool",
     "Stretch",
     "check_backend",
     "count_",
+    "is_small",
     "one_pass",
+    "pack",
     "run",
     "run_for",
     "slice_elements",

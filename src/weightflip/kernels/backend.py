@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from weightflip import checks
-from weightflip.formats import Rounding
 from weightflip.kernels import proof
-from weightflip.kernels.runs import Kind, Run, count_alone
-
-OnePass: TypeAlias = Callable[[Tensor, "Tensor | None", Rounding, Tensor, "Tensor | None", Tensor], bool]
+from weightflip.kernels.runs import Kind, OnePass, Run
 
 BACKENDS = ("auto", "eager", "numba", "triton")
 
@@ -77,7 +72,7 @@ def one_pass(backend: str, device: torch.device, eager: proof.Eager) -> OnePass 
     def may_count(kind: Kind, takes_scale: bool) -> bool:
         return run_for(backend, kind, takes_scale=takes_scale, finds_scale=False, eager=eager) is not None
 
-    return functools.partial(count_alone, kernel, may_count=may_count)
+    return OnePass(kernel, may_count)
 
 
 def run_for(backend: str, kind: Kind, *, takes_scale: bool, finds_scale: bool, eager: proof.Eager) -> type[Run] | None:

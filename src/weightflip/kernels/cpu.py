@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weightflip.kernels import compiled, items, pool, vectors
 from weightflip.kernels.constants import lanes
-from weightflip.kernels.runs import Addresses, Kind, Stretch
+from weightflip.kernels.runs import Addresses, Kind, ScaleCodes, Stretch
 
 DEVICE = "cpu"
 
@@ -29,6 +29,8 @@ _NO_SCALE = np.ones(1, dtype=np.float32)
 class Run:
     """A :class:`weightflip.kernels.runs.Run` for the CPU: threads share the elements."""
 
+    saves_calls = False
+
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind = kind
         numbers = lanes(kind.rounding)
@@ -41,6 +43,7 @@ class Run:
         scales = -(-table[:, 2] // table[:, 3])
         places[1:, items.START] = table[:-1, 2].cumsum()
         places[1:, items.SCALE] = scales[:-1].cumsum()
+        self._last_scales = torch.from_numpy(scales.cumsum() - 1)
         self._scales, self._numel = int(scales.sum()), int(table[:, 2].sum())
         self._in_order = np.arange(len(table))
         self._task = np.zeros(items.TASK, dtype=np.int64)
@@ -80,8 +83,21 @@ class Run:
         self._count_into(counts, self._in_order.ctypes.data, scale, updates)
         return counts
 
-    def count_into_(self, counts: Tensor, rows: Tensor, scale: Tensor | None, updates: Addresses | None) -> None:
+    def count_into_(
+        self,
+        counts: Tensor,
+        rows: Tensor,
+        scale: Tensor | None,
+        updates: Addresses | None,
+        scale_codes: ScaleCodes | None = None,
+    ) -> None:
         self._count_into(counts, rows.data_ptr(), scale, updates)
+        if scale_codes is not None:
+            new, stored, changes = scale_codes
+            until = torch.cumsum(new != stored, 0).index_select(0, self._last_scales)
+            changes.index_add_(0, rows, until)
+            changes.index_add_(0, rows[1:], until[:-1], alpha=-1)
+            stored.copy_(new)
 
     def _count_into(self, counts: Tensor, rows: int, scale: Tensor | None, updates: Addresses | None) -> None:
         task = self._task.copy()

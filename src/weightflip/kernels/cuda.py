@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weightflip.kernels.constants import constants
-from weightflip.kernels.runs import Addresses, Kind, Stretch, upload
+from weightflip.kernels.runs import Addresses, Kind, ScaleCodes, Stretch, upload
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 
@@ -42,7 +42,10 @@ _COLUMNS = tl.constexpr(6)
 
 @triton.jit
 def _tile(places, tiles, rows: tl.constexpr, columns: tl.constexpr, is_aligned: tl.constexpr):
-    """Where this program's tile lies: stretch, weight and codes, first scale, groups, elements, and which there are."""
+    """Where this program's tile lies: stretch, weight and codes, first scale, groups, elements, and which there are.
+
+    And whether it has the first elements of its groups, which may lie in several tiles.
+    """
     stretch = tl.load(tiles + tl.program_id(0)).to(tl.int64)
     place = places + stretch * _COLUMNS
     weight, codes = tl.load(place), tl.load(place + 1)
@@ -56,7 +59,7 @@ def _tile(places, tiles, rows: tl.constexpr, columns: tl.constexpr, is_aligned: 
     within = (tile % across) * columns + tl.arange(0, columns)
     elements = groups[:, None] * group + within[None, :]
     is_there = (elements < numel) & (within < group)[None, :]
-    return stretch, weight, codes, first_scale, groups, elements, is_there
+    return stretch, weight, codes, first_scale, groups, elements, is_there, tile % across == 0
 
 
 @triton.jit
@@ -90,7 +93,7 @@ def _largest(
     columns: tl.constexpr,
     is_aligned: tl.constexpr,
 ):
-    _, weight, _, first_scale, groups, elements, is_there = _tile(places, tiles, rows, columns, is_aligned)
+    _, weight, _, first_scale, groups, elements, is_there, _ = _tile(places, tiles, rows, columns, is_aligned)
     # Of numbers without a sign the bit patterns have the numbers' order, and NaN is above them all.
     found = tl.max(_float32_bits(weight, elements, is_there, stored, is_aligned) & 0x7FFFFFFF, axis=1)
     has_any = tl.max(is_there.to(tl.int32), axis=1) != 0
@@ -105,6 +108,9 @@ def _count(
     updates,
     counts,
     counted,
+    new_scales,
+    stored_scales,
+    scale_changes,
     stride,
     cut,
     offset,
@@ -116,6 +122,7 @@ def _count(
     stored: tl.constexpr,
     coded: tl.constexpr,
     has_rows: tl.constexpr,
+    has_scale_codes: tl.constexpr,
     updated: tl.constexpr,
     update_mask: tl.constexpr,
     is_scaled: tl.constexpr,
@@ -124,7 +131,11 @@ def _count(
     columns: tl.constexpr,
     is_aligned: tl.constexpr,
 ):
-    stretch, weight, codes, first_scale, groups, elements, is_there = _tile(places, tiles, rows, columns, is_aligned)
+    stretch, weight, codes, first_scale, groups, elements, is_there, is_first = _tile(
+        places, tiles, rows, columns, is_aligned
+    )
+    # Before the codes are stored: a load that waits for a store takes as long as the rest of the kernel.
+    row = tl.load(counted + stretch) if has_rows else stretch
     scaled = _float32_bits(weight, elements, is_there, stored, is_aligned).to(tl.float32, bitcast=True)
     if is_scaled:
         has_any = tl.max(is_there.to(tl.int32), axis=1) != 0
@@ -145,8 +156,14 @@ def _count(
     kept = _pointers(codes, elements, coded, is_aligned)
     has_flipped = (tl.load(kept, mask=is_there, other=0) != code) & is_there
     tl.store(kept, code, mask=is_there)
-    row = tl.load(counted + stretch) if has_rows else stretch
     count = counts + row * stride
+    if has_scale_codes:
+        counts_scale = (tl.max(is_there.to(tl.int32), axis=1) != 0) & is_first
+        at = first_scale + groups
+        new = tl.load(new_scales + at, mask=counts_scale, other=0).to(stored_scales.dtype.element_ty)
+        has_changed = (tl.load(stored_scales + at, mask=counts_scale, other=0) != new) & counts_scale
+        tl.store(stored_scales + at, new, mask=counts_scale)
+        tl.atomic_add(scale_changes + row * stride, tl.sum(has_changed.to(tl.int32)).to(tl.int64), sem="relaxed")
     tl.atomic_add(count, tl.sum(has_flipped.to(tl.int32)).to(tl.int64), sem="relaxed")
     if updated is not None:
         update = tl.load(updates + stretch)
@@ -176,6 +193,8 @@ class _Launch(NamedTuple):
 
 class Run:
     """A :class:`weightflip.kernels.runs.Run` for CUDA devices. Nothing here waits for the device."""
+
+    saves_calls = True
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind, self.device = kind, kind.device
@@ -219,14 +238,29 @@ class Run:
         self._count_into(counts, None, scale, updates)
         return counts
 
-    def count_into_(self, counts: Tensor, rows: Tensor, scale: Tensor | None, updates: Addresses | None) -> None:
-        self._count_into(counts, rows, scale, updates)
+    def count_into_(
+        self,
+        counts: Tensor,
+        rows: Tensor,
+        scale: Tensor | None,
+        updates: Addresses | None,
+        scale_codes: ScaleCodes | None = None,
+    ) -> None:
+        self._count_into(counts, rows, scale, updates, scale_codes)
 
-    def _count_into(self, counts: Tensor, rows: Tensor | None, scale: Tensor | None, updates: Addresses | None) -> None:
+    def _count_into(
+        self,
+        counts: Tensor,
+        rows: Tensor | None,
+        scale: Tensor | None,
+        updates: Addresses | None,
+        scale_codes: ScaleCodes | None = None,
+    ) -> None:
         numbers = constants(self.kind.rounding)
         assert numbers is not None
         updated = None if self.kind.update is None or updates is None else _BITS[self.kind.update]
         addresses = counts if updates is None else self._uploaded(updates)
+        assert scale_codes is None or scale_codes.changes.stride(0) == counts.stride(0)
         for launch in self._launches:
             is_aligned = launch.is_aligned
             if updates is not None:
@@ -239,11 +273,13 @@ class Run:
                 addresses,
                 counts,
                 counts if rows is None else rows,
+                *((counts, counts, counts) if scale_codes is None else scale_codes),
                 counts.stride(0),
                 *(int(number.view(np.int32)) for number in numbers),
                 stored=_STORED[self.kind.weight],
                 coded=_CODES[self.kind.codes],
                 has_rows=rows is not None,
+                has_scale_codes=scale_codes is not None,
                 updated=updated,
                 update_mask=0 if updated is None else _MAGNITUDE[updated],
                 is_scaled=scale is not None,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from weightflip.formats import FP32, FloatRounding, IntegerRounding, Rounding
 from weightflip.kernels import reference
-from weightflip.kernels.runs import Kind, Run, Stretch
+from weightflip.kernels.runs import Addresses, Kind, Run, ScaleCodes, Stretch
 
 logger = logging.getLogger("weightflip")
 
@@ -89,7 +89,7 @@ def _try(name: str, run: type[Run], question: Question, eager: Eager) -> _Answer
     kind = question.kind
     what = f"{name} for {_shown(kind)} on {kind.device}"
     try:
-        fault = _fault(run, question)
+        fault = find_fault(run, question)
     except Exception as error:
         fault = f"it raised {type(error).__name__}: {error}"
     if fault is not None:
@@ -185,8 +185,54 @@ class _Part(NamedTuple):
     has_update: bool
 
 
-def _fault(run: type[Run], question: Question) -> str | None:
-    """What a kernel does otherwise than plain torch; None for nothing."""
+class _Trial(NamedTuple):
+    """What is put before a kernel, and what it has to find.
+
+    Attributes:
+        parts: Which numbers are a stretch each.
+        places: Where the codes of each part begin.
+        weights: All numbers.
+        updates: As many; None where none are counted.
+        scales: Those of each part in turn; None for none.
+        codes: Of before the step, with a guard around each part's.
+        expected: The same after it.
+        counts: int64 of shape (parts, 3).
+        largest: The largest magnitude under each scale.
+    """
+
+    parts: list[_Part]
+    places: list[int]
+    weights: Tensor
+    updates: Tensor | None
+    scales: Tensor | None
+    codes: Tensor
+    expected: Tensor
+    counts: Tensor
+    largest: Tensor
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        weights, codes = self.weights, self.codes
+        return [
+            Stretch(
+                weights.data_ptr() + part.first * weights.element_size(),
+                codes.data_ptr() + place * codes.element_size(),
+                part.numel,
+                part.group,
+            )
+            for place, part in zip(self.places, self.parts, strict=True)
+        ]
+
+    @property
+    def addresses(self) -> Addresses | None:
+        """Of each part's updates; 0 for a part without."""
+        if self.updates is None:
+            return None
+        start, size = self.updates.data_ptr(), self.updates.element_size()
+        return np.array([start + part.first * size if part.has_update else 0 for part in self.parts], dtype=np.int64)
+
+
+def _trial(question: Question) -> _Trial:
     kind = question.kind
     numbers = hard_numbers(kind)
     whole = len(numbers) - len(numbers) % 16
@@ -223,29 +269,47 @@ def _fault(run: type[Run], question: Question) -> str | None:
         expected[place : place + part.numel] = new
         update = updates[part.first :][: part.numel] if updates is not None and part.has_update else None
         counts.append(reference.count(old, new, update))
+    return _Trial(parts, places, weights, updates, scales, codes, expected, torch.stack(counts), torch.cat(largest))
 
-    item, code = kind.weight.itemsize, kind.codes.itemsize
-    kernel = run(
-        [
-            Stretch(weights.data_ptr() + part.first * item, codes.data_ptr() + place * code, part.numel, part.group)
-            for place, part in zip(places, parts, strict=True)
-        ],
-        kind,
-    )
-    if question.finds_scale:
-        found_largest, expected_largest = kernel.largest(), torch.cat(largest)
-        if not torch.equal(found_largest.nan_to_num(nan=-1.0), expected_largest.nan_to_num(nan=-1.0)):
-            return "it finds other largest magnitudes"
-    addresses = None
-    if updates is not None:
-        step = updates.element_size()
-        addresses = np.array([updates.data_ptr() + part.first * step if part.has_update else 0 for part in parts])
-    found = kernel.count_(scales, addresses)
-    wrong = int(torch.count_nonzero(codes != expected))
+
+def find_fault(run: type[Run], question: Question) -> str | None:
+    """What a kernel does otherwise than plain torch; None for nothing.
+
+    Args:
+        run: The kernel.
+        question: What it is to do.
+    """
+    trial = _trial(question)
+    kernel = run(trial.stretches, question.kind)
+    if question.finds_scale and not torch.equal(
+        kernel.largest().nan_to_num(nan=-1.0), trial.largest.nan_to_num(nan=-1.0)
+    ):
+        return "it finds other largest magnitudes"
+    found = kernel.count_(trial.scales, trial.addresses)
+    wrong = int(torch.count_nonzero(trial.codes != trial.expected))
     if wrong:
-        return f"{wrong} of {size} codes are others"
-    if not torch.equal(found, torch.stack(counts)):
-        return f"it counts {found.tolist()}, plain torch {torch.stack(counts).tolist()}"
+        return f"{wrong} of {len(trial.codes)} codes are others"
+    if not torch.equal(found, trial.counts):
+        return f"it counts {found.tolist()}, plain torch {trial.counts.tolist()}"
+    return None if trial.scales is None else _fault_of_scale_codes(kernel, trial)
+
+
+def _fault_of_scale_codes(kernel: Run, trial: _Trial) -> str | None:
+    """As :func:`find_fault`, of what is stored of scales. The codes were counted before, so no other count changes."""
+    assert trial.scales is not None
+    scales, of_parts = trial.scales, [part.numel // part.group for part in trial.parts]
+    without = None if trial.addresses is None else trial.addresses * 0
+    rows = torch.arange(len(of_parts), device=scales.device)
+    new = torch.arange(len(scales), dtype=torch.int32, device=scales.device) % 256
+    for dtype in (torch.uint8, torch.int32):
+        stored = torch.where(new % 3 == 0, new ^ 1, new).to(dtype)
+        expected = torch.stack([torch.count_nonzero(part) for part in torch.split(stored != new, of_parts)])
+        table = torch.zeros(len(of_parts), 4, dtype=torch.int64, device=scales.device)
+        kernel.count_into_(table[:, :3], rows, scales, without, ScaleCodes(new, stored, table[:, 3]))
+        if not torch.equal(stored, new.to(dtype)):
+            return "it stores other scales"
+        if not torch.equal(table[:, 3], expected) or table[:, :3].count_nonzero():
+            return f"it counts changes of scales {table.tolist()}, plain torch {expected.tolist()}"
     return None
 
 

@@ -49,11 +49,28 @@ class Kind(NamedTuple):
     device: torch.device
 
 
+class ScaleCodes(NamedTuple):
+    """Scales that are stored as codes, stretch after stretch as those of :meth:`Run.largest`.
+
+    Attributes:
+        new: Integers.
+        stored: Those of before the step, as they are stored; overwritten.
+        changes: int64, a column of the table that is counted in: scales whose stored value changes are added to it.
+    """
+
+    new: Tensor
+    stored: Tensor
+    changes: Tensor
+
+
 class Run(Protocol):
     """Stretches of memory of one kind that are counted together.
 
     Nothing here keeps the memory alive or looks at it again: who calls vouches for the addresses.
     """
+
+    saves_calls: bool
+    """Whether a call of torch costs more here than a search in a table for each scale."""
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None: ...
 
@@ -82,7 +99,14 @@ class Run(Protocol):
         """
         ...
 
-    def count_into_(self, counts: Tensor, rows: Tensor, scale: Tensor | None, updates: Addresses | None) -> None:
+    def count_into_(
+        self,
+        counts: Tensor,
+        rows: Tensor,
+        scale: Tensor | None,
+        updates: Addresses | None,
+        scale_codes: ScaleCodes | None = None,
+    ) -> None:
         """As :meth:`count_`, but add what is found to rows of a table.
 
         Args:
@@ -90,6 +114,7 @@ class Run(Protocol):
             rows: int64, the row of each stretch. Stretches may share one.
             scale: As there.
             updates: As there.
+            scale_codes: What is stored of the scales, if anything is.
         """
         ...
 
@@ -100,47 +125,60 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def count_alone(
-    run: type[Run],
-    weight: Tensor,
-    scale: Tensor | None,
-    rounding: Rounding,
-    codes: Tensor,
-    update: Tensor | None,
-    counts: Tensor,
-    may_count: Callable[[Kind, bool], bool] | None = None,
-) -> bool:
-    """Encode one weight, compare, add to ``counts`` and store the new codes, if these tensors are of the kinds known.
+class OnePass(NamedTuple):
+    """Counts one weight by itself in one pass, if its tensors are of the kinds known.
 
-    Args:
+    Attributes:
         run: The kernel, for the weight's device.
-        weight: Before rounding; dense.
-        scale: None, or float32 of one element, or of one for so many neighbours in memory.
-        rounding: How a weight becomes an ordinal.
-        codes: Ordinals before the step, laid out as the weight; overwritten.
-        update: The gradient, or a bool mask of the weights that had one, laid out as the weight; None counts no
-            updates.
-        counts: int64 of shape (3,): flips, updates, stalled; added to.
         may_count: Whether the kernel is to be used for a kind, with a scale or without; None: wherever it can be.
-
-    Returns:
-        Whether it was done; False leaves everything as it was.
     """
-    group = _group(weight, scale)
-    if group is None or not torch.ops.aten.is_non_overlapping_and_dense(weight):
-        return False
-    if not all(_is_laid_out(tensor, weight) for tensor in (weight, codes, update) if tensor is not None):
-        return False
-    kind = Kind(weight.dtype, None if update is None else update.dtype, codes.dtype, rounding, weight.device)
-    if not (run.can_do(kind, scaled=False) if may_count is None else may_count(kind, scale is not None)):
-        return False
-    if weight.numel() == 0:
+
+    run: type[Run]
+    may_count: Callable[[Kind, bool], bool] | None = None
+
+    def __call__(
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        rounding: Rounding,
+        codes: Tensor,
+        update: Tensor | None,
+        counts: Tensor,
+    ) -> bool:
+        """Encode the weight, compare, add to ``counts`` and store the new codes.
+
+        Args:
+            weight: Before rounding; dense.
+            scale: None, or float32 of one element, or of one for so many neighbours in memory.
+            rounding: How a weight becomes an ordinal.
+            codes: Ordinals before the step, laid out as the weight; overwritten.
+            update: The gradient, or a bool mask of the weights that had one, laid out as the weight; None counts no
+                updates.
+            counts: int64 of shape (3,): flips, updates, stalled; added to.
+
+        Returns:
+            Whether it was done; False leaves everything as it was.
+        """
+        group = _group(weight, scale)
+        if group is None or not torch.ops.aten.is_non_overlapping_and_dense(weight):
+            return False
+        if not all(_is_laid_out(tensor, weight) for tensor in (weight, codes, update) if tensor is not None):
+            return False
+        kind = Kind(weight.dtype, None if update is None else update.dtype, codes.dtype, rounding, weight.device)
+        if not self._may_count(kind, takes_scale=scale is not None):
+            return False
+        if weight.numel() == 0:
+            return True
+        alone = self.run([Stretch(weight.data_ptr(), codes.data_ptr(), weight.numel(), group)], kind)
+        flat_scale = None if scale is None else scale.detach().reshape(-1).contiguous()
+        address = None if update is None else np.array([update.data_ptr()], dtype=np.int64)
+        counts.add_(alone.count_(flat_scale, address)[0])
         return True
-    alone = run([Stretch(weight.data_ptr(), codes.data_ptr(), weight.numel(), group)], kind)
-    flat_scale = None if scale is None else scale.detach().reshape(-1).contiguous()
-    address = None if update is None else np.array([update.data_ptr()], dtype=np.int64)
-    counts.add_(alone.count_(flat_scale, address)[0])
-    return True
+
+    def _may_count(self, kind: Kind, *, takes_scale: bool) -> bool:
+        if self.may_count is None:
+            return self.run.can_do(kind, scaled=False)
+        return self.may_count(kind, takes_scale)
 
 
 def _is_laid_out(tensor: Tensor, like: Tensor) -> bool:

@@ -95,7 +95,8 @@ class Slice:
             quantizer: Of the weight.
         """
         ordinals = self.scratch("under", self.old, self.old.dtype)
-        functional.encode_under(self.values, quantizer, take(scale, self.index), ordinals, self.scratch, self.backend)
+        encoding = functional.Encoding(quantizer, self.scratch, self.backend)
+        functional.encode_under(self.values, encoding, take(scale, self.index), ordinals)
         return ordinals
 
 

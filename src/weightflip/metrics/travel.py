@@ -54,7 +54,14 @@ class Travel(Metric):
             "share",
             order=21,
         ),
-        Value("flip_excess", "rate", "flip excess", "flips / flips that the sizes of the steps account for", order=65),
+        Value(
+            "flip_excess",
+            "rate",
+            "flip excess",
+            "flips / flips that the sizes of the steps account for",
+            order=65,
+            expects="step / cell width",
+        ),
         Value(
             "log2_travel_ratio",
             "histogram",

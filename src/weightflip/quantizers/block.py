@@ -16,7 +16,7 @@ from weightflip.quantizers.registry import register
 
 ScaleMode: TypeAlias = Literal["floor", "rceil", "ceil", "even"]
 
-MX_NAMES = {block.family: block.element for block in BLOCK_FORMATS.values() if block.scale == E8M0}
+MX_NAMES = {block.family: block.element for block in BLOCK_FORMATS.values() if block.rule == "floor"}
 """The MX formats without options, and their elements."""
 
 
@@ -172,7 +172,9 @@ class NVFP4Quantizer(_BlockQuantizer):
         super().__init__(replace(NVFP4, rule="tensor") if per_tensor_scale else NVFP4)
         self.per_tensor_scale = per_tensor_scale
         self.scope = "tensor" if per_tensor_scale else "group"
-        self.only_needs_amax = not per_tensor_scale
+        # False for a class with a scale of its own.
+        is_known = type(self).only_needs_amax
+        self.only_needs_amax, self.is_two_level = is_known and not per_tensor_scale, is_known and per_tensor_scale
 
     def statistic(self, weight: Tensor) -> Tensor:
         """The largest magnitude of the weight: exact in shards."""
@@ -187,6 +189,9 @@ class NVFP4Quantizer(_BlockQuantizer):
         per_tensor = of_tensor / (E4M3.max * self.format.max)
         per_block = self._rounded(per_block / per_tensor)
         return torch.complex(per_block, per_tensor.expand_as(per_block))
+
+    def scale_of_groups(self, largest: Tensor, of_tensors: Tensor) -> Tensor:
+        return self.scale_of(largest, of_tensors)
 
     @staticmethod
     def _rounded(scale: Tensor) -> Tensor:

@@ -1,77 +1,51 @@
-"""Float8 as torchao's Float8Linear casts its weight in forward."""
+"""Float8 as torchao's Float8Linear casts its weight in forward, and its Float8BlockwiseLinear."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from weightflip.formats import E4M3, E5M2, FloatFormat, FloatRounding
+from weightflip.formats import (
+    BLOCK_FORMATS,
+    E4M3,
+    E5M2,
+    E8M0,
+    FLOAT8_E4M3_1X128,
+    FLOAT8_E4M3_128X128,
+    FP32,
+    BlockFormat,
+    FloatFormat,
+    FloatRounding,
+)
 from weightflip.quantizers.ordinals import amax, cast_to_float8, ordinals_to_values
-from weightflip.quantizers.protocol import ElementwiseQuantizer, Scratch
+from weightflip.quantizers.protocol import ElementwiseQuantizer, Scope, Scratch, bits_of_scale
 from weightflip.quantizers.registry import register
 
 # torchao.float8.float8_utils.EPS: the smallest amax that it divides by.
 _EPS = 1e-12
 
+_BLOCK_NAMES = (FLOAT8_E4M3_1X128.name, FLOAT8_E4M3_128X128.name)
 
-class Float8Quantizer(ElementwiseQuantizer):
-    """torchao's dynamic float8 weight cast: ``"float8_e4m3"``, ``"float8_e5m2"``, ``":row"``, ``":pow2"``.
 
-    ``s = max / max(amax, 1e-12)``, taken in float64 and stored in float32, with ``pow2`` rounded down to a power of
-    two; the code is that of ``clamp(float32(w) * s, -max, max)``. Source: torchao 0.18,
-    ``torchao/float8/float8_utils.py``. The scale of the codes is ``s``: values are ``code / s``.
+class _Float8Cast(ElementwiseQuantizer):
+    """Multiplied by a scale ``s``, clamped and cast: values are ``code / s``."""
 
-    Args:
-        format: E4M3 or E5M2.
-        granularity: ``"tensor"``, or ``"row"`` for one scale over the last dimension: of a linear layer's weight, one
-            per output channel.
-        round_scales_to_power_of_2: Round ``s`` down, as torchao's rowwise recipes do.
-
-    Raises:
-        ValueError: Another format.
-    """
-
-    only_needs_amax = True
-
-    def __init__(
-        self,
-        format: FloatFormat,
-        granularity: Literal["tensor", "row"] = "tensor",
-        *,
-        round_scales_to_power_of_2: bool = False,
-    ) -> None:
-        if format not in (E4M3, E5M2):
-            raise ValueError(f"float8 is E4M3 or E5M2, got {format}")
-        self.format: FloatFormat = format
-        self.granularity: Literal["tensor", "row"] = granularity
-        self.scope = granularity
-        self.round_scales_to_power_of_2 = round_scales_to_power_of_2
-        self.name = (
-            f"float8_{format.name}"
-            + (":row" if granularity == "row" else "")
-            + (":pow2" if round_scales_to_power_of_2 else "")
-        )
+    format: FloatFormat
 
     def code_dtype(self, weight: Tensor) -> torch.dtype:
         return torch.int8
 
-    def statistic(self, weight: Tensor) -> Tensor:
-        """The largest magnitude of the weight, or of each row: exact in shards."""
+    def _check(self, weight: Tensor) -> None:
         if not weight.is_floating_point():
             raise ValueError(f"quantizer {self.name!r} casts floating-point weights, got {weight.dtype}")
-        return amax(weight, self.granularity)
-
-    def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor:
-        return self.scale_of(self.statistic(weight) if statistic is None else statistic)
 
     def scale_of(self, largest: Tensor) -> Tensor:
         # float64, as torchao divides: 1.0 / float32 differs between eager and compiled code.
-        scale = (self.format.max / largest.to(torch.float64).clamp(min=_EPS)).to(torch.float32)
-        if self.round_scales_to_power_of_2:
-            scale = torch.exp2(torch.floor(torch.log2(scale)))
-        return scale
+        return (self.format.max / largest.to(torch.float64).clamp(min=_EPS)).to(torch.float32)
 
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
         assert scale is not None
@@ -103,11 +77,166 @@ class Float8Quantizer(ElementwiseQuantizer):
         return -self.format.max_ordinal, self.format.max_ordinal
 
 
-@register("float8_(e4m3|e5m2)", examples=("float8_e4m3", "float8_e5m2"))
+class Float8Quantizer(_Float8Cast):
+    """torchao's dynamic float8 weight cast: ``"float8_e4m3"``, ``"float8_e5m2"``, ``":row"``, ``":pow2"``.
+
+    ``s = max / max(amax, 1e-12)``, taken in float64 and stored in float32, with ``pow2`` rounded down to a power of
+    two; the code is that of ``clamp(float32(w) * s, -max, max)``. Source: torchao 0.18,
+    ``torchao/float8/float8_utils.py``. The scale of the codes is ``s``: values are ``code / s``.
+
+    Args:
+        format: E4M3 or E5M2.
+        granularity: ``"tensor"``, or ``"row"`` for one scale over the last dimension: of a linear layer's weight, one
+            per output channel.
+        round_scales_to_power_of_2: Round ``s`` down, as torchao's rowwise recipes do.
+
+    Raises:
+        ValueError: Another format.
+    """
+
+    only_needs_amax = True
+
+    def __init__(
+        self,
+        format: FloatFormat,
+        granularity: Literal["tensor", "row"] = "tensor",
+        *,
+        round_scales_to_power_of_2: bool = False,
+    ) -> None:
+        if format not in (E4M3, E5M2):
+            raise ValueError(f"float8 is E4M3 or E5M2, got {format}")
+        self.format = format
+        self.granularity: Literal["tensor", "row"] = granularity
+        self.scope = granularity
+        self.round_scales_to_power_of_2 = round_scales_to_power_of_2
+        self.name = (
+            f"float8_{format.name}"
+            + (":row" if granularity == "row" else "")
+            + (":pow2" if round_scales_to_power_of_2 else "")
+        )
+
+    def statistic(self, weight: Tensor) -> Tensor:
+        """The largest magnitude of the weight, or of each row: exact in shards."""
+        self._check(weight)
+        return amax(weight, self.granularity)
+
+    def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor:
+        return self.scale_of(self.statistic(weight) if statistic is None else statistic)
+
+    def scale_of(self, largest: Tensor) -> Tensor:
+        scale = super().scale_of(largest)
+        if self.round_scales_to_power_of_2:
+            scale = torch.exp2(torch.floor(torch.log2(scale)))
+        return scale
+
+
+class Float8BlockQuantizer(_Float8Cast):
+    """DeepSeek-V3's float8, a scale for each block: ``"float8_e4m3:128x128"``, ``"float8_e4m3:1x128"``, ``":pow2"``.
+
+    ``s = 448 / max(amax, 1e-12)``, taken in float64 and stored in float32, with ``:pow2`` rounded down to a power of
+    two, so that its inverse is the smallest one with which nothing saturates; the code is that of
+    ``clamp(float32(w) * s, -448, 448)``. Source: torchao 0.18, ``torch_blockwise_scale_weight_quant`` and
+    ``torch_blockwise_scale_act_quant_lhs`` in ``torchao/prototype/blockwise_fp8_training/kernels.py``; of the powers of
+    two, DeepGEMM's ``ceil_to_ue8m0``.
+
+    Blocks lie in the last two dimensions. The last ones of a row or a column may be smaller, and have the scale of what
+    is there. ``grouped`` splits rows into groups that no border of a block cuts: of 128 weights, of a whole shorter
+    row, or, where the last block is smaller, of the greatest common divisor. Each group in each row has the scale of
+    its block, ``(..., K // g, 1)``.
+
+    Args:
+        block: One of the ``BLOCK_FORMATS`` of this family.
+    """
+
+    scope: Scope = "block"
+
+    def __init__(self, block: BlockFormat) -> None:
+        self.block = block
+        self.name = block.name
+        self.format = block.element
+        self.group: int = block.block_size
+        self.tile = (block.rows, block.block_size)
+        self.only_needs_amax = block.rows == 1
+
+    def grouped(self, tensor: Tensor) -> Tensor:
+        size = self._group_size(tensor.shape)
+        return tensor.view(*tensor.shape[:-1], (tensor.shape or (1,))[-1] // size, size)
+
+    def _group_size(self, shape: Sequence[int]) -> int:
+        columns, size = (shape or (1,))[-1], self.block.block_size
+        return columns if 0 < columns < size else math.gcd(columns, size)
+
+    def statistic(self, weight: Tensor) -> Tensor:
+        """The largest magnitude of each row in each block, ``(..., R, number of blocks)``."""
+        return self._largest_of_rows(self.grouped(weight))
+
+    def _largest_of_rows(self, grouped: Tensor) -> Tensor:
+        self._check(grouped)
+        return _largest_of_each(amax(grouped, "row").squeeze(-1), self.block.block_size // grouped.shape[-1], -1)
+
+    def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor:
+        """The scales, one for each group of ``weight``.
+
+        Args:
+            weight: As ``grouped`` gives it.
+            statistic: Of each row of ``weight`` in each block, the largest magnitude of the whole block.
+        """
+        if statistic is not None:
+            scale = self.scale_of(statistic)
+        elif self.block.rows == 1 or weight.ndim == 2:
+            scale = self.scale_of(self._largest_of_rows(weight))
+        else:
+            of_blocks = self.scale_of(_largest_of_each(self._largest_of_rows(weight), self.block.rows, -2))
+            scale = of_blocks.repeat_interleave(self.block.rows, -2)[..., : weight.shape[-3], :]
+        per_block = self.block.block_size // weight.shape[-1]
+        if per_block > 1:
+            scale = scale.repeat_interleave(per_block, -1)[..., : weight.shape[-2]]
+        return scale.unsqueeze(-1)
+
+    def scale_of(self, largest: Tensor) -> Tensor:
+        scale = super().scale_of(largest)
+        if self.block.rule == "pow2":
+            # On the bits: a logarithm in float32 takes what is just below a power of two for that power.
+            powers = (scale.view(torch.int32) >> FP32.mantissa_bits << FP32.mantissa_bits).view(torch.float32)
+            scale = torch.where(scale.isnan(), scale, powers)
+        return scale
+
+    def of_blocks(self, scale: Tensor, shape: Sequence[int], first_row: int = 0) -> Tensor:
+        scale = scale[..., :: self.block.block_size // self._group_size(shape), :]
+        if self.block.rows > 1 and len(shape) > 1:
+            scale = scale[..., -first_row % self.block.rows :: self.block.rows, :, :]
+        return scale
+
+    def scale_codes(self, scale: Tensor) -> Tensor:
+        """What is stored beside the codes, ``1 / s``: the bits of float32, int32; of E8M0 with ``:pow2``, uint8."""
+        stored = scale.reciprocal()
+        if self.block.scale == E8M0:
+            return stored.to(torch.float8_e8m0fnu).view(torch.uint8)
+        return bits_of_scale(stored)
+
+
+def _largest_of_each(magnitudes: Tensor, size: int, dim: int) -> Tensor:
+    """The largest of each ``size`` neighbours in a dimension, counted from the end; the last ones may be fewer."""
+    if size == 1:
+        return magnitudes
+    blocks = -(-magnitudes.shape[dim] // size)
+    missing = blocks * size - magnitudes.shape[dim]
+    if missing:
+        magnitudes = torch.nn.functional.pad(magnitudes, [0, 0] * (-1 - dim) + [0, missing])
+    shape = list(magnitudes.shape)
+    shape[len(shape) + dim : len(shape) + dim + 1] = [blocks, size]
+    return magnitudes.reshape(shape).amax(dim)
+
+
+@register("float8_(e4m3|e5m2)", examples=("float8_e4m3", "float8_e5m2", *_BLOCK_NAMES))
 def _float8(name: str, options: tuple[str, ...]) -> ElementwiseQuantizer:
+    block = BLOCK_FORMATS.get(":".join((name, *sorted(options))))
+    if block is not None:
+        return Float8BlockQuantizer(block)
     unknown = set(options) - {"row", "pow2"}
     if unknown or len(set(options)) != len(options):
-        raise ValueError(f"quantizer {name!r} takes the options 'row' and 'pow2', got {':'.join(options)!r}")
+        blocks = ", or '1x128' or '128x128' with or without 'pow2'" if name == "float8_e4m3" else ""
+        raise ValueError(f"quantizer {name!r} takes the options 'row' and 'pow2'{blocks}, got {':'.join(options)!r}")
     return Float8Quantizer(
         E4M3 if name.endswith("e4m3") else E5M2,
         "row" if "row" in options else "tensor",

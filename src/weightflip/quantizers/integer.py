@@ -156,6 +156,7 @@ class BinaryQuantizer(_Integers):
 
     name = "binary"
     scope = "element"
+    only_needs_amax = True
 
     def scale(self, weight: Tensor, statistic: Tensor | None = None) -> None:
         self._check(weight)

@@ -6,6 +6,7 @@ A new one is one new file in this folder: a class with ``encode``, and a factory
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from weightflip.formats import FloatFormat, Rounding
 
-Scope: TypeAlias = Literal["element", "group", "row", "tensor"]
+Scope: TypeAlias = Literal["element", "group", "block", "row", "tensor"]
 Reduction: TypeAlias = Literal["max", "mean"]
 
 
@@ -55,8 +56,9 @@ class Quantizer(Protocol):
     And of any quantizer, for weights that are sharded over processes:
 
     * ``scope``: how much of a weight one code depends on, ``"element"``, ``"group"`` (of ``group`` neighbours in the
-      last dimension), ``"row"`` (the last dimension) or ``"tensor"``. Without it no shard is encoded, since its codes
-      may not be those of the whole weight.
+      last dimension), ``"block"`` (of as many rows and columns as ``tile`` says, or fewer at the edges), ``"row"`` (the
+      last dimension) or ``"tensor"``. Without it no shard is encoded, since its codes may not be those of the whole
+      weight.
     """
 
     def encode(self, weight: Tensor) -> Codes:
@@ -93,6 +95,7 @@ class BaseQuantizer(ABC):
         has_state: Whether codes depend on more than the weight, so that they are never kept from step to step.
         scope: How much of a weight one code depends on; None if that is not known. Of these, :class:`Quantizer` tells.
         group: How many neighbours in the last dimension share a scale, if any do.
+        tile: How many rows and columns do, where ``scope`` is ``"block"``.
         reduction: How ``statistic`` comes from those of a weight's parts.
         batchable: Whether nothing but itself and the weight's memory decides on the codes, so that a kernel may make
             those of many weights at once.
@@ -105,6 +108,7 @@ class BaseQuantizer(ABC):
     has_state: bool = False
     scope: Scope | None = None
     group: int | None = None
+    tile: tuple[int, int] | None = None
     reduction: Reduction = "max"
     batchable: bool = False
     format: FloatFormat | None = None
@@ -127,7 +131,10 @@ class BaseQuantizer(ABC):
         return weight
 
     def statistic(self, weight: Tensor) -> Tensor:
-        """What has to be known of a whole row or tensor, of a part of it: magnitudes, 0-dim or ``(..., 1)``."""
+        """What has to be known of a whole block, row or tensor, of a part of it: magnitudes.
+
+        0-dim; or ``(..., 1)``, of each row; or ``(..., number of blocks)``, of each row in each block.
+        """
         raise NotImplementedError(f"quantizer {self} has no statistic")
 
     @property
@@ -167,6 +174,9 @@ class ElementwiseQuantizer(BaseQuantizer):
     """Whether all that a code depends on beside its weight is the largest magnitude in its ``scope``, from which
     :meth:`scale_of` makes the scale; nothing where that is ``"element"``. With this and ``rounding`` many weights are
     counted in one call."""
+    is_two_level: bool = False
+    """Whether a code depends on the largest magnitudes of its group and of its tensor, from which
+    :meth:`scale_of_groups` makes the scale, and on no more."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -217,6 +227,17 @@ class ElementwiseQuantizer(BaseQuantizer):
         """What is stored of group scales, as integers of their shape, so that a change of one can be counted."""
         return bits_of_scale(scale)
 
+    def of_blocks(self, scale: Tensor, shape: Sequence[int], first_row: int = 0) -> Tensor:
+        """Of group scales, those that are counted: one for each block, where several groups share one.
+
+        Args:
+            scale: Of all groups.
+            shape: Of the weight.
+            first_row: In the last dimension but one, where the weight begins in the whole one, if it is a shard. A
+                block counts where it begins.
+        """
+        return scale
+
     @abstractmethod
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
         """Write the ordinals of a slice.
@@ -245,6 +266,10 @@ class ElementwiseQuantizer(BaseQuantizer):
         The largest magnitudes are in the weight's dtype, and NaN where there is one.
         """
         raise NotImplementedError(f"quantizer {self.name!r} takes its scales from whole weights")
+
+    def scale_of_groups(self, largest: Tensor, of_tensors: Tensor) -> Tensor:
+        """The scales, from the largest magnitude of each group and of the tensor that it is in, as in ``scale_of``."""
+        raise NotImplementedError(f"quantizer {self.name!r} has no scale of two levels")
 
     def applied_scale(self, scale: Tensor | None) -> Tensor | None:
         """What the weight is multiplied or divided by: the scale, unless the format computes with another number."""

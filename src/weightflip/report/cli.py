@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from weightflip.delta.cli import COMMANDS, add_commands, run
 from weightflip.records import shown
 from weightflip.report.findings import find
 from weightflip.report.read import read_runs
@@ -39,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report.add_argument("--html", metavar="FILE", help="write a page with plots; it needs no network")
     report.add_argument("--csv", metavar="FILE", help="write every number: run, step, layer, quantizer, value, number")
+    add_commands(commands)
     args = parser.parse_args(argv)
+    if args.command in COMMANDS:
+        return run(args)
     try:
         _report(args.runs, args.html, args.csv)
     except ReportError as error:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
 import math
 import mmap
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from weightflip.records import CORE_VALUES, MODEL_TAGS, RunInfo, split_variant
-from weightflip.report import legacy, lines
+from weightflip.records import ALERTS_TAG, CORE_VALUES, MODEL_TAGS, RunInfo, split_variant
+from weightflip.report import legacy, lines, tfevents
 from weightflip.report.run import (
+    EMPTY,
+    Alert,
     Layer,
-    ReportError,
     Run,
     Series,
     chains_of,
@@ -90,7 +90,7 @@ def read(path: Path) -> list[Run]:
     ours = list(spans)
     chains = chains_of([(found.begin, found.end) for found in spans.values()])
     if len(chains) < 2:
-        run = _read_event_files(path, [path])
+        run = _read_event_files(path, [file for file in files if file.is_file()])
         return [] if run is None else [run]
     runs = [_read_event_files(path, [ours[index] for index in chain]) for chain in chains]
     note = (
@@ -104,59 +104,27 @@ def read(path: Path) -> list[Run]:
     ]
 
 
-class _Events(NamedTuple):
-    """What we read of event files: points by tag, and the text panels."""
-
-    scalars: dict[str, list[Any]]
-    texts: list[str]
-
-
-def _load(paths: Sequence[Path]) -> _Events:
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ImportError as error:
-        raise ReportError("reading event files needs the tensorboard package: pip install tensorboard") from error
-    # All scalars and text, and nothing else that a user's writer may hold.
-    sizes = {"scalars": 0, "tensors": 1000, "images": 1, "audio": 1, "histograms": 1, "compressedHistograms": 1}
-    accumulators: list[Any] = [EventAccumulator(str(path), sizes) for path in paths]
-    logger = logging.getLogger("tensorboard")
-    level = logger.level
-    # It says that a resumed run replaces points of the one before: as it should.
-    logger.setLevel(logging.ERROR)
-    try:
-        for events in accumulators:
-            events.Reload()
-    finally:
-        logger.setLevel(level)
-    loaded = _Events({}, [])
-    panel = "weightflip/tracking/text_summary"
-    for events in accumulators:
-        tags = events.Tags()
-        for tag in tags["scalars"]:
-            loaded.scalars.setdefault(tag, []).extend(events.Scalars(tag))
-        for event in events.Tensors(panel) if panel in tags["tensors"] else ():
-            loaded.texts.extend(text.decode("utf-8", "replace") for text in event.tensor_proto.string_val)
-    return loaded
+_TRACKED, _ALERTS = "weightflip/tracking", (ALERTS_TAG, "weightflip/alerts")
+_ALERT = re.compile(r"^- step (\d{1,18}): ([^:]+): (.*)$", re.M)
+_SEVERAL = re.compile(r"(.*) and (\d{1,9}) more")
 
 
 def _read_event_files(path: Path, files: Sequence[Path]) -> Run | None:
     """None for event files without our tags."""
-    loaded = _load(files)
+    loaded = tfevents.read(files)
     info = RunInfo({}, {})
-    for text in loaded.texts:
-        info = updated(info, _info_from_markdown(text))
+    for panel in loaded.texts.get(_TRACKED, ()):
+        info = updated(info, _info_from_markdown(panel.text))
     info = legacy.declared(info)
-    scalars = loaded.scalars
     gauges = gauges_of(info)
     names = {value.name for value in (*CORE_VALUES, *info.values)}
-    names |= {split_variant(tag.removeprefix("flips/"))[0] for tag in scalars if tag.startswith("flips/")}
-    restarts = _restarts([points for tag, points in scalars.items() if split_variant(tag)[0] == "flips/rate"])
-    left_out = 0
+    names |= {split_variant(tag.removeprefix("flips/"))[0] for tag in loaded.scalars if tag.startswith("flips/")}
+    quotients = _Quotients(_restarts(loaded), _whole_number(info.settings.get("track_every"), 1))
     of_layers: dict[str, dict[str, Series]] = {}
     models: dict[str, dict[str, Series]] = {}
-    every = _whole_number(info.settings.get("track_every"), 1)
-    tracked = info.tracked or {tag.partition("/")[2] for tag in scalars if tag.startswith("flip_rate/")}
-    for tag, found in scalars.items():
+    rates = ("flip_rate/", "cumulative_flip_rate/")
+    tracked = info.tracked or {tag.partition("/")[2] for tag in loaded.scalars if tag.startswith(rates)}
+    for tag, points in loaded.scalars.items():
         value, _, of = tag.partition("/")
         if value == "flips":
             value, variant = split_variant(of)
@@ -165,48 +133,129 @@ def _read_event_files(path: Path, files: Sequence[Path]) -> Run | None:
             rows, weights = of_layers.setdefault(of, {}), _size(info, of)
         else:
             continue
-        points = _points(found, restarts)
-        finite = [(step, number) for step, number in points if math.isfinite(number)]
-        left_out += len(points) - len(finite)
-        rows[value] = _from_quotients(finite, value in gauges, max(1, weights), every, value == "nonfinite_weights")
+        if value == "nonfinite_weights":
+            rows[value] = quotients.counts(points, value in gauges)
+        else:
+            rows[value] = quotients.series(points, value in gauges, max(1, weights))
+    of_cumulative = [rows for rows in of_layers.values() if _add_flip_rates(rows, quotients)]
     layers = {}
     for name in (name for name in [*info.tracked, *of_layers] if name in of_layers and name not in layers):
         _, dtype, quantizer = info.tracked.get(name, ("", "", split_variant(name)[1]))
         layers[name] = Layer(name, _size(info, name), dtype, quantizer, of_layers[name])
     if not any(len(layer.get("flip_rate")) for layer in layers.values()):
         return None
-    notes = (of_nonfinite(left_out),) if left_out else ()
-    return Run(path.name, path, info, layers, models or models_of(layers), notes=notes)
+    alerts = tuple(quotients.valid(text for tag in _ALERTS for text in loaded.texts.get(tag, ())))
+    notes: tuple[str, ...] = (of_nonfinite(quotients.left_out),) if quotients.left_out else ()
+    if of_cumulative:
+        notes += (
+            f"flip rates of {len(of_cumulative)} layers are those of their cumulative ones: event files have no other "
+            "number of them",
+        )
+    return Run(path.name, path, info, layers, models or models_of(layers), _alerts(alerts), notes)
 
 
-def _restarts(series: Iterable[Sequence[Any]]) -> list[tuple[int, float]]:
+def _add_flip_rates(rows: dict[str, Series], quotients: _Quotients) -> bool:
+    """Flip rates where there are none at all points: of many layers, TensorBoard has the cumulative one alone."""
+    cumulative = rows.get("cumulative_flip_rate")
+    if cumulative is None or len(rows.get("flip_rate", EMPTY)) >= len(cumulative):
+        return False
+    rows["flip_rate"] = quotients.differences(cumulative)
+    return True
+
+
+def _restarts(loaded: tfevents.Events) -> list[tuple[int, float]]:
     """Step and time of the points after which a run that was resumed, or begun anew, does steps again."""
-    found = []
-    for scalars in series:
-        for before, after in itertools.pairwise(scalars):
-            if after.step <= before.step:
-                found.append((after.step, after.wall_time))
+    found = list(loaded.starts)
+    for tag, points in loaded.scalars.items():
+        if split_variant(tag)[0] == _MARK.decode():
+            back = np.flatnonzero(np.diff(points.steps) <= 0) + 1
+            found += zip(points.steps[back].tolist(), points.times[back].tolist(), strict=True)
     return found
 
 
-def _points(scalars: Iterable[Any], restarts: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    return [
-        (scalar.step, scalar.value)
-        for scalar in scalars
-        if not any(scalar.step >= step and scalar.wall_time < time for step, time in restarts)
-    ]
+class _Quotients:
+    """Makes series of points; those of tags that were written together share their steps.
 
+    Args:
+        restarts: As of :func:`_restarts`.
+        every: Optimizer steps from one tracked step to the next.
 
-def _from_quotients(points: Sequence[tuple[int, float]], gauge: bool, weights: int, every: int, count: bool) -> Series:
-    steps = np.array([step for step, _ in points], dtype=np.int64)
-    values = np.array([value for _, value in points], dtype=np.float64)
-    if count:
+    Attributes:
+        left_out: Points that were not finite.
+    """
+
+    def __init__(self, restarts: Sequence[tuple[int, float]], every: int) -> None:
+        self._restarts = restarts
+        self._every = every
+        self.left_out = 0
+        # By the identity of the arrays that they were made of, which are kept with them.
+        self._kept: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]] = {}
+        self._spans: dict[tuple[int, bool, int], tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+
+    def valid(self, texts: Iterable[tfevents.Text]) -> Iterator[tfevents.Text]:
+        """Those of steps that were not done again."""
+        for text in texts:
+            if not any(text.step >= step and text.time < time for step, time in self._restarts):
+                yield text
+
+    def counts(self, points: tfevents.Points, gauge: bool) -> Series:
+        """Numbers that are no quotients."""
+        steps, values = self._finite(points)
         return Series(steps, values, np.ones(len(steps)), gauge)
-    spans = np.full(len(steps), float(weights))
-    if not gauge and len(steps):
-        first = steps[1] - steps[0] if len(steps) > 1 else steps[0]
-        spans *= np.ceil(np.maximum(1, np.diff(steps, prepend=max(0, steps[0] - first))) / every)
-    return Series(steps, values * spans, spans, gauge)
+
+    def series(self, points: tfevents.Points, gauge: bool, weights: int) -> Series:
+        """Quotients, with denominators of which the proportions are known."""
+        steps, values = self._finite(points)
+        key = id(steps), gauge, weights
+        if key not in self._spans:
+            self._spans[key] = steps, self._denominators(steps, gauge, weights)
+        spans = self._spans[key][1]
+        return Series(steps, values * spans, spans, gauge)
+
+    def differences(self, cumulative: Series) -> Series:
+        """What was counted from point to point, of what was counted since the start for each weight."""
+        steps, weights = cumulative.steps, cumulative.denominators
+        spans = self._denominators(steps, False, 1) * weights
+        counted = np.diff(cumulative.numerators, prepend=0.0).clip(0.0)
+        # Of a run that was resumed elsewhere, the first number is that of all steps before.
+        begin = int(len(steps) > 1 and steps[0] > 1.5 * (steps[1] - steps[0]))
+        return Series(steps[begin:], counted[begin:], spans[begin:], False)
+
+    def _finite(self, points: tfevents.Points) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        key = id(points.steps)
+        if key not in self._kept:
+            again = [(points.steps >= step) & (points.times < time) for step, time in self._restarts]
+            last = ~np.any(again, axis=0) if again else np.ones(len(points.steps), bool)
+            self._kept[key] = points.steps, last, points.steps[last]
+        _, last, steps = self._kept[key]
+        values = points.values[last].astype(np.float64)
+        finite = np.isfinite(values)
+        if finite.all():
+            return steps, values
+        self.left_out += int(len(finite) - finite.sum())
+        return steps[finite], values[finite]
+
+    def _denominators(self, steps: NDArray[np.int64], gauge: bool, weights: int) -> NDArray[np.float64]:
+        spans = np.full(len(steps), float(weights))
+        if not gauge and len(steps):
+            first = steps[1] - steps[0] if len(steps) > 1 else steps[0]
+            spans *= np.ceil(np.maximum(1, np.diff(steps, prepend=max(0, steps[0] - first))) / self._every)
+        return spans
+
+
+def _alerts(texts: Iterable[tfevents.Text]) -> tuple[Alert, ...]:
+    """The inverse of ``records.in_lines``; of the layers that a line does not name, there is their number."""
+    found = []
+    for text in texts:
+        for line in _ALERT.finditer(text.text):
+            step, rule, rest = int(line[1]), line[2], line[3]
+            if several := _SEVERAL.fullmatch(rest):
+                found += [Alert(step, layer, rule, "") for layer in several[1].split(", ")]
+                found.append(Alert(step, "", rule, "", int(several[2])))
+            else:
+                layer = rest.rpartition(" (")[0]
+                found.append(Alert(step, layer, rule, line[0].removeprefix("- ")))
+    return tuple(found)
 
 
 def _size(info: RunInfo, name: str) -> int:

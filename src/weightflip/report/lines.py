@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from weightflip.records import Counts, FlipRecord, Kind, Quotient, RunInfo, Unit, Value
+from weightflip.report.block import Block, IrregularRecord
 
 # Of counts and steps; and of what metric groups sum up, so that sums of it are finite.
 _COUNT_LIMIT, _SUM_LIMIT = 2**63, 1e250
@@ -32,7 +33,7 @@ def parse(line: bytes) -> dict[str, Any]:
     return data
 
 
-def record_of(line: bytes, step: int) -> FlipRecord:
+def block_of(line: bytes, step: int) -> Block:
     """The record in a line.
 
     Args:
@@ -42,8 +43,19 @@ def record_of(line: bytes, step: int) -> FlipRecord:
     Raises:
         DamagedLine: It is none, or one with numbers that no training counts.
     """
+    data = parse(line).get("record")
     try:
-        record = FlipRecord.from_dict(parse(line)["record"])
+        if isinstance(data, dict) and data.get("step") == step:
+            return Block.of_json(data)
+    except IrregularRecord:
+        # An earlier version's, or damaged: each number is looked at.
+        pass
+    return Block.of(_record_of(data, step))
+
+
+def _record_of(data: Any, step: int) -> FlipRecord:
+    try:
+        record = FlipRecord.from_dict(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedLine from error
     names = [layer.name for layer in record.layers]
@@ -107,6 +119,7 @@ _VALUE = {
     "chart": str,
     "order": int,
     "heat_map": bool,
+    "expects": str,
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from weightflip.report import events, jsonl
 from weightflip.report.run import ReportError, Run
+from weightflip.report.scan import Scan, scan
 
 # Beside an event file: flips, time, host, process, number.
 _BESIDE = re.compile(r"flips\.\d+\..*\.\d+\.\d+\.jsonl")
@@ -62,7 +63,7 @@ def _read_below(path: Path, every_record: bool) -> Iterator[Run]:
         if path.suffix != ".jsonl" and "tfevents" not in path.name:
             raise ReportError(f"{path}: neither a .jsonl file nor an event file (*tfevents*) nor a directory")
         if path.suffix == ".jsonl":
-            yield from jsonl.read(jsonl.scan([path]), path, every_record)
+            yield from jsonl.read(scan([path]), path, every_record)
         else:
             yield from events.read(path)
         return
@@ -74,13 +75,13 @@ def _read_below(path: Path, every_record: bool) -> Iterator[Run]:
 def _read_directory(path: Path, names: Sequence[str], every_record: bool) -> list[Run]:
     """The files of a directory: JSONL that somebody asked for, or else what a run with TensorBoard has written."""
     files = [path / name for name in names if name.endswith(".jsonl") and not _BESIDE.fullmatch(name)]
-    runs = [run for file in files for run in jsonl.read(jsonl.scan([file]), file, every_record)]
+    runs = [run for file in files for run in jsonl.read(scan([file]), file, every_record)]
     if len(runs) == 1:
         return [replace(runs[0], path=path)]
     if runs:
         return runs
     if beside := [path / name for name in names if _BESIDE.fullmatch(name)]:
-        found = jsonl.scan(beside)
+        found = scan(beside)
         if _is_whole(found, path):
             runs = jsonl.read(found, path, every_record)
     if not runs and any("tfevents" in name for name in names):
@@ -91,7 +92,7 @@ def _read_directory(path: Path, names: Sequence[str], every_record: bool) -> lis
     return runs
 
 
-def _is_whole(found: jsonl.Scan, path: Path) -> bool:
+def _is_whole(found: Scan, path: Path) -> bool:
     """Whether the event files of a directory have no points before or after those of the files beside them.
 
     They do where an earlier version began the run, or where the disk was full when the JSONL was written.

@@ -119,12 +119,21 @@ class Layer:
 
 
 class Alert(NamedTuple):
-    """What a rule said during training."""
+    """What a rule said during training.
+
+    Attributes:
+        step: When.
+        layer: Of which layer; empty where that is not known.
+        rule: The rule.
+        message: All of it as a sentence; may be empty.
+        layers: Of how many layers; several are those that a line in an event file does not name.
+    """
 
     step: int
     layer: str
     rule: str
     message: str
+    layers: int = 1
 
 
 @dataclass(frozen=True, eq=False)

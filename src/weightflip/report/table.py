@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 
 from weightflip.records import Value, shown_as, table_cell
-from weightflip.report.findings import Finding, percent
+from weightflip.report.findings import Finding
+from weightflip.report.findings.words import percent
 from weightflip.report.run import EMPTY, Layer, Run, Series
 
 # Numbers of every table, also where no layer has them.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from weightflip.records import shown as escaped
 from weightflip.records import shown_as
 from weightflip.report.findings import Finding, Severity
+from weightflip.report.many import overview_of
 from weightflip.report.run import Layer, ReportError, Run, Series
 from weightflip.report.table import ALWAYS, cell, columns, concerns, formats, model_series, ranked
 
@@ -134,8 +135,11 @@ def _print_findings(console: Console, runs: Sequence[Run], findings: Sequence[Fi
     console.print(table, width=min(console.width, _TEXT_WIDTH))
 
 
-def _mark(run: Run, findings: Sequence[Finding], layer: str) -> tuple[str, str]:
-    worst = max((finding.severity for finding in findings if concerns(finding, run, layer)), default=Severity.INFO)
+def _mark(run: Run, findings: Sequence[Finding], layers: Sequence[str]) -> tuple[str, str]:
+    worst = max(
+        (finding.severity for finding in findings if any(concerns(finding, run, layer) for layer in layers)),
+        default=Severity.INFO,
+    )
     return {Severity.SERIOUS: "!!", Severity.WARNING: "!", Severity.NOTE: "*"}.get(worst, ""), _STYLES[worst][0]
 
 
@@ -184,73 +188,108 @@ def _fitting(console: Console, names: Sequence[str], others: Sequence[_Column]) 
     return shown
 
 
-def _print_layers(console: Console, run: Run, findings: Sequence[Finding], titled: bool) -> None:
-    layers = ranked(run, findings)
-    shown = layers[:_LAYERS_SHOWN]
-    values = columns([run], shown)
-    others = [_Column("weights", [f"{layer.weights:,}" if layer.weights else "" for layer in shown], 3)]
-    if len({layer.quantizer for layer in run.layers.values()}) > 1:
-        others.append(_Column("format", [layer.quantizer for layer in shown], 5, left=True))
-    for at, value in enumerate(values):
-        cells = [cell(value, layer.get(value.name), run.late) for layer in shown]
-        others.append(_Column(value.title, cells, _KEEP.get(value.name, -at)))
-        if value.name == "flip_rate" and _is_unicode(console):
-            sparks = [sparkline(layer.get("flip_rate"), run.begin, run.end) for layer in shown]
-            others.append(_Column("over time", sparks, 4, left=True))
-    _print_table(console, run if titled else None, [run], shown, len(layers), findings, others)
+class _Rows(NamedTuple):
+    """Some layers, or blocks of them, as rows of a table.
+
+    Attributes:
+        title: What they are.
+        names: Of the rows.
+        of_runs: For each run, its layers or blocks by name.
+        members: Of a block, the names of its layers.
+        others: How many layers have no row.
+    """
+
+    title: str
+    names: list[str]
+    of_runs: Sequence[Mapping[str, Layer]]
+    members: Mapping[str, Sequence[str]] = {}
+    others: int = 0
+
+    def first(self, name: str) -> Layer:
+        return next(layers[name] for layers in self.of_runs if name in layers)
 
 
-def _print_side_by_side(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> None:
-    """One table, with a column of each run for each number."""
+def _rows(runs: Sequence[Run], findings: Sequence[Finding]) -> list[_Rows]:
+    """One table with the layers, the worst first; or one with blocks, and one with the layers that stand out."""
+    layers = [run.layers for run in runs]
+    overviews = [overview_of(run, findings) for run in runs]
+    if not all(overviews):
+        names = _worst_first(runs, findings)
+        return [_Rows("layer", names[:_LAYERS_SHOWN], layers, others=len(names[_LAYERS_SHOWN:]))]
+    known = [overview for overview in overviews if overview is not None]
+    blocks = [{block.name: block for block in overview.blocks} for overview in known]
+    members = {name: of for overview in known for name, of in overview.members.items()}
+    odd = list(dict.fromkeys(layer.name for overview in known for layer in overview.layers))
+    others = len(dict.fromkeys(name for run in runs for name in run.layers)) - len(odd)
+    tables = [_Rows("block", list(members), blocks, members, 0 if odd else others)]
+    return [*tables, _Rows("layers that stand out", odd, layers, others=others)] if odd else tables
 
+
+def _worst_first(runs: Sequence[Run], findings: Sequence[Finding]) -> list[str]:
     def worst(name: str) -> int:
         return max(
             (finding.severity for run in runs for finding in findings if concerns(finding, run, name)), default=0
         )
 
-    names = sorted({layer.name: None for run in runs for layer in ranked(run, findings)}, key=worst, reverse=True)
-    shown = [next(run.layers[name] for run in runs if name in run.layers) for name in names[:_LAYERS_SHOWN]]
+    return sorted({layer.name: None for run in runs for layer in ranked(run, findings)}, key=worst, reverse=True)
+
+
+def _print_layers(console: Console, run: Run, findings: Sequence[Finding], titled: bool) -> None:
+    if titled:
+        console.print(_text(f"{run.name}: {formats(run)}", style="bold"))
+    for rows in _rows([run], findings):
+        shown = [rows.first(name) for name in rows.names]
+        others = [_Column("weights", [f"{layer.weights:,}" if layer.weights else "" for layer in shown], 3)]
+        if len({layer.quantizer for layer in run.layers.values()}) > 1:
+            others.append(_Column("format", [layer.quantizer for layer in shown], 5, left=True))
+        for at, value in enumerate(columns([run], shown)):
+            cells = [cell(value, layer.get(value.name), run.late) for layer in shown]
+            others.append(_Column(value.title, cells, _KEEP.get(value.name, -at)))
+            if value.name == "flip_rate" and _is_unicode(console):
+                sparks = [sparkline(layer.get("flip_rate"), run.begin, run.end) for layer in shown]
+                others.append(_Column("over time", sparks, 4, left=True))
+        _print_table(console, [run], rows, findings, others)
+
+
+def _print_side_by_side(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> None:
+    """One table, with a column of each run for each number."""
     letters = "ABCDEFGH"
     for letter, run in zip(letters, runs, strict=False):
         console.print(_text(f"{letter} = {run.name}: {formats(run)}", style="bold"))
-    others = []
-    for at, value in enumerate(columns(runs, [layer for run in runs for layer in run.layers.values()])):
-        for letter, run in zip(letters, runs, strict=False):
-            cells = [
-                cell(value, run.layers[layer.name].get(value.name), run.late) if layer.name in run.layers else ""
-                for layer in shown
-            ]
-            others.append(_Column(value.title, cells, _KEEP.get(value.name, -at), letter=letter))
-    _print_table(console, None, runs, shown, len(names), findings, others)
+    for rows in _rows(runs, findings):
+        others = []
+        for at, value in enumerate(columns(runs, [layer for run in runs for layer in run.layers.values()])):
+            for letter, run, layers in zip(letters, runs, rows.of_runs, strict=False):
+                cells = [
+                    cell(value, layers[name].get(value.name), run.late) if name in layers else "" for name in rows.names
+                ]
+                others.append(_Column(value.title, cells, _KEEP.get(value.name, -at), letter=letter))
+        _print_table(console, runs, rows, findings, others)
 
 
 def _print_table(
-    console: Console,
-    titled: Run | None,
-    runs: Sequence[Run],
-    layers: Sequence[Layer],
-    of: int,
-    findings: Sequence[Finding],
-    others: Sequence[_Column],
+    console: Console, runs: Sequence[Run], rows: _Rows, findings: Sequence[Finding], others: Sequence[_Column]
 ) -> None:
-    shown = _fitting(console, [layer.name for layer in layers], others)
+    shown = _fitting(console, rows.names, others)
     table = _table(console)
     table.add_column("")
-    table.add_column("layer", overflow="fold", min_width=12)
+    table.add_column(rows.title, overflow="fold", min_width=12)
     for column in shown:
         table.add_column(_text(column.title), justify="left" if column.left else "right", no_wrap=True)
-    for at, layer in enumerate(layers):
-        marks = [_mark(run, findings, layer.name) for run in runs if layer.name in run.layers]
+    for at, name in enumerate(rows.names):
+        of_runs = zip(runs, rows.of_runs, strict=True)
+        marks = [_mark(run, findings, rows.members.get(name, [name])) for run, layers in of_runs if name in layers]
         mark, style = max(marks, key=lambda pair: ["", "*", "!", "!!"].index(pair[0]))
         cells = [_text(column.cells[at]) for column in shown]
-        table.add_row(_text(mark, style=style), _text(layer.name, style=style if mark else ""), *cells)
-    if titled is not None:
-        console.print(_text(f"{titled.name}: {formats(titled)}", style="bold"))
+        table.add_row(_text(mark, style=style), _text(name, style=style if mark else ""), *cells)
     console.print(table)
+    if rows.members and not rows.others:
+        # Another table follows, with the same notes.
+        return
     late = " and ".join(dict.fromkeys(f"{max(0, int(run.late)):,} to {run.end:,}" for run in runs))
     console.print(_text(f"Means of the last quarter, steps {late}; shares of weights at its end.", style="dim"))
-    if of > len(layers):
-        console.print(_text(f"{of - len(layers):,} more layers: --html and --csv have all.", style="dim"))
+    if rows.others:
+        console.print(_text(f"{rows.others:,} more layers: --html and --csv have all.", style="dim"))
     hidden = list(dict.fromkeys(column.value for column in others if column not in shown))
     if hidden:
         console.print(_text(f"Left out in this width: {', '.join(hidden)}.", style="dim"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from weightflip.checks import described, globs
-from weightflip.quantizers import Quantizer, resolve
+from weightflip.overview import MANY_LAYERS, blocks_of
+from weightflip.quantizers import resolve
 from weightflip.quantizers.adapt import quantizer_name
 
 
@@ -35,45 +37,91 @@ class Skip(Exception):
         self.unknown = unknown
 
 
-def make_groups(
-    groups: Mapping[str, str | Sequence[str]] | str | None,
-    names: Sequence[str],
-    types: Mapping[str, str],
-    *,
-    strict: bool = True,
-) -> dict[str, tuple[str, ...]]:
-    """Name of each group of layers to the parameters in it.
+@dataclass(frozen=True)
+class Selection:
+    """Which weights are to be tracked, as what.
 
-    Args:
-        groups: Name to globs over parameter names, or ``"type"`` for a group of each type; None for none.
-        names: Of the parameters.
-        types: Name to the type of the module that holds the parameter; what has none is in no group.
-        strict: Whether a glob that matches nothing is an error.
+    Attributes:
+        quantizer: ``"auto"``, a name, an object, a function, a list of these, or a mapping from globs over names to
+            any of them, of which the first that matches counts.
+        include: Globs over names; None for every floating-point weight that has two dimensions or more, or had them
+            before it was made flat.
+        exclude: Globs over names.
+    """
 
-    Returns:
-        The groups, in the order in which they were given, or first met.
+    quantizer: Any = "auto"
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
+
+
+class Rules:
+    """A selection, resolved.
+
+    Attributes:
+        include: Globs over names; none for those that need no name.
 
     Raises:
-        ValueError: If ``strict``: a glob that matches nothing, or ``"type"`` without types.
+        ValueError: An unknown quantizer, or an empty mapping.
+        TypeError: Something that is no quantizer, or no glob.
     """
-    if groups is None:
-        return {}
-    if isinstance(groups, str):
-        if strict and not types:
-            raise ValueError("groups='type' looks at the model's modules; pass model=, or globs over parameter names")
-        found: dict[str, tuple[str, ...]] = {}
-        for name in names:
-            if name in types:
-                found[types[name]] = (*found.get(types[name], ()), name)
-        return found
-    rules = {group: globs(f"groups[{group!r}]", matching) for group, matching in groups.items()}
-    if strict:
-        for matching in rules.values():
-            check_globs("groups", matching, names)
-    return {group: tuple(name for name in names if _matches(name, matching)) for group, matching in rules.items()}
+
+    def __init__(self, selection: Selection) -> None:
+        self._quantizers = _resolved(selection.quantizer)
+        self._is_mapping = isinstance(selection.quantizer, Mapping)
+        self.include = globs("include", selection.include)
+        self._exclude = globs("exclude", selection.exclude)
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether the user wrote any."""
+        return bool(self.include or self._exclude) or self._is_mapping
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise ValueError for a glob that matches none of the names."""
+        names = list(names)
+        check_globs("quantizer", list(self._quantizers) if self._is_mapping else [], names)
+        check_globs("include", self.include, names)
+        check_globs("exclude", self._exclude, names)
+
+    def check_trackable(self, name: str, parameter: Tensor, ndim_before: int | None) -> None:
+        """What the parameter itself and its name say; and its dimensions before it was made flat, if it was.
+
+        Raises:
+            Skip: It is not tracked.
+        """
+        if _matches(name, self._exclude):
+            raise Skip("excluded")
+        if self.include and not _matches(name, self.include):
+            raise Skip("not included")
+        if nn.parameter.is_lazy(parameter):
+            raise elsewhere("not initialised yet")
+        ndim = parameter.ndim if ndim_before is None else ndim_before
+        if not self.include and ndim < 2:
+            raise Skip(f"{ndim}-dimensional (name it in include= to track it)")
+        if not parameter.is_floating_point():
+            raise Skip(f"dtype {dtype_name(parameter)} is not floating-point")
+        if parameter.is_meta:
+            raise elsewhere("on the meta device, without data yet")
+        if parameter.numel() == 0 and ndim_before is None:
+            raise Skip("empty")
+        if parameter.layout is not torch.strided:
+            raise Skip(f"layout {parameter.layout} is not strided")
+        if not parameter.requires_grad:
+            raise Skip("frozen (requires_grad=False)")
+
+    def specs_of(self, name: str) -> tuple[Any, ...]:
+        """What the first rule that matches says.
+
+        Raises:
+            Skip: None does.
+        """
+        for glob, specs in self._quantizers.items():
+            if fnmatchcase(name, glob):
+                return specs
+        raise Skip("no pattern in quantizer= matches; add '*' for the rest")
 
 
-def quantizer_rules(quantizer: Any) -> dict[str, tuple[Any, ...]]:
+def _resolved(quantizer: Any) -> dict[str, tuple[Any, ...]]:
     """Glob to quantizers, each resolved or "auto"."""
     rules = dict(quantizer) if isinstance(quantizer, Mapping) else {"*": quantizer}
     if not rules:
@@ -99,6 +147,47 @@ def _specs(specs: Any) -> tuple[Any, ...]:
     return found
 
 
+def make_groups(
+    groups: Mapping[str, str | Sequence[str]] | str | None,
+    names: Sequence[str],
+    types: Mapping[str, str],
+    *,
+    tracked: Sequence[str] = (),
+    strict: bool = True,
+) -> dict[str, tuple[str, ...]]:
+    """Name of each group of layers to the parameters in it.
+
+    Args:
+        groups: Name to globs over parameter names; ``"type"`` for a group of each type; ``"blocks"`` for one of each
+            repeated block; None for blocks where more than 30 weights are tracked, else none.
+        names: Of the parameters.
+        types: Name to the type of the module that holds the parameter; what has none is in no group.
+        tracked: Those of the parameters that blocks are found among.
+        strict: Whether a glob that matches nothing is an error.
+
+    Returns:
+        The groups, in the order in which they were given, or first met.
+
+    Raises:
+        ValueError: If ``strict``: a glob that matches nothing, or ``"type"`` without types.
+    """
+    if groups is None or groups == "blocks":
+        return blocks_of(tracked) if groups or len(tracked) > MANY_LAYERS else {}
+    if isinstance(groups, str):
+        if strict and not types:
+            raise ValueError("groups='type' looks at the model's modules; pass model=, or globs over parameter names")
+        found: dict[str, tuple[str, ...]] = {}
+        for name in names:
+            if name in types:
+                found[types[name]] = (*found.get(types[name], ()), name)
+        return found
+    rules = {group: globs(f"groups[{group!r}]", matching) for group, matching in groups.items()}
+    if strict:
+        for matching in rules.values():
+            check_globs("groups", matching, names)
+    return {group: tuple(name for name in names if _matches(name, matching)) for group, matching in rules.items()}
+
+
 def check_globs(option: str, globs: Sequence[str], names: Iterable[str]) -> None:
     """Raise ValueError for a glob that matches no name."""
     names = list(names)
@@ -112,65 +201,11 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def check_trackable(
-    name: str, parameter: Tensor, ndim_before: int | None, include: Sequence[str], exclude: Sequence[str]
-) -> None:
-    """What the parameter itself and its name say; and its dimensions before it was made flat, if it was.
-
-    Raises:
-        Skip: It is not tracked.
-    """
-    if _matches(name, exclude):
-        raise Skip("excluded")
-    if include and not _matches(name, include):
-        raise Skip("not included")
-    if nn.parameter.is_lazy(parameter):
-        raise elsewhere("not initialised yet")
-    ndim = parameter.ndim if ndim_before is None else ndim_before
-    if not include and ndim < 2:
-        raise Skip(f"{ndim}-dimensional (name it in include= to track it)")
-    if not parameter.is_floating_point():
-        raise Skip(f"dtype {dtype_name(parameter)} is not floating-point")
-    if parameter.is_meta:
-        raise elsewhere("on the meta device, without data yet")
-    if parameter.numel() == 0 and ndim_before is None:
-        raise Skip("empty")
-    if parameter.layout is not torch.strided:
-        raise Skip(f"layout {parameter.layout} is not strided")
-    if not parameter.requires_grad:
-        raise Skip("frozen (requires_grad=False)")
-
-
 def elsewhere(reason: str) -> Skip:
     """Other processes, or later steps, have the weights."""
     skip = Skip(reason)
     skip.is_elsewhere = True
     return skip
-
-
-def specs_of(name: str, rules: Mapping[str, tuple[Any, ...]]) -> tuple[Any, ...]:
-    """What the first rule that matches says.
-
-    Raises:
-        Skip: None does.
-    """
-    for glob, specs in rules.items():
-        if fnmatchcase(name, glob):
-            return specs
-    raise Skip("no pattern in quantizer= matches; add '*' for the rest")
-
-
-def known_or_skip(known: tuple[Quantizer, ...] | str) -> tuple[Quantizer, ...]:
-    """What a model said that is not at hand any more.
-
-    Raises:
-        Skip: Its reason for none.
-    """
-    if isinstance(known, str):
-        reason = Skip(known)
-        reason.is_of_model = True
-        raise reason
-    return known
 
 
 def dtype_name(parameter: Tensor) -> str:

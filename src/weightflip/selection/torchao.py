@@ -62,6 +62,10 @@ def of_module(module: Any, classes: Sequence[str]) -> tuple[Quantizer, str | Non
     """How a module of torchao's quantizes its ``weight``, and a note."""
     if "Float8Linear" in classes:
         return _float8_training(module.config), None
+    if "Float8BlockwiseLinear" in classes:
+        if module.block_size != 128:
+            raise Skip(f"torchao casts it in blocks of {module.block_size}: not known yet")
+        return resolve("float8_e4m3:128x128"), None
     if "FakeQuantizedLinear" in classes or "FakeQuantizedEmbedding" in classes:
         quantizer = _fake_quantized(module.weight_fake_quantizer)
         note = None if quantizer.is_active else "Fake quantization is off: counted from when it is enabled"

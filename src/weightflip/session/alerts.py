@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from weightflip import checks
-from weightflip.records import AlertEvent, FlipRecord, LayerRecord, shown, split_variant, variant
+from weightflip.records import AlertEvent, FlipRecord, LayerRecord, in_lines, shown, split_variant, variant
 
 logger = logging.getLogger("weightflip")
 
@@ -30,8 +30,6 @@ _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
     "<=": lambda value, bound: value <= bound,
 }
 _NONFINITE = "nonfinite_weights"
-# Layers that one line of the log names.
-_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,8 @@ class AlertWatch:
             ]
             if told:
                 events += told
-                self._log(told)
+                for line in in_lines(told):
+                    logger.warning("weightflip: %s", line)
                 self._call_back(index, told)
         return events
 
@@ -215,16 +214,6 @@ class AlertWatch:
         when = f", since step {since}" if since < step else ""
         message = f"step {step}: {alert.rule}: {shown(layer)} ({value:.4g}{of_highest}{when})"
         return AlertEvent(step, layer, alert.rule, value, since, message)
-
-    def _log(self, events: Sequence[AlertEvent]) -> None:
-        """A line each; of many layers at once, one line."""
-        if len(events) <= _NAMED:
-            for event in events:
-                logger.warning("weightflip: %s", event.message)
-            return
-        first = events[0]
-        names = ", ".join(shown(event.layer) for event in events[:_NAMED])
-        logger.warning("weightflip: step %d: %s: %s and %d more", first.step, first.rule, names, len(events) - _NAMED)
 
     def _call_back(self, index: int, events: Sequence[AlertEvent]) -> None:
         callback = self._alerts[index].callback

@@ -6,6 +6,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,18 +14,27 @@ from typing import Any
 from weightflip import distributed
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import Counts, FlipRecord, RunInfo, shown, split_variant
+from weightflip.selection import make_groups
 from weightflip.session.alerts import AlertWatch
 from weightflip.sinks import SinkGroup
 
 
 class Source:
-    """One optimizer's part of a run."""
+    """One optimizer's part of a run.
 
-    def __init__(self, tracker: WeightFlipTracker, owner: object) -> None:
+    Args:
+        tracker: Of the optimizer.
+        owner: What lives as long as its steps come.
+        asked_groups: ``groups=``, as it was given.
+    """
+
+    def __init__(self, tracker: WeightFlipTracker, owner: object, asked_groups: object = None) -> None:
         self.info = RunInfo({}, {})
         self.groups: dict[str, tuple[str, ...]] = {}
+        self.asked_groups = asked_groups
         self._tracker: WeightFlipTracker | None = tracker
         self._last = FlipRecord(0, ())
+        self._last_totals: list[tuple[str, str, int, Counts]] = []
         self._owner: weakref.ref[object] | None = weakref.ref(owner)
         self._first_step = 0
 
@@ -44,6 +54,13 @@ class Source:
             names = {split_variant(layer.name)[0] for layer in record.layers}
             self._last = replace(record, step=self._first_step + record.step, groups=restricted(self.groups, names))
         return self._last
+
+    def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
+        """As :meth:`WeightFlipTracker.totals`; after the end, what they were then."""
+        if self._tracker is not None:
+            steps, layers = self._tracker.totals()
+            return self._first_step + steps, layers
+        return self._last.step, self._last_totals
 
     @property
     def is_sharded(self) -> bool:
@@ -66,6 +83,10 @@ class Source:
 
     def end(self) -> None:
         """Keep plain numbers, and let tensors go."""
+        with suppress(Exception):
+            # Of a broken device none: the last record stays.
+            steps, self._last_totals = self.totals()
+            self._last = replace(self._last, step=steps)
         layers = (replace(layer, window=Counts(), nonfinite=0, gauges={}, histograms={}) for layer in self._last.layers)
         self._last = replace(self._last, layers=tuple(layers))
         self._tracker = self._owner = None
@@ -73,6 +94,7 @@ class Source:
     def give_up_names(self, names: Set[str]) -> None:
         """After the end: another optimizer goes on with these weights."""
         self._last = replace(self._last, layers=tuple(x for x in self._last.layers if x.name not in names))
+        self._last_totals = [total for total in self._last_totals if total[0] not in names]
         self.info = replace(self.info, tracked={k: v for k, v in self.info.tracked.items() if k not in names})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,10 +115,21 @@ class Log:
         self._is_writing = False
         self._deferred: list[Callable[[], None]] = []
 
+    def join(self, source: Source) -> None:
+        """Take in an optimizer's part, if it is new; where all others have come to their end, it goes on from them."""
+        if source not in self.sources:
+            source.follow(self.sources)
+            self.sources.append(source)
+
     def find_writer(self) -> bool:
         """Whether this process writes: of several, one does. Known from then on, also when they have parted."""
         self._is_writer = self._is_writer and distributed.is_writer()
         return self._is_writer
+
+    def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
+        """Steps of the optimizer that has made most, and the totals of all layers."""
+        parts = [source.totals() for source in self.sources]
+        return max((steps for steps, _ in parts), default=0), [layer for _, layers in parts for layer in layers]
 
     def is_led_by(self, source: Source) -> bool:
         """Whether this optimizer's steps say when to write: the first one's that is still at work."""
@@ -146,6 +179,12 @@ class Log:
 
     def _show(self, record: FlipRecord) -> None:
         info = RunInfo.merged([source.info for source in self.sources])
+        asked = [source.asked_groups for source in self.sources]
+        if len(asked) > 1 and all(groups is None or groups == "blocks" for groups in asked):
+            # What repeats shows in the names of all; one optimizer may have a single weight of each block.
+            names = dict.fromkeys(split_variant(layer.name)[0] for layer in record.layers)
+            groups = make_groups("blocks" if any(asked) else None, (), {}, tracked=list(names))
+            record, info = replace(record, groups=groups), replace(info, groups=groups)
         self._unless_warned(self.sinks.write, record, info, self.first_step)
         for event in self._unless_warned(self.alerts.check, record) or []:
             self._unless_warned(self.sinks.alert, event)

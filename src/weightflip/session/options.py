@@ -26,6 +26,7 @@ class TrackingOptions(TypedDict, total=False):
     end_step: int | None
     log_dir: str | PathLike[str] | None
     log_every: int
+    layer_values: str | Sequence[str] | None
     sinks: Any
     alerts: Sequence[str | Alert] | None
     low_memory: bool
@@ -56,6 +57,7 @@ class Options:
     end_step: int | None = None
     log_dir: str | PathLike[str] | None = None
     log_every: int = 10
+    layer_values: str | Sequence[str] | None = None
     sinks: Any = None
     alerts: Sequence[str | Alert] | None = None
     low_memory: bool = False
@@ -74,6 +76,7 @@ class Options:
             "end_step": None if end_step is None else checks.whole("end_step", end_step, start_step + 1),
             "log_dir": None if self.log_dir is None else checks.path("log_dir=", self.log_dir),
             "log_every": checks.whole("log_every", self.log_every, 1, hint="for no output use sinks=[]"),
+            "layer_values": _layer_values(self.layer_values),
             "alerts": _rules(self.alerts),
             "low_memory": checks.flag("low_memory", self.low_memory),
             "fresh_snapshots": checks.flag("fresh_snapshots", self.fresh_snapshots),
@@ -109,16 +112,35 @@ def _included(include: Any) -> tuple[str, ...] | None:
     return globs
 
 
-def _groups(groups: Any) -> Mapping[str, tuple[str, ...]] | Literal["type"] | None:
+def _groups(groups: Any) -> Mapping[str, tuple[str, ...]] | str | None:
     if groups is None:
         return None
-    if isinstance(groups, str) and groups == "type":
-        return "type"
+    if isinstance(groups, str) and groups in ("blocks", "type"):
+        return groups
     if not isinstance(groups, Mapping) or not all(isinstance(group, str) and group for group in groups):
         raise TypeError(
-            f"groups= is 'type' or a mapping from names to globs, such as {{'attention': '*.attn.*'}}; got {groups!r}"
+            "groups= is 'type' or a mapping from names to globs, such as {'attention': '*.attn.*'}, or 'blocks'; "
+            f"got {groups!r}"
         )
     return {group: checks.globs(f"groups[{group!r}]", matching) for group, matching in groups.items()}
+
+
+def _layer_values(values: Any) -> tuple[str, ...] | Literal["all"] | None:
+    if values is None:
+        return None
+    if isinstance(values, str) and values == "all":
+        return "all"
+    named = (values,) if isinstance(values, str) else values
+    if (
+        isinstance(named, Mapping)
+        or not isinstance(named, Iterable)
+        or not all(isinstance(name, str) for name in named)
+    ):
+        raise TypeError(
+            "layer_values= is 'all' or a sequence of names of numbers, such as ('flip_rate', 'stall_ratio'); "
+            f"got {checks.described(values)}"
+        )
+    return tuple(named)
 
 
 def _rules(alerts: Any) -> tuple[Any, ...] | None:

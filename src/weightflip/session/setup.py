@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from weightflip import distributed
+from weightflip import checks, distributed
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.session.alerts import AlertWatch
 from weightflip.session.log import Log
@@ -49,22 +49,36 @@ def start(optimizer: Optimizer, model: nn.Module | None, options: Options) -> Se
         "track_every": str(options.track_every),
         "log_every": str(options.log_every),
     }
-    session = Session(tracker, _make_log(options.log_dir, options.sinks), model, options, settings)
+    _check_layer_values(
+        options.layer_values, [*tracker.value_names, *(value.name for value in tracker.declared_values)]
+    )
+    session = Session(tracker, _make_log(options), model, options, settings)
     watch = AlertWatch(options.alerts, tracker.value_names)
-    session.select(optimizer, strict=True)
+    session.begin(optimizer)
     watch.check_layers([*session.info.tracked, *session.info.skipped])
     session.log.alerts.extend(watch)
     session.log.sinks.claim()
     return session
 
 
-def _make_log(log_dir: Any, sinks: Any) -> Log:
+def _check_layer_values(asked: Any, known: Sequence[str]) -> None:
+    for name in () if asked is None or asked == "all" else asked:
+        if name not in known:
+            raise ValueError(
+                f"unknown number {name!r} in layer_values=; {checks.did_you_mean(name, known)}Expected 'all' or names "
+                f"among {', '.join(sorted(set(known)))}, which grow with metrics="
+            )
+
+
+def _make_log(options: Options) -> Log:
+    log_dir, sinks = options.log_dir, options.sinks
     # Other processes do not even look at the place.
     is_writer = distributed.is_writer()
     if sinks is None:
         if not is_writer:
             return Log(SinkGroup([]), is_wanted=True)
-        tensorboard = TensorBoardSink(log_dir)
+        # Its type is checked: a path.
+        tensorboard = TensorBoardSink(log_dir, layer_values=options.layer_values)  # type: ignore[arg-type]
         return Log(SinkGroup([tensorboard, BesideSink(tensorboard)]), is_wanted=True)
     if log_dir is not None:
         raise ValueError("log_dir= says where the default sink writes; with sinks= give SummaryWriter(log_dir) there")
@@ -74,4 +88,5 @@ def _make_log(log_dir: Any, sinks: Any) -> Log:
         raise TypeError(f"sinks= is a list, got {type(sinks).__name__}; put it in brackets: sinks=[...]")
     if any(isinstance(sink, Tracked) for sink in sinks):
         raise TypeError("another tracked optimizer stands alone, not in a list: sinks=first")
-    return Log(SinkGroup(make_sinks(sinks) if is_writer else []), is_wanted=bool(sinks))
+    made = make_sinks(sinks, options.layer_values) if is_writer else []
+    return Log(SinkGroup(made), is_wanted=bool(sinks))

@@ -28,4 +28,4 @@ class Tracked:
 
     def close(self) -> None:
         """Write the last record and close the sinks. Steps go on being counted, and open them again if they log."""
-        self._session.log.close()
+        self._session.close()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from weightflip.sinks.base import CallableSink, Sink, SinkGroup, make_sink, make_sinks
+from weightflip.sinks.background import BackgroundSink
+from weightflip.sinks.base import CallableSink, Sink, make_sink, make_sinks
 from weightflip.sinks.beside import BesideSink
 from weightflip.sinks.csv import CSVSink
+from weightflip.sinks.group import SinkGroup
 from weightflip.sinks.jsonl import JSONLSink
 from weightflip.sinks.tensorboard import TensorBoardSink
 from weightflip.sinks.wandb import WandbSink
 
 __all__ = [
+    "BackgroundSink",
     "BesideSink",
     "CSVSink",
     "CallableSink",

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from weightflip.records import AlertEvent, FlipRecord, RunInfo
+from weightflip.sinks.background import BackgroundSink
 from weightflip.sinks.files import AppendedFile, writer_id
 from weightflip.sinks.jsonl import JSONLSink
 from weightflip.sinks.tensorboard import TensorBoardSink
 
 
-class BesideSink:
+class BesideSink(BackgroundSink):
     """Writes ``flips.<time>.<host>.<process>.<number>.jsonl`` into the directory of a TensorBoard sink.
 
     It is a sink of its own, so that a fault of this file does not cost TensorBoard its records. Lines are those of

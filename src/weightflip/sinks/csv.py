@@ -8,13 +8,14 @@ import os
 from collections.abc import Iterable
 
 from weightflip.records import FlipRecord, LayerRecord, RunInfo, split_variant, table_cell
+from weightflip.sinks.background import BackgroundSink
 from weightflip.sinks.files import AppendedFile
 
 _COLUMNS = ("step", "layer", "quantizer", "name", "value")
 _HEADER = ",".join(_COLUMNS) + "\n"
 
 
-class CSVSink:
+class CSVSink(BackgroundSink):
     """Appends a row ``step,layer,quantizer,name,value`` for each number of each record; one header, at the top.
 
     ``layer`` is a parameter's name, ``model`` for the sum of all, ``group:<name>`` for a group of layers. ``quantizer``

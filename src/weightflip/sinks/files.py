@@ -8,9 +8,10 @@ import socket
 import stat
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import TextIO
+
+from weightflip.sinks.background import warn
 
 _writers = itertools.count()
 
@@ -41,7 +42,7 @@ def check_writable(directory: Path, what: str) -> None:
 
 def warn_of_deletion(place: Path) -> None:
     """Say that output went on in a new file."""
-    warnings.warn(
+    warn(
         f"weightflip: {str(place)!r} was deleted or moved while it was written to; what was in it is not written "
         "again, and records go on in a new file there",
         stacklevel=3,

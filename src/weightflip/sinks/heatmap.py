@@ -4,51 +4,28 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
+from weightflip.overview import MANY_LAYERS, blocks_of, outliers
 from weightflip.records import FlipRecord, Quotient, shown
+from weightflip.sinks.colours import ABOVE, BELOW, NOTHING, Scale
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Pixels = NDArray[np.uint8]
+    from weightflip.sinks.colours import Pixels
 
 _COLUMNS = 200
 
-# matplotlib's viridis (CC0), every 1/16: its lightness grows evenly, also for colour-blind eyes and in print.
-_PALETTE = (
-    (68, 1, 84),
-    (72, 24, 106),
-    (71, 45, 123),
-    (66, 64, 134),
-    (59, 82, 139),
-    (51, 99, 141),
-    (44, 114, 142),
-    (38, 129, 142),
-    (33, 144, 140),
-    (31, 159, 136),
-    (40, 174, 128),
-    (62, 188, 116),
-    (93, 201, 99),
-    (130, 211, 76),
-    (171, 220, 50),
-    (213, 226, 26),
-    (253, 231, 37),
-)
-_NOTHING = (224, 224, 224)
-_INK = (33, 33, 33)
-_FRAME = (96, 96, 96)
-_PAPER = (255, 255, 255)
+INK = (33, 33, 33)
+FRAME = (96, 96, 96)
+PAPER = (255, 255, 255)
+# Of the names of layers that stand out.
+_RED = (176, 0, 32)
 
 # Large letters in a small picture: TensorBoard shows it 350 pixels wide, until one clicks on it.
 _PLOT_WIDTH = 440
-_FONT_SIZE = 15
+FONT_SIZE = 15
 _NAME_CHARACTERS = 30
-# Values that spread over more than this are shown on a logarithmic scale.
-_LOGARITHMIC = 50.0
 
 
 @dataclass
@@ -121,6 +98,17 @@ class History:
         self._span *= 2
 
     @property
+    def sums(self) -> dict[str, Quotient]:
+        """Of each layer, over all that it holds."""
+        found = {}
+        for name, row in self.layers.items():
+            columns = [column for column in self._columns if row < len(column.denominators)]
+            found[name] = Quotient(
+                sum(column.numerators[row] for column in columns), sum(column.denominators[row] for column in columns)
+            )
+        return found
+
+    @property
     def edges(self) -> list[int]:
         """Steps at which columns begin, and the one at which the last ends."""
         return [column.first_step for column in self._columns] + [column.last_step for column in self._columns[-1:]]
@@ -129,41 +117,6 @@ class History:
     def table(self) -> list[list[float]]:
         """A row for each layer, a column for each span of time; NaN where nothing was counted."""
         return [[column.value(row) for column in self._columns] for row in self.layers.values()]
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """From values to [0, 1]."""
-
-    low: float
-    high: float
-    is_logarithmic: bool
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> _Scale:
-        known = [value for value in values if math.isfinite(value)]
-        positive = [value for value in known if value > 0]
-        if min(known, default=0.0) >= 0 and positive and max(positive) > _LOGARITHMIC * min(positive):
-            return cls(min(positive), max(positive), True)
-        return cls(min(known, default=0.0), max(known, default=0.0), False)
-
-    def positions(self, values: Any) -> Any:
-        """An array of values to one of places on the scale; those outside of it, 0 on a logarithmic one, to its end."""
-        import numpy as np
-
-        low, high = self.low, self.high
-        if self.is_logarithmic:
-            low, high = math.log(low), math.log(high)
-            with np.errstate(divide="ignore"):
-                values = np.log(values)
-        if high == low:
-            return np.where(np.isnan(values), np.nan, 0.5)
-        return np.clip((values - low) / (high - low), 0, 1)
-
-    def at(self, position: float) -> float:
-        if self.is_logarithmic:
-            return math.exp(math.log(self.low) * (1 - position) + math.log(self.high) * position)
-        return self.low * (1 - position) + self.high * position
 
 
 def draw(history: History, title: str) -> Pixels:
@@ -176,69 +129,148 @@ def draw(history: History, title: str) -> Pixels:
     Returns:
         RGB, uint8, of shape (height, width, 3).
     """
-    import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
-
-    table = np.array(history.table)
-    rows, columns = table.shape
-    scale = _Scale.of(table.ravel().tolist())
-    font = ImageFont.load_default(_FONT_SIZE)
-    names = [_shortened(name) for name in history.layers]
-    row_height = max(3, min(30, 720 // rows))
-    left = 20 + math.ceil(max(font.getlength(name) for name in names))
-    top = 38
-    right, bottom = left + _PLOT_WIDTH, top + rows * row_height
-    # The colours' bar stands below, where there is room for it however few the layers are.
-    bar_top = bottom + 62
-    picture = Image.new("RGB", (right + 40, bar_top + 44), _PAPER)
-    paint = ImageDraw.Draw(picture)
-
-    def text(x: float, y: float, words: str, anchor: str) -> None:
-        paint.text((x, y), words, fill=_INK, font=font, anchor=anchor)
-
-    text(left, 14, title, "lm")
-    borders = np.round(np.linspace(0, _PLOT_WIDTH, columns + 1)).astype(int)
-    cells = _colours(scale.positions(table)).repeat(row_height, axis=0).repeat(np.diff(borders), axis=1)
-    picture.paste(Image.fromarray(cells), (left, top))
-    paint.rectangle((left - 1, top - 1, right, bottom), outline=_FRAME)
-
-    every = math.ceil((_FONT_SIZE + 2) / row_height)
-    for row in range(0, rows, every):
-        text(left - 8, top + (row + 0.5) * row_height, names[row], "rm")
-
-    edges = history.edges
-    for step in _ticks(edges[0], edges[-1]):
-        x = left + float(np.interp(step, edges, borders))
-        paint.line((x, bottom, x, bottom + 5), fill=_FRAME)
-        text(x, bottom + 8, f"{step:,}", "mt")
-    text(right, bottom + 28, "optimizer steps", "rt")
-
-    is_flat = scale.low == scale.high
-    bar_width = 30 if is_flat else 200
-    bar = _colours(scale.positions(np.array([[scale.at(i / (bar_width - 1)) for i in range(bar_width)]])))
-    picture.paste(Image.fromarray(bar.repeat(14, axis=0)), (left, bar_top))
-    for position in (0.5,) if is_flat else (0.0, 0.5, 1.0):
-        text(left + position * bar_width, bar_top + 20, f"{scale.at(position):.3g}", "mt")
-    if scale.is_logarithmic:
-        text(left, bottom + 28, "logarithmic, 0 as the lowest:", "lt")
-    if np.isnan(table).any():
-        paint.rectangle((right - 130, bar_top, right - 117, bar_top + 13), fill=_NOTHING)
-        text(right, bar_top + 7, "nothing counted", "rm")
-    return np.asarray(picture)
+    return _Drawing(history).picture(title)
 
 
-def _colours(positions: Any) -> Pixels:
-    import numpy as np
+class _Label(NamedTuple):
+    """What is written beside some rows."""
 
-    stops = np.linspace(0, 1, len(_PALETTE))
-    known = np.nan_to_num(positions)
-    colours = np.stack([np.interp(known, stops, channel) for channel in zip(*_PALETTE, strict=True)], axis=-1)
-    colours[np.isnan(positions)] = _NOTHING
-    rounded: Pixels = np.round(colours).astype(np.uint8)
-    return rounded
+    first: int
+    last: int
+    text: str
+    stands_out: bool = False
 
 
-def _shortened(name: str) -> str:
+class _Rows:
+    """In which order the layers are shown, and what is written beside them.
+
+    Each has its name, if there is room; of more than 30 layers, blocks have, and those layers that stand out.
+    """
+
+    def __init__(self, history: History) -> None:
+        names = list(history.layers)
+        self.order = list(range(len(names)))
+        self.labels = [_Label(row, row, name) for row, name in enumerate(names)]
+        blocks = blocks_of(names) if len(names) > MANY_LAYERS else {}
+        if not blocks:
+            return
+        # Parameter groups may have torn them apart.
+        by_block = [name for members in blocks.values() for name in members]
+        self.order = [history.layers[name] for name in by_block]
+        rows = {name: row for row, name in enumerate(by_block)}
+        self.labels = [_Label(rows[name], rows[name], name, True) for name in outliers(history.sums)]
+        self.labels += [_Label(rows[of[0]], rows[of[-1]], block) for block, of in blocks.items() if len(of) > 1]
+        self.labels += [_Label(rows[of[0]], rows[of[0]], of[0]) for of in blocks.values() if len(of) == 1]
+
+    def places(self, row_height: float) -> list[tuple[float, _Label]]:
+        """Those for which there is room, each at its height in the plot; the first ones first."""
+        found: list[tuple[float, _Label]] = []
+        for label in self.labels:
+            at = (label.first + label.last + 1) / 2 * row_height
+            if all(abs(at - other) >= FONT_SIZE + 1 for other, _ in found):
+                found.append((at, label))
+        return found
+
+
+class _Drawing:
+    """Where the parts of a picture are, and how each is painted."""
+
+    def __init__(self, history: History) -> None:
+        import numpy as np
+        from PIL import Image, ImageDraw, ImageFont
+
+        rows = _Rows(history)
+        self._table = np.array(history.table)[rows.order]
+        count, columns = self._table.shape
+        self._scale = Scale.of(self._table)
+        self._edges = history.edges
+        self._font = ImageFont.load_default(FONT_SIZE)
+        self._row_height = max(3, min(30, 720 // count))
+        self._labels = rows.places(self._row_height)
+        self._left = 20 + math.ceil(max(self._font.getlength(shortened(label.text)) for _, label in self._labels))
+        self._top = 38
+        self._right, self._bottom = self._left + _PLOT_WIDTH, self._top + count * self._row_height
+        # The colours' bar stands below, where there is room for it however few the layers are.
+        self._bar_top = self._bottom + 62
+        self._outside = self._outside_of_scale()
+        self._borders = np.round(np.linspace(0, _PLOT_WIDTH, columns + 1)).astype(int)
+        height = self._bar_top + 44 + 20 * len(self._outside)
+        self._image = Image.new("RGB", (self._right + 40, height), PAPER)
+        self._paint = ImageDraw.Draw(self._image)
+
+    def picture(self, title: str) -> Pixels:
+        import numpy as np
+
+        self._text(self._left, 14, title, "lm")
+        self._cells()
+        self._layers()
+        self._steps()
+        self._legend()
+        return np.asarray(self._image)
+
+    def _text(self, x: float, y: float, words: str, anchor: str, ink: tuple[int, int, int] = INK) -> None:
+        self._paint.text((x, y), words, fill=ink, font=self._font, anchor=anchor)
+
+    def _cells(self) -> None:
+        import numpy as np
+
+        colours = self._scale.colours(self._table)
+        self._paste(colours.repeat(self._row_height, axis=0).repeat(np.diff(self._borders), axis=1), self._top)
+        self._paint.rectangle((self._left - 1, self._top - 1, self._right, self._bottom), outline=FRAME)
+
+    def _paste(self, pixels: Pixels, top: int) -> None:
+        from PIL import Image
+
+        self._image.paste(Image.fromarray(pixels), (self._left, top))
+
+    def _layers(self) -> None:
+        for at, label in self._labels:
+            ink = _RED if label.stands_out else INK
+            self._text(self._left - 8, self._top + at, shortened(label.text), "rm", ink)
+            for row in (label.first, label.last + 1) if label.last > label.first else ():
+                y = self._top + row * self._row_height
+                self._paint.line((self._left - 6, y, self._left - 2, y), fill=FRAME)
+
+    def _steps(self) -> None:
+        import numpy as np
+
+        for step in _ticks(self._edges[0], self._edges[-1]):
+            x = self._left + float(np.interp(step, self._edges, self._borders))
+            self._paint.line((x, self._bottom, x, self._bottom + 5), fill=FRAME)
+            self._text(x, self._bottom + 8, f"{step:,}", "mt")
+        self._text(self._right, self._bottom + 28, "optimizer steps", "rt")
+
+    def _outside_of_scale(self) -> list[tuple[tuple[int, int, int], str]]:
+        scale, found = self._scale, []
+        if scale.lowest < scale.low:
+            found.append((BELOW, f"below {scale.low:.3g}, down to {scale.lowest:.3g}"))
+        if scale.highest > scale.high:
+            found.append((ABOVE, f"above {scale.high:.3g}, up to {scale.highest:.3g}"))
+        return found
+
+    def _legend(self) -> None:
+        import numpy as np
+
+        scale = self._scale
+        is_flat = scale.low == scale.high
+        width = 30 if is_flat else 200
+        bar = scale.colours(np.array([[scale.at(i / (width - 1)) for i in range(width)]]).clip(scale.low, scale.high))
+        self._paste(bar.repeat(14, axis=0), self._bar_top)
+        for position in (0.5,) if is_flat else (0.0, 0.5, 1.0):
+            self._text(self._left + position * width, self._bar_top + 20, f"{scale.at(position):.3g}", "mt")
+        if scale.is_logarithmic:
+            self._text(self._left, self._bottom + 28, "logarithmic, 0 as the lowest:", "lt")
+        for line, (colour, words) in enumerate(self._outside):
+            top = self._bar_top + 44 + 20 * line
+            self._paint.rectangle((self._left, top, self._left + 13, top + 13), fill=colour)
+            self._text(self._left + 20, top + 7, words, "lm")
+        if np.isnan(self._table).any():
+            right, top = self._right, self._bar_top
+            self._paint.rectangle((right - 130, top, right - 117, top + 13), fill=NOTHING)
+            self._text(right, top + 7, "nothing counted", "rm")
+
+
+def shortened(name: str) -> str:
     """The end of a long name tells layers apart better than its beginning."""
     name = shown(name)
     return name if len(name) <= _NAME_CHARACTERS else "..." + name[3 - _NAME_CHARACTERS :]

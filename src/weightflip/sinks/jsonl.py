@@ -6,10 +6,11 @@ import json
 import time
 
 from weightflip.records import AlertEvent, FlipRecord, RunInfo
+from weightflip.sinks.background import BackgroundSink
 from weightflip.sinks.files import AppendedFile, writer_id
 
 
-class JSONLSink:
+class JSONLSink(BackgroundSink):
     """Appends one JSON object a line: ``{"info": {...}}`` first, then ``{"record": {...}}`` and ``{"alert": {...}}``.
 
     Each line ends with ``"writer"``, a name that each opening of the file has anew, and ``"time"``, in seconds since

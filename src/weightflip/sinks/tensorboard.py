@@ -4,33 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
-import re
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from weightflip.records import CORE_VALUES, AlertEvent, FlipRecord, Histogram, RunInfo, Value, shown, shown_as
+from weightflip.overview import spread
+from weightflip.records import (
+    ALERTS_TAG,
+    CORE_VALUES,
+    AlertEvent,
+    FlipRecord,
+    Histogram,
+    RunInfo,
+    Value,
+    in_lines,
+    shown,
+)
+from weightflip.sinks.background import BackgroundSink, warn
+from weightflip.sinks.chosen import ChosenLayers, LayerValues
 from weightflip.sinks.files import check_writable, warn_of_deletion
-from weightflip.sinks.heatmap import History, draw
-from weightflip.sinks.tags import has_histograms, tagged_values
+from weightflip.sinks.layout import Layout
+from weightflip.sinks.pictures import Pictures
+from weightflip.sinks.tags import Point, has_histograms, model_points, points, spread_points
 
 if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
     from torch.utils.tensorboard import SummaryWriter
 
 _SUFFIX = ".weightflip"
 
-_Charts: TypeAlias = "dict[str, list[str | list[str]]]"
-_MODEL_CHART: _Charts = {"model": ["Multiline", [r"^flips/rate", r"^flips/stall_ratio"]]}
 
-
-class TensorBoardSink:
+class TensorBoardSink(BackgroundSink):
     """Writes the numbers of the model, the layers and the groups; x axis: optimizer steps.
 
     ``flips/rate``, ``flips/cumulative_rate``, ``flips/stall_ratio`` and ``flips/<value>`` for the model;
     ``<value>/<layer>``, such as ``flip_rate/<layer>``, for the layers; ``<value>_by_group/<group>`` for groups;
     ``nonfinite_weights/<layer>`` for layers that hold NaN or infinities. Of weights tracked with several quantizers,
-    each has its own series, ``@<quantizer>``. Histograms, where records have them, are ``<name>/<layer>``.
+    each has its own series, ``@<quantizer>``. Histograms, where records have them, are ``<name>/<layer>``. The model's
+    numbers are there once more as ``Model/<value>``, since TensorBoard sorts tags and opens what comes first.
+
+    Of more than 30 layers, each has its cumulative flip rate, and its other numbers only if it stands out: if its flip
+    rate is far from that of the others at three points in a row. All of them together are ``spread/<value>_min``,
+    ``_p25``, ``_median``, ``_p75`` and ``_max``. Histograms are those of groups, ``<name>_by_group/<group>``.
 
     Beside them, pictures of all layers over time, ``weightflip/flip_rate``, ``weightflip/stall_ratio`` and those of
     metric groups (``weightflip/oscillation_ratio``), drawn at the 1st, 2nd, 4th, 8th, ... record, when flushed after an
@@ -40,18 +56,25 @@ class TensorBoardSink:
     Args:
         log_dir: Where a ``SummaryWriter`` is opened when the first record comes; None for its own default place.
         writer: A ``SummaryWriter`` to use instead; it is flushed but never closed here.
+        layer_values: Which numbers each layer has, whatever their number: ``"all"``, or names such as
+            ``("flip_rate", "stall_ratio")``; the cumulative flip rate is always there.
 
     Raises:
         OSError: ``log_dir`` cannot be written.
         ModuleNotFoundError: The tensorboard package is missing.
     """
 
-    def __init__(self, log_dir: str | None = None, *, writer: SummaryWriter | None = None) -> None:
+    def __init__(
+        self, log_dir: str | None = None, *, writer: SummaryWriter | None = None, layer_values: LayerValues = None
+    ) -> None:
         if writer is None:
             check_writable(Path("runs" if log_dir is None else log_dir), f"log_dir={log_dir!r}")
             _import_summary_writer()
         self.log_dir = log_dir
+        self.layer_values = layer_values
         self._owned = writer is None
+        # A writer of the user's is in use in the training's thread, too, and may be closed there.
+        self.writes_in_background = self._owned
         self._writer = writer
         self._process = os.getpid()
         self._purged = False
@@ -71,11 +94,12 @@ class TensorBoardSink:
         self._points = 0
         self._drawn = 0
         self._last_step = 0
-        self._charted: set[tuple[str, str]] = set()
+        self._chosen = ChosenLayers(self.layer_values)
+        self._layout = Layout()
+        self._described: set[str] = set()
         self._alerts: list[AlertEvent] = []
         self._values: dict[str, Value] = {value.name: value for value in CORE_VALUES}
-        self._histories: dict[str, History] = {}
-        self._has_pictures = True
+        self._pictures: Pictures | None = Pictures()
 
     def start(self, info: RunInfo, first_step: int) -> None:
         if not self._owned and self._process != os.getpid():
@@ -112,7 +136,9 @@ class TensorBoardSink:
         with contextlib.suppress(OSError):
             # Its thread may have failed at the missing directory.
             self._writer.close()
-        self._writer, self.log_dir, self._charted = None, str(self._file.parent), set()
+        self._writer, self.log_dir = None, str(self._file.parent)
+        self._layout.forget()
+        self._described = set()
         self._open()
         assert self._writer is not None
         self._writer.add_text("weightflip/tracking", self._info.to_markdown(), self._last_step)
@@ -139,18 +165,17 @@ class TensorBoardSink:
         is_new = self._renew()
         assert self._writer is not None
         self._write_alerts()
+        self._name(self._chosen.look(record), record)
         self._lay_out(record)
-        for tag, value in tagged_values(record).items():
-            self._writer.add_scalar(tag, value, record.step)
+        of_all = spread_points(record) if self._chosen.are_many else ()
+        for point in itertools.chain(points(record, self._chosen.has), model_points(record), of_all):
+            if self._chosen.begins(point):
+                self._scalar(point, record.step)
         self._points += 1
         if has_histograms(self._points):
-            for layer in record.layers:
-                for name, histogram in layer.histograms.items():
-                    self._histogram(shown(f"{name}/{layer.name}"), histogram, record.step)
-        for shown_value in self._values.values():
-            if shown_value.heat_map and self._has_pictures:
-                history = self._histories.setdefault(shown_value.name, History(shown_value.name))
-                history.add(record, self._last_step)
+            self._histograms_of(record)
+        if self._pictures is not None:
+            self._pictures.add(record, self._last_step, self._values.values())
         self._last_step = record.step
         if self._points & (self._points - 1) == 0:
             self._draw()
@@ -165,7 +190,7 @@ class TensorBoardSink:
     def _write_alerts(self) -> None:
         assert self._writer is not None
         for step, events in itertools.groupby(self._alerts, lambda event: event.step):
-            self._writer.add_text("weightflip/alerts", "\n".join(f"- {event.message}" for event in events), step)
+            self._writer.add_text(ALERTS_TAG, "\n".join(f"- {line}" for line in in_lines(events)), step)
         self._alerts = []
 
     def flush(self) -> None:
@@ -193,31 +218,48 @@ class TensorBoardSink:
         if is_new:
             self._tell()
 
+    def _name(self, outliers: list[str], record: FlipRecord) -> None:
+        """Layers that stand out from now on, in the text panel."""
+        if not outliers:
+            return
+        assert self._writer is not None
+        rates = {layer.name: layer.flip_rate for layer in record.layers}
+        lines = [f"- `{shown(name)}`: flip rate {rates[name]:.3g}" for name in outliers]
+        usual = spread(rate for rate in rates.values() if math.isfinite(rate))
+        assert usual is not None
+        lines.append(f"- the median of all layers: {usual.median:.3g}")
+        self._writer.add_text("weightflip/layers_that_stand_out", "\n".join(lines), record.step)
+
     def _lay_out(self, record: FlipRecord) -> None:
-        """Charts of all layers, for the values that there are. TensorBoard shows the last layout of a run."""
+        """The charts, where there are others than before. TensorBoard shows the last layout of a run."""
         if not self._owned:
             # TensorBoard shows one layout a run: in a user's writer it would stand in the way of the user's own.
             return
         assert self._writer is not None
-        values = {name for layer in record.layers for name in (*layer.values, *layer.window.ratios, *layer.gauges)}
-        charted = {(name, kind) for name in values for kind in ("", "_by_group")[: 2 if record.groups else 1]}
-        if charted <= self._charted:
+        layout = self._layout.news(record, self._values.values(), self._chosen)
+        if layout is not None:
+            self._writer.add_custom_scalars(layout)
+
+    def _scalar(self, point: Point, step: int) -> None:
+        assert self._writer is not None
+        if not self._owned or point.tag in self._described:
+            # What is given as a SummaryWriter may have no more than add_scalar.
+            self._writer.add_scalar(point.tag, point.number, step)
             return
-        self._charted |= charted
-        layout: dict[str, _Charts] = {}
-        for kind, by_whom in (("", "by layer"), ("_by_group", "by group of layers")):
-            names = [name for name, of_kind in self._charted if of_kind == kind]
-            for value in shown_as(names, self._values.values()):
-                category = "weightflip: groups of layers" if kind else value.chart or "weightflip: more"
-                # Two numbers may have one title.
-                title = next(
-                    title
-                    for title in (f"{value.description or value.title}, {by_whom}", f"{value.name}, {by_whom}")
-                    if title not in layout.get(category, {})
-                )
-                layout.setdefault(category, {})[shown(title)] = ["Multiline", [f"^{re.escape(value.name)}{kind}/.*"]]
-        layout.setdefault("weightflip", {}).update(_MODEL_CHART)
-        self._writer.add_custom_scalars(layout)
+        self._described.add(point.tag)
+        assert self._writer.file_writer is not None
+        value = self._values.get(point.value)
+        description = shown(f"{value.description or value.title if value else point.value}: {point.whose}")
+        self._writer.file_writer.add_summary(_described_scalar(point, description), step)
+
+    def _histograms_of(self, record: FlipRecord) -> None:
+        for layer in record.layers:
+            for name, histogram in layer.histograms.items():
+                if self._chosen.has(name, layer.name):
+                    self._histogram(shown(f"{name}/{layer.name}"), histogram, record.step)
+        for group, summed in record.group_sums.items() if self._chosen.are_many else ():
+            for name, histogram in summed.histograms.items():
+                self._histogram(shown(f"{name}_by_group/{group}"), histogram, record.step)
 
     def _histogram(self, tag: str, histogram: Histogram, step: int) -> None:
         filled = [i for i, count in enumerate(histogram.counts) if count]
@@ -241,36 +283,40 @@ class TensorBoardSink:
 
     def _draw(self) -> None:
         """The pictures, if there is anything new in them."""
-        if self._points == self._drawn:
+        if self._points == self._drawn or self._pictures is None:
             return
         assert self._writer is not None
         self._drawn = self._points
         try:
-            pictures = {
-                name: draw(history, shown(self._values[name].description or self._values[name].title))
-                for name, history in self._histories.items()
-                if history
-            }
+            pictures = self._pictures.draw()
         except Exception as error:
             # Not worth the loss of the scalars.
-            self._histories, self._has_pictures = {}, False
-            warnings.warn(
-                f"weightflip: no pictures of the layers over time: {type(error).__name__}: {error}", stacklevel=2
-            )
+            self._pictures = None
+            warn(f"weightflip: no pictures of the layers over time: {type(error).__name__}: {error}")
             return
         for name, picture in pictures.items():
             self._writer.add_image(f"weightflip/{name}", picture, self._last_step, dataformats="HWC")
 
     def __getstate__(self) -> dict[str, Any]:
         # A SummaryWriter cannot be copied or pickled: a copy opens its own, in the same place, if it ever writes.
-        return {"log_dir": self.log_dir if self._writer is None else self._writer.log_dir}
+        log_dir = self.log_dir if self._writer is None else self._writer.log_dir
+        return {"log_dir": log_dir, "layer_values": self.layer_values}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.log_dir = state["log_dir"]
+        self.log_dir, self.layer_values = state["log_dir"], state["layer_values"]
         self._owned, self._writer, self._purged = True, None, True
         self._process = os.getpid()
         self._file, self._has_told = None, False
         self._begin()
+
+
+def _described_scalar(point: Point, description: str) -> Summary:
+    """What ``add_scalar`` writes, with a description, which TensorBoard takes from the first point of a tag."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+    plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+    about = SummaryMetadata(summary_description=description, plugin_data=plugin)
+    return Summary(value=[Summary.Value(tag=point.tag, simple_value=point.number, metadata=about)])
 
 
 def _import_summary_writer() -> type[SummaryWriter]:

@@ -1,0 +1,320 @@
+"""Many layers in plain torch: gathered into one tensor, encoded and counted there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from weightflip import kernels
+from weightflip.counting.layer import Layer
+from weightflip.counting.ledger import COLUMNS, COUNTED, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS
+from weightflip.counting.routes import ElementwiseRoute, Gradients
+from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
+
+logger = logging.getLogger("weightflip")
+
+# There a call costs less than the passes over memory, which slices that fit the cache save.
+_NOT_ON = frozenset({"cpu"})
+_KEPT_BYTES = 1 << 26
+
+
+class _Kind(NamedTuple):
+    """What layers have in common that are gathered; quantizers of one class, name and rounding make the same codes."""
+
+    quantizer: type[ElementwiseQuantizer]
+    name: str
+    rounding: object
+    format: object
+    weight: torch.dtype
+    codes: torch.dtype
+    device: torch.device
+    group: int | None
+
+
+class GatheredRoute:
+    """Layers on a device, where a call of torch costs more than what it does to a small weight.
+
+    A layer whose gradient or weight does not fit in a step is counted alone in it, and a heap of layers that cannot be
+    counted together goes one by one from then on.
+
+    Args:
+        alone: What counts a layer alone.
+        scratch: Where temporaries come from.
+        with_updates: Whether gradients are looked at.
+        is_open: Whether there are layers for it at all: metric groups look at each weight by itself.
+    """
+
+    def __init__(
+        self, alone: ElementwiseRoute, scratch: kernels.ScratchPool, with_updates: bool, is_open: bool
+    ) -> None:
+        self._alone, self._scratch = alone, scratch
+        self._with_updates, self._is_open = with_updates, is_open
+        self._kinds: dict[str, tuple[_Kind, torch.Size]] = {}
+        self._apart: set[str] = set()
+        self.heaps: list[_Heap] = []
+        """What was gathered last."""
+
+    def release(self) -> None:
+        """Hold no codes."""
+        self.heaps = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "heaps": [], "_kinds": {}}
+
+    def accepts(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> bool:
+        layer.is_gathered = self._takes(layer, weight, quantizer)
+        return layer.is_gathered
+
+    def _takes(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> bool:
+        assert layer.tracked is not None
+        if not self._is_open or weight.device.type in _NOT_ON or not isinstance(quantizer, ElementwiseQuantizer):
+            return False
+        knows_scale = quantizer.only_needs_amax or quantizer.is_two_level
+        if not knows_scale or quantizer.scope is None or not layer.tracked.is_batchable:
+            return False
+        if layer.tracked.quantizer is not quantizer:
+            return False
+        if type(weight) is not Tensor or not weight.is_floating_point() or not weight.is_contiguous():
+            return False
+        if not kernels.is_small(weight.numel(), _group(quantizer, weight)):
+            return False
+        kind = _Kind(
+            type(quantizer),
+            quantizer.name,
+            quantizer.rounding(weight),
+            quantizer.format,
+            weight.dtype,
+            quantizer.code_dtype(weight),
+            weight.device,
+            quantizer.group,
+        )
+        if self._kinds.get(layer.name) != (kind, weight.shape):
+            self.release()
+            self._kinds[layer.name] = kind, weight.shape
+            self._apart.discard(layer.name)
+        return True
+
+    def encode(self, layers: Sequence[Layer]) -> None:
+        alone = [layer for layer in layers if layer.name in self._apart]
+        for heap in self._heaps_of([layer for layer in layers if layer.name not in self._apart], have_codes=False):
+            try:
+                heap.encode(self._scratch)
+            except Exception as error:
+                self._take_apart(heap, error)
+                alone += heap.layers
+            else:
+                for layer in heap.layers:
+                    assert layer.tracked is not None
+                    layer.encoded(layer.tracked.parameter)
+        self._alone.encode(alone)
+
+    def count(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
+        updates: dict[str, Tensor | None] = {}
+        together, alone = [], []
+        for layer in layers:
+            parameter = layer.tracked.parameter  # type: ignore[union-attr]
+            update = None
+            if self._with_updates:
+                # As in OneByOne, which says why.
+                update = gradients.get(layer.name) if parameter.grad is None else parameter.grad
+            goes_together = layer.name not in self._apart and _is_as_before(layer, parameter)
+            if goes_together and (update is None or _lies_beside(update, parameter)):
+                updates[layer.name] = update
+                together.append(layer)
+            else:
+                alone.append(layer)
+        for heap in self._heaps_of(together, have_codes=True):
+            try:
+                heap.count([updates[layer.name] for layer in heap.layers], self._scratch)
+            except Exception as error:
+                self._take_apart(heap, error)
+                alone += heap.layers
+            else:
+                for layer in heap.layers:
+                    _is_counted(layer)
+        if self._scratch.nbytes > _KEPT_BYTES:
+            # Between two steps the device needs its memory for other things.
+            self._scratch.clear()
+        self._alone.count(alone, gradients, valid)
+
+    def _heaps_of(self, layers: Sequence[Layer], *, have_codes: bool) -> list[_Heap]:
+        """Layers by kind, in as few heaps as can be; those of the last time, if they are the same."""
+        held = {id(layer) for heap in self.heaps for layer in heap.layers}
+        if held != {id(layer) for layer in layers} or not all(heap.is_whole for heap in self.heaps):
+            self.release()
+            self.heaps = list(self._gathered(layers, have_codes))
+        return self.heaps
+
+    def _gathered(self, layers: Sequence[Layer], have_codes: bool) -> Iterator[_Heap]:
+        kinds: dict[_Kind, list[Layer]] = {}
+        for layer in layers:
+            kinds.setdefault(self._kinds[layer.name][0], []).append(layer)
+        for kind, alike in kinds.items():
+            parameters = [layer.tracked.parameter for layer in alike if layer.tracked]
+            groups = [_group(_quantizer(layer), parameter) for layer, parameter in zip(alike, parameters, strict=True)]
+            for indices in kernels.pack([parameter.numel() for parameter in parameters], groups):
+                yield _Heap([alike[index] for index in indices], [groups[i] for i in indices], kind, have_codes)
+
+    def _take_apart(self, heap: _Heap, error: Exception) -> None:
+        """Count layers one by one from now on: what is wrong with one of them, each finds out by itself."""
+        logger.info("%d weights are counted one by one: %s: %s", len(heap.layers), type(error).__name__, error)
+        self._apart.update(layer.name for layer in heap.layers)
+
+
+class _Heap:
+    """Layers of one kind, whose codes lie end to end."""
+
+    def __init__(self, layers: Sequence[Layer], groups: Sequence[int], kind: _Kind, have_codes: bool) -> None:
+        self.layers = list(layers)
+        self._quantizer, self._dtype = _quantizer(layers[0]), kind.weight
+        shapes = [layer.tracked.parameter.shape for layer in layers]  # type: ignore[union-attr]
+        numels = [shape.numel() for shape in shapes]
+        width = kind.group if self._quantizer.is_two_level else None
+        self._layout = kernels.Layout(numels, groups, kind.device, width)
+        if have_codes:
+            self._codes = self._layout.gather([layer.codes for layer in layers])  # type: ignore[misc]
+        else:
+            self._codes = torch.empty(sum(numels), dtype=kind.codes, device=kind.device)
+        self._views = [part.view(shape) for part, shape in zip(torch.split(self._codes, numels), shapes, strict=True)]
+        self._scale_codes: Tensor | None = None
+        scales = [0] * len(layers)
+        if kind.group is not None:
+            scales = [numel // kind.group for numel in numels]
+            if have_codes:
+                self._scale_codes = self._layout.gather([layer.scale_codes for layer in layers])  # type: ignore[misc]
+        for layer, view in zip(layers, self._views, strict=True):
+            layer.codes = view
+        rows = [layer.row for layer in layers if layer.row is not None]
+        self._ledger = rows[0].ledger
+        self._rows = kernels.upload(torch.tensor([row.index for row in rows], device="cpu"), kind.device)
+        known = torch.zeros(len(layers), COLUMNS, dtype=torch.int64, device="cpu")
+        known[:, WEIGHT_STEPS] = torch.tensor(numels, device="cpu")
+        known[:, SCALE_STEPS] = torch.tensor(scales, device="cpu")
+        self._known = kernels.upload(known, kind.device)
+        self._scales = scales
+        if self._scale_codes is not None:
+            self._hand_out_scale_codes()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the layers still have their codes here."""
+        return all(layer.codes is view for layer, view in zip(self.layers, self._views, strict=True))
+
+    def encode(self, scratch: kernels.ScratchPool) -> None:
+        """Make the codes of the weights as they are now."""
+        scale = self._encode_into(self._codes, scratch)
+        if self._quantizer.group is None or scale is None:
+            for layer in self.layers:
+                layer.scale_codes = layer.scale = None
+        else:
+            self._scale_codes = self._quantizer.scale_codes(scale).flatten()
+            self._hand_out_scale_codes()
+
+    def count(self, updates: Sequence[Tensor | None], scratch: kernels.ScratchPool) -> None:
+        """Count a step, and keep the new codes. Nothing is changed before all is found."""
+        layout, codes = self._layout, self._codes
+        new = scratch.flat("new", codes.numel(), codes.dtype, codes.device)
+        scale = self._encode_into(new, scratch)
+        has_updates = any(update is not None for update in updates)
+        flags = scratch.flat("flags", 3 * codes.numel(), torch.bool, codes.device).view(3, -1)
+        flipped, updated, stalled = flags
+        torch.ne(new, codes, out=flipped)
+        if has_updates:
+            updated.copy_(layout.gather(self._filled_up(updates)))
+            torch.gt(updated, flipped, out=stalled)
+        new_scale_codes = has_changed = None
+        if self._scale_codes is not None:
+            assert scale is not None
+            new_scale_codes = self._quantizer.scale_codes(scale).flatten()
+            has_changed = new_scale_codes != self._scale_codes
+        rows = 3 if has_updates else 1
+        found = layout.sums(flags[:rows], has_changed)
+        step = self._ledger.step
+        step.index_add_(0, self._rows, self._known)
+        step[:, COUNTED][:, :rows].index_add_(0, self._rows, found[:rows].T)
+        codes.copy_(new)
+        if self._scale_codes is not None and new_scale_codes is not None:
+            step[:, SCALE_CHANGES].index_add_(0, self._rows, found[rows])
+            self._scale_codes.copy_(new_scale_codes)
+
+    def _encode_into(self, out: Tensor, scratch: kernels.ScratchPool) -> Tensor | None:
+        """Write the codes of now; the scales."""
+        layout, quantizer = self._layout, self._quantizer
+        chunks = layout.chunks(layout.gather([layer.tracked.parameter for layer in self.layers]))  # type: ignore[union-attr]
+        if quantizer.scope == "element":
+            quantizer.encode_into(chunks, None, layout.chunks(out), scratch)
+            return None
+        scales, magnitudes = layout.scales_of_chunks(), layout.magnitudes(chunks)
+        scale = layout.largest(magnitudes, scales)
+        if not quantizer.is_two_level:
+            scale = quantizer.scale_of(scale)
+        of_chunks = scale if scales is None else scale.index_select(0, scales)
+        if quantizer.is_two_level:
+            scale = of_chunks = quantizer.scale_of_groups(magnitudes, of_chunks)
+        quantizer.encode_into(chunks, of_chunks, layout.chunks(out), scratch)
+        return scale
+
+    def _filled_up(self, updates: Sequence[Tensor | None]) -> list[Tensor]:
+        """Zeros for a weight without an update."""
+        numels = self._layout.numels
+        missing = [numel for numel, update in zip(numels, updates, strict=True) if update is None]
+        zeros = self._codes.new_zeros(max(missing, default=0), dtype=self._dtype)
+        return [zeros[:numel] if update is None else update for numel, update in zip(numels, updates, strict=True)]
+
+    def _hand_out_scale_codes(self) -> None:
+        assert self._scale_codes is not None
+        group = self._quantizer.group
+        assert group is not None
+        for layer, view, part in zip(
+            self.layers, self._views, torch.split(self._scale_codes, self._scales), strict=True
+        ):
+            layer.scale_codes, layer.scale = part.view(*view.shape[:-1], view.shape[-1] // group, 1), None
+
+
+def _quantizer(layer: Layer) -> ElementwiseQuantizer:
+    assert layer.tracked is not None
+    quantizer = layer.tracked.quantizer
+    assert isinstance(quantizer, ElementwiseQuantizer)
+    return quantizer
+
+
+def _group(quantizer: ElementwiseQuantizer, weight: Tensor) -> int:
+    """How many neighbours share a scale; all, where there is none."""
+    if quantizer.scope == "group":
+        return quantizer.grouped(weight).shape[-1]
+    return weight.shape[-1] if quantizer.scope == "row" and weight.ndim else weight.numel()
+
+
+def _is_as_before(layer: Layer, parameter: Tensor) -> bool:
+    """Whether a weight can be read as when its codes were made, wherever it lies."""
+    stamp, codes = layer.stamp, layer.codes
+    assert codes is not None
+    return (
+        stamp is not None
+        and parameter.shape == stamp.shape
+        and parameter.dtype is stamp.dtype
+        and parameter.device == codes.device
+        and parameter.is_contiguous()
+    )
+
+
+def _lies_beside(update: Tensor, parameter: Tensor) -> bool:
+    return (
+        type(update) is Tensor
+        and update.layout is torch.strided
+        and update.shape == parameter.shape
+        and update.device == parameter.device
+    )
+
+
+def _is_counted(layer: Layer) -> None:
+    assert layer.tracked is not None
+    parameter, stamp = layer.tracked.parameter, layer.stamp
+    if stamp is not None and stamp.is_in_place(parameter):
+        layer.counted_in_place(stamp, parameter._version)
+    else:
+        layer.counted(parameter)

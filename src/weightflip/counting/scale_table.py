@@ -1,0 +1,114 @@
+"""Scales of blocks that are looked up: two calls of torch, where a format's own rule takes ten.
+
+A scale that is stored in a byte takes at most 256 values, and grows with the largest magnitude under it. So where each
+value begins says all that the rule does. The rule itself is asked for that, on the device, since devices divide and
+take logarithms in ways of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+_LAST = 0x7FFFFFFF
+# The bit patterns on both sides of a bound that are tried as well.
+_AROUND = 64
+
+
+class ScaleRule(Protocol):
+    """What is needed here of a quantizer."""
+
+    name: str
+
+    def scale_of(self, largest: Tensor) -> Tensor: ...
+
+    def applied_scale(self, scale: Tensor | None) -> Tensor | None: ...
+
+    def scale_codes(self, scale: Tensor) -> Tensor: ...
+
+
+class ScaleTable(NamedTuple):
+    """What a rule gives, by the bits of the largest magnitude.
+
+    Attributes:
+        bounds: int32, ascending: the first bit pattern of float32 from which on the stored scale is 1, 2, 3, ...
+        factors: float32: what weights are multiplied or divided by under a stored scale of 0, 1, 2, 3, ...
+    """
+
+    bounds: Tensor
+    factors: Tensor
+
+    def look_up(self, largest: Tensor) -> tuple[Tensor, Tensor]:
+        """What the weights are multiplied or divided by, and the scales as they are stored.
+
+        Args:
+            largest: Magnitudes, float32; NaN without a sign.
+
+        Returns:
+            float32 and int32, of their shape.
+        """
+        codes = torch.bucketize(largest.view(torch.int32), self.bounds, out_int32=True, right=True)
+        return self.factors.index_select(0, codes), codes
+
+
+_tables: dict[tuple[Any, ...], ScaleTable | None] = {}
+
+
+def table_of(quantizer: ScaleRule, rounding: object, dtype: torch.dtype, device: torch.device) -> ScaleTable | None:
+    """The table of a quantizer; None where it does not say exactly what the quantizer's rule does.
+
+    Made once for each kind, which waits for the device. Quantizers of one class, name and rounding have the same rule.
+
+    Args:
+        quantizer: One with a scale for each group.
+        rounding: What it does to weights.
+        dtype: Of the weights.
+        device: Where they are.
+    """
+    key = (type(quantizer), quantizer.name, rounding, dtype, device)
+    if key not in _tables:
+        try:
+            _tables[key] = _make(quantizer, dtype, device)
+        except Exception:
+            # The rule is asked in each step then, and what is wrong with it is found there.
+            _tables[key] = None
+    return _tables[key]
+
+
+def _make(quantizer: ScaleRule, dtype: torch.dtype, device: torch.device) -> ScaleTable | None:
+    def rule(bits: Tensor) -> tuple[Tensor | None, Tensor]:
+        scale = quantizer.scale_of(bits.to(torch.int32).view(torch.float32).to(dtype))
+        return quantizer.applied_scale(scale), quantizer.scale_codes(scale)
+
+    stored = rule(torch.zeros(1, dtype=torch.int32, device=device))[1].dtype
+    if stored not in (torch.int8, torch.uint8):
+        return None
+    wanted = torch.arange(1, torch.iinfo(stored).max + 1, device=device)
+    # All bounds at once, each halved in turn. The pattern after the last one is none that a number has.
+    low, high = torch.zeros_like(wanted), torch.full_like(wanted, _LAST)
+    for _ in range(31):
+        middle = (low + high) // 2
+        is_above = rule(middle)[1] >= wanted
+        low, high = torch.where(is_above, low, middle + 1), torch.where(is_above, middle, high)
+    factors, _ = rule(torch.cat([torch.zeros_like(high[:1]), high]))
+    if factors is None or factors.dtype is not torch.float32:
+        return None
+    table = ScaleTable(high.to(torch.int32), factors)
+    return table if _is_exact(table, rule) else None
+
+
+def _is_exact(table: ScaleTable, rule: Any) -> bool:
+    """Whether it says what the rule says: of all values of 16 bits, and around each bound."""
+    device = table.bounds.device
+    around = table.bounds.long().unsqueeze(1) + torch.arange(-_AROUND, _AROUND + 1, device=device)
+    bits = torch.cat([torch.arange(1 << 15, device=device) << 16, around.flatten().clamp(0, _LAST)])
+    factors, codes = rule(bits)
+    found_factors, found_codes = table.look_up(bits.to(torch.int32).view(torch.float32))
+    is_number = ~factors.isnan()
+    return (
+        torch.equal(found_codes, codes.to(torch.int32))
+        and torch.equal(found_factors.isnan(), ~is_number)
+        and torch.equal(found_factors[is_number], factors[is_number])
+    )

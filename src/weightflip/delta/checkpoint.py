@@ -1,0 +1,256 @@
+"""Checkpoints on the disk: which tensors there are, and in which files."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightflip.delta.bits import OF_TORCH
+from weightflip.delta.errors import DeltaError, extra
+from weightflip.delta.layout import File, Layout, one_file
+from weightflip.delta.mapped import MappedTensor, Mapping
+from weightflip.records import shown
+
+_INDEX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a path leads to.
+
+    Attributes:
+        path: As it was given.
+        tensors: By name, in the order of their bytes in the files.
+        layout: Files that hold these tensors: its own, or one for a checkpoint of torch.save.
+    """
+
+    path: Path
+    tensors: dict[str, MappedTensor]
+    layout: Layout
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file is one of its own."""
+        files = [self.path / file.name for file in self.layout.files] if self.path.is_dir() else [self.path]
+        return path.exists() and any(file.exists() and file.samefile(path) for file in files)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Find the tensors of a checkpoint; none of them is read.
+
+    Args:
+        path: A safetensors file, a directory with an index or with one such file, an index, or a file of torch.save.
+
+    Raises:
+        DeltaError: None of these, or damaged.
+    """
+    given = Path(path)
+    if given.is_dir():
+        return _directory(given)
+    if not given.is_file():
+        raise DeltaError(f"{shown(str(given))} is not there; expected a checkpoint: {_EXPECTED}")
+    if given.name.endswith(_INDEX):
+        return _sharded(given)
+    if given.suffix == ".safetensors":
+        return _single(given)
+    if zipfile.is_zipfile(given):
+        return _of_torch(given)
+    raise DeltaError(
+        f"{shown(str(given))} is none of the checkpoints that can be read: {_EXPECTED}. A file that torch.save wrote "
+        "before torch 1.6, or with _use_new_zipfile_serialization=False, has to be loaded and saved again"
+    )
+
+
+_EXPECTED = (
+    "a .safetensors file, a directory with model.safetensors.index.json or with one .safetensors file, or a file of "
+    "torch.save"
+)
+
+
+def read_header(path: Path) -> File:
+    """The header of a safetensors file, which safetensors itself has checked.
+
+    Raises:
+        DeltaError: No such file, or it is damaged.
+    """
+    safetensors = extra("safetensors", "a .safetensors file")
+    try:
+        with safetensors.safe_open(path, framework="numpy"), open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            return File(path.name, file.read(length))
+    except safetensors.SafetensorError as error:
+        raise DeltaError(
+            f"{shown(str(path))} is not a whole safetensors file ({shown(str(error))}): it was cut short or altered, "
+            "or is something else; write or copy it again"
+        ) from error
+
+
+# ---------------------------------------------------------------------- safetensors
+
+
+def _single(path: Path) -> Checkpoint:
+    file = read_header(path)
+    return Checkpoint(path, {tensor.name: tensor for tensor in _mapped(path, file)}, Layout((file,), None))
+
+
+def _mapped(path: Path, file: File) -> Iterator[MappedTensor]:
+    mapping, base = Mapping(path), len(file.prefix)
+    for entry in file.entries():
+        yield MappedTensor(entry.name, entry.dtype, entry.shape, mapping, base + entry.begin)
+
+
+def _directory(path: Path) -> Checkpoint:
+    indices = sorted(path.glob(f"*{_INDEX}"))
+    files = sorted(path.glob("*.safetensors"))
+    if len(indices) == 1:
+        return _sharded(indices[0])
+    if not indices and len(files) == 1:
+        return _single(files[0])
+    found = [each.name for each in indices or files]
+    raise DeltaError(
+        f"{shown(str(path))} is a directory with {_few(found) or 'no .safetensors files'}; expected one index "
+        f"(model{_INDEX}), or one .safetensors file without an index. Name the file or the index itself"
+    )
+
+
+def _sharded(index: Path) -> Checkpoint:
+    weight_map, text = _read_index(index)
+    files, tensors = [], {}
+    for name in sorted(set(weight_map.values())):
+        path = index.parent / name
+        if not is_plain_name(name) or not path.is_file():
+            raise DeltaError(
+                f"{shown(str(index))} names the file {shown(name)!r}, which is not in its directory; copy all shards"
+            )
+        file = read_header(path)
+        files.append(file)
+        for tensor in _mapped(path, file):
+            if weight_map.pop(tensor.name, None) != name:
+                raise DeltaError(
+                    f"tensor {shown(tensor.name)!r} is in {shown(name)}, and {shown(str(index))} does not say so: the "
+                    "index and its files are of two checkpoints; save them again"
+                )
+            tensors[tensor.name] = tensor
+    if weight_map:
+        lost, name = next(iter(weight_map.items()))
+        raise DeltaError(
+            f"{shown(str(index))} has tensor {shown(lost)!r} in {shown(name)}, and it is not there; copy all shards "
+            "again, or save them again"
+        )
+    return Checkpoint(index.parent, tensors, Layout(tuple(files), (index.name, text)))
+
+
+def _read_index(index: Path) -> tuple[dict[str, str], str]:
+    try:
+        text = index.read_bytes().decode()
+        weight_map = dict(json.loads(text)["weight_map"])
+        if all(isinstance(name, str) for name in weight_map.values()):
+            return weight_map, text
+        reason = "a file name is no text"
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise DeltaError(
+        f"{shown(str(index))} is no index of a sharded checkpoint: expected JSON with a weight_map from tensors to "
+        f"files ({shown(reason)})"
+    )
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name stays in the directory that it is looked for in."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0", ":"}
+
+
+def _few(names: list[str]) -> str:
+    return shown(", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
+
+
+# ---------------------------------------------------------------------- torch.save
+
+
+def _of_torch(path: Path) -> Checkpoint:
+    mapping = Mapping(path)
+    tensors: dict[str, MappedTensor] = {}
+    places: dict[tuple[object, ...], str] = {}
+    for name, tensor in _leaves(_load(path), ()):
+        if name in tensors:
+            raise DeltaError(f"{shown(str(path))} has two tensors that are called {shown(name)!r}; rename one")
+        if name == "__metadata__":
+            raise DeltaError(f"{shown(str(path))} has a tensor called {name!r}, which safetensors keeps; rename it")
+        begin, nbytes, dtype, shape, strides = _place(path, name, tensor)
+        if begin + nbytes > mapping.nbytes:
+            raise DeltaError(f"{shown(str(path))} ends before tensor {shown(name)!r} does; copy or save it again")
+        place = (begin, dtype, shape, strides)
+        first = places.setdefault(place, name) if nbytes else name
+        same_as = None if first == name else first
+        tensors[name] = MappedTensor(name, dtype, shape, mapping, begin, strides, same_as)
+    return Checkpoint(path, tensors, one_file((each.name, each.dtype, each.shape) for each in tensors.values()))
+
+
+def _load(path: Path) -> Any:
+    """What was saved, with tensors that only know where their memory lies in the file."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with zipfile.ZipFile(path) as archive:
+        orders = [archive.read(each) for each in archive.namelist() if each.endswith("/byteorder")]
+    if orders != [b"little"]:
+        raise DeltaError(f"{shown(str(path))} is not in little-endian order; save it on a machine that is")
+    try:
+        with FakeTensorMode():
+            return torch.load(path, weights_only=True, map_location="cpu")
+    # What pickle and torch raise on files that are damaged is of many types.
+    except Exception as error:
+        raise DeltaError(
+            f"{shown(str(path))} does not load with torch.load(weights_only=True): expected tensors in dictionaries "
+            f"and lists, such as model.state_dict(); save those alone. torch says: {shown(_reason(error))}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without what torch says of ways around it."""
+    text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0]
+
+
+def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in nested containers, under the keys that lead to them."""
+    if isinstance(value, Tensor):
+        yield ".".join(path) or "tensor", value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, (*path, str(key)))
+    elif isinstance(value, (list, tuple)):
+        for at, inner in enumerate(value):
+            yield from _leaves(inner, (*path, str(at)))
+
+
+def _place(path: Path, name: str, tensor: Tensor) -> tuple[int, int, str, tuple[int, ...], tuple[int, ...] | None]:
+    """Where in the file a tensor begins and how far it goes, its dtype, shape, and strides in bytes."""
+    dtype = OF_TORCH.get(tensor.dtype)
+    kind = f"of {tensor.dtype}" if tensor.layout is torch.strided else f"of layout {tensor.layout}"
+    is_plain = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    if dtype is None or not is_plain:
+        raise DeltaError(
+            f"tensor {shown(name)!r} of {shown(str(path))} is {kind if is_plain else kind + ', and a view'}, which a "
+            f"delta cannot hold; expected dense tensors of {', '.join(OF_TORCH.values())}. Save it as one of these, or "
+            "leave it out"
+        )
+    storage = tensor.untyped_storage()
+    # Documented in torch's notes on serialization: where the bytes of a storage begin in the file.
+    offset: int | None = storage._checkpoint_offset
+    width = tensor.element_size()
+    shape, strides = tuple(tensor.shape), tuple(stride * width for stride in tensor.stride())
+    if not tensor.numel():
+        return 0, 0, dtype, shape, None
+    first = int(tensor.storage_offset()) * width
+    nbytes = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + width
+    if offset is None or first + nbytes > storage.nbytes():
+        raise DeltaError(f"tensor {shown(name)!r} of {shown(str(path))} reaches beyond its memory; save it again")
+    return offset + first, nbytes, dtype, shape, None if tensor.is_contiguous() else strides

@@ -1,0 +1,135 @@
+"""How a weight lies on several processes."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor
+
+from weightflip.distributed import groups
+from weightflip.distributed.tensors import is_dtensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a sharded weight lies on processes, seen from this one.
+
+    Attributes:
+        shape: Of the whole weight.
+        ranks: The processes that hold it, ascending.
+        device_type: Where these processes talk to each other.
+        is_first_copy: Whether this process holds a first copy, of a weight that is also replicated.
+        shard: The number of this process's shard, from 0; None where it is none of ``ranks``.
+        shards: How many there are.
+        offsets: Where the shard begins in each dimension; None where it is no block of the weight.
+        borders: In the last dimension, where shards begin and end; None where that is not known.
+        is_partial: Whether the processes hold summands instead of parts.
+        row_borders: As ``borders``, in the last dimension but one.
+    """
+
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    device_type: str
+    is_first_copy: bool
+    shard: int | None
+    shards: int
+    offsets: tuple[int, ...] | None
+    borders: frozenset[int] | None
+    is_partial: bool
+    row_borders: frozenset[int] | None = None
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether parts of one row lie on different processes."""
+        return self.borders is None or len(self.borders) > 2
+
+    def cuts_groups(self, group: int) -> bool:
+        """Whether parts of one group of neighbours in the last dimension do."""
+        return self.borders is None or (self.cuts_rows and any(border % group for border in self.borders))
+
+    def cuts_blocks(self, rows: int, columns: int) -> tuple[bool, bool]:
+        """Whether parts of one block do: cut between its rows, and between its columns. The last may be smaller."""
+
+        def cuts(borders: frozenset[int] | None, size: int) -> bool:
+            return borders is None or any(border % size for border in borders if border != max(borders))
+
+        return rows > 1 and len(self.shape) > 1 and cuts(self.row_borders, rows), cuts(self.borders, columns)
+
+
+def layout(parameter: Tensor) -> Layout | None:
+    """How a weight lies on processes; None where each holds all of it, and no process has to ask another."""
+    if not is_dtensor(parameter):
+        return None
+    tensor = cast(Any, parameter)
+    mesh, key = tensor.device_mesh, (tuple(tensor.shape), tuple(tensor.placements))
+    known = _layouts.setdefault(mesh, {})
+    if key not in known:
+        known[key] = _layout(key[0], mesh, key[1])
+    found = known[key]
+    if found is not None and found.shard is not None and mesh.ndim == 1 and groups.is_available():
+        groups.adopt_group_of(mesh, (found.device_type, found.ranks))
+    return found
+
+
+def first_row(parameter: Tensor) -> int:
+    """Where this process's shard begins in the last dimension but one; 0 where that is not known."""
+    lies = layout(parameter)
+    return 0 if lies is None or lies.offsets is None or len(lies.offsets) < 2 else lies.offsets[-2]
+
+
+# Of meshes that are in use.
+_layouts: weakref.WeakKeyDictionary[Any, dict[Any, Layout | None]] = weakref.WeakKeyDictionary()
+
+
+def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Layout | None:
+    is_partial = any(placement.is_partial() for placement in placements)
+    # _StridedShard is no Shard in every version of torch; both have a dimension.
+    split = {i: placement for i, placement in enumerate(placements) if getattr(placement, "dim", None) is not None}
+    if not split and not is_partial:
+        return None
+    found = mesh.get_coordinate()
+    coordinate = [0] * mesh.ndim if found is None else found
+    shard, shards, strided = 0, 1, False
+    for i, placement in split.items():
+        shard, shards = shard * mesh.size(i) + coordinate[i], shards * mesh.size(i)
+        strided = strided or hasattr(placement, "split_factor")
+    offsets: list[int] = [0] * len(shape)
+    sizes = list(shape)
+    borders: list[frozenset[int] | None] = [frozenset({0, size}) for size in shape] or [frozenset({0})]
+    for i, placement in split.items():
+        dim = placement.dim % len(shape)
+        if strided:
+            borders[dim] = None
+            continue
+        if (known := borders[dim]) is not None:
+            borders[dim] = frozenset(cut(set(known), mesh.size(i)))
+        chunk = -(-sizes[dim] // mesh.size(i)) if sizes[dim] else 0
+        start = min(chunk * coordinate[i], sizes[dim])
+        offsets[dim] += start
+        sizes[dim] = min(chunk, sizes[dim] - start)
+    ranks = tuple(sorted(int(rank) for rank in mesh.mesh.flatten().tolist()))
+    return Layout(
+        shape=shape,
+        ranks=ranks,
+        device_type=mesh.device_type,
+        is_first_copy=not any(coordinate[i] for i in range(mesh.ndim) if i not in split),
+        shard=None if found is None else shard,
+        shards=shards,
+        offsets=None if strided else tuple(offsets),
+        borders=borders[-1],
+        is_partial=is_partial,
+        row_borders=borders[-2] if len(shape) > 1 else None,
+    )
+
+
+def cut(borders: set[int], parts: int) -> set[int]:
+    """Each piece between two borders in ``parts`` chunks, as torch.chunk makes them."""
+    ordered = sorted(borders)
+    found = set(ordered)
+    for start, stop in itertools.pairwise(ordered):
+        chunk = -(-(stop - start) // parts)
+        found.update(range(start, stop, chunk))
+    return found

@@ -1,0 +1,47 @@
+"""Layers whose updates reach their codes far less often than those of the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from weightflip.report.findings.base import POINTS, Finding, Severity, late_part
+from weightflip.report.findings.words import named, percent
+from weightflip.report.run import Layer, Run
+
+# A layer whose updates reach its codes this many times less often than those of the other layers.
+_BEHIND = 20.0
+
+
+def find_behind(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
+    """Layers whose updates reach their codes far less often than those of the others in the same format."""
+    if len(run.steps) < POINTS:
+        return
+    for variant, grid in dict.fromkeys((layer.variant, layer.grid) for layer in layers):
+        moved = {
+            layer.name: 1 - stalls.summary
+            for layer in layers
+            if (layer.variant, layer.grid) == (variant, grid) and len(stalls := late_part(run, layer, "stall_ratio"))
+        }
+        others = {
+            name: float(np.median([share for other, share in moved.items() if other != name]))
+            for name in (moved if len(moved) > 1 else ())
+        }
+        hit = {name: moved[name] for name, middle in others.items() if 0 < moved[name] < middle / _BEHIND}
+        if not hit:
+            continue
+        name, share = min(hit.items(), key=lambda item: item[1])
+        ever = late_part(run, run.layers[name], "ever_flipped").summary
+        excess = late_part(run, run.layers[name], "flip_excess").summary
+        clauses = "" if math.isnan(ever) else f"; {percent(ever)} of its weights have flipped since the start"
+        cause = "Look at its gradients, its learning rate and its scale"
+        if 0.5 <= excess <= 2:
+            cause = f"Its steps are small (flip excess {excess:.2f}): look at its learning rate and its gradients"
+        text = (
+            f"{named(list(hit), len(run.layers))} {'stands' if len(hit) == 1 else 'stand'} nearly still: in the last "
+            f"quarter {percent(share)} of the updates of {name} changed a code, {percent(others[name])} in the other "
+            f"layers{clauses}. {cause}"
+        )
+        yield Finding(Severity.WARNING, "nearly still", text, (run.name,), tuple(hit))

@@ -1,0 +1,209 @@
+"""How several runs differ."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from weightflip.report.findings.base import Finding, Severity
+from weightflip.report.findings.lost import severity_of
+from weightflip.report.findings.words import formats_of, percent
+from weightflip.report.run import Layer, Run, sums
+
+# Below these differences two runs are called alike.
+_ALIKE, _ALIKE_FACTOR = 0.05, 2.0
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The weights that two runs share, each as one quantizer sees them, up to the step that both have reached."""
+
+    names: tuple[str, str]
+    layers: tuple[tuple[Layer, ...], tuple[Layer, ...]]
+    end: int
+
+    @property
+    def both_stored(self) -> bool:
+        return all(layer.is_stored and layer.dtype for side in self.layers for layer in side)
+
+    @property
+    def same_grid(self) -> bool:
+        return all(a.grid == b.grid and a.grid for a, b in zip(*self.layers, strict=True))
+
+    @property
+    def same_storage(self) -> bool:
+        return all(a.dtype == b.dtype for a, b in zip(*self.layers, strict=True))
+
+    def shares(self, value: str) -> tuple[float, float]:
+        a, b = (sums(side).get(value, None) for side in self.layers)
+        nothing = math.nan
+        return (
+            a.part(-1, self.end).summary if a is not None else nothing,
+            b.part(-1, self.end).summary if b is not None else nothing,
+        )
+
+    @property
+    def value(self) -> str:
+        """What is compared."""
+        return "stall_ratio" if not any(map(math.isnan, self.shares("stall_ratio"))) else "flip_rate"
+
+    @property
+    def difference(self) -> float:
+        """For the choice of the biggest one."""
+        return abs(_gap(*self.shares(self.value)))
+
+    @property
+    def is_alike(self) -> bool:
+        a, b = self.shares(self.value)
+        low, high = sorted((a, b))
+        return high - low < _ALIKE and not (
+            high - low >= 0.001 and (high >= _ALIKE_FACTOR * low or 1 - low >= _ALIKE_FACTOR * (1 - high))
+        )
+
+    def format(self, side: int) -> str:
+        return formats_of(self.layers[side])
+
+
+def _pairs(a: Run, b: Run) -> list[_Pair]:
+    pairs = []
+    for one, other in itertools.product(a.models, b.models):
+        mine = {layer.weight: layer for layer in a.layers.values() if layer.variant == one}
+        theirs = {layer.weight: layer for layer in b.layers.values() if layer.variant == other}
+        common = [
+            name
+            for name in mine
+            if name in theirs
+            and not len(mine[name].get("nonfinite_weights"))
+            and not len(theirs[name].get("nonfinite_weights"))
+        ]
+        if common:
+            layers = (tuple(mine[name] for name in common), tuple(theirs[name] for name in common))
+            pairs.append(_Pair((a.name, b.name), layers, min(a.end, b.end)))
+    return pairs
+
+
+def compare(runs: Sequence[Run]) -> list[Finding]:
+    """The biggest difference between two of several runs, like with like.
+
+    Alike are the same weights seen in the same format, or each as its own stored bits: there a stalled update is one
+    that left the weight as it was, whatever its dtype. Other formats have other distances between their codes: such
+    runs are named, and not compared.
+    """
+    found: list[Finding] = []
+    comparable: list[_Pair] = []
+    unlike: list[_Pair] = []
+    strangers: list[tuple[str, str]] = []
+    for a, b in itertools.combinations(runs, 2):
+        pairs = _pairs(a, b)
+        # Stored bits of different dtypes first: what is lost and what is not is the biggest thing to say.
+        good = sorted(
+            (pair for pair in pairs if pair.both_stored or pair.same_grid),
+            key=lambda pair: (not (pair.both_stored and not pair.same_storage), not pair.same_grid, -pair.difference),
+        )
+        if good:
+            comparable.append(good[0])
+        elif pairs:
+            unlike.append(pairs[0])
+        else:
+            strangers.append((a.name, b.name))
+    comparable = [pair for pair in comparable if not any(map(math.isnan, pair.shares(pair.value)))]
+    if comparable:
+        found.append(_difference(max(comparable, key=lambda pair: pair.difference), len(comparable)))
+    if unlike:
+        pair = unlike[0]
+        (a_name, b_name), more = pair.names, len(unlike) - 1
+        keeps = [f"{name} as {pair.format(side)}" for side, name in enumerate((a_name, b_name))]
+        text = (
+            f"{a_name} and {b_name} are seen in different formats, {' and '.join(keeps)}: their rates are not compared"
+            + (f" (nor are those of {more} more pairs of runs)" if more else "")
+            + '. Track both with the same quantizer=, or with quantizer="native" to compare what is stored'
+        )
+        found.append(Finding(Severity.INFO, "not compared", text, pair.names))
+    if strangers and not comparable and not unlike:
+        text = "The runs have no healthy layer in common: each is reported by itself"
+        found.append(Finding(Severity.INFO, "not compared", text, strangers[0]))
+    return found
+
+
+def _difference(pair: _Pair, pairs: int) -> Finding:
+    """The sentence about two runs, the biggest difference of so many pairs."""
+    a, b = pair.shares(pair.value)
+    until = f"up to step {pair.end:,}"
+    among = f", the biggest difference among {pairs} pairs of runs" if pairs > 1 else ""
+    if pair.is_alike:
+        what = "of the updates change no code" if pair.value == "stall_ratio" else "of the weights flip in a step"
+        text = (
+            f"{pair.names[0]} and {pair.names[1]} differ little{among}: {percent(a)} and {percent(b)} {what} "
+            f"({pair.format(0)}, {until})"
+        )
+        return Finding(Severity.INFO, "comparison", text, pair.names)
+    low, high = (0, 1) if a <= b else (1, 0)
+    severity = Severity.NOTE
+    if pair.value == "flip_rate":
+        text = _of_flips(pair, low, high, until + among)
+    elif pair.both_stored and not pair.same_grid:
+        text = _of_stored(pair, low, high, until + among)
+        stalls = sums(pair.layers[high])["stall_ratio"].part(-1, pair.end)
+        severity = max(severity, severity_of(stalls, 0.75 * pair.end))
+    else:
+        text = _of_stalls(pair, low, high, until + among)
+    return Finding(severity, "comparison", text, pair.names)
+
+
+def _of_flips(pair: _Pair, low: int, high: int, when: str) -> str:
+    shares, names = pair.shares("flip_rate"), pair.names
+    return (
+        f"In a step {percent(shares[high])} of the weights of {names[high]} flip, {percent(shares[low])} of those "
+        f"of {names[low]} ({pair.format(high)}, {when})"
+    )
+
+
+def _of_stored(pair: _Pair, low: int, high: int, when: str) -> str:
+    shares, names = pair.shares("stall_ratio"), pair.names
+    dtypes = [" and ".join(dict.fromkeys(layer.dtype for layer in side)) for side in pair.layers]
+    return (
+        f"In {names[high]} (stored {dtypes[high]} weights) {percent(shares[high])} of the updates left the stored "
+        f"weight as it was, in {names[low]} (stored {dtypes[low]} weights) {percent(shares[low])}: steps below "
+        f"half the distance of two {dtypes[high]} numbers are rounded away ({when}){_most(pair, high)}"
+    )
+
+
+def _of_stalls(pair: _Pair, low: int, high: int, when: str) -> str:
+    shares, names = pair.shares("stall_ratio"), pair.names
+    text = (
+        f"In {names[high]} {percent(shares[high])} of the updates changed no code, in {names[low]} "
+        f"{percent(shares[low])} (both seen in {pair.layers[0][0].grid}, {when})"
+    )
+    keeps = [all(not layer.is_stored for layer in side) for side in pair.layers]
+    stores = [all(layer.is_stored for layer in side) for side in pair.layers]
+    for side in (0, 1):
+        if keeps[side] and stores[1 - side]:
+            dtype = " and ".join(dict.fromkeys(layer.dtype for layer in pair.layers[side] if layer.dtype)) or "finer"
+            text += (
+                f": {names[side]} keeps such updates in its {dtype} weights, where they add up, {names[1 - side]} "
+                "stores no finer copy and loses them"
+            )
+    return text + _most(pair, high)
+
+
+def _gap(a: float, b: float) -> float:
+    """How far a share is above another; near 1 a factor of what is left counts, too."""
+    return a - b + 0.05 * math.log(max(1 - b, 1e-6) / max(1 - a, 1e-6))
+
+
+def _most(pair: _Pair, high: int) -> str:
+    """The layer with the biggest difference, where it is far from that of all layers."""
+    overall = pair.shares("stall_ratio")
+    gaps = []
+    for mine, theirs in zip(pair.layers[high], pair.layers[1 - high], strict=True):
+        a, b = (layer.get("stall_ratio").part(-1, pair.end).summary for layer in (mine, theirs))
+        if not math.isnan(a - b):
+            gaps.append((_gap(a, b), mine.weight, a, b))
+    if len(gaps) < 2:
+        return ""
+    gap, name, a, b = max(gaps)
+    if gap < _gap(overall[high], overall[1 - high]) + 0.1:
+        return ""
+    return f"; most in {name}, {percent(a)} against {percent(b)}"

@@ -1,0 +1,45 @@
+"""Layers without a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from weightflip.report.findings.base import Finding, Severity, counts_stalls, late_part
+from weightflip.report.findings.words import named
+from weightflip.report.run import Layer, Run
+
+
+def find_dead(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
+    """Layers without a gradient."""
+    if "stalls" not in run.info.settings.get("metrics", "stalls"):
+        return
+    late = [layer for layer in layers if len(late_part(run, layer, "flip_rate"))]
+    silent = [layer for layer in late if not len(late_part(run, layer, "stall_ratio"))]
+    if not silent:
+        return
+    of = len(run.layers)
+    if len(silent) == len(late) and not counts_stalls(run):
+        text = (
+            "No gradient was there at the end of any step, so there is no stall ratio. Something zeroes or frees the "
+            "gradients within step()"
+        )
+        if any(late_part(run, layer, "flip_rate").numerators.any() for layer in late):
+            yield Finding(Severity.INFO, "no gradients", text, (run.name,))
+            return
+    for moves in (False, True):
+        hit = [layer for layer in silent if bool(late_part(run, layer, "flip_rate").numerators.any()) is moves]
+        if not hit:
+            continue
+        names = tuple(layer.name for layer in hit)
+        last = max(int(steps[-1]) if len(steps := layer.get("stall_ratio").steps) else 0 for layer in hit)
+        since = f"since step {last:,}" if last else "in the whole run"
+        if moves:
+            severity = Severity.NOTE
+            text = f"No gradient for {named(names, of)} {since}, yet weights change: weight decay or momentum alone"
+        else:
+            severity = Severity.WARNING
+            text = (
+                f"Dead: no gradient for {named(names, of)} {since}, and no weight changed. Is it used in the forward "
+                "pass, not detached, and not behind units that are always 0?"
+            )
+        yield Finding(severity, "dead", text, (run.name,), names, last or None)

@@ -1,0 +1,114 @@
+"""The page's text: findings, and tables of runs and layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from weightflip.records import Value, shown_as
+from weightflip.report.findings import Finding, Severity
+from weightflip.report.html.markup import escape, table, td
+from weightflip.report.many import overview_of
+from weightflip.report.run import Layer, Run, Series
+from weightflip.report.table import ALWAYS, cell, columns, concerns, formats, model_series, ranked
+
+WORDS = {Severity.SERIOUS: "serious", Severity.WARNING: "warning", Severity.NOTE: "note", Severity.INFO: "info"}
+
+
+def list_of_findings(runs: Sequence[Run], findings: Sequence[Finding]) -> str:
+    """The findings, each with a coloured word for how much it matters."""
+    rows = []
+    for finding in findings:
+        whose = f"<b>{escape(finding.runs[0])}:</b> " if len(runs) > 1 and len(finding.runs) == 1 else ""
+        word = WORDS[finding.severity]
+        rows.append(
+            f'<li><span class="tag {word}">{word}</span><span class=text>{whose}{escape(finding.text)}.</span></li>'
+        )
+    return f"<ul class=findings>{''.join(rows)}</ul>"
+
+
+def _number(value: Value, series: Series, late: float) -> str:
+    text = cell(value, series, late)
+    if value.unit != "share" or not text:
+        return td(text)
+    share = min(1.0, max(0.0, series.part(late).summary))
+    return f'<td class="bar" style="--share: {100 * share:.1f}%">{escape(text)}</td>'
+
+
+def table_of_runs(runs: Sequence[Run]) -> str:
+    """The runs, or the formats of each, with the numbers of all layers together."""
+    head = [("run", True), ("steps", False), ("layers", False), ("weights", False), ("format", True)]
+    head += [("optimizer", True), ("flip rate", False), ("stall ratio", False)]
+    rows = []
+    for run in runs:
+        for variant in run.models:
+            layers = [layer for layer in run.layers.values() if layer.variant == variant]
+            rows.append(
+                [
+                    td(run.name, "left name"),
+                    td(f"{run.end:,}"),
+                    td(f"{len(layers):,}"),
+                    td(f"{sum(layer.weights for layer in layers):,}"),
+                    td(variant or formats(run), "left"),
+                    td(run.info.settings.get("optimizer", ""), "left"),
+                    *(
+                        _number(value, model_series(run, variant, value.name), run.late)
+                        for value in shown_as(ALWAYS, ())
+                    ),
+                ]
+            )
+    notes = "".join(f"<p class=soft>{escape(run.name)}: {escape(note)}.</p>" for run in runs for note in run.notes)
+    late = "<p class=soft>Rates are means of the last quarter of a run.</p>"
+    return table(head, rows) + late + notes
+
+
+def table_of_layers(run: Run, findings: Sequence[Finding], titled: bool) -> str:
+    """The layers of a run, the worst first; of many, blocks and those that stand out first, and all to be opened."""
+    every = _table(run, findings, "layer", ranked(run, findings))
+    overview = overview_of(run, findings)
+    if overview is not None:
+        tables = [_table(run, findings, "block", overview.blocks, overview.members)]
+        if overview.layers:
+            tables.append(_table(run, findings, "layers that stand out", overview.layers))
+        every = f"<details><summary>All {len(run.layers):,} layers, the worst first</summary>{every}</details>"
+        every = "".join([*tables, every])
+    title = f"<h3>{escape(run.name)}</h3>" if titled else ""
+    late = f"<p class=soft>Means of steps {max(0, int(run.late)):,} to {run.end:,}; shares of weights at the end.</p>"
+    return title + late + every
+
+
+def _table(
+    run: Run,
+    findings: Sequence[Finding],
+    what: str,
+    layers: Sequence[Layer],
+    members: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    values = columns([run], run.layers.values())
+    head = [(what, True), ("weights", False), ("format", True), *((value.title, False) for value in values)]
+    rows = []
+    for layer in layers:
+        names = (members or {}).get(layer.name, [layer.name])
+        worst = max(
+            (finding.severity for finding in findings if any(concerns(finding, run, name) for name in names)),
+            default=None,
+        )
+        dot = f'<i class="dot {WORDS[worst] if worst else ""}"></i>'
+        rows.append(
+            [
+                f'<td class="left name">{dot}{escape(layer.name)}</td>',
+                td(f"{layer.weights:,}" if layer.weights else ""),
+                td(layer.quantizer, "left"),
+                *(_number(value, layer.get(value.name), run.late) for value in values),
+            ]
+        )
+    return table(head, rows)
+
+
+def meanings(runs: Sequence[Run]) -> str:
+    """What the numbers of the tables are."""
+    rows = [
+        f"<dt>{escape(value.title)}</dt><dd>{escape(value.description)}</dd>"
+        for value in columns(runs, [layer for run in runs for layer in run.layers.values()])
+        if value.description
+    ]
+    return f"<dl>{''.join(rows)}</dl>"

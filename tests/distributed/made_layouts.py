@@ -1,0 +1,20 @@
+"""Layouts as they could be, without processes."""
+
+from __future__ import annotations
+
+from weightflip.distributed import Layout
+
+
+def layout(shape=(8, 64), **given) -> Layout:
+    usual = {
+        "shape": shape,
+        "ranks": (0, 1),
+        "device_type": "cpu",
+        "is_first_copy": True,
+        "shard": 0,
+        "shards": 2,
+        "offsets": (0, 0),
+        "borders": frozenset({0, 64}),
+        "is_partial": False,
+    }
+    return Layout(**{**usual, **given})

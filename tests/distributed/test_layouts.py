@@ -1,0 +1,25 @@
+"""How a weight lies on several processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from weightflip.distributed.layouts import cut, layout
+
+
+def test_a_weight_that_is_all_here_has_none():
+    assert layout(torch.nn.Parameter(torch.ones(2, 2))) is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8, 9, 64, 100])
+@pytest.mark.parametrize("parts", [(2,), (4,), (2, 2), (3, 5)])
+def test_borders_are_those_of_chunk(size, parts):
+    pieces = [torch.arange(size)]
+    for n in parts:
+        pieces = [chunk for piece in pieces for chunk in piece.chunk(n)]
+    expected = {0, size} | {int(piece[0]) for piece in pieces if len(piece)}
+    borders = {0, size}
+    for n in parts:
+        borders = cut(borders, n)
+    assert borders == expected

@@ -1,0 +1,17 @@
+"""Whether there are other processes, and the process groups to talk to them in."""
+
+from __future__ import annotations
+
+import pytest
+
+from weightflip.distributed.groups import group_of, is_available, is_writer
+
+
+def test_without_processes_there_is_one_that_writes():
+    assert not is_available()
+    assert is_writer()
+
+
+def test_without_processes_there_is_no_group():
+    with pytest.raises(RuntimeError, match=r"there is no process group to add them up; call close\(\) before"):
+        group_of(("cpu", (0, 1)))

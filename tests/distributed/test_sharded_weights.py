@@ -1,0 +1,75 @@
+"""The sharded weights of one optimizer: in a process group of one process, which has all of the shards."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from weightflip.distributed.shards import ShardedWeights
+from weightflip.quantizers import adapt, resolve
+from weightflip.quantizers.adapt import quantizer_name
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def weight(mesh, placement=Shard(0)):  # noqa: B008
+    return nn.Parameter(distribute_tensor(torch.ones(8, 64), mesh, [placement]))
+
+
+def follow(weights: ShardedWeights, *tracked, compare=False) -> bool:
+    return weights.follow(tracked, quantizer_name, compare=compare, is_lost=False)
+
+
+def test_what_lies_whole_on_each_process_is_none(mesh):
+    weights = ShardedWeights()
+    quantizer = adapt(resolve("float8_e4m3"))
+    plain, replicated = nn.Parameter(torch.ones(8, 64)), weight(mesh, Replicate())
+    assert not follow(weights, ("plain", plain, quantizer), ("replicated", replicated, quantizer))
+    assert not weights
+    assert weights.teams == []
+    assert weights.tables == []
+
+
+def test_weights_are_compared_when_they_become_others(mesh):
+    weights, first, second = ShardedWeights(), weight(mesh), weight(mesh)
+    scaled, cast = adapt(resolve("float8_e4m3")), adapt(resolve("bfloat16"))
+    assert follow(weights, ("first", first, scaled))
+    assert not follow(weights, ("first", first, scaled))
+    assert follow(weights, ("first", first, scaled), compare=True)
+    assert follow(weights, ("first", first, scaled), ("second", second, cast))
+    assert list(weights) == ["first", "second"]
+    # Of a cast nothing has to be known of the whole weight.
+    assert [names for _, names in weights.tables] == [["first"]]
+    ((team, members),) = weights.teams
+    assert team == ((0,), "cpu")
+    assert [member.weights for member in members] == [8 * 64, 8 * 64]
+
+
+def test_one_that_is_not_tracked_any_more_stays_in_the_sums(mesh):
+    weights, first, second = ShardedWeights(), weight(mesh), weight(mesh)
+    quantizer = adapt(resolve("float8_e4m3"))
+    follow(weights, ("first", first, quantizer), ("second", second, quantizer))
+    assert follow(weights, ("second", second, quantizer))
+    assert list(weights) == ["first", "second"]
+    assert [names for _, names in weights.tables] == [["second"]]
+
+
+def test_one_that_cannot_be_encoded_in_parts_is_refused_with_the_reason(mesh):
+    weights, first, second = ShardedWeights(), weight(mesh), weight(mesh)
+    silent = SimpleNamespace(encode=lambda weight: None)
+    follow(weights, ("first", first, adapt(silent)), ("second", second, adapt(resolve("float8_e4m3"))))
+    assert list(weights) == ["second"]
+    assert list(weights.refused) == ["first"]
+    assert "does not say how much of a weight one code depends on" in weights.refused["first"]
+    assert weights.told_elsewhere == set()

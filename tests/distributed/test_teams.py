@@ -1,0 +1,17 @@
+"""Which processes add up their numbers with each other."""
+
+from __future__ import annotations
+
+from made_layouts import layout
+
+from weightflip.distributed.teams import teams
+
+
+def test_teams_are_the_largest_meshes():
+    two_d, dp, other = layout(ranks=(0, 1, 2, 3)), layout(ranks=(1, 3)), layout(ranks=(4, 5))
+    found = teams([dp, two_d, other])
+    assert [team.ranks for team in found] == [(0, 1, 2, 3), (0, 1, 2, 3), (4, 5)]
+    # Of the slices of a mesh that hold the same, the one with the first process counts.
+    assert not found[0].counts(dp)
+    assert found[0].counts(layout(ranks=(0, 2)))
+    assert not found[0].counts(layout(ranks=(0, 2), is_first_copy=False))

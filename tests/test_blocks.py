@@ -1,0 +1,71 @@
+"""Records read as arrays are those that the records' own reader makes, and what one refuses the other does not take."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+from test_shown_names import train_evil
+
+from weightflip.records import FlipRecord
+from weightflip.report.block import Block, IrregularRecord
+from weightflip.report.lines import DamagedLine, block_of
+from weightflip.sinks import BesideSink, TensorBoardSink
+
+
+def same(a: Block, b: Block) -> bool:
+    arrays = [(getattr(a, name), getattr(b, name)) for name in ("weights", "nonfinite", "window", "total")]
+    for of in ("window_ratios", "total_ratios", "gauges"):
+        mine, others = getattr(a, of), getattr(b, of)
+        if mine.keys() != others.keys():
+            return False
+        arrays += [(mine[name], others[name]) for name in mine]
+    return a.names == b.names and all(np.array_equal(x, y, equal_nan=True) for x, y in arrays)
+
+
+def test_blocks_are_records(tmp_path):
+    path = tmp_path / "flips.jsonl"
+    options = {"metrics": ("flips", "stalls", "oscillation", "travel", "range"), "log_every": 2}
+    tensorboard = TensorBoardSink(str(tmp_path / "run"))
+    train_evil(sinks=[path, tensorboard, BesideSink(tensorboard)], **options).close()
+    (beside,) = (tmp_path / "run").glob("*.jsonl")
+    draw = random.Random(0)
+    cells = [b'"x"', b"9" * 40, b"1e999", b"-1", b"true", b"null", b"[]", b"{}", b"NaN", b"1e308", b"0", b"2.5"]
+    taken = refused = 0
+    for kind in (path, beside):
+        for line in [line for line in kind.read_bytes().splitlines() if line.startswith(b'{"record"')][:3]:
+            record = json.loads(line)["record"]
+            whole = Block.of_json(record)
+            assert same(whole, Block.of(FlipRecord.from_dict(record)))
+            assert whole.gauges
+            assert whole.window_ratios
+            assert len(whole.names) > 2
+            # Any number by another value, or any key left out.
+            places = [at for at, byte in enumerate(line) if byte in b"0123456789" and line[at - 1] in b' [,"']
+            for _ in range(150):
+                begin = end = draw.choice(places)
+                while line[end] in b"0123456789.":
+                    end += 1
+                broken = line[:begin] + draw.choice(cells) + line[end:]
+                try:
+                    data = json.loads(broken)["record"]
+                except ValueError:
+                    continue
+                try:
+                    fast = Block.of_json(data)
+                except IrregularRecord:
+                    refused += 1
+                    continue
+                taken += 1
+                assert same(fast, Block.of(FlipRecord.from_dict(data)))
+                if data["step"] == record["step"]:
+                    # And the checks of one number at a time have nothing against it.
+                    assert same(block_of(broken, record["step"]), fast)
+    assert refused > 100 < taken
+    for line in (b"{}", b'{"record": 5}', b'{"record": {"step": 1}}', b'{"record": {"step": 1, "rows": [[1]]}}'):
+        try:
+            block_of(line, 1)
+        except DamagedLine:
+            continue
+        raise AssertionError(line)

@@ -1,0 +1,86 @@
+"""Several optimizers that are one run are shown as one; two runs in one place are not taken for one."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from weightflip import FlipTrackingOptimizer, track_flips
+
+
+def net():
+    return nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 4, bias=False))
+
+
+def backward(model):
+    model.zero_grad()
+    model(torch.linspace(-1, 1, 8).repeat(4, 1)).square().sum().backward()
+
+
+def cells(text):
+    return [line.split() for line in text.splitlines()]
+
+
+def test_print_shows_the_layers_of_all_optimizers_of_a_run():
+    model = net()
+    first = FlipTrackingOptimizer(torch.optim.Muon([model[0].weight], lr=0.1), model, quantizer="e3m4", sinks=[])
+    inner = torch.optim.AdamW(model[2].parameters(), lr=0.1)
+    second = track_flips(inner, model, quantizer="int4", sinks=first)
+    for step in range(3):
+        backward(model)
+        first.step()
+        if step < 2:
+            inner.step()
+    assert str(first.tracker) == str(second.tracker)
+    heading, _, *rows = cells(str(first.tracker))
+    assert heading == ["after", "step", "3"]
+    flips = {**first.tracker.get_flip_counts(), **second.tracker.get_flip_counts()}
+    assert [row[:4] for row in rows] == [
+        ["0.weight", "e3m4", "48", str(flips["0.weight"])],
+        ["2.weight", "int4", "24", str(flips["2.weight"])],
+        ["all", "72", str(sum(flips.values())), rows[2][3]],
+    ]
+    # What came to its end is in it, too.
+    second.remove()
+    assert cells(str(first.tracker))[2:] == rows
+
+
+def test_print_shows_one_table_of_an_optimizer_for_each_parameter():
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(5)))
+    optimizers = []
+    for parameter in model.parameters():
+        shared = optimizers[0] if optimizers else []
+        optimizers.append(FlipTrackingOptimizer(torch.optim.SGD([parameter], lr=0.1), model, sinks=shared))
+        parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizers[-1]: optimizer.step())
+    model(torch.ones(4)).sum().backward()
+    for optimizer in optimizers:
+        assert [row[0] for row in cells(str(optimizer.tracker))[2:]] == [*(f"{i}.weight" for i in range(5)), "all"]
+
+
+def test_two_runs_in_the_default_place_are_warned_about(tmp_path, monkeypatch):
+    """SummaryWriter names it after the second in which it is opened, at the first record."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(5):
+        before = len(os.listdir("runs")) if os.path.exists("runs") else 0
+        model = net()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizers = [
+                FlipTrackingOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), model, log_every=1)
+                for layer in (model[0], model[2])
+            ]
+            backward(model)
+            for optimizer in optimizers:
+                optimizer.step()
+        are_apart = len(os.listdir("runs")) == before + 2
+        texts = [str(warning.message) for warning in caught if "still tracked writes there" in str(warning.message)]
+        for optimizer in optimizers:
+            optimizer.close()
+        assert len(texts) == (0 if are_apart else 1)
+        if not are_apart:
+            return
+    pytest.fail("every time on the border of two seconds")
