@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from chart import draw
-from measure import in_turns, peak_bytes
+from measure import cpu_time_of_one_thread, in_turns, peak_bytes
 from workloads import GPT2, ONE, SMALL, Weights, byte_gpt, naive_step
 
 from weightflip import FlipTrackingOptimizer
@@ -51,6 +51,10 @@ def against_bare(name: str, weights: Weights, cases: Mapping[str, Mapping[str, A
             tracked = wrapped(weights, **options)
             actions = {"bare": bare.step, "tracked": tracked.step}
             memory = tracked
+        # What has to be read and written of a float32 weight with a scale a tensor or row, as a plain read of as much.
+        read = {"flips": 10, DEFAULT: 14, f"{DEFAULT}, by row": 14}.get(case) if len(weights.shapes) == 1 else None
+        if read is not None:
+            actions["read"] = torch.zeros(weights.numel * read // 4).sum
         # The naive way takes so long that few turns tell enough.
         times = in_turns(actions, 3, warmup=1) if case == "naive" else in_turns(actions, repeats)
         extra = times["tracked"] - times["bare"]
@@ -60,6 +64,7 @@ def against_bare(name: str, weights: Weights, cases: Mapping[str, Mapping[str, A
             "bare_ms": times["bare"] * 1e3,
             "tracking_ms": extra * 1e3,
             "ratio": extra / times["bare"],
+            "tracking_in_reads": extra / times["read"] if "read" in times else None,
             "persistent_bytes_per_weight": None,
             "peak_temporary_bytes": peak_bytes(actions["tracked"]),
         }
@@ -210,10 +215,12 @@ def machine() -> dict[str, Any]:
 
 def show(rows: list[Row]) -> None:
     print(f"\n{rows[0]['weights']}")
-    print(f"  {'':<34}{'bare ms':>9}{'tracking ms':>13}{'ratio':>8}{'bytes/weight':>14}{'peak MiB':>10}")
+    print(f"  {'':<34}{'bare ms':>9}{'tracking ms':>13}{'ratio':>8}{'/ read':>8}{'bytes/weight':>14}{'peak MiB':>10}")
     for row in rows:
         held, peak = row.get("persistent_bytes_per_weight"), row.get("peak_temporary_bytes")
         memory = f"{'' if held is None else f'{held:.3f}':>14}{'' if peak is None else f'{peak / 2**20:.1f}':>10}"
+        reads = row.get("tracking_in_reads")
+        memory = f"{'' if reads is None else f'{reads:.2f}':>8}{memory}"
         print(f"  {row['case']:<34}{row['bare_ms']:>9.1f}{row['tracking_ms']:>13.1f}{row['ratio']:>8.2f}{memory}")
     sys.stdout.flush()
 
@@ -222,6 +229,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"what to measure, of {', '.join(PARTS)}; all by default")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--one-thread", action="store_true", help="CPU time of a single thread: for a machine that others use, too"
+    )
     parser.add_argument("--json", type=Path, help="where the numbers go")
     parser.add_argument("--chart", type=Path, help="where the picture goes (.svg, .png)")
     options = parser.parse_args()
@@ -232,6 +242,8 @@ def main() -> None:
     if options.chart and not {"one", "gpt2", "small"} & set(parts):
         parser.error("--chart= shows the parts one, gpt2 and small; ask for one of them")
 
+    if options.one_thread:
+        cpu_time_of_one_thread()
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows: list[Row] = []

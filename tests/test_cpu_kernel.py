@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import subprocess
+import sys
+import time
 import warnings
 
 import numba
@@ -293,6 +296,37 @@ def test_each_loop_has_a_cache_file_of_its_own(tmp_path, monkeypatch):
     for file in indices:
         file.write_bytes(file.read_bytes()[:20])
     assert not any(from_cache().values())
+
+
+def test_processes_that_start_together_do_not_spoil_the_cache(tmp_path):
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    together = [
+        subprocess.Popen([sys.executable, "-c", TWO_KINDS], env=env, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in together:
+        process.communicate(timeout=300)
+    assert [process.returncode for process in together] == [0, 0]
+    later = run_python("-c", TWO_KINDS, env=env)
+    assert later.stdout.endswith(" {True}\n")
+
+
+def test_the_log_says_what_takes_time(monkeypatch, caplog):
+    def slow(task):
+        time.sleep(0.2)
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(compiled, "_PATIENCE", 0.01)
+    monkeypatch.setattr(compiled, "_loops", {})
+    monkeypatch.setattr(compiled, "_compiled", lambda *args: slow(args))
+    compiled._say_what_takes_time.cache_clear()
+    with caplog.at_level("INFO", logger="weightflip"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert compiled.count_loop() is None
+        assert compiled.largest_loop() is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "Numba compiles the loops that count on the CPU, a few seconds, and keeps them on disk for later runs"
+    ]
 
 
 def test_a_subclass_with_its_own_encode_into_is_asked():

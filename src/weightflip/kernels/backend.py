@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 
 from weightflip import checks
-from weightflip.kernels import proof
+
+# The pool is not used here, but has to note forks before the first kernel is used.
+from weightflip.kernels import pool, proof  # noqa: F401
 from weightflip.kernels.runs import Kind, OnePass, Run
 
 BACKENDS = ("auto", "eager", "numba", "triton")

@@ -132,6 +132,9 @@ def _digest() -> str:
     Numba's cache holds one file of a name for all of a function's signatures, and processes that start together can mix
     them up; under a name of its own for each they write the same. And it sees changes in a function's own file alone.
     """
-    processor = f"{llvmlite.binding.get_host_cpu_name()} {llvmlite.binding.get_host_cpu_features().flatten()}"
+    host = llvmlite.binding
+    # What NUMBA_CPU_NAME and NUMBA_CPU_FEATURES ask for instead, if set.
+    asked = numba.config.CPU_NAME, numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    processor = f"{host.get_host_cpu_name()} {host.get_host_cpu_features().flatten()} {asked}"
     sources = [inspect.getsource(module) for module in (items, vectors)]
     return hashlib.sha256("\n".join([processor, *sources]).encode()).hexdigest()[:12]

@@ -43,7 +43,6 @@ class Run:
         scales = -(-table[:, 2] // table[:, 3])
         places[1:, items.START] = table[:-1, 2].cumsum()
         places[1:, items.SCALE] = scales[:-1].cumsum()
-        self._last_scales = torch.from_numpy(scales.cumsum() - 1)
         self._scales, self._numel = int(scales.sum()), int(table[:, 2].sum())
         self._in_order = np.arange(len(table))
         self._task = np.zeros(items.TASK, dtype=np.int64)
@@ -94,9 +93,10 @@ class Run:
         self._count_into(counts, rows.data_ptr(), scale, updates)
         if scale_codes is not None:
             new, stored, changes = scale_codes
-            until = torch.cumsum(new != stored, 0).index_select(0, self._last_scales)
-            changes.index_add_(0, rows, until)
-            changes.index_add_(0, rows[1:], until[:-1], alpha=-1)
+            # A running sum, of which each stretch takes a difference, takes five times as long.
+            has_changed = (new != stored).numpy().view(np.uint8)
+            changed = np.add.reduceat(has_changed, self._places[:, items.SCALE], dtype=np.uint32)
+            changes.index_add_(0, rows, torch.from_numpy(changed.astype(np.int64)))
             stored.copy_(new)
 
     def _count_into(self, counts: Tensor, rows: int, scale: Tensor | None, updates: Addresses | None) -> None:

@@ -139,6 +139,7 @@ def _call_4(context, function, a, b, c, d):  # type: ignore[no-untyped-def]
 
 @_intrinsic
 def _call_9(context, function, a, b, c, d, e, f, g, h, i):  # type: ignore[no-untyped-def]
+    """With as many arguments as :func:`count_lanes`."""
     return numba.types.void(*[numba.types.int64] * 10), _generate_call
 
 
@@ -172,7 +173,10 @@ def _row_of(places, element):  # type: ignore[no-untyped-def]
 
 @_compile()
 def _rest(task, at, update_at, codes_at, numel, scales, mask, found, spare):  # type: ignore[no-untyped-def]
-    """Fewer than LANES elements: beside them zeros, which stay zeros, under a scale of 1."""
+    """Fewer than LANES elements: beside them zeros, which stay zeros, under a scale of 1.
+
+    So many arguments since Numba would take longer to compile an object for them.
+    """
     spare_update, spare_codes, spare_scales = spare + _SPARE, spare + 2 * _SPARE, spare + 3 * _SPARE
     _clear(spare, 3 * _SPARE)
     _fill(spare_scales, np.float32(1.0))
@@ -304,7 +308,10 @@ _LARGE = 512
 
 
 def count_lanes(weight, update, codes, numel, scales, step, mask, constants, found):  # type: ignore[no-untyped-def]
-    """Encode, compare, count and store: of :func:`weightflip.kernels.vectors.make_advance`, for the dtypes."""
+    """Encode, compare, count and store: of :func:`weightflip.kernels.vectors.make_advance`, for the dtypes.
+
+    So many arguments since a C function takes no objects.
+    """
     ADVANCE(weight, update, codes, numel, scales, step, mask, constants, found)  # type: ignore[name-defined]  # noqa: F821
 
 
