@@ -34,7 +34,7 @@ def on_a_device(monkeypatch, caplog):
 
 
 def heaps(tracker):
-    return sorted([layer.name for layer in heap.layers] for heap in tracker._gathered.heaps)
+    return sorted([layer.name for layer in heap.layers] for heap in tracker.heaps)
 
 
 # ---------------------------------------------------------------------- as each alone
@@ -165,10 +165,10 @@ def test_what_goes_together_and_what_alone(on_a_device, monkeypatch):
     tracker = WeightFlipTracker(backend="eager")
     step(tracker, weights)
     assert heaps(tracker) == [["a", "b"], ["double"], ["row"]]
-    before = [id(heap) for heap in tracker._gathered.heaps]
+    before = [id(heap) for heap in tracker.heaps]
     step(tracker, weights)
     # Built once while nothing changes.
-    assert [id(heap) for heap in tracker._gathered.heaps] == before
+    assert [id(heap) for heap in tracker.heaps] == before
     weights[0].parameter.grad = torch.ones(4, 32).to_sparse()
     step(tracker, weights)
     assert heaps(tracker) == [["b"], ["double"], ["row"]]

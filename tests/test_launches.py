@@ -100,7 +100,7 @@ def asked_in_a_step(backend: str, quantizer: str, tensors: int, monkeypatch, sha
     with calls, no_wait(device):
         optimizer.step()
     if backend == "eager":
-        assert [len(heap.layers) for heap in optimizer.tracker._gathered.heaps] == [tensors]
+        assert [len(heap.layers) for heap in optimizer.tracker.heaps] == [tensors]
     else:
         assert [len(batch.members) for batch in optimizer.tracker.batches] == [tensors]
     assert all(optimizer.tracker.get_flip_counts().values())

@@ -55,7 +55,7 @@ class GatheredRoute:
         self._with_updates, self._is_open = with_updates, is_open
         self._kinds: dict[str, tuple[_Kind, torch.Size]] = {}
         self._apart: set[str] = set()
-        self.heaps: list[_Heap] = []
+        self.heaps: list[Heap] = []
         """What was gathered last."""
 
     def release(self) -> None:
@@ -141,7 +141,7 @@ class GatheredRoute:
             self._scratch.clear()
         self._alone.count(alone, gradients, valid)
 
-    def _heaps_of(self, layers: Sequence[Layer], *, have_codes: bool) -> list[_Heap]:
+    def _heaps_of(self, layers: Sequence[Layer], *, have_codes: bool) -> list[Heap]:
         """Layers by kind, in as few heaps as can be; those of the last time, if they are the same."""
         held = {id(layer) for heap in self.heaps for layer in heap.layers}
         if held != {id(layer) for layer in layers} or not all(heap.is_whole for heap in self.heaps):
@@ -149,7 +149,7 @@ class GatheredRoute:
             self.heaps = list(self._gathered(layers, have_codes))
         return self.heaps
 
-    def _gathered(self, layers: Sequence[Layer], have_codes: bool) -> Iterator[_Heap]:
+    def _gathered(self, layers: Sequence[Layer], have_codes: bool) -> Iterator[Heap]:
         kinds: dict[_Kind, list[Layer]] = {}
         for layer in layers:
             kinds.setdefault(self._kinds[layer.name][0], []).append(layer)
@@ -157,15 +157,15 @@ class GatheredRoute:
             parameters = [layer.tracked.parameter for layer in alike if layer.tracked]
             groups = [_group(_quantizer(layer), parameter) for layer, parameter in zip(alike, parameters, strict=True)]
             for indices in kernels.pack([parameter.numel() for parameter in parameters], groups):
-                yield _Heap([alike[index] for index in indices], [groups[i] for i in indices], kind, have_codes)
+                yield Heap([alike[index] for index in indices], [groups[i] for i in indices], kind, have_codes)
 
-    def _take_apart(self, heap: _Heap, error: Exception) -> None:
+    def _take_apart(self, heap: Heap, error: Exception) -> None:
         """Count layers one by one from now on: what is wrong with one of them, each finds out by itself."""
         logger.info("%d weights are counted one by one: %s: %s", len(heap.layers), type(error).__name__, error)
         self._apart.update(layer.name for layer in heap.layers)
 
 
-class _Heap:
+class Heap:
     """Layers of one kind, whose codes lie end to end."""
 
     def __init__(self, layers: Sequence[Layer], groups: Sequence[int], kind: _Kind, have_codes: bool) -> None:

@@ -17,7 +17,7 @@ from weightflip.counting.batch import Batch
 from weightflip.counting.batched import BatchedRoute
 from weightflip.counting.columns import Columns
 from weightflip.counting.current import CurrentLayers
-from weightflip.counting.gathered import GatheredRoute
+from weightflip.counting.gathered import GatheredRoute, Heap
 from weightflip.counting.layer import CodeState, Layer, TrackedWeight
 from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.named import NamedSnapshots
@@ -154,8 +154,8 @@ class WeightFlipTracker:
         alone = (self._layers, self._runner, self._scratch, self.backend, with_updates)
         elementwise = ElementwiseRoute(*alone)
         self._batched = BatchedRoute(self._layers, elementwise, self.backend, with_updates, is_open=not self._groups)
-        gathered = GatheredRoute(elementwise, self._scratch, with_updates, is_open=not self._groups)
-        routes = (self._batched, gathered, elementwise, WholeWeightRoute(*alone))
+        self._gathered = GatheredRoute(elementwise, self._scratch, with_updates, is_open=not self._groups)
+        routes = (self._batched, self._gathered, elementwise, WholeWeightRoute(*alone))
         self._current = CurrentLayers(self._layers, routes)
         self._shards: Shards = SingleProcess(self._layers, self._columns)
         self._gradients: dict[str, Tensor | None] = {}
@@ -233,6 +233,11 @@ class WeightFlipTracker:
     def batches(self) -> list[Batch]:
         """The layers of the last step that are counted in one call, a batch for each device."""
         return self._batched.batches
+
+    @property
+    def heaps(self) -> list[Heap]:
+        """The layers of the last step that plain torch counts together on a device."""
+        return self._gathered.heaps
 
     # ------------------------------------------------------------------ one weight at a time
 
