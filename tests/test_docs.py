@@ -163,7 +163,4 @@ def test_readme_has_every_tag(tmp_path):
     optimizer.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     tags = {tag.replace("/0.weight", "/<layer>") for tag in events.Tags()["scalars"]}
-    of_model = {f"Model/{tag.partition('/')[0]}" for tag in tags if tag.endswith("/<layer>")} & tags
-    assert len(of_model) == len([tag for tag in tags if tag.startswith("Model/")]) == 5
-    tags = tags - of_model | {"Model/<value>"}
     assert first_column("| tag |") == tags

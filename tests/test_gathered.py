@@ -102,8 +102,8 @@ OPTIONS = [{}, {"low_memory": True}, {"fresh_snapshots": True}, {"track_every": 
 def test_a_life_is_counted_as_one_by_one(quantizer, monkeypatch, request):
     expected = [live_in_plain_torch(quantizer, **options) for options in OPTIONS]
     log, counted = request.getfixturevalue("on_a_device"), []
-    count = gathered._Heap.count
-    monkeypatch.setattr(gathered._Heap, "count", lambda heap, *rest: counted.append(heap) or count(heap, *rest))
+    count = gathered.Heap.count
+    monkeypatch.setattr(gathered.Heap, "count", lambda heap, *rest: counted.append(heap) or count(heap, *rest))
     found = [live_in_plain_torch.__wrapped__(quantizer, **options) for options in OPTIONS]
     assert found == expected
     assert len(counted) >= 12 * len(OPTIONS) / 2
