@@ -222,6 +222,7 @@ def test_garbage_collection_writes_the_last_record(digits):
 def test_a_discarded_copy_writes_nothing(digits, tmp_path):
     path = tmp_path / "flips.jsonl"
     optimizer, _ = train(digits, 15, sinks=[path])
+    optimizer.flush()
     before = path.read_text()
     twin = copy.deepcopy(optimizer)
     del twin
