@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weightflip import functional, kernels
+from weightflip import WeightFlipTracker, functional, kernels
 from weightflip.counting import batch
+from weightflip.counting.gathered import GatheredRoute
 from weightflip.formats import FloatFormat
 
 QUANTIZERS = [
@@ -31,6 +32,11 @@ QUANTIZERS = [
     "int2",
 ]
 NAN, INF = float("nan"), float("inf")
+
+
+def gathered_in(tracker: WeightFlipTracker) -> list:
+    """The heaps of the last step that it counted in plain torch."""
+    return next(route for route in tracker._current._routes if isinstance(route, GatheredRoute)).heaps
 
 
 def hard_numbers() -> Tensor:

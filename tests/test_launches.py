@@ -11,6 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
+from kernel_cases import gathered_in
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from weightflip import FlipTrackingOptimizer
@@ -100,7 +101,7 @@ def asked_in_a_step(backend: str, quantizer: str, tensors: int, monkeypatch, sha
     with calls, no_wait(device):
         optimizer.step()
     if backend == "eager":
-        assert [len(heap.layers) for heap in optimizer.tracker._gathered.heaps] == [tensors]
+        assert [len(heap.layers) for heap in gathered_in(optimizer.tracker)] == [tensors]
     else:
         assert [len(batch.members) for batch in optimizer.tracker.batches] == [tensors]
     assert all(optimizer.tracker.get_flip_counts().values())
