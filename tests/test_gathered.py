@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from kernel_cases import gradient_of
+from kernel_cases import gathered_in, gradient_of
 from test_batch import E3M4, live_in_plain_torch, many_weights
 
 from weightflip import FlipTrackingOptimizer, WeightFlipTracker
@@ -34,7 +34,7 @@ def on_a_device(monkeypatch, caplog):
 
 
 def heaps(tracker):
-    return sorted([layer.name for layer in heap.layers] for heap in tracker._gathered.heaps)
+    return sorted([layer.name for layer in heap.layers] for heap in gathered_in(tracker))
 
 
 # ---------------------------------------------------------------------- as each alone
@@ -165,10 +165,10 @@ def test_what_goes_together_and_what_alone(on_a_device, monkeypatch):
     tracker = WeightFlipTracker(backend="eager")
     step(tracker, weights)
     assert heaps(tracker) == [["a", "b"], ["double"], ["row"]]
-    before = [id(heap) for heap in tracker._gathered.heaps]
+    before = [id(heap) for heap in gathered_in(tracker)]
     step(tracker, weights)
     # Built once while nothing changes.
-    assert [id(heap) for heap in tracker._gathered.heaps] == before
+    assert [id(heap) for heap in gathered_in(tracker)] == before
     weights[0].parameter.grad = torch.ones(4, 32).to_sparse()
     step(tracker, weights)
     assert heaps(tracker) == [["b"], ["double"], ["row"]]
@@ -182,6 +182,28 @@ def test_what_goes_together_and_what_alone(on_a_device, monkeypatch):
     grouped = WeightFlipTracker(backend="eager", metrics=("flips", "oscillation"))
     step(grouped, weights)
     assert heaps(grouped) == []
+
+
+def test_a_weight_that_became_another_in_a_step_leaves_the_others_as_they_were(on_a_device):
+    generator = torch.Generator().manual_seed(0)
+    weights = [of(name, torch.randn(16, 8, generator=generator), "e3m4") for name in ("double", "transposed", "b")]
+    tracker = WeightFlipTracker(backend="eager")
+    flips = dict.fromkeys(("double", "transposed", "b"), 0)
+    for at in range(5):
+        old = [weight.quantizer.encode(weight.parameter).ordinals for weight in weights]
+        tracker.before_step(weights)
+        for weight in weights:
+            weight.parameter.data.add_(torch.randn(16, 8, generator=generator))
+        if at == 1:
+            weights[0].parameter.grad = None
+            weights[0].parameter.data = weights[0].parameter.data.double()
+            weights[1].parameter.data = weights[1].parameter.data.T.contiguous().T
+        tracker.after_step()
+        for weight, codes in zip(weights, old, strict=True):
+            flips[weight.name] += int((weight.quantizer.encode(weight.parameter).ordinals != codes).sum())
+        assert tracker.get_flip_counts() == flips
+        expected = [[["double", "transposed", "b"]], [["b"]], [["b"], ["double"]]]
+        assert heaps(tracker) == expected[min(at, 2)]
 
 
 @pytest.mark.parametrize("per_tensor_scale", [False, True])
