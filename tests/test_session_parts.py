@@ -53,10 +53,10 @@ def test_a_first_step_without_rate_and_gradient_is_none(rate, gradient, has_stat
 def test_a_fault_ends_tracking_once_and_gives_memory_back():
     model = nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    _, tracker, log, _, weights = parts(model)
+    _, tracker, log, source, weights = parts(model)
     weights.select(optimizer, strict=True)
     weights.hold(optimizer)
-    guard, calls = Guard(tracker, weights, log), []
+    guard, calls = Guard(tracker, weights, log, source), []
     guard.run(lambda: guard.attempt(lambda: 1 / 0))
     guard.run(calls.append, "after it")
     assert calls == []

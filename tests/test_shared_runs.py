@@ -84,3 +84,28 @@ def test_two_runs_in_the_default_place_are_warned_about(tmp_path, monkeypatch):
         if not are_apart:
             return
     pytest.fail("every time on the border of two seconds")
+
+
+def test_where_the_first_optimizer_is_not_tracked_any_more_the_next_one_writes():
+    model, records = net(), []
+    first = FlipTrackingOptimizer(torch.optim.SGD([model[0].weight], lr=0.1), model, log_every=2, sinks=[records.append])
+    second = FlipTrackingOptimizer(torch.optim.SGD([model[2].weight], lr=0.1), model, log_every=2, sinks=first)
+
+    def broken(*_):
+        raise RuntimeError("broken on purpose")
+
+    for step in range(8):
+        if step == 4:
+            # Neither its steps nor its totals can be had.
+            first.tracker.after_step = first.tracker.record = broken
+            with pytest.warns(UserWarning, match="tracking has stopped, training goes on: RuntimeError: broken on purp"):
+                first.step()
+        backward(model)
+        first.step()
+        second.step()
+    # The last record is written by the second step of the second optimizer.
+    assert [record.step for record in records] == [2, 4, 6, 8]
+    assert [[layer.name for layer in record.layers] for record in records] == [
+        *[["0.weight", "2.weight"]] * 2,
+        *[["2.weight"]] * 2,
+    ]

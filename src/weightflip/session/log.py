@@ -26,12 +26,16 @@ class Source:
         tracker: Of the optimizer.
         owner: What lives as long as its steps come.
         asked_groups: ``groups=``, as it was given.
+
+    Attributes:
+        is_broken: Whether a fault has ended its tracking.
     """
 
     def __init__(self, tracker: WeightFlipTracker, owner: object, asked_groups: object = None) -> None:
         self.info = RunInfo({}, {})
         self.groups: dict[str, tuple[str, ...]] = {}
         self.asked_groups = asked_groups
+        self.is_broken = False
         self._tracker: WeightFlipTracker | None = tracker
         self._last = FlipRecord(0, ())
         self._last_totals: list[tuple[str, str, int, Counts]] = []
@@ -132,8 +136,13 @@ class Log:
         return max((steps for steps, _ in parts), default=0), [layer for _, layers in parts for layer in layers]
 
     def is_led_by(self, source: Source) -> bool:
-        """Whether this optimizer's steps say when to write: the first one's that is still at work."""
-        return next((candidate for candidate in self.sources if candidate.is_live), None) is source
+        """Whether this optimizer's steps say when to write: the first one's that is still at work.
+
+        A broken one leads on where weights are sharded: others, where it is not broken, write at its steps.
+        """
+        is_sharded = any(candidate.is_sharded for candidate in self.sources)
+        leaders = (it for it in self.sources if it.is_live and (is_sharded or not it.is_broken))
+        return next(leaders, None) is source
 
     def write(self) -> None:
         """Write what was counted since the last record, if anything.
@@ -168,8 +177,9 @@ class Log:
                 else:
                     source.synchronize()
             except Exception as error:
-                # The next source has a collective, too.
-                faults.append(error)
+                # The next source has a collective, too. A broken one was warned about, and takes no other with it.
+                if not source.is_broken:
+                    faults.append(error)
         if faults:
             raise faults[0]
         if records and is_writer:
