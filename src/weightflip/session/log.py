@@ -120,10 +120,17 @@ class Log:
         self._deferred: list[Callable[[], None]] = []
 
     def join(self, source: Source) -> None:
-        """Take in an optimizer's part, if it is new; where all others have come to their end, it goes on from them."""
+        """Take in an optimizer's part, with the weights that it has now.
+
+        If it is new, and all others have come to their end, it goes on from them. Those at their end give up its
+        weights.
+        """
         if source not in self.sources:
             source.follow(self.sources)
             self.sources.append(source)
+        for other in self.sources:
+            if other is not source and not other.is_live:
+                other.give_up_names(source.info.tracked.keys())
 
     def find_writer(self) -> bool:
         """Whether this process writes: of several, one does. Known from then on, also when they have parted."""

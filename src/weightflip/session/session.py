@@ -59,8 +59,8 @@ class Session:
         self._is_open = False
 
     def begin(self, optimizer: Optimizer) -> None:
-        """Find the weights, and wait for steps."""
-        self.weights.select(optimizer, strict=True)
+        """Wait for steps. Before that nothing is changed outside, so that a call can still be refused."""
+        self.log.join(self.source)
         self._unseen.watch(optimizer, self)
 
     @property
