@@ -203,24 +203,25 @@ class Log:
             groups = make_groups("blocks" if any(asked) else None, (), {}, tracked=list(names))
             record, info = replace(record, groups=groups), replace(info, groups=groups)
         self._unless_warned(self.sinks.write, record, info, self.first_step)
-        for event in self._unless_warned(self.alerts.check, record) or []:
+        for event in self.alerts.check(record):
             self._unless_warned(self.sinks.alert, event)
+        self.untold += self.alerts.take_warnings()
 
-    def _unless_warned(self, action: Callable[..., Any], *args: Any) -> Any:
-        """A sink or a callback that fails is warned about: where that is an error, it is raised later."""
+    def _unless_warned(self, action: Callable[..., None], *args: Any) -> None:
+        """A sink that fails is warned about: where that is an error, it is raised later."""
         try:
-            return action(*args)
+            action(*args)
         except Warning as error:
             self.untold.append(str(error))
-            return None
 
     def tell(self) -> None:
         """Warn of what was found, now that no process waits for this one: a warning may be an error."""
         if self._is_writing:
             return
-        untold, self.untold = [text for source in self.sources for text in source.take_warnings()] + self.untold, []
-        for text in untold:
-            warnings.warn(shown(text), stacklevel=2)
+        self.untold[:0] = [text for source in self.sources for text in source.take_warnings()]
+        while self.untold:
+            # Out first: where a warning is an error, the others are for the next time.
+            warnings.warn(shown(self.untold.pop(0)), stacklevel=2)
 
     def flush(self) -> None:
         """Have on disk what was written; where a sink or a callback asks for it, once the others have the record."""
