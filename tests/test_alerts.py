@@ -232,6 +232,44 @@ def test_a_callback_that_fails_is_warned_about_once(digits):
     assert optimizer.tracker.get_flip_counts() == history[-1][0]
 
 
+def test_with_warnings_as_errors_the_other_rules_are_watched_and_everything_is_told():
+    class Taking:
+        def __init__(self):
+            self.events = []
+
+        def start(self, info, first_step): ...
+
+        def write(self, record): ...
+
+        def flush(self): ...
+
+        def close(self): ...
+
+        def alert(self, event):
+            self.events.append(event)
+
+    def fails(event):
+        raise RuntimeError("no network")
+
+    told, taking, said = [], Taking(), []
+    rules = [("flip_rate >= 0", fails), ("stall_ratio < 2", fails), ("flip_rate > -1", told.append)]
+    alerts = [Alert(rule, "model", callback) for rule, callback in rules]
+    model = digits_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = FlipTrackingOptimizer(inner, model, log_every=1, sinks=[taking], alerts=alerts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            model(torch.ones(2, 64)).sum().backward()
+            try:
+                optimizer.step()
+            except UserWarning as warning:
+                said.append(str(warning))
+    assert [text.split("'")[1] for text in said if "callback" in text] == ["flip_rate >= 0", "stall_ratio < 2"]
+    assert [event.rule for event in taking.events] == [rule for rule, _ in rules]
+    assert told == taking.events[2:]
+
+
 def test_a_sink_may_take_alerts_or_not(digits):
     class Plain:
         def start(self, info, first_step): ...

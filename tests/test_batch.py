@@ -349,6 +349,47 @@ def test_a_weight_that_went_alone_goes_together_again(format, why):
         assert (counts.flips, counts.scale_changes) == (flips, changes)
 
 
+@pytest.mark.parametrize("metrics", [("flips",), ("flips", "stalls")])
+def test_a_weight_that_fits_in_no_batch_any_more_is_counted_alone(metrics):
+    weights, generator = weights_with_gradients("int4", (16, 8))
+    tracker = WeightFlipTracker(metrics=metrics)
+    flips = dict.fromkeys("ab", 0)
+    for step in range(6):
+        old = {weight.name: codes_of(weight) for weight in weights}
+        tracker.before_step(weights)
+        for weight in weights:
+            weight.parameter.data.add_(torch.randn(weight.parameter.shape, generator=generator))
+        if step == 1:
+            weights[0].parameter.data = weights[0].parameter.data.T.contiguous().T
+        if step == 3:
+            weights[1].parameter.data = weights[1].parameter.data.clone()
+        tracker.after_step()
+        for weight in weights:
+            flips[weight.name] += int((codes_of(weight) != old[weight.name]).sum())
+        assert tracker.get_flip_counts() == flips
+        assert sum(len(batch.members) for batch in tracker.batches) == [2, 1, 1, 0, 1, 1][step]
+    assert [counts.weight_steps for *_, counts in tracker.totals()[1]] == [6 * 128] * 2
+
+
+def codes_of(weight):
+    return weight.quantizer.encode(weight.parameter).ordinals
+
+
+def test_codes_of_another_width_are_made_anew():
+    weights, generator = weights_with_gradients("native", (16, 8))
+    tracker = WeightFlipTracker(metrics=("flips",))
+    flips = 0
+    for step in range(5):
+        old = codes_of(weights[0])
+        tracker.before_step(weights)
+        weights[0].parameter.data.mul_(1 + 0.01 * torch.rand(16, 8, generator=generator))
+        if step == 1:
+            weights[0].parameter.data = weights[0].parameter.data.bfloat16()
+        tracker.after_step()
+        flips += int((codes_of(weights[0]) != old).sum())
+        assert tracker.get_flip_counts() == {"a": flips, "b": 0}
+
+
 def test_low_memory_holds_no_codes_between_steps():
     weights, _ = weights_with_gradients("float8_e4m3")
     tracker = WeightFlipTracker(low_memory=True)

@@ -53,10 +53,10 @@ def test_a_first_step_without_rate_and_gradient_is_none(rate, gradient, has_stat
 def test_a_fault_ends_tracking_once_and_gives_memory_back():
     model = nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    _, tracker, log, _, weights = parts(model)
+    _, tracker, log, source, weights = parts(model)
     weights.select(optimizer, strict=True)
     weights.hold(optimizer)
-    guard, calls = Guard(tracker, weights, log), []
+    guard, calls = Guard(tracker, weights, log, source), []
     guard.run(lambda: guard.attempt(lambda: 1 / 0))
     guard.run(calls.append, "after it")
     assert calls == []
@@ -69,6 +69,8 @@ def test_weights_are_selected_anew_when_the_parameters_are_others():
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
     _, _, log, source, weights = parts(model)
     weights.select(optimizer, strict=True)
+    assert log.sources == []
+    log.join(source)
     assert [weight.name for weight in weights.tracked] == list(source.info.tracked) == ["0.weight"]
     assert log.sources == [source]
     optimizer.add_param_group({"params": model[1].parameters()})
@@ -110,6 +112,7 @@ def test_the_last_record_is_written_when_the_owner_goes():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     owner, tracker, log, source, weights = parts(model, sinks=[records.append])
     weights.select(optimizer, strict=True)
+    log.join(source)
     with weights.holding():
         tracker.before_step(weights.tracked)
         tracker.after_step()

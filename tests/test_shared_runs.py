@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from weightflip import FlipTrackingOptimizer, track_flips
+from weightflip import Alert, FlipTrackingOptimizer, track_flips
 
 
 def net():
@@ -84,3 +84,58 @@ def test_two_runs_in_the_default_place_are_warned_about(tmp_path, monkeypatch):
         if not are_apart:
             return
     pytest.fail("every time on the border of two seconds")
+
+
+def test_where_the_first_optimizer_is_not_tracked_any_more_the_next_one_writes():
+    model, records = net(), []
+    inner = torch.optim.SGD([model[0].weight], lr=0.1)
+    first = FlipTrackingOptimizer(inner, model, log_every=2, sinks=[records.append])
+    second = FlipTrackingOptimizer(torch.optim.SGD([model[2].weight], lr=0.1), model, log_every=2, sinks=first)
+
+    def broken(*_):
+        raise RuntimeError("broken on purpose")
+
+    for step in range(8):
+        if step == 4:
+            # Neither its steps nor its totals can be had.
+            first.tracker.after_step = first.tracker.record = broken
+            with pytest.warns(UserWarning, match="tracking has stopped, training goes on: RuntimeError: broken on"):
+                first.step()
+        backward(model)
+        first.step()
+        second.step()
+    # The last record is written by the second step of the second optimizer.
+    assert [record.step for record in records] == [2, 4, 6, 8]
+    assert [[layer.name for layer in record.layers] for record in records] == [
+        *[["0.weight", "2.weight"]] * 2,
+        *[["2.weight"]] * 2,
+    ]
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [{"alerts": [Alert("flip_rate > 0.5", layers="typo*")]}, {"groups": {"all": "typo*"}}, {"include": "typo*"}],
+    ids=lambda mistake: next(iter(mistake)),
+)
+def test_a_call_that_is_refused_leaves_the_run_as_it_was(mistake):
+    model, records = net(), []
+    first = FlipTrackingOptimizer(torch.optim.SGD([model[0].weight], lr=0.1), model, sinks=[records.append])
+    gone = track_flips(inner := torch.optim.SGD([model[2].weight], lr=0.1), model, quantizer="int4", sinks=first)
+    backward(model)
+    first.step()
+    inner.step()
+    gone.remove()
+    text = str(first.tracker)
+    hooks = {name: len(found) for name, found in vars(inner).items() if name.endswith("_hooks")}
+    with pytest.raises(ValueError, match=r"'typo\*'") as refusal:
+        FlipTrackingOptimizer(inner, model, quantizer="e3m4", sinks=first, **mistake)
+    assert {name: len(found) for name, found in vars(inner).items() if name.endswith("_hooks")} == hooks
+    assert str(first.tracker) == text
+    # While the traceback still holds what there was of it.
+    second = FlipTrackingOptimizer(inner, model, quantizer="e3m4", sinks=first)
+    backward(model)
+    second.step()
+    first.step()
+    first.close()
+    assert [layer.name for layer in records[-1].layers] == ["0.weight", "2.weight"]
+    del refusal

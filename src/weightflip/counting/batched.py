@@ -151,7 +151,7 @@ class BatchedRoute:
                 # For its gradient or its place; maybe not in the next step.
                 try:
                     if not self.accepts(layer, *layer.tracked.unwrapped()):
-                        layer.route = self._alone
+                        layer.leave_route()
                 except Exception as error:
                     self._layers.fail(layer.name, error)
 
@@ -179,7 +179,12 @@ class _LayerBatch:
 
 
 def _members_of(layers: Iterable[Layer]) -> list[Member]:
-    return [layer.member for layer in layers if layer.member is not None]
+    """One for each layer, in their order."""
+    members = [layer.member for layer in layers]
+    if None in members:
+        names = ", ".join(repr(layer.name) for layer in layers if layer.member is None)
+        raise RuntimeError(f"expected layers with a place in a batch, and {names} have none")
+    return members  # type: ignore[return-value]
 
 
 def _by_device(members: Sequence[Member]) -> list[list[int]]:

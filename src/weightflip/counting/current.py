@@ -58,7 +58,7 @@ class CurrentLayers:
             route.encode(of_route)
         if self._table.has_lost:
             self.release()
-            found = [layer for layer in found if layer.state is not CodeState.FAILED]
+            found = _counted(found)
         return found
 
     def _look_at(
@@ -81,7 +81,8 @@ class CurrentLayers:
             layer.tracked = tracked
             layer.route = next(route for route in self._routes if route.accepts(layer, weight, quantizer))
             self._has_rerouted = True
-        if not is_kept:
+        if layer.state is not CodeState.KEPT:
+            # Also where the route has made room for other codes.
             stale.setdefault(layer.route, []).append(layer)
         return layer
 
@@ -102,7 +103,9 @@ class CurrentLayers:
         if self._table.has_lost:
             self._table.has_lost = False
             self.release()
-            self._set([layer for layer in self.layers if layer.state is not CodeState.FAILED])
+            self.layers = _counted(self.layers)
+            # Not by their routes of now: one that has left its route in this step has none until the next.
+            self._by_route = {route: _counted(layers) for route, layers in self._by_route.items()}
 
     def count(self, gradients: Gradients, valid: Tensor | None) -> None:
         """Count what the step did, on each route; see :meth:`Route.count`."""
@@ -123,3 +126,8 @@ class CurrentLayers:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layers": [], "_by_route": {}}
+
+
+def _counted(layers: Iterable[Layer]) -> list[Layer]:
+    """Those that have not been given up."""
+    return [layer for layer in layers if layer.state is not CodeState.FAILED]

@@ -114,15 +114,16 @@ class GatheredRoute:
 
     def count(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
         updates: dict[str, Tensor | None] = {}
-        together, alone = [], []
+        together, alone, others = [], [], []
         for layer in layers:
             parameter = layer.tracked.parameter  # type: ignore[union-attr]
             update = None
             if self._with_updates:
                 # As in OneByOne, which says why.
                 update = gradients.get(layer.name) if parameter.grad is None else parameter.grad
-            goes_together = layer.name not in self._apart and _is_as_before(layer, parameter)
-            if goes_together and (update is None or _lies_beside(update, parameter)):
+            if not _is_as_before(layer, parameter):
+                others.append(layer)
+            elif layer.name not in self._apart and (update is None or _lies_beside(update, parameter)):
                 updates[layer.name] = update
                 together.append(layer)
             else:
@@ -139,7 +140,10 @@ class GatheredRoute:
         if self._scratch.nbytes > _KEPT_BYTES:
             # Between two steps the device needs its memory for other things.
             self._scratch.clear()
-        self._alone.count(alone, gradients, valid)
+        self._alone.count([*alone, *others], gradients, valid)
+        for layer in others:
+            # It may be of another kind now, or of none.
+            layer.leave_route()
 
     def _heaps_of(self, layers: Sequence[Layer], *, have_codes: bool) -> list[Heap]:
         """Layers by kind, in as few heaps as can be; those of the last time, if they are the same."""

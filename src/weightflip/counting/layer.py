@@ -177,7 +177,7 @@ class Layer:
     tracked: TrackedWeight | None = None
     """The weight, as it was handed in last."""
     route: Route | None = None
-    """What encodes and counts it."""
+    """What encodes and counts it; None until a step finds one."""
     member: Member | None = None
     """Its place in a batch."""
     is_gathered: bool = False
@@ -224,12 +224,17 @@ class Layer:
 
         The stamp stays: it tells whether what is known of the weight beside its codes still holds.
         """
-        self.codes = self.scale_codes = self.scale = self.member = self.route = None
-        self.is_gathered = False
+        self.codes = self.scale_codes = self.scale = None
+        self.leave_route()
         if self.state is not CodeState.FAILED:
             self.state = CodeState.ABSENT
         if metrics:
             self.metrics, self.saved = None, {}
+
+    def leave_route(self) -> None:
+        """Its route takes it no more: the next step finds another one."""
+        self.member = self.route = None
+        self.is_gathered = False
 
     def fail(self) -> None:
         """Count it no more."""
@@ -273,8 +278,9 @@ class Layer:
     # ------------------------------------------------------------------ memory
 
     def make_room(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor for codes of this weight."""
+        """A tensor for codes of this weight; a new one holds none yet."""
         if self.codes is None or self.codes.shape != weight.shape or self.codes.dtype != dtype:
+            self.distrust()
             self.codes = torch.empty_like(weight, dtype=dtype)
         return self.codes
 

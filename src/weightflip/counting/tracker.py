@@ -200,7 +200,7 @@ class WeightFlipTracker:
 
     @start_step.setter
     def start_step(self, value: int) -> None:
-        self._schedule.start_step = checks.whole("start_step", value, 0)
+        self._schedule.start_step = value
 
     @property
     def end_step(self) -> int | None:
@@ -209,7 +209,7 @@ class WeightFlipTracker:
 
     @end_step.setter
     def end_step(self, value: int | None) -> None:
-        self._schedule.end_step = None if value is None else checks.whole("end_step", value, 0)
+        self._schedule.end_step = value
 
     @property
     def holds_warnings(self) -> bool:

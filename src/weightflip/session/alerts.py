@@ -138,6 +138,7 @@ class AlertWatch:
     def __init__(self, alerts: Iterable[str | Alert] | None = None, values: Set[str] = frozenset()) -> None:
         self._alerts = [alert if isinstance(alert, Alert) else Alert(alert) for alert in alerts or ()]
         self._episodes: dict[tuple[int, str], _Episode] = {}
+        self._untold: list[str] = []
         known = {*values, _NONFINITE}
         for alert in self._alerts:
             if alert.value not in known:
@@ -224,11 +225,16 @@ class AlertWatch:
                 callback(event)
         except Exception as error:
             self._alerts[index] = replace(self._alerts[index], callback=None)
-            warnings.warn(
+            # Later: a warning may be an error, and the other rules have not been watched yet.
+            self._untold.append(
                 f"weightflip: the callback of {self._alerts[index].rule!r} failed and is not called again, training "
-                f"goes on: {type(error).__name__}: {error}",
-                stacklevel=2,
+                f"goes on: {type(error).__name__}: {error}"
             )
+
+    def take_warnings(self) -> list[str]:
+        """What has not been warned about yet."""
+        untold, self._untold = self._untold, []
+        return untold
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_alerts": [_picklable(alert) for alert in self._alerts]}

@@ -8,22 +8,22 @@ from typing import Any
 import torch
 
 from weightflip.counting.tracker import WeightFlipTracker
-from weightflip.session.log import Log
+from weightflip.session.log import Log, Source
 from weightflip.session.weights import Weights
 
 
 class Guard:
     """Runs the parts of a step: a fault in one is warned about once, and ends tracking."""
 
-    def __init__(self, tracker: WeightFlipTracker, weights: Weights, log: Log) -> None:
-        self.is_broken = False
+    def __init__(self, tracker: WeightFlipTracker, weights: Weights, log: Log, source: Source) -> None:
         self._tracker = tracker
         self._weights = weights
         self._log = log
+        self._source = source
 
     def run(self, action: Callable[..., None], *args: Any) -> None:
         """Run something that must not stop a training."""
-        if self.is_broken and not self._tracker.is_sharded:
+        if self._source.is_broken and not self._tracker.is_sharded:
             return
         try:
             action(*args)
@@ -46,7 +46,7 @@ class Guard:
         return True
 
     def _stop(self, error: Exception) -> None:
-        was_broken, self.is_broken = self.is_broken, True
+        was_broken, self._source.is_broken = self._source.is_broken, True
         if self._tracker.is_sharded:
             # Other processes count on, and wait for this one in each step.
             self._tracker.abandon()

@@ -26,12 +26,16 @@ class Source:
         tracker: Of the optimizer.
         owner: What lives as long as its steps come.
         asked_groups: ``groups=``, as it was given.
+
+    Attributes:
+        is_broken: Whether a fault has ended its tracking.
     """
 
     def __init__(self, tracker: WeightFlipTracker, owner: object, asked_groups: object = None) -> None:
         self.info = RunInfo({}, {})
         self.groups: dict[str, tuple[str, ...]] = {}
         self.asked_groups = asked_groups
+        self.is_broken = False
         self._tracker: WeightFlipTracker | None = tracker
         self._last = FlipRecord(0, ())
         self._last_totals: list[tuple[str, str, int, Counts]] = []
@@ -116,10 +120,17 @@ class Log:
         self._deferred: list[Callable[[], None]] = []
 
     def join(self, source: Source) -> None:
-        """Take in an optimizer's part, if it is new; where all others have come to their end, it goes on from them."""
+        """Take in an optimizer's part, with the weights that it has now.
+
+        If it is new, and all others have come to their end, it goes on from them. Those at their end give up its
+        weights.
+        """
         if source not in self.sources:
             source.follow(self.sources)
             self.sources.append(source)
+        for other in self.sources:
+            if other is not source and not other.is_live:
+                other.give_up_names(source.info.tracked.keys())
 
     def find_writer(self) -> bool:
         """Whether this process writes: of several, one does. Known from then on, also when they have parted."""
@@ -132,8 +143,13 @@ class Log:
         return max((steps for steps, _ in parts), default=0), [layer for _, layers in parts for layer in layers]
 
     def is_led_by(self, source: Source) -> bool:
-        """Whether this optimizer's steps say when to write: the first one's that is still at work."""
-        return next((candidate for candidate in self.sources if candidate.is_live), None) is source
+        """Whether this optimizer's steps say when to write: the first one's that is still at work.
+
+        A broken one leads on where weights are sharded: others, where it is not broken, write at its steps.
+        """
+        is_sharded = any(candidate.is_sharded for candidate in self.sources)
+        leaders = (it for it in self.sources if it.is_live and (is_sharded or not it.is_broken))
+        return next(leaders, None) is source
 
     def write(self) -> None:
         """Write what was counted since the last record, if anything.
@@ -168,8 +184,9 @@ class Log:
                 else:
                     source.synchronize()
             except Exception as error:
-                # The next source has a collective, too.
-                faults.append(error)
+                # The next source has a collective, too. A broken one was warned about, and takes no other with it.
+                if not source.is_broken:
+                    faults.append(error)
         if faults:
             raise faults[0]
         if records and is_writer:
@@ -186,24 +203,25 @@ class Log:
             groups = make_groups("blocks" if any(asked) else None, (), {}, tracked=list(names))
             record, info = replace(record, groups=groups), replace(info, groups=groups)
         self._unless_warned(self.sinks.write, record, info, self.first_step)
-        for event in self._unless_warned(self.alerts.check, record) or []:
+        for event in self.alerts.check(record):
             self._unless_warned(self.sinks.alert, event)
+        self.untold += self.alerts.take_warnings()
 
-    def _unless_warned(self, action: Callable[..., Any], *args: Any) -> Any:
-        """A sink or a callback that fails is warned about: where that is an error, it is raised later."""
+    def _unless_warned(self, action: Callable[..., None], *args: Any) -> None:
+        """A sink that fails is warned about: where that is an error, it is raised later."""
         try:
-            return action(*args)
+            action(*args)
         except Warning as error:
             self.untold.append(str(error))
-            return None
 
     def tell(self) -> None:
         """Warn of what was found, now that no process waits for this one: a warning may be an error."""
         if self._is_writing:
             return
-        untold, self.untold = [text for source in self.sources for text in source.take_warnings()] + self.untold, []
-        for text in untold:
-            warnings.warn(shown(text), stacklevel=2)
+        self.untold[:0] = [text for source in self.sources for text in source.take_warnings()]
+        while self.untold:
+            # Out first: where a warning is an error, the others are for the next time.
+            warnings.warn(shown(self.untold.pop(0)), stacklevel=2)
 
     def flush(self) -> None:
         """Have on disk what was written; where a sink or a callback asks for it, once the others have the record."""

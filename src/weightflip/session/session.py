@@ -41,7 +41,7 @@ class Session:
         self.log = log
         self.source = Source(tracker, self, options.groups)
         self.weights = Weights(tracker, log, self.source, model, options, settings)
-        self._guard = Guard(tracker, self.weights, log)
+        self._guard = Guard(tracker, self.weights, log, self.source)
         self._ending = Ending(log, self.source)
         self._unseen = UnseenSteps(log)
         self._log_every = options.log_every
@@ -59,8 +59,8 @@ class Session:
         self._is_open = False
 
     def begin(self, optimizer: Optimizer) -> None:
-        """Find the weights, and wait for steps."""
-        self.weights.select(optimizer, strict=True)
+        """Wait for steps. Before that nothing is changed outside, so that a call can still be refused."""
+        self.log.join(self.source)
         self._unseen.watch(optimizer, self)
 
     @property
@@ -144,7 +144,7 @@ class Session:
         self._ending.arrange(self)
         if self._calls % self._log_every == 0:
             # A model that was converted meanwhile may have the very same parameters.
-            self.weights.looks_again = not self._guard.is_broken
+            self.weights.looks_again = not self.source.is_broken
             if self.log.is_led_by(self.source):
                 self._guard.attempt(self.log.write)
                 self._ending.note_record()

@@ -54,10 +54,11 @@ def start(optimizer: Optimizer, model: nn.Module | None, options: Options) -> Se
     )
     session = Session(tracker, _make_log(options), model, options, settings)
     watch = AlertWatch(options.alerts, tracker.value_names)
-    session.begin(optimizer)
+    session.weights.select(optimizer, strict=True)
     watch.check_layers([*session.info.tracked, *session.info.skipped])
-    session.log.alerts.extend(watch)
     session.log.sinks.claim()
+    session.begin(optimizer)
+    session.log.alerts.extend(watch)
     return session
 
 

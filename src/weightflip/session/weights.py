@@ -156,7 +156,9 @@ class Weights:
             _say("groups='blocks' finds no block that repeats, such as layers.0 and layers.1, in the names")
         skipped = {**plan.skipped, **taken}
         self._source.info = RunInfo(described, skipped, self._settings, notes, groups, self._tracker.declared_values)
-        self._log.join(self._source)
+        if not strict:
+            # Else it is not sure yet that there will be a run; see Session.begin.
+            self._log.join(self._source)
 
     def _note_on_names(self, weights: Sequence[TrackedWeight]) -> tuple[str, ...]:
         names = [weight.name for weight in weights if is_by_place(split_variant(weight.name)[0])]
@@ -274,9 +276,6 @@ def _shared_out(
             "each weight has its own name, or exclude= it from one"
         )
     left = [weight for weight in weights if weight.name not in names]
-    for source in others:
-        if not source.is_live:
-            source.give_up_names({weight.name for weight in left})
     return left, dict.fromkeys(taken, "another optimizer of this run tracks a weight of this name")
 
 
