@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -225,6 +226,22 @@ def show(rows: list[Row]) -> None:
     sys.stdout.flush()
 
 
+def load() -> float | None:
+    """Processes that were running or waiting to run, mean of the last minute; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def how_calm(before: float | None, after: float | None) -> str:
+    """Whether the times can be believed."""
+    if before is None or after is None:
+        return "load: unknown on this system"
+    # Afterwards the benchmark's own threads are among them.
+    is_calm = before < 0.5 and after < torch.get_num_threads() + 0.5
+    return f"load {before:.1f} before, {after:.1f} after: " + (
+        "calm" if is_calm else "NOT CALM, other work ran here; ratios may be off"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"what to measure, of {', '.join(PARTS)}; all by default")
@@ -246,12 +263,14 @@ def main() -> None:
         cpu_time_of_one_thread()
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
+    before = load()
     rows: list[Row] = []
     for part in parts:
         rows += (found := PARTS[part](options.repeats))
         show(found)
         if options.json:
             options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    print(f"\n{how_calm(before, load())}")
     if options.chart:
         draw(rows, options.chart)
 
