@@ -6,6 +6,7 @@ import hashlib
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Literal, cast
 
@@ -55,7 +56,7 @@ def have_all_come(layouts: Iterable[Layout], about: str) -> bool:
     for team in dict.fromkeys(teams(list(layouts))):
         place = hashlib.sha256(f"{team} {about}".encode()).hexdigest()[:16]
         meetings[place] += 1
-        here, end = (f"weightflip/{place}/{meetings[place]}/{key}" for key in ("here", "end"))
+        here, end, gone = (f"weightflip/{place}/{meetings[place]}/{key}" for key in ("here", "end", "gone"))
         if store.add(here, 1) == len(team.ranks):
             store.compare_set(end, "", "all")
         else:
@@ -64,7 +65,14 @@ def have_all_come(layouts: Iterable[Layout], about: str) -> bool:
             except RuntimeError:
                 # The one that gives up decides for those that come late.
                 store.compare_set(end, "", "some")
-        if store.get(end) != b"all":
+        have_come = store.get(end) == b"all"
+        with suppress(Exception):
+            # The answer is known: the last to leave tidies up, since the next default group may have the same store and
+            # count its meetings anew. Where some have not come, this stays, and says so again.
+            if store.add(gone, 1) == len(team.ranks):
+                for key in (here, end, gone):
+                    store.delete_key(key)
+        if not have_come:
             return False
     return True
 
