@@ -173,7 +173,7 @@ def live(device: torch.device, backend: str, quantizer, shapes_fit: Callable[[Te
         tracker.after_step()
         if len(records) == 0 or now is steps[-2]:
             records.append(tracker.record())
-    return records, {name: layer.codes.cpu() for name, layer in tracker._layers.items() if layer.codes is not None}
+    return records, {name: layer.codes.cpu() for name, layer in tracker.layers.items() if layer.codes is not None}
 
 
 def fits(quantizer) -> Callable[[Tensor], bool]:
