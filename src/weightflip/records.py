@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from weightflip.texts import shown as shown
+
 Kind: TypeAlias = Literal["rate", "gauge", "histogram"]
 Unit: TypeAlias = Literal["share", "count", "number"]
 
@@ -240,21 +242,6 @@ def split_variant(name: str) -> tuple[str, str]:
     """The inverse of :func:`variant`; the quantizer is empty where there is but one."""
     name, _, quantizer = name.partition("@")
     return name, quantizer
-
-
-def shown(text: str) -> str:
-    r"""Text for people, with what would not print as itself escaped, as ``repr`` does.
-
-    A layer's name may hold anything. In a terminal, escapes and overrides of the direction of writing would be obeyed,
-    and a lone surrogate cannot be written to a file. What prints stays, so that this can be done twice.
-
-    Example:
-        >>> print(shown("blocks.0\x1b[2J"), shown("blocks.0"))
-        blocks.0\x1b[2J blocks.0
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def table_cell(value: object) -> object:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from weightflip.overview import MANY_LAYERS, blocks_of, outliers
 from weightflip.records import Counts, Quotient, shown, split_variant
+from weightflip.texts import percent
 
 
 class Row(NamedTuple):
@@ -22,14 +23,9 @@ class Row(NamedTuple):
         counts, weights = self.counts, self.weights
         per_weight = f"{counts.flips / weights:.2f}" if weights else "-"
         stall_ratio = f"{counts.stall_ratio:.1%}" if counts.updates else "-"
-        updated = _percent(counts.updated_fraction) if counts.update_steps else "-"
+        updated = percent(counts.updated_fraction)
         names = shown(self.name), shown(self.quantizer)
         return *names, f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio, updated
-
-
-def _percent(share: float) -> str:
-    """One weight of a large layer is not 0.0%."""
-    return f"{100 * share:.1g}%" if 0 < share < 0.001 else f"{share:.1%}"
 
 
 def as_text(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> str:
