@@ -30,16 +30,14 @@ def page(*parts: str) -> str:
 
 
 def paragraph(text: str) -> str:
+    """A line or more of text; nothing of none."""
     return f'<p style="margin:4px 0">{escape(text)}</p>' if text else ""
 
 
 def folded(title: str, text: str) -> str:
     """Text that opens with a click."""
-    return f"<details><summary>{escape(title)}</summary><pre>{escape_lines(text)}</pre></details>"
-
-
-def escape_lines(text: str) -> str:
-    return "\n".join(map(escape, text.splitlines()))
+    lines = "\n".join(map(escape, text.splitlines()))
+    return f"<details><summary>{escape(title)}</summary><pre>{lines}</pre></details>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1) -> str:
@@ -130,5 +128,6 @@ def _picture(caption: str, title: str, drawn: Iterable[str]) -> str:
         '<figure style="display:inline-block;margin:4px 16px 4px 0">'
         f'<svg role="img" aria-label="{escape(title)}" width="{_WIDTH}" height="{_HEIGHT + 4}" '
         f'viewBox="0 -2 {_WIDTH} {_HEIGHT + 4}"><path d="M0 {_HEIGHT}H{_WIDTH}" stroke="currentColor" '
-        f'stroke-opacity="0.3"/>{"".join(drawn)}</svg><figcaption style="font-size:smaller">{caption}</figcaption></figure>'
+        f'stroke-opacity="0.3"/>{"".join(drawn)}</svg>'
+        f'<figcaption style="font-size:smaller">{caption}</figcaption></figure>'
     )

@@ -28,10 +28,26 @@ class Row(NamedTuple):
         return *names, f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio, updated
 
 
-def as_text(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> str:
-    """What each layer, and all together, did since tracking began.
+class Summary(NamedTuple):
+    """What is shown of the totals.
 
-    More than 30 layers are shown by block, with those that stand out by their flip rate below.
+    Attributes:
+        caption: What comes first.
+        tables: Of each the head of its first column, and its rows.
+        ending: What comes last; may be empty.
+    """
+
+    caption: str
+    tables: list[tuple[str, list[Row]]]
+    ending: str = ""
+
+
+HEAD = ("quantizer", "weights", "flips", "flips/weight", "stall ratio", "updated")
+"""Of the columns after the first."""
+
+
+def summarize(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> Summary:
+    """What is shown of some layers: each of them, or of more than 30 the blocks, and those that stand out.
 
     Args:
         steps: How many there were.
@@ -43,16 +59,33 @@ def as_text(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> str:
     plain = [row._replace(name=split_variant(row.name)[0]) for row in rows]
     names = list(dict.fromkeys(row.name for row in plain))
     if len(names) <= MANY_LAYERS:
-        return "\n".join([f"after step {steps}", *_table("layer", [*plain, *sums])])
+        return Summary(f"after step {steps}", [("layer", [*plain, *sums])])
     blocks = [
         _sum(block, of, of[0].quantizer if len({row.quantizer for row in of}) == 1 else "several")
         for block, members in blocks_of(names).items()
         for of in _by_quantizer([row for row in rows if split_variant(row.name)[0] in set(members)]).values()
     ]
-    lines = [f"after step {steps}, {len(names)} layers", *_table("block" if blocks else "layers", [*blocks, *sums])]
+    tables = [("block" if blocks else "layers", [*blocks, *sums])]
     if odd := _outliers(rows):
-        lines += ["", *_table("layers that stand out", odd)]
-    return "\n".join([*lines, "", "each layer: get_flip_rates(), get_stall_ratios()"])
+        tables.append(("layers that stand out", odd))
+    ending = "each layer: get_flip_rates(), get_stall_ratios()"
+    return Summary(f"after step {steps}, {len(names)} layers", tables, ending)
+
+
+def as_text(steps: int, layers: Iterable[tuple[str, str, int, Counts]], note: str = "") -> str:
+    """What each layer, and all together, did since tracking began.
+
+    More than 30 layers are shown by block, with those that stand out by their flip rate below.
+
+    Args:
+        steps: How many there were.
+        layers: Of each, its name, its quantizer, how many weights it has, and its totals.
+        note: What else there is to say.
+    """
+    caption, tables, ending = summarize(steps, layers)
+    parts = ["\n".join(_table(what, rows)) for what, rows in tables]
+    text = "\n\n".join(filter(None, [*parts, ending]))
+    return "\n".join(filter(None, [caption, text, note]))
 
 
 def _by_quantizer(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -79,7 +112,7 @@ def _outliers(rows: Sequence[Row]) -> list[Row]:
 
 def _table(what: str, rows: Sequence[Row]) -> list[str]:
     cells = [
-        (what, "quantizer", "weights", "flips", "flips/weight", "stall ratio", "updated"),
+        (what, *HEAD),
         *(row.cells for row in rows),
     ]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
