@@ -115,8 +115,8 @@ def test_no_two_files_need_each_other():
 COUNTING_FLOORS = (
     {"tracker"},
     {"current"},
-    {"totals", "batched", "gathered", "summary", "stalls", "single"},
-    {"routes", "named", "silent", "sharded"},
+    {"totals", "batched", "gathered", "display", "stalls", "single"},
+    {"routes", "named", "silent", "sharded", "summary", "course"},
     {"metric_runner", "shards", "canary", "nonfinite"},
     {"table"},
     {"layer", "columns", "notices", "schedule", "checkpoint"},

@@ -64,6 +64,9 @@ class FlipTrackingHandle(Tracked):
         # A copy of the optimizer has no hooks.
         return {"_session": self._session, "_loading": None, "_hooks": []}
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.info!r}>"
+
     def remove(self) -> None:
         """Stop tracking, write the last record and close the sinks; the numbers stay, memory is given back."""
         self._remove(together=True)

@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from weightflip.records import Quotient
-
 MANY_LAYERS = 30
 """Above this, layers are shown by block, and one by one only where they stand out."""
 
@@ -132,7 +130,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     return low + (high - low) * (at - math.floor(at))
 
 
-def outliers(shares: Mapping[str, Quotient]) -> list[str]:
+def outliers(shares: Mapping[str, tuple[float, float]]) -> list[str]:
     """The layers whose share, such as the flip rate, lies far from that of the others.
 
     It is the odds that are compared, on a logarithmic scale: 0.001 is as far from 0.01 as 0.999 from 0.99. A layer
@@ -140,16 +138,16 @@ def outliers(shares: Mapping[str, Quotient]) -> list[str]:
     the median's.
 
     Args:
-        shares: By layer, numerators at most as large as denominators.
+        shares: By layer, a numerator that is at most as large as the denominator, and that one.
 
     Returns:
         Names, the farthest first; none of fewer than 8 layers.
     """
     # Half a weight more on both sides, as Haldane has it: 0 of 16 is no strong sign, 0 of a million is.
     odds = {
-        name: math.log((quotient.numerator + 0.5) / (max(0.0, quotient.denominator - quotient.numerator) + 0.5))
-        for name, quotient in shares.items()
-        if quotient.denominator and math.isfinite(quotient.value)
+        name: math.log((numerator + 0.5) / (max(0.0, denominator - numerator) + 0.5))
+        for name, (numerator, denominator) in shares.items()
+        if denominator and math.isfinite(numerator / denominator)
     }
     found = spread(odds.values())
     if found is None or len(odds) < _LEAST_LAYERS:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from weightflip import notebook
+from weightflip.overview import MANY_LAYERS, blocks_of, outliers
+from weightflip.texts import percent
+from weightflip.texts import shown as shown
 
 Kind: TypeAlias = Literal["rate", "gauge", "histogram"]
 Unit: TypeAlias = Literal["share", "count", "number"]
@@ -242,21 +247,6 @@ def split_variant(name: str) -> tuple[str, str]:
     return name, quantizer
 
 
-def shown(text: str) -> str:
-    r"""Text for people, with what would not print as itself escaped, as ``repr`` does.
-
-    A layer's name may hold anything. In a terminal, escapes and overrides of the direction of writing would be obeyed,
-    and a lone surrogate cannot be written to a file. What prints stays, so that this can be done twice.
-
-    Example:
-        >>> print(shown("blocks.0\x1b[2J"), shown("blocks.0"))
-        blocks.0\x1b[2J blocks.0
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def table_cell(value: object) -> object:
     """A cell of a CSV file: text that a spreadsheet would take for a formula gets an apostrophe before it."""
     if not isinstance(value, str):
@@ -286,6 +276,9 @@ class LayerRecord:
     nonfinite: int = 0
     gauges: Mapping[str, Quotient] = field(default_factory=dict)
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {shown(self.name)}, {self.weights:,} weights, {_rates(self)}>"
 
     @property
     def flip_rate(self) -> float:
@@ -403,6 +396,33 @@ class FlipRecord:
     layers: tuple[LayerRecord, ...]
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """In a line: a large record has thousands of numbers."""
+        rates = "; ".join(f"{name}: {_rates(model)}" if name else _rates(model) for name, model in self.models.items())
+        return f"<{type(self).__name__}: step {self.step}, {len(self.layers):,} layers{rates and f', {rates}'}>"
+
+    def _repr_html_(self) -> str:
+        """The numbers of this logging point; of more than 30 layers by block, with those that stand out below."""
+        models = [replace(model, name=variant("all", of) if of else "all") for of, model in self.models.items()]
+        names = dict.fromkeys(split_variant(layer.name)[0] for layer in self.layers)
+        parts = [notebook.bars("flip rate of each layer", {layer.name: layer.flip_rate for layer in self.layers})]
+        if len(names) <= MANY_LAYERS:
+            parts.append(_html_table("layer", [*self.layers, *models]))
+        else:
+            blocks = replace(self, groups=blocks_of(names)).group_sums
+            parts.append(_html_table("block" if blocks else "layers", [*blocks.values(), *models]))
+            parts.append(_html_table("layers that stand out", self._outliers()))
+        return notebook.page(notebook.paragraph(f"step {self.step}, {len(names)} layers"), *parts)
+
+    def _outliers(self) -> list[LayerRecord]:
+        """Layers that stand out by their flip rate, among those of the same quantizer."""
+        by_name = {layer.name: layer for layer in self.layers}
+        found: list[LayerRecord] = []
+        for of in self.models:
+            rates = {name: x.pairs["flip_rate"] for name, x in by_name.items() if split_variant(name)[1] == of}
+            found += [by_name[name] for name in outliers(rates)]
+        return found
+
     @property
     def model(self) -> LayerRecord:
         """The sum of all layers: counts and sizes are summed, then divided."""
@@ -463,6 +483,35 @@ class FlipRecord:
             return cls(data["step"], tuple(map(LayerRecord.from_row, data["rows"])))
         groups = {group: tuple(names) for group, names in data.get("groups", {}).items()}
         return cls(data["step"], tuple(LayerRecord.from_dict(layer) for layer in data["layers"]), groups)
+
+
+def _rates(record: LayerRecord) -> str:
+    return f"flip rate {percent(record.flip_rate)}, stall ratio {percent(record.stall_ratio)}"
+
+
+def _html_table(what: str, rows: Sequence[LayerRecord]) -> str:
+    if not rows:
+        return ""
+    columns = shown_as((name for row in rows for name in row.values), ())
+    cells = [
+        (
+            row.name,
+            f"{row.weights:,}",
+            *(_cell(column, row.values.get(column.name, math.nan)) for column in columns),
+            f"{row.nonfinite:,}",
+        )
+        for row in rows
+    ]
+    # Mostly there are none.
+    end = None if any(row.nonfinite for row in rows) else -1
+    head = (what, "weights", *(column.title for column in columns), "non-finite")
+    return notebook.table(head[:end], [line[:end] for line in cells])
+
+
+def _cell(column: Value, value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return percent(value) if column.unit == "share" else f"{value:,.3g}"
 
 
 @dataclass(frozen=True)
@@ -607,19 +656,48 @@ class RunInfo:
         lines += ["", shown(", ".join(f"{name}={value}" for name, value in self.settings.items()))]
         return "\n".join(lines)
 
-    def _skipped_in_rows(self) -> Iterator[tuple[str, str]]:
+    def _skipped_in_rows(self, quoted: str = "`{}`") -> Iterator[tuple[str, str]]:
         """Names and the reason: one row for each, or, of many with one reason, one for all."""
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
-            by_reason.setdefault(reason, []).append(f"`{shown(name)}`")
+            by_reason.setdefault(reason, []).append(quoted.format(shown(name)))
         for reason, names in by_reason.items():
             if len(names) > _SKIPPED_ROWS:
                 names = [f"{', '.join(names[:_SKIPPED_NAMES])} and {len(names) - _SKIPPED_NAMES} more"]
             yield from ((name, reason) for name in names)
 
+    def __repr__(self) -> str:
+        """In a line: a large model has hundreds of weights."""
+        return f"<{type(self).__name__}: {self._sizes}; print() shows which>"
+
+    @property
+    def _sizes(self) -> str:
+        return f"{len(self.tracked)} weights tracked, {len(self.skipped)} skipped"
+
+    def _repr_html_(self) -> str:
+        """What is tracked, of more than 30 weights by block; what is skipped and why; notes and settings."""
+        blocks = blocks_of(split_variant(name)[0] for name in self.tracked) if len(self.tracked) > MANY_LAYERS else {}
+        block_of = {name: block for block, members in blocks.items() for name in members}
+        rows: dict[str, list[tuple[str, str, str]]] = {}
+        for name, row in self.tracked.items():
+            rows.setdefault(block_of.get(split_variant(name)[0], name), []).append(row)
+        head = ["weight", "shape", "dtype", "quantizer"]
+        cells = [[name, *map(_common, zip(*of, strict=True))] for name, of in rows.items()]
+        if blocks:
+            head = ["block", "weights", *head[1:]]
+            cells = [[name, str(len(rows[name])), *more] for name, *more in cells]
+        skipped = list(self._skipped_in_rows("{}"))
+        return notebook.page(
+            notebook.paragraph(self._sizes),
+            *map(notebook.paragraph, self.notes),
+            notebook.table(head, cells, texts=len(head)) if cells else "",
+            notebook.table(("skipped", "why"), skipped, texts=2) if skipped else "",
+            notebook.paragraph(", ".join(f"{name}={value}" for name, value in self.settings.items())),
+        )
+
     def __str__(self) -> str:
         width = max((len(shown(name)) for name in (*self.tracked, *self.skipped)), default=0)
-        lines = [f"{len(self.tracked)} weights tracked, {len(self.skipped)} skipped"]
+        lines = [self._sizes]
         lines += [
             f"  {shown(name):<{width}}  {quantizer}  {shape} {dtype}"
             for name, (shape, dtype, quantizer) in self.tracked.items()
@@ -628,3 +706,9 @@ class RunInfo:
         lines += [f"  group {group}: {', '.join(names)}" for group, names in self.groups.items()]
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(map(shown, lines))
+
+
+def _common(texts: Sequence[str]) -> str:
+    """Those that there are, or that they are several."""
+    found = dict.fromkeys(texts)
+    return ", ".join(found) if len(found) <= 3 else "several"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from weightflip.overview import MANY_LAYERS, blocks_of, outliers
 from weightflip.records import Counts, Quotient, shown, split_variant
+from weightflip.texts import percent
 
 
 class Row(NamedTuple):
@@ -22,20 +23,31 @@ class Row(NamedTuple):
         counts, weights = self.counts, self.weights
         per_weight = f"{counts.flips / weights:.2f}" if weights else "-"
         stall_ratio = f"{counts.stall_ratio:.1%}" if counts.updates else "-"
-        updated = _percent(counts.updated_fraction) if counts.update_steps else "-"
+        updated = percent(counts.updated_fraction)
         names = shown(self.name), shown(self.quantizer)
         return *names, f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio, updated
 
 
-def _percent(share: float) -> str:
-    """One weight of a large layer is not 0.0%."""
-    return f"{100 * share:.1g}%" if 0 < share < 0.001 else f"{share:.1%}"
+class Summary(NamedTuple):
+    """What is shown of the totals.
+
+    Attributes:
+        caption: What comes first.
+        tables: Of each the head of its first column, and its rows.
+        ending: What comes last; may be empty.
+    """
+
+    caption: str
+    tables: list[tuple[str, list[Row]]]
+    ending: str = ""
 
 
-def as_text(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> str:
-    """What each layer, and all together, did since tracking began.
+HEAD = ("quantizer", "weights", "flips", "flips/weight", "stall ratio", "updated")
+"""Of the columns after the first."""
 
-    More than 30 layers are shown by block, with those that stand out by their flip rate below.
+
+def summarize(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> Summary:
+    """What is shown of some layers: each of them, or of more than 30 the blocks, and those that stand out.
 
     Args:
         steps: How many there were.
@@ -47,16 +59,33 @@ def as_text(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> str:
     plain = [row._replace(name=split_variant(row.name)[0]) for row in rows]
     names = list(dict.fromkeys(row.name for row in plain))
     if len(names) <= MANY_LAYERS:
-        return "\n".join([f"after step {steps}", *_table("layer", [*plain, *sums])])
+        return Summary(f"after step {steps}", [("layer", [*plain, *sums])])
     blocks = [
         _sum(block, of, of[0].quantizer if len({row.quantizer for row in of}) == 1 else "several")
         for block, members in blocks_of(names).items()
         for of in _by_quantizer([row for row in rows if split_variant(row.name)[0] in set(members)]).values()
     ]
-    lines = [f"after step {steps}, {len(names)} layers", *_table("block" if blocks else "layers", [*blocks, *sums])]
+    tables = [("block" if blocks else "layers", [*blocks, *sums])]
     if odd := _outliers(rows):
-        lines += ["", *_table("layers that stand out", odd)]
-    return "\n".join([*lines, "", "each layer: get_flip_rates(), get_stall_ratios()"])
+        tables.append(("layers that stand out", odd))
+    ending = "each layer: get_flip_rates(), get_stall_ratios()"
+    return Summary(f"after step {steps}, {len(names)} layers", tables, ending)
+
+
+def as_text(steps: int, layers: Iterable[tuple[str, str, int, Counts]], note: str = "") -> str:
+    """What each layer, and all together, did since tracking began.
+
+    More than 30 layers are shown by block, with those that stand out by their flip rate below.
+
+    Args:
+        steps: How many there were.
+        layers: Of each, its name, its quantizer, how many weights it has, and its totals.
+        note: What else there is to say.
+    """
+    caption, tables, ending = summarize(steps, layers)
+    parts = ["\n".join(_table(what, rows)) for what, rows in tables]
+    text = "\n\n".join(filter(None, [*parts, ending]))
+    return "\n".join(filter(None, [caption, text, note]))
 
 
 def _by_quantizer(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -83,7 +112,7 @@ def _outliers(rows: Sequence[Row]) -> list[Row]:
 
 def _table(what: str, rows: Sequence[Row]) -> list[str]:
     cells = [
-        (what, "quantizer", "weights", "flips", "flips/weight", "stall ratio", "updated"),
+        (what, *HEAD),
         *(row.cells for row in rows),
     ]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from weightflip.counting import checkpoint
 from weightflip.counting.columns import Columns
+from weightflip.counting.course import Course
 from weightflip.counting.layer import Layer
 from weightflip.counting.ledger import COLUMNS
 from weightflip.counting.schedule import Progress, Schedule
@@ -31,6 +32,7 @@ class Totals:
         self._columns, self._layers, self._schedule, self._silent = columns, layers, schedule, silent
         # At the end of the last window, with the layer's restarts of then. Replaced as a whole.
         self._window_base: dict[str, tuple[int, list[float]]] = {}
+        self.course = Course()
 
     def rows(self) -> Numbers:
         """Steps, and what this process has in the rows of all layers. One transfer from each device."""
@@ -69,6 +71,7 @@ class Totals:
                 )
             )
         self._window_base = {name: (self._layers[name].restarts, total) for name, total in totals.items()}
+        self.course.add(steps, layers)
         return FlipRecord(steps, tuple(layers))
 
     def _base_of(self, name: str) -> list[float]:

@@ -16,7 +16,9 @@ from weightflip.counting import summary, totals
 from weightflip.counting.batch import Batch
 from weightflip.counting.batched import BatchedRoute
 from weightflip.counting.columns import Columns
+from weightflip.counting.course import Course
 from weightflip.counting.current import CurrentLayers
+from weightflip.counting.display import Displayed
 from weightflip.counting.gathered import GatheredRoute, Heap
 from weightflip.counting.layer import CodeState, Layer, TrackedWeight
 from weightflip.counting.metric_runner import MetricRunner
@@ -71,7 +73,7 @@ def _checked(weights: Any) -> list[TrackedWeight]:
     return found
 
 
-class WeightFlipTracker:
+class WeightFlipTracker(Displayed):
     """Counts how many weights change their quantized code in an optimizer step.
 
     Two ways to use it. By name, one weight at a time: ``snapshot_pre_step``, the optimizer's step,
@@ -138,7 +140,7 @@ class WeightFlipTracker:
         self.fresh_snapshots = checks.flag("fresh_snapshots", fresh_snapshots)
         self.backend = backend
         self._holding: weakref.WeakMethod[Callable[[], AbstractContextManager[None]]] | None = None
-        self._show: weakref.WeakMethod[Callable[[], str]] | None = None
+        self._show = None
         self.reset()
 
     def reset(self) -> None:
@@ -347,11 +349,12 @@ class WeightFlipTracker:
         """
         self._holding = weakref.WeakMethod(holding)
 
-    def take_summary_from(self, show: Callable[[], str]) -> None:
-        """Say what ``print(tracker)`` shows, where the table is one of several optimizers.
+    def take_summary_from(self, show: Callable[..., str]) -> None:
+        """Say what ``print(tracker)`` and notebooks show, where the table is one of several optimizers.
 
         Args:
-            show: A method; its object is not kept alive.
+            show: A method that takes another form than plain text, a function of steps, layers and a note; its object
+                is not kept alive.
         """
         self._show = weakref.WeakMethod(show)
 
@@ -565,6 +568,13 @@ class WeightFlipTracker:
         steps, rows = self._totals.read(self._shards)
         layers = ((self._layers[name], self._columns.counts(row)) for name, row in rows.items())
         return steps, [(layer.name, layer.quantizer, layer.weights, counts) for layer, counts in layers]
+
+    @property
+    def course(self) -> Course:
+        return self._totals.course
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(self._layers):,} layers; print() shows what was counted>"
 
     def __str__(self) -> str:
         """A table: what each layer, and all together, did since tracking began."""

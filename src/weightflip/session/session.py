@@ -67,10 +67,13 @@ class Session:
     def info(self) -> RunInfo:
         return self.source.info
 
-    def summary(self) -> str:
-        """What ``print(tracker)`` shows: all optimizers of the run in one table, and a step that was not seen."""
-        steps, layers = self.log.totals()
-        return "\n".join(filter(None, [summary.as_text(steps, layers), self._unseen.text]))
+    def summary(self, form: Callable[..., str] = summary.as_text) -> str:
+        """What ``print(tracker)`` shows: all optimizers of the run in one table, and a step that was not seen.
+
+        Args:
+            form: Of steps, layers and a note.
+        """
+        return form(*self.log.totals(), self._unseen.text)
 
     # ------------------------------------------------------------------ one step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from weightflip import notebook
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import RunInfo
 from weightflip.session.session import Session
@@ -29,3 +30,7 @@ class Tracked:
     def close(self) -> None:
         """Write the last record and close the sinks. Steps go on being counted, and open them again if they log."""
         self._session.close()
+
+    def _repr_html_(self) -> str:
+        found = f"{type(self).__name__}: {len(self.info.tracked)} weights tracked, {len(self.info.skipped)} skipped"
+        return notebook.page(notebook.folded(found, repr(self)), self.tracker._repr_html_())
