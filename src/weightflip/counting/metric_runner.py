@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from weightflip import functional, kernels
-from weightflip.counting.layer import Layer
+from weightflip.counting.layer import Layer, Looks
 from weightflip.counting.notices import Notices
+from weightflip.counting.observed import Observation
 from weightflip.counting.schedule import Schedule
 from weightflip.counting.table import LayerTable
 from weightflip.metrics import LayerMetric, Slice, Weight
@@ -39,6 +40,8 @@ class MetricRunner:
         self._groups, self._schedule, self._notices = groups, schedule, notices
         self._scratch, self._backend = scratch, backend
         self._measured: dict[str, int] = {}
+        self.changes = 0
+        """Rises whenever a group begins or ends with a layer."""
         self._has_news = False
 
     def __bool__(self) -> bool:
@@ -54,17 +57,21 @@ class MetricRunner:
             is_shard: Whether other processes have parts of the same weight.
         """
         assert layer.tracked is not None
-        seen = layer.seen(*layer.tracked.unwrapped())
-        kind = seen.codes.shape, seen.codes.dtype
+        assert layer.codes is not None
+        weight, quantizer = layer.tracked.unwrapped()
+        grouped = quantizer.grouped(layer.codes) if isinstance(quantizer, ElementwiseQuantizer) else layer.codes
+        kind = grouped.shape, grouped.dtype
         if layer.metrics is not None and layer.code_kind != kind:
             # Stored in another dtype now: what was remembered is of other codes.
             layer.metrics = None
         if layer.metrics is None:
-            layer.metrics, layer.code_kind = {}, kind
+            layer.metrics, layer.code_kind, seen = {}, kind, layer.seen(weight, quantizer)
             for group in self._groups:
                 self._ask(layer, group, self._open, layer, group, seen, is_shard)
-        for group, metric in self._due(layer):
-            self._ask(layer, group, metric.before, seen)
+            self._find_looks(layer)
+        assert layer.looks is not None
+        for group, metric in self._due(layer.looks.before):
+            self._ask(layer, group, metric.before, layer.seen(weight, quantizer))
 
     def _open(self, layer: Layer, group: Group, seen: Weight, is_shard: bool) -> None:
         assert layer.metrics is not None
@@ -78,43 +85,93 @@ class MetricRunner:
             if kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype):
                 tensor.copy_(kept)
 
+    def _find_looks(self, layer: Layer) -> None:
+        """What to call for a layer in each step: methods that do nothing are left out."""
+        found = [
+            (group, metric)
+            for group in self._groups
+            if layer.metrics is not None and (metric := layer.metrics.get(group.metric.name)) is not None
+        ]
+        layer.looks = Looks(
+            before=tuple((g, metric) for g, metric in found if type(metric).before is not LayerMetric.before),
+            slices=tuple((g, metric) for g, metric in found if type(metric).slice is not LayerMetric.slice),
+            after=tuple((g, metric) for g, metric in found if type(metric).after is not LayerMetric.after),
+        )
+        self.changes += 1
+
     def observer(
         self, layer: Layer, weight: Tensor, quantizer: Quantizer, valid: Tensor | None
     ) -> functional.Observer | None:
         """What shows each slice of a weight to the groups; None if none wants to see it."""
-        due = [(group, metric) for group, metric in self._due(layer) if type(metric).slice is not LayerMetric.slice]
+        due = self._due(layer.looks.slices) if layer.looks is not None else []
         if not due:
             return None
         values = quantizer.grouped(weight) if isinstance(quantizer, ElementwiseQuantizer) else weight
 
         valid = None if valid is None else valid.to(weight.device, non_blocking=True)
+        old_scale = layer.scale_of_codes
 
         def observe(index: kernels.Index, old: Tensor, new: Tensor) -> None:
-            part = Slice(index, values[index], old, new, valid, self._scratch, self._backend)
+            part = Slice(index, values[index], old, new, old_scale, valid, self._scratch, self._backend)
             for group, metric in due:
                 self._ask(layer, group, metric.slice, part, _sums(layer, group))
 
         return observe
 
+    def observations(self, layer: Layer) -> tuple[Observation, ...] | None:
+        """What the groups do with each weight of a layer, for a kernel; None where what they keep is laid out otherwise.
+
+        Groups that can only be shown slices are not among them: see :meth:`needs_slices`.
+        """
+        assert layer.codes is not None
+        found = []
+        for group, metric in () if layer.looks is None else layer.looks.slices:
+            if metric.pointwise is None:
+                continue
+            states = []
+            for state, _ in metric.pointwise.states:
+                name, dtype = state.operands
+                kept = metric.tensors.get(name)
+                if kept is None or kept.dtype is not (dtype or layer.codes.dtype):
+                    return None
+                if kept.numel() != layer.codes.numel() or kept.device != layer.codes.device or not kept.is_contiguous():
+                    return None
+                states.append(kept)
+            columns = tuple(range(group.sums.start, group.sums.stop, 2))
+            if len(columns) != len(metric.pointwise.counts):
+                return None
+            found.append(Observation(group.metric.name, metric.pointwise, tuple(states), columns))
+        return tuple(found)
+
+    def needs_slices(self, layer: Layer) -> bool:
+        """Whether a group that looks at this step has to be shown the slices of a layer."""
+        return layer.looks is not None and any(metric.pointwise is None for _, metric in self._due(layer.looks.slices))
+
     def after(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> None:
         """Let the groups see a weight after the step, once all of it is counted."""
-        for group, metric in self._due(layer):
+        for group, metric in () if layer.looks is None else self._due(layer.looks.after):
             self._ask(layer, group, metric.after, layer.seen(weight, quantizer), _sums(layer, group))
+
+    def after_all(self, layers: Sequence[Layer]) -> None:
+        """As :meth:`after`, of layers that are counted together."""
+        for layer in layers:
+            if layer.looks is not None and layer.looks.after and layer.tracked is not None:
+                self.after(layer, *layer.tracked.unwrapped())
 
     def step_is_counted(self) -> None:
         """There is something to measure at the next logging point."""
         self._has_news = True
 
-    def _due(self, layer: Layer) -> list[tuple[Group, LayerMetric]]:
-        """The groups that look at this step, with what they keep of the layer."""
-        if not layer.metrics:
-            return []
-        tracked_steps = self._schedule.tracked_steps
-        return [
-            (group, metric)
-            for group in self._groups
-            if tracked_steps % group.every == 0 and (metric := layer.metrics.get(group.metric.name)) is not None
-        ]
+    @property
+    def due(self) -> tuple[str, ...]:
+        """The names of the groups that look at this step."""
+        steps = self._schedule.tracked_steps
+        return tuple(group.metric.name for group in self._groups if steps % group.every == 0)
+
+    def _due(self, looks: Sequence[tuple[Group, LayerMetric]]) -> list[tuple[Group, LayerMetric]]:
+        """Those of some groups that look at this step."""
+        steps = self._schedule.tracked_steps
+        return [(group, metric) for group, metric in looks if steps % group.every == 0]
 
     # ------------------------------------------------------------------ at a logging point
 
@@ -163,6 +220,7 @@ class MetricRunner:
         except Exception as error:
             assert layer.metrics is not None
             layer.metrics[group.metric.name] = None
+            self._find_looks(layer)
             self._notices.add(
                 f"{layer.name!r} has no numbers of {group.metric.name!r} any more, all else goes on: "
                 f"{type(error).__name__}: {error}"

@@ -155,7 +155,7 @@ class WeightFlipTracker(Displayed):
         self._runner = MetricRunner(self._groups, self._schedule, self._notices, self._scratch, self.backend)
         alone = (self._layers, self._runner, self._scratch, self.backend, with_updates)
         elementwise = ElementwiseRoute(*alone)
-        self._batched = BatchedRoute(self._layers, elementwise, self.backend, with_updates, is_open=not self._groups)
+        self._batched = BatchedRoute(self._layers, elementwise, self._runner, self.backend, with_updates)
         self._gathered = GatheredRoute(elementwise, self._scratch, with_updates, is_open=not self._groups)
         routes = (self._batched, self._gathered, elementwise, WholeWeightRoute(*alone))
         self._current = CurrentLayers(self._layers, routes)
