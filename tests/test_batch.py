@@ -17,7 +17,7 @@ from weightflip.counting import batch
 from weightflip.counting.layer import TrackedWeight
 from weightflip.formats import FloatFormat
 from weightflip.kernels import cpu
-from weightflip.metrics import LayerMetric, Metric
+from weightflip.metrics import LayerMetric, Metric, Value
 from weightflip.quantizers import resolve
 from weightflip.quantizers.block import MX_NAMES, MXQuantizer
 from weightflip.quantizers.floatx import FloatxQuantizer
@@ -236,6 +236,7 @@ def test_a_life_is_counted_as_in_plain_torch(quantizer, options):
 
 class Sliced(Metric):
     name = "sliced"
+    values = (Value("sliced", "rate"),)
 
     def open(self, name, weight):
         class Layer(LayerMetric):

@@ -85,22 +85,30 @@ def is_same(a, b) -> bool:
     return a == b or (a != a and b != b)
 
 
-QUANTIZERS = ("float8_e4m3", "float8_e5m2:row:pow2", "e3m4", "e4m3:row", "e2m9", "e5m0", "mxfp4", "mxfp8_e4m3", "nvfp4",
-              "int8", "int4:g32", "bfloat16", "native", "e2m1:none", "float8_e4m3:1x128")  # fmt: skip
+# Every kind of scale, rounding and width of codes.
+QUANTIZERS = ("float8_e4m3", "float8_e4m3:row:pow2", "float8_e5m2:row", "e3m4", "e4m3:row", "e2m9", "e5m0", "int8",
+              "mxfp4", "mxfp8_e4m3", "nvfp4", "int4:g32", "bfloat16", "native", "e2m1:none", "float8_e4m3:1x128")  # fmt: skip
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_kernel_counts_as_plain_torch_does(dtype, threads):
+def test_the_kernel_counts_as_plain_torch_does(dtype):
+    for quantizer in QUANTIZERS:
+        *found, together = live("auto", quantizer, dtype)
+        *expected, alone = live_in_plain_torch(quantizer, dtype)
+        assert is_same(found, expected), quantizer
+        assert all(together), quantizer
+        assert not any(alone), quantizer
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_any_number_of_threads_is_right(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for quantizer in QUANTIZERS:
-            *found, together = live("auto", quantizer, dtype)
-            *expected, alone = live_in_plain_torch(quantizer, dtype)
-            assert is_same(found, expected), quantizer
-            assert all(together), quantizer
-            assert not any(alone), quantizer
+        for quantizer in ("float8_e4m3:row:pow2", "mxfp4"):
+            assert is_same(
+                live("auto", quantizer, torch.float32)[:3], live_in_plain_torch(quantizer, torch.float32)[:3]
+            )
     finally:
         torch.set_num_threads(before)
 
@@ -124,7 +132,8 @@ def test_options_keep_their_meaning(quantizer, options):
     *found, together = live("auto", quantizer, torch.float32, **options)
     *expected, _ = live("eager", quantizer, torch.float32, **options)
     assert is_same(found, expected)
-    assert all(together)
+    # With low_memory batches are given back after each step.
+    assert all(together) or "low_memory" in options
 
 
 class Ups(Metric):

@@ -142,7 +142,8 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
         eager = functional.in_plain_torch(quantizer)
         if not kernels.run_for(backend, kind, takes_scale=is_scaled, finds_scale=is_scaled, eager=eager):
             return None
-    scale_codes, group, scale_shape = None, 0, ()
+    scale_codes, group = None, 0
+    scale_shape: tuple[int, ...] = ()
     if quantizer.group is not None:
         scale_codes = quantizer.scale_codes(weight.new_ones((), dtype=torch.float32))
         scale_codes, group = scale_codes.new_zeros((*grouped.shape[:-1], 1)), grouped.shape[-1]

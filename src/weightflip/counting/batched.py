@@ -245,9 +245,7 @@ class _LayerBatch:
     def __init__(self, layers: Sequence[Layer], with_updates: bool, keeps_scales: bool) -> None:
         rows = [layer.row for layer in layers if layer.row is not None]
         indices = [row.index for row in rows]
-        self.batch = Batch(
-            _members_of(layers), with_updates=with_updates, rows=indices, keeps_scales=keeps_scales
-        )
+        self.batch = Batch(_members_of(layers), with_updates=with_updates, rows=indices, keeps_scales=keeps_scales)
         self._ledger = rows[0].ledger
         # What every step counts: in all rows at once.
         known = torch.zeros(max(indices) + 1, COLUMNS, dtype=torch.int64, device="cpu")

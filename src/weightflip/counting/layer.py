@@ -318,6 +318,17 @@ class Layer:
 
     def __getstate__(self) -> dict[str, Any]:
         # The stamp is about this process's parameter: a copy encodes its own anew.
-        names = ("codes", "scale_codes", "scale", "statistic", "stamp", "tracked", "route", "member", "metrics", "looks")
+        names = (
+            "codes",
+            "scale_codes",
+            "scale",
+            "statistic",
+            "stamp",
+            "tracked",
+            "route",
+            "member",
+            "metrics",
+            "looks",
+        )
         state = self.state if self.state is CodeState.FAILED else CodeState.ABSENT
         return {**self.__dict__, **dict.fromkeys(names), "saved": self.metric_tensors(), "state": state}

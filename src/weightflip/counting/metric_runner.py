@@ -119,7 +119,7 @@ class MetricRunner:
         return observe
 
     def observations(self, layer: Layer) -> tuple[Observation, ...] | None:
-        """What the groups do with each weight of a layer, for a kernel; None where what they keep is laid out otherwise.
+        """What the groups do with each weight of a layer, for a kernel; None where it cannot read what they keep.
 
         Groups that can only be shown slices are not among them: see :meth:`needs_slices`.
         """

@@ -1,4 +1,4 @@
-"""What metric groups see of weights that are counted together: they leave it to the kernel, or to a few calls for all."""
+"""What metric groups do with weights that are counted together, and the scales that they need for it."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def count_lanes(
     by_adding: bool,
     groups: tuple[Pointwise, ...] = (),
 ) -> Loop | None:
-    """:func:`weightflip.kernels.items.count_lanes` for these dtypes and metric groups, as in ``vectors.make_advance``."""
+    """:func:`weightflip.kernels.items.count_lanes` for these dtypes, as in ``vectors.make_advance``, and groups."""
     kind = (weight_bits, update_bits, code_bits, scaling, by_adding)
     if not groups:
         return _loop(items.count_lanes, 9, kind, lambda: {"ADVANCE": vectors.make_advance(*kind)})

@@ -256,10 +256,10 @@ def make_advance(
                 count(2, b.and_(updated, b.not_(flipped)))
             if more is not None:
 
-                def under_old_scale(place: Any = place, offset: Any = b.mul(i, scale_step)) -> Any:
+                def under_old_scale(place: Any = place, index: Any = i) -> Any:
                     word = b.inttoptr(b.add(found_at, ir.Constant(_I64, 8 * OLD_SCALES_AT)), _I64.as_pointer())
-                    under = _number(v, weight_bits, place, scaling, b.add(b.load(word), offset))
-                    return _encoded(rounding, by_adding, under)
+                    old_scales = b.add(b.load(word), b.mul(index, scale_step))
+                    return _encoded(rounding, by_adding, _number(v, weight_bits, place, scaling, old_scales))
 
                 more.each(i, old, new, flipped, under_old_scale)
         if more is not None:
