@@ -149,7 +149,9 @@ def test_formats_have_every_family_of_quantizers():
     # Not those that the documents and other tests register.
     quantizer_names()
     ours = [entry for entry in registry._registry if entry.factory.__module__.startswith("weightflip.")]
-    assert first_column("docs/formats.md", "| name | format |") - {"e2m1", "eXmY"} == {name for entry in ours for name in entry.examples}
+    assert first_column("docs/formats.md", "| name | format |") - {"e2m1", "eXmY"} == {
+        name for entry in ours for name in entry.examples
+    }
 
 
 def test_tensorboard_page_has_every_tag(tmp_path):
