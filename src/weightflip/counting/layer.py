@@ -246,7 +246,7 @@ class Layer:
         if self.state is not CodeState.FAILED:
             self.state = CodeState.ABSENT
         if metrics:
-            self.metrics, self.saved = None, {}
+            self.metrics, self.looks, self.saved = None, None, {}
 
     def leave_route(self) -> None:
         """Its route takes it no more: the next step finds another one."""
@@ -308,7 +308,8 @@ class Layer:
 
     def close_metrics(self) -> None:
         """Groups begin anew with the next codes, from what they kept."""
-        self.saved, self.metrics = self.metric_tensors(), None
+        self.saved = self.metric_tensors()
+        self.metrics = self.looks = None
 
     def metric_tensors(self) -> dict[str, dict[str, Tensor]]:
         """What groups keep of each weight, by group and name."""
