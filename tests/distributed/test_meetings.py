@@ -11,7 +11,7 @@ from weightflip.distributed import collectives, have_all_come
 
 
 def test_a_meeting_leaves_nothing_that_a_later_group_takes_for_its_own(monkeypatch):
-    monkeypatch.setattr(collectives, "PATIENCE", timedelta(milliseconds=20))
+    monkeypatch.setattr(collectives, "MEETING_TIMEOUT", timedelta(milliseconds=20))
     store = dist.HashStore()
     for _ in range(2):
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -17,7 +17,7 @@ from weightflip.distributed import groups
 from weightflip.distributed.layouts import Layout
 from weightflip.distributed.teams import Team, teams
 
-PATIENCE = timedelta(seconds=60)
+MEETING_TIMEOUT = timedelta(seconds=60)
 """How long a process whose sharded weights have become others waits for the rest to come and compare."""
 
 
@@ -42,7 +42,7 @@ _meetings: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDiction
 
 
 def have_all_come(layouts: Iterable[Layout], about: str) -> bool:
-    """Whether all processes that hold parts of these weights come here within ``PATIENCE``; the same answer on each.
+    """Whether all processes that hold parts of these weights come here within ``MEETING_TIMEOUT``; the same answer on each.
 
     They meet in the default group's store: a collective that some do not come to would wait for the group's timeout,
     and then leave a group that cannot be used any more.
@@ -61,7 +61,7 @@ def have_all_come(layouts: Iterable[Layout], about: str) -> bool:
             store.compare_set(end, "", "all")
         else:
             try:
-                store.wait([end], PATIENCE)
+                store.wait([end], MEETING_TIMEOUT)
             except RuntimeError:
                 # The one that gives up decides for those that come late.
                 store.compare_set(end, "", "some")
