@@ -204,7 +204,7 @@ def parameters_made_flat_later_are_skipped() -> None:
     with Lines() as lines:
         train(model, optimizer, steps=2)
     assert len(optimizer.info.skipped) == 2
-    assert all("int8 has a scale for each row, group or block" in why for why in optimizer.info.skipped.values())
+    assert all("int8 has one scale per row, group or block" in why for why in optimizer.info.skipped.values())
     assert len([line for line in lines if "no rows or channels" in line]) == of_first_process()
 
 
@@ -390,5 +390,5 @@ def test_what_zero3_marks_its_tensors_with():
     for quantizer in BY_ROW_GROUP_OR_BLOCK:
         plan = make_plan(parameters, Sources(model), Selection(quantizer), strict=False)
         assert plan.tracked == {}
-        assert f"{quantizer} has a scale for each row, group or block" in plan.skipped["group0.partition0_3"]
+        assert f"{quantizer} has one scale per row, group or block" in plan.skipped["group0.partition0_3"]
         assert any("no rows or channels" in note for note in plan.notes)

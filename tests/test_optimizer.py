@@ -649,10 +649,14 @@ def total(weight):
         ),
         (
             ValueError,
-            r"shape \(48, 64\): the function 'total' has to return a tensor of the weight's shape",
+            r"shape \(48, 64\)\): the function 'total' must return a tensor of the weight's shape",
             lambda m: FlipTrackingOptimizer(sgd(m), m, quantizer=total),
         ),
-        (ValueError, "log_dir= says where", lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=[], log_dir="runs")),
+        (
+            ValueError,
+            "log_dir= is where the default sink writes",
+            lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=[], log_dir="runs"),
+        ),
     ],
 )
 def test_mistakes_raise_at_construction(error, message, call):
@@ -673,7 +677,9 @@ def test_weights_that_no_format_fits():
             if weight.size(-1) % 32:
                 raise ValueError(f"last dimension {weight.size(-1)} is no multiple of 32")
 
-    with pytest.raises(ValueError, match=r"parameter 'body.weight' .* shape \(8, 8\): last dimension 8 is no multiple"):
+    with pytest.raises(
+        ValueError, match=r"parameter 'body.weight' .* shape \(8, 8\)\): last dimension 8 is no multiple"
+    ):
         FlipTrackingOptimizer(inner, zoo, quantizer=Blocks(), sinks=[])
 
 
@@ -753,7 +759,7 @@ def test_quantizers_without_a_name_are_called_by_their_class():
         torch.optim.SGD(model.parameters(), 0.1), model, quantizer=[Sign(), "e3m4"], sinks=[]
     )
     assert "0.weight@Sign" in optimizer.info.tracked
-    with pytest.raises(ValueError, match="objects and functions need a name each"):
+    with pytest.raises(ValueError, match="give each object or function its own name"):
         FlipTrackingOptimizer(
             torch.optim.SGD(model.parameters(), 0.1), model, quantizer=[lambda w: w, lambda w: w.sign()], sinks=[]
         )

@@ -12,7 +12,7 @@ from conftest import assert_same, gaussian, plan_of, with_outliers
 from torch import nn
 
 from weightflip import FlipTrackingOptimizer, track_flips
-from weightflip.quantizers.torchao import OfMaster, StoredCodes
+from weightflip.quantizers.torchao import MasterCopyQuantizer, StoredCodes
 from weightflip.selection import Selection, Sources, make_plan
 
 pytest.importorskip("torchao")
@@ -370,7 +370,9 @@ def test_a_torchao_without_a_name_says_which_versions_have_it(monkeypatch):
     from torchao.prototype.quantized_training import int8
 
     weight = layers(MASTERS["int8 mixed precision"][0])[0].weight.detach()
-    quantizer = OfMaster("_data", plan_of(layers(MASTERS["int8 mixed precision"][0])).tracked["0.weight"].quantizer)
+    quantizer = MasterCopyQuantizer(
+        "_data", plan_of(layers(MASTERS["int8 mixed precision"][0])).tracked["0.weight"].quantizer
+    )
     monkeypatch.delattr(int8, "quantize_int8_rowwise")
     with pytest.raises(ImportError, match=r"quantize_int8_rowwise, which torchao 0\.18 has"):
         quantizer.encode(weight)

@@ -51,7 +51,7 @@ def wrap_for_subclass(parameter: Tensor, quantizer: Quantizer) -> Quantizer:
         return quantizer
     for attribute in ("_data", "_tensor"):
         if isinstance(getattr(parameter, attribute, None), Tensor):
-            return torchao.OfMaster(attribute, quantizer)
+            return torchao.MasterCopyQuantizer(attribute, quantizer)
     raise Skip(
         f"torchao's {classes[0]} has no high-precision copy that {quantizer} could encode; use quantizer='auto'",
         is_misfit=True,
@@ -92,15 +92,17 @@ def quantizer_of_subclass(
             raise Skip("before version 0.18, torchao casts these weights only in its grouped_mm: not supported yet")
         if parameter.ndim != 2:
             raise Skip(f"torchao casts {parameter.ndim}-dimensional weights for its grouped_mm: not supported yet")
-        return torchao.OfMaster("_data", _float8_training(parameter.config._float8_linear_config)), None
+        return torchao.MasterCopyQuantizer("_data", _float8_training(parameter.config._float8_linear_config)), None
     if "MXFP8TrainingWeightWrapperTensor" in classes:
         if parameter.ndim != 2:
             raise Skip(f"torchao casts {parameter.ndim}-dimensional weights for its grouped_mm: not supported yet")
-        return torchao.OfMaster("_data", _mx(torch.float8_e4m3fn, parameter.config.scale_calculation_mode)), None
+        return torchao.MasterCopyQuantizer(
+            "_data", _mx(torch.float8_e4m3fn, parameter.config.scale_calculation_mode)
+        ), None
     if "BitNetTrainingLinearWeight" in classes:
-        return torchao.OfMaster("_data", resolve("ternary")), None
+        return torchao.MasterCopyQuantizer("_data", resolve("ternary")), None
     if "Int8MixedPrecisionTrainingLinearWeight" in classes:
-        quantizer = torchao.OfMaster("_data", _int8_mixed_precision(parameter.config))
+        quantizer = torchao.MasterCopyQuantizer("_data", _int8_mixed_precision(parameter.config))
         # torchao 0.18 registers this subclass's linear in a table that is never read.
         functions = getattr(type(parameter), "_TORCH_FN_TABLE", {}).values()
         if any(nn.functional.linear in table for table in functions):
@@ -111,8 +113,8 @@ def quantizer_of_subclass(
         )
     if "WeightWithDynamicFloat8CastTensor" in classes:
         if owner is not None and "Float8Linear" in torchao_classes(owner):
-            return torchao.OfMaster("_tensor", _float8_training(cast(Any, owner).config)), None
-        return torchao.OfMaster("_tensor", _float8(parameter._dtype)), None
+            return torchao.MasterCopyQuantizer("_tensor", _float8_training(cast(Any, owner).config)), None
+        return torchao.MasterCopyQuantizer("_tensor", _float8(parameter._dtype)), None
     for attribute in ("int_data", "qdata"):
         stored = getattr(parameter, attribute, None)
         if isinstance(stored, Tensor) and isinstance(getattr(parameter, "scale", None), Tensor):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weightflip.quantizers import Codes, ElementwiseQuantizer, Quantizer
 from weightflip.quantizers.adapt import quantizer_name
-from weightflip.quantizers.protocol import fresh
+from weightflip.quantizers.protocol import new_buffer
 from weightflip.selection.rules import dtype_name
 
 _ORDINALS = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -63,7 +63,7 @@ def try_quantizer(quantizer: Quantizer, weight: Tensor) -> Tensor | None:
             if scale is not None and scale.ndim:
                 scale_of_piece = scale[(slice(0, 1),) * (scale.ndim - 1)]
             out = torch.empty(piece.shape, dtype=quantizer.code_dtype(weight), device=weight.device)
-            quantizer.encode_into(piece, scale_of_piece, out, fresh)
+            quantizer.encode_into(piece, scale_of_piece, out, new_buffer)
         return scale
 
 

@@ -67,7 +67,7 @@ def is_training_step(optimizer: Optimizer, *, is_sharded: bool) -> Tensor | None
     except Exception:
         # If the gradients cannot be read, the step counts. The collective must take place in any case.
         flag = torch.ones((), dtype=torch.int64, device="cpu")
-    return distributed.is_any(flag, layouts)
+    return distributed.is_set_on_any(flag, layouts)
 
 
 def _has_zero_learning_rates(optimizer: Optimizer) -> bool:

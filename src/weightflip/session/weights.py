@@ -200,7 +200,7 @@ class Weights:
         """Whether the sharded parameters have changed on all processes, so that all take part in comparing them."""
         layouts = [layout for _, layout in (*self._shards, *shards) if layout.shard is not None]
         try:
-            return distributed.have_all_come(layouts, str([layout.shape for _, layout in self._shards]))
+            return distributed.have_all_arrived(layouts, str([layout.shape for _, layout in self._shards]))
         except Exception:
             return False
 
