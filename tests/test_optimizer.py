@@ -573,12 +573,12 @@ def total(weight):
         (
             TypeError,
             "expected a torch.optim.Optimizer such as .* got torch.nn.modules.container.Sequential, which lacks step, "
-            "param_groups and state; give the optimizer first",
+            "param_groups and state; pass the optimizer first",
             lambda m: FlipTrackingOptimizer(m),
         ),
         (
             TypeError,
-            "got list, which lacks step, .* wrap each optimizer by itself, and give the others sinks=first",
+            "got list, which lacks step, .* wrap each optimizer separately, and pass sinks=first to the others",
             lambda m: FlipTrackingOptimizer([sgd(m)], m),
         ),
         (
@@ -588,10 +588,14 @@ def total(weight):
         ),
         (
             TypeError,
-            "tracked already, and its checkpoints hold one set of counts",
+            "already tracked, and its checkpoints hold one set of counts",
             lambda m: FlipTrackingOptimizer(FlipTrackingOptimizer(sgd(m), m, sinks=[]), m),
         ),
-        (TypeError, "model= is a torch.nn.Module or None, got str", lambda m: FlipTrackingOptimizer(sgd(m), "runs/1")),
+        (
+            TypeError,
+            "model= must be a torch.nn.Module or None, got str",
+            lambda m: FlipTrackingOptimizer(sgd(m), "runs/1"),
+        ),
         (
             ValueError,
             "unknown quantizer 'float8_e4m4'; did you mean 'float8_e4m3'",
@@ -599,7 +603,7 @@ def total(weight):
         ),
         (
             ValueError,
-            "2 to 16 bits with the sign, got 'e9m9' with 19",
+            "2 to 16 bits, including the sign; got 'e9m9' with 19",
             lambda m: FlipTrackingOptimizer(sgd(m), m, quantizer="e9m9"),
         ),
         (TypeError, "got int", lambda m: FlipTrackingOptimizer(sgd(m), m, quantizer=8)),
@@ -621,7 +625,7 @@ def total(weight):
         ),
         (
             ValueError,
-            "log_every= is a whole number of at least 1, got 0",
+            "log_every= must be an integer of at least 1, got 0",
             lambda m: FlipTrackingOptimizer(sgd(m), m, log_every=0),
         ),
         (ValueError, "metrics= is a sequence", lambda m: FlipTrackingOptimizer(sgd(m), m, metrics=["oscillations"])),

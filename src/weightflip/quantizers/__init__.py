@@ -78,7 +78,7 @@ def decode(codes: Codes, format: Any = None) -> Tensor:
     """
     if not isinstance(codes, Codes):
         raise TypeError(
-            f"codes are what encode() gives, got {checks.described(codes)}; put your own together with "
+            f"codes are what encode() gives, got {checks.describe(codes)}; put your own together with "
             "Codes(ordinals, scale)"
         )
     if codes.quantizer is None and format is None:

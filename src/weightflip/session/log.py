@@ -13,7 +13,7 @@ from typing import Any
 
 from weightflip import distributed
 from weightflip.counting.tracker import WeightFlipTracker
-from weightflip.records import Counts, FlipRecord, RunInfo, shown, split_variant
+from weightflip.records import Counts, FlipRecord, RunInfo, printable, split_variant
 from weightflip.selection import make_groups
 from weightflip.session.alerts import AlertWatch
 from weightflip.sinks import SinkGroup
@@ -221,7 +221,7 @@ class Log:
         self.untold[:0] = [text for source in self.sources for text in source.take_warnings()]
         while self.untold:
             # Out first: where a warning is an error, the others are for the next time.
-            warnings.warn(shown(self.untold.pop(0)), stacklevel=2)
+            warnings.warn(printable(self.untold.pop(0)), stacklevel=2)
 
     def flush(self) -> None:
         """Have on disk what was written; where a sink or a callback asks for it, once the others have the record."""

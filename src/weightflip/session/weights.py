@@ -15,7 +15,7 @@ from weightflip.counting.layer import TrackedWeight
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.quantizers.adapt import quantizer_name
 from weightflip.quantizers.protocol import Quantizer
-from weightflip.records import RunInfo, shown, split_variant, variant
+from weightflip.records import RunInfo, printable, split_variant, variant
 from weightflip.selection import (
     Plan,
     Selection,
@@ -294,7 +294,7 @@ def _table(weights: Sequence[TrackedWeight]) -> dict[str, tuple[str, str, str]]:
 def _say(text: str) -> None:
     """A line in the log that all processes would have: on the first one alone."""
     if distributed.is_writer():
-        logger.warning("weightflip: %s", shown(text))
+        logger.warning("weightflip: %s", printable(text))
 
 
 def _described(parameters: Sequence[Tensor]) -> tuple[object, ...]:

@@ -138,7 +138,7 @@ def make_sinks(specs: Sequence[SinkLike], layer_values: LayerValues = None) -> l
         sink = make_sink(spec, layer_values)
         keys = {id(spec), getattr(sink, "place", None)} - {None}
         if seen & keys:
-            shown = repr(str(spec)) if isinstance(spec, (str, PathLike)) else checks.described(spec)
+            shown = repr(str(spec)) if isinstance(spec, (str, PathLike)) else checks.describe(spec)
             raise ValueError(f"{shown} is twice in sinks=, and every point would be written twice; leave one out")
         seen |= keys
         sinks.append(sink)

@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterable
 
-from weightflip.records import FlipRecord, LayerRecord, RunInfo, split_variant, table_cell
+from weightflip.records import FlipRecord, LayerRecord, RunInfo, csv_cell, split_variant
 from weightflip.sinks.background import BackgroundSink
 from weightflip.sinks.files import AppendedFile
 
@@ -93,5 +93,5 @@ class CSVSink(BackgroundSink):
 
     def _rows(self, rows: Iterable[Iterable[object]]) -> None:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([table_cell(value) for value in row] for row in rows)
+        csv.writer(text, lineterminator="\n").writerows([csv_cell(value) for value in row] for row in rows)
         self._file.append(text.getvalue(), heading=_HEADER)

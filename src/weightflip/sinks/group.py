@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from weightflip.records import AlertEvent, FlipRecord, RunInfo, shown
+from weightflip.records import AlertEvent, FlipRecord, RunInfo, printable
 from weightflip.sinks.background import BackgroundSink, Worker, collected_warnings
 from weightflip.sinks.base import Sink
 
@@ -139,7 +139,7 @@ class SinkGroup:
         untold = list(self._untold)
         del self._untold[: len(untold)]
         for text in untold:
-            warnings.warn(shown(text), stacklevel=3)
+            warnings.warn(printable(text), stacklevel=3)
 
     def _call(self, sinks: Sequence[Sink], method: str, *args: Any) -> None:
         for sink in list(sinks):

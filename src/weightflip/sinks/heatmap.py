@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightflip.overview import MANY_LAYERS, blocks_of, outliers
-from weightflip.records import FlipRecord, Quotient, shown
+from weightflip.records import FlipRecord, Quotient, printable
 from weightflip.sinks.colours import ABOVE, BELOW, NOTHING, Scale
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ class _Drawing:
 
 def shortened(name: str) -> str:
     """The end of a long name tells layers apart better than its beginning."""
-    name = shown(name)
+    name = printable(name)
     return name if len(name) <= _NAME_CHARACTERS else "..." + name[3 - _NAME_CHARACTERS :]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from weightflip.records import FlipRecord, Value, shown, shown_as, split_variant
+from weightflip.records import FlipRecord, Value, in_display_order, printable, split_variant
 from weightflip.sinks.chosen import ChosenLayers
 from weightflip.sinks.tags import spread_tags
 
@@ -72,7 +72,7 @@ class Layout:
         layout: Charts = {_MAIN: {"model": ["Multiline", ["^flips/rate", "^flips/stall_ratio"]]}}
         for suffix, of in (("", "layer"), ("_by_group", "group of layers")):
             varying = [name for (name, kind), numbers in self._numbers.items() if kind == suffix and numbers.may_vary]
-            for value in shown_as(varying, values):
+            for value in in_display_order(varying, values):
                 category = layout.setdefault(_GROUPS if suffix else value.chart or _OTHER, {})
                 title = value.description or value.title
                 charts = {f"by {of}": [f"^{re.escape(value.name)}{suffix}/.*"]}
@@ -80,7 +80,7 @@ class Layout:
                     title, charts = value.title, self._of_many(value.name, chosen)
                 for what, tags in charts.items():
                     # Two numbers may have one title.
-                    titles = (shown(f"{name}, {what}") for name in (title, value.name))
+                    titles = (printable(f"{name}, {what}") for name in (title, value.name))
                     category[next(title for title in titles if title not in category)] = ["Multiline", tags]
         return layout
 
@@ -95,7 +95,7 @@ class Layout:
         if chosen.outliers:
             # Where other layers have tags, too, these alone. Else one pattern: TensorBoard shows charts of several runs
             # as one, if they are the same.
-            tags = [f"^{re.escape(shown(f'{value}/{layer}'))}$" for layer in chosen.outliers]
+            tags = [f"^{re.escape(printable(f'{value}/{layer}'))}$" for layer in chosen.outliers]
             if not chosen.has_all(value):
                 tags = [f"^{re.escape(value)}/.*"]
             charts["layers that stand out, and the median"] = [*tags, *(f"^{re.escape(tag)}$" for tag in medians)]

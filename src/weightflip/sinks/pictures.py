@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from weightflip.records import FlipRecord, Value, shown
+from weightflip.records import FlipRecord, Value, printable
 from weightflip.sinks import heatmap, scatter
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ class Pictures:
         drawn = {}
         for name, history in self._histories.items():
             if history:
-                drawn[name] = heatmap.draw(history, shown(self._values[name].description or self._values[name].title))
+                drawn[name] = heatmap.draw(
+                    history, printable(self._values[name].description or self._values[name].title)
+                )
         for name, spots in self._spots.items():
-            drawn[name] = scatter.draw(spots, shown(self._values[name].expects))
+            drawn[name] = scatter.draw(spots, printable(self._values[name].expects))
         return drawn

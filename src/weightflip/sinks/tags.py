@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from weightflip.overview import Spread, spread
-from weightflip.records import MODEL_TAGS, FlipRecord, LayerRecord, shown, split_variant, variant
+from weightflip.records import MODEL_TAGS, FlipRecord, LayerRecord, printable, split_variant, variant
 
 HISTOGRAMS_OF_ALL = 64
 
@@ -81,7 +81,7 @@ def spread_points(record: FlipRecord) -> Iterator[Point]:
 
 def spread_tags(value: str, quantizer: str = "") -> dict[str, str]:
     """The tags of a number's :class:`~weightflip.overview.Spread`, by what of it each is."""
-    return {which: shown(_seen_as(f"spread/{value}_{which}", quantizer)) for which in Spread._fields}
+    return {which: printable(_seen_as(f"spread/{value}_{which}", quantizer)) for which in Spread._fields}
 
 
 def tagged_values(record: FlipRecord) -> dict[str, float]:
@@ -103,4 +103,4 @@ def _seen_as(tag: str, quantizer: str) -> str:
 
 
 def _point(tag: str, number: float, value: str, whose: str) -> Point:
-    return Point(shown(tag), number, value, whose)
+    return Point(printable(tag), number, value, whose)

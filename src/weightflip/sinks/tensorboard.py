@@ -18,8 +18,8 @@ from weightflip.records import (
     Histogram,
     RunInfo,
     Value,
-    in_lines,
-    shown,
+    alert_lines,
+    printable,
 )
 from weightflip.sinks.background import BackgroundSink, warn
 from weightflip.sinks.chosen import ChosenLayers, LayerValues
@@ -190,7 +190,7 @@ class TensorBoardSink(BackgroundSink):
     def _write_alerts(self) -> None:
         assert self._writer is not None
         for step, events in itertools.groupby(self._alerts, lambda event: event.step):
-            self._writer.add_text(ALERTS_TAG, "\n".join(f"- {line}" for line in in_lines(events)), step)
+            self._writer.add_text(ALERTS_TAG, "\n".join(f"- {line}" for line in alert_lines(events)), step)
         self._alerts = []
 
     def flush(self) -> None:
@@ -224,7 +224,7 @@ class TensorBoardSink(BackgroundSink):
             return
         assert self._writer is not None
         rates = {layer.name: layer.flip_rate for layer in record.layers}
-        lines = [f"- `{shown(name)}`: flip rate {rates[name]:.3g}" for name in outliers]
+        lines = [f"- `{printable(name)}`: flip rate {rates[name]:.3g}" for name in outliers]
         usual = spread(rate for rate in rates.values() if math.isfinite(rate))
         assert usual is not None
         lines.append(f"- the median of all layers: {usual.median:.3g}")
@@ -249,17 +249,17 @@ class TensorBoardSink(BackgroundSink):
         self._described.add(point.tag)
         assert self._writer.file_writer is not None
         value = self._values.get(point.value)
-        description = shown(f"{value.description or value.title if value else point.value}: {point.whose}")
+        description = printable(f"{value.description or value.title if value else point.value}: {point.whose}")
         self._writer.file_writer.add_summary(_described_scalar(point, description), step)
 
     def _histograms_of(self, record: FlipRecord) -> None:
         for layer in record.layers:
             for name, histogram in layer.histograms.items():
                 if self._chosen.has(name, layer.name):
-                    self._histogram(shown(f"{name}/{layer.name}"), histogram, record.step)
+                    self._histogram(printable(f"{name}/{layer.name}"), histogram, record.step)
         for group, summed in record.group_sums.items() if self._chosen.are_many else ():
             for name, histogram in summed.histograms.items():
-                self._histogram(shown(f"{name}_by_group/{group}"), histogram, record.step)
+                self._histogram(printable(f"{name}_by_group/{group}"), histogram, record.step)
 
     def _histogram(self, tag: str, histogram: Histogram, step: int) -> None:
         filled = [i for i, count in enumerate(histogram.counts) if count]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from weightflip.records import AlertEvent, FlipRecord, RunInfo, shown
+from weightflip.records import AlertEvent, FlipRecord, RunInfo, printable
 from weightflip.sinks.tags import has_histograms, tagged_values
 
 _STEP = "weightflip/step"
@@ -54,8 +54,8 @@ class WandbSink:
             self._init = {**self._init, "id": self._run.id, "resume": "allow"}
         if not self._sections:
             self._run.define_metric(_STEP, hidden=True)
-        tracked = {shown(name): quantizer for name, (_, _, quantizer) in info.tracked.items()}
-        skipped = {shown(name): reason for name, reason in info.skipped.items()}
+        tracked = {printable(name): quantizer for name, (_, _, quantizer) in info.tracked.items()}
+        skipped = {printable(name): reason for name, reason in info.skipped.items()}
         self._run.config.update(
             {"weightflip": {**info.settings, "tracked": tracked, "skipped": skipped}}, allow_val_change=True
         )
@@ -114,7 +114,7 @@ class WandbSink:
 
 def _histograms(record: FlipRecord) -> dict[str, Any]:
     found = {
-        shown(f"{name}/{layer.name}"): histogram
+        printable(f"{name}/{layer.name}"): histogram
         for layer in record.layers
         for name, histogram in layer.histograms.items()
     }
