@@ -400,7 +400,7 @@ def test_deepcopy_and_pickle_go_on_alone(digits, tmp_path):
         before = twin.tracker.get_flip_counts()
         backward(model_copy, digits, 1)
         brute.before()
-        with pytest.warns(UserWarning, match="another optimizer that is still tracked writes there"):
+        with pytest.warns(UserWarning, match="another tracked optimizer also writes there"):
             twin.step()
         brute.after()
         flips = {name: count - before[name] for name, count in twin.tracker.get_flip_counts().items()}
@@ -631,17 +631,17 @@ def total(weight):
         (ValueError, "metrics= is a sequence", lambda m: FlipTrackingOptimizer(sgd(m), m, metrics=["oscillations"])),
         (
             OSError,
-            "cannot be written.*choose another place",
+            "is not writable.*choose another directory",
             lambda m: FlipTrackingOptimizer(sgd(m), m, log_dir="/dev/null/runs"),
         ),
         (
             OSError,
-            "cannot be written",
+            "is not writable",
             lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=["/proc/weightflip/flips.jsonl"]),
         ),
         (
             ValueError,
-            r"ends in .jsonl or .csv, got 'flips.txt'",
+            r"must end in .jsonl or .csv, got 'flips.txt'",
             lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=["flips.txt"]),
         ),
         (TypeError, "put it in brackets", lambda m: FlipTrackingOptimizer(sgd(m), m, sinks="flips.jsonl")),

@@ -122,8 +122,8 @@ OPTIONS = [
     ({"start_step": 5, "end_step": 5}, ValueError, r"end_step= must be an integer of at least 6, got 5"),
     ({"end_step": Odd}, ValueError, r"end_step= must be an integer of at least 1, got <class"),
     ({"sinks": 5}, TypeError, r"sinks= is a list, got int"),
-    ({"sinks": [b"x.jsonl"]}, TypeError, r"sinks= takes .*got bytes"),
-    ({"sinks": [None]}, TypeError, r"sinks= takes .*got NoneType"),
+    ({"sinks": [b"x.jsonl"]}, TypeError, r"sinks= expects .*got bytes"),
+    ({"sinks": [None]}, TypeError, r"sinks= expects .*got NoneType"),
     ({"alerts": 5}, TypeError, r"alerts= is a list of rules.*got int 5"),
     ({"alerts": "stall_ratio > 1"}, TypeError, r"alerts= is a list, got str; put it in brackets"),
     ({"alerts": [5]}, TypeError, r"a rule of alerts= is a text such as .*got int"),
@@ -225,10 +225,13 @@ def test_paths(tmp_path):
     (tmp_path / "x.jsonl").mkdir()
     (tmp_path / "x.csv").mkdir()
     for name in ("x.jsonl", "x.csv"):
-        with pytest.raises(IsADirectoryError, match=rf"{name}' in sinks= is a directory; name a file in it, such as"):
+        with pytest.raises(
+            IsADirectoryError,
+            match=rf"expected a file in sinks=, got the directory .*{name}'; name a file in it, such as",
+        ):
             wrapped(sinks=[tmp_path / name])
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"cannot be written.*choose another place"):
+    with pytest.raises(OSError, match=r"is not writable.*choose another directory"):
         wrapped(sinks=None, log_dir=tmp_path / "file")
 
 
