@@ -86,8 +86,10 @@ def is_same(a, b) -> bool:
 
 
 # Every kind of scale, rounding and width of codes.
-QUANTIZERS = ("float8_e4m3", "float8_e4m3:row:pow2", "float8_e5m2:row", "e3m4", "e4m3:row", "e2m9", "e5m0", "int8",
-              "mxfp4", "mxfp8_e4m3", "nvfp4", "int4:g32", "bfloat16", "native", "e2m1:none", "float8_e4m3:1x128")  # fmt: skip
+QUANTIZERS = (
+    "float8_e4m3", "float8_e4m3:row:pow2", "float8_e5m2:row", "e3m4", "e4m3:row", "e2m9", "e5m0", "e2m1:none", "int8",
+    "mxfp4", "mxfp8_e4m3", "nvfp4", "int4:g32", "float8_e4m3:1x128", "bfloat16", "native",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

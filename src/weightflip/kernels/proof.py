@@ -90,7 +90,7 @@ def is_usable(name: str, run: type[Run], question: Question, eager: Eager, *, mu
 @torch.no_grad()
 def _try(name: str, run: type[Run], question: Question, eager: Eager) -> _Answer:
     kind = question.kind
-    what = f"{name} for {_shown(kind)} on {kind.device}"
+    what = f"{name} for {_shown(kind)}{' with metric groups' if question.groups else ''} on {kind.device}"
     try:
         fault = find_fault(run, question)
     except Exception as error:
