@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from conftest import case
 from kernel_cases import QUANTIZERS, assert_together_as_alone, by_eager, each_alone, with_special
 from test_cpu_kernel import weights
 
@@ -53,6 +54,30 @@ def many_alone(spec):
 @pytest.mark.parametrize("quantizer", [*QUANTIZERS, *BLOCKS], ids=str)
 def test_equals_each_alone(quantizer):
     assert_together_as_alone(many_alone(quantizer), resolve(quantizer), "auto", cpu.Run)
+
+
+@pytest.mark.parametrize("longest", [0, 128])
+def test_equals_each_alone_where_groups_are_too_long_for_one_pass(longest, monkeypatch):
+    monkeypatch.setattr(cpu.Run, "longest_group", longest)
+    for name in ("float8_e4m3", "e3m4:row", "int8", "float8_e4m3:row:pow2", *BLOCKS):
+        with case(name):
+            assert_together_as_alone(many_alone(name), resolve(name), "auto", cpu.Run)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_of_groups_are_made_in_the_pass_that_counts(dtype):
+    for name in ("float8_e4m3", "float8_e4m3:pow2", "e3m4:row", "int8", *BLOCKS):
+        weight, quantizer = torch.ones(4, 256, dtype=dtype), resolve(name)
+        codes = torch.zeros(weight.shape, dtype=torch.int8)
+        with case(name):
+            member = batch.make_member(weight, quantizer, codes, "auto", with_updates=True)
+            assert member.scaling is not None
+            assert member.scaling is batch.make_member(weight, resolve(name), codes, "auto", with_updates=True).scaling
+    weight, codes = (
+        torch.ones(2, cpu.Run.longest_group + 1),
+        torch.zeros(2, cpu.Run.longest_group + 1, dtype=torch.int8),
+    )
+    assert batch.make_member(weight, resolve("int8"), codes, "auto", with_updates=True).scaling is None
 
 
 def test_formats_side_by_side_and_without_updates():

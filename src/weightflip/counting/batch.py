@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from weightflip import functional, kernels
 from weightflip.counting.scale_table import ScaleTable, table_of
+from weightflip.counting.scaling import in_plain_torch, scaling_of
+from weightflip.formats import ScaleFormula
 
 # A run's elements: so many that starting its threads does not show (2M took a third longer), and so few that the
 # scales of its blocks stay small: 4 MiB for blocks of 16.
@@ -35,6 +37,8 @@ class Shared(functional.Elementwise, Protocol):
 
     def scale_codes(self, scale: Tensor) -> Tensor: ...
 
+    def scale_rule(self, dtype: torch.dtype) -> ScaleFormula | Literal["steps"] | None: ...
+
 
 @dataclass(eq=False)
 class Member:
@@ -50,6 +54,7 @@ class Member:
         rounding: Its rounding of this weight.
         group: How many neighbours share a scale; 0 where there is none.
         run: What counts it.
+        scaling: How that makes the scales of its groups; None: the quantizer makes them.
     """
 
     address: int
@@ -61,11 +66,13 @@ class Member:
     rounding: kernels.Rounding
     group: int
     run: type[kernels.Run]
+    scaling: kernels.Scaling | None
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What members have in common that are counted in one call."""
-        return (type(self.quantizer), self.quantizer.name, self.rounding, self.dtype, self.codes.dtype, self.group == 0)
+        of_quantizer = (type(self.quantizer), self.quantizer.name, self.rounding)
+        return (*of_quantizer, self.dtype, self.codes.dtype, self.group == 0, self.scaling)
 
     def describes(self, weight: Tensor, quantizer: Any, codes: Tensor | None) -> bool:
         """Whether this is still the same memory, encoded in the same way."""
@@ -106,12 +113,6 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
     if quantizer.group is not None and grouped.shape[-1] != quantizer.group and grouped.shape[-2] > 1:
         # Several groups share a scale, and the last ones of a row are fewer.
         return None
-    is_scaled = quantizer.scope != "element"
-    for update in (None, weight.dtype) if with_updates else (None,):
-        kind = kernels.Kind(weight.dtype, update, codes.dtype, rounding, weight.device)
-        eager = functional.in_plain_torch(quantizer)
-        if not kernels.run_for(backend, kind, takes_scale=is_scaled, finds_scale=is_scaled, eager=eager):
-            return None
     scale_codes, group = None, 0
     if quantizer.group is not None:
         scale_codes = quantizer.scale_codes(weight.new_ones((), dtype=torch.float32))
@@ -120,7 +121,32 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
         group = weight.shape[-1] if weight.ndim else 1
     elif quantizer.scope == "tensor":
         group = weight.numel()
-    return Member(weight.data_ptr(), weight.numel(), weight.dtype, codes, scale_codes, quantizer, rounding, group, run)
+
+    def is_usable(scaling: kernels.Scaling | None) -> bool:
+        return all(
+            kernels.run_for(
+                backend,
+                kernels.Question(
+                    kernels.Kind(weight.dtype, update, codes.dtype, rounding, weight.device),
+                    takes_scale=group > 0,
+                    finds_scale=group > 0,
+                    scaling=scaling,
+                ),
+                functional.in_plain_torch(quantizer),
+                in_plain_torch(quantizer, weight.dtype),
+            )
+            for update in ((None, weight.dtype) if with_updates else (None,))
+        )
+
+    scaling = None
+    if 0 < group <= run.longest_group:
+        scaling = scaling_of(quantizer, rounding, weight.dtype, weight.device)
+    if scaling is not None and not is_usable(scaling):
+        scaling = None
+    if scaling is None and not is_usable(None):
+        return None
+    place = weight.data_ptr(), weight.numel(), weight.dtype
+    return Member(*place, codes, scale_codes, quantizer, rounding, group, run, scaling)
 
 
 class Counted(NamedTuple):
@@ -229,7 +255,7 @@ class _Part:
     ) -> None:
         first = members[pieces[0].member]
         self.quantizer, self.dtype = first.quantizer, first.dtype
-        self.is_scaled = first.group != 0
+        self.is_scaled, self.scaling = first.group != 0, first.scaling
         kind = kernels.Kind(
             first.dtype, first.dtype if with_updates else None, first.codes.dtype, first.rounding, first.codes.device
         )
@@ -266,15 +292,17 @@ class _Part:
         if updates is not None:
             of_pieces = updates[self.members]
             addresses = np.where(of_pieces == 0, 0, of_pieces + self.offsets)
-        factors, new = self._scales()
-        if new is None:
-            self.run.count_into_(counts, self.rows_there, factors, addresses)
-            return
-        in_one = self.scale_codes_in_one
-        stored = torch.cat(self.scale_codes) if in_one is None else in_one
-        codes = kernels.ScaleCodes(new, stored, scale_changes)
-        self.run.count_into_(counts, self.rows_there, factors, addresses, codes)
-        if in_one is None:
+        factors, new = self._scales() if self.scaling is None else (None, None)
+        stored = self.scale_codes_in_one
+        if stored is None and self.scale_codes:
+            stored = torch.cat(self.scale_codes)
+        if self.scaling is not None:
+            of_scales = None if stored is None else kernels.StoredScales(stored, scale_changes)
+            self.run.count_groups_into_(counts, self.rows_there, self.scaling, addresses, of_scales)
+        else:
+            codes = None if new is None or stored is None else kernels.ScaleCodes(new, stored, scale_changes)
+            self.run.count_into_(counts, self.rows_there, factors, addresses, codes)
+        if stored is not None and self.scale_codes_in_one is None:
             torch._foreach_copy_(self.scale_codes, torch.split(stored, [codes.numel() for codes in self.scale_codes]))
 
     def _scales(self) -> tuple[Tensor | None, Tensor | None]:

@@ -10,7 +10,8 @@ from weightflip.formats import Rounding
 from weightflip.kernels.backend import check_backend, one_pass, run, run_for
 from weightflip.kernels.eager import count_
 from weightflip.kernels.gathered import Layout, is_small, pack
-from weightflip.kernels.runs import Addresses, Kind, Run, ScaleCodes, Stretch, upload
+from weightflip.kernels.proof import Question
+from weightflip.kernels.runs import Addresses, Kind, Run, ScaleCodes, ScaleSteps, Scaling, StoredScales, Stretch, upload
 from weightflip.kernels.scratch import ScratchPool
 from weightflip.kernels.slices import Index, slice_elements, slices, take
 
@@ -25,10 +26,14 @@ __all__ = [
     "Index",
     "Kind",
     "Layout",
+    "Question",
     "Rounding",
     "Run",
     "ScaleCodes",
+    "ScaleSteps",
+    "Scaling",
     "ScratchPool",
+    "StoredScales",
     "Stretch",
     "check_backend",
     "count_",

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weightflip.kernels import compiled, items, pool, vectors
+from weightflip.formats import BF16, ScaleFormula
+from weightflip.kernels import compiled, groups, items, pool, vectors
 from weightflip.kernels.constants import lanes
-from weightflip.kernels.runs import Addresses, Kind, ScaleCodes, Stretch
+from weightflip.kernels.runs import Addresses, Kind, ScaleCodes, ScaleSteps, Scaling, StoredScales, Stretch
 
 DEVICE = "cpu"
 
@@ -30,6 +31,7 @@ class Run:
     """A :class:`weightflip.kernels.runs.Run` for the CPU: threads share the elements."""
 
     saves_calls = False
+    longest_group = groups.LONGEST
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind = kind
@@ -70,6 +72,13 @@ class Run:
             loops += [compiled.largest_loop(), compiled.largest_lanes(8 * kind.weight.itemsize)]
         return all(loop is not None for loop in loops)
 
+    @staticmethod
+    def can_scale(kind: Kind, scaling: Scaling) -> bool:
+        if not Run.can_do(kind, scaled=False):
+            return False
+        loops = [compiled.count_groups_loop(), compiled.largest_lanes(8 * kind.weight.itemsize), _scales_loop(scaling)]
+        return all(loop is not None for loop in loops)
+
     def largest(self) -> Tensor:
         largest = torch.zeros(self._scales, dtype=torch.float32, device="cpu")
         task = self._task.copy()
@@ -99,15 +108,43 @@ class Run:
             changes.index_add_(0, rows, torch.from_numpy(changed.astype(np.int64)))
             stored.copy_(new)
 
+    def count_groups_into_(
+        self,
+        counts: Tensor,
+        rows: Tensor,
+        scaling: Scaling,
+        updates: Addresses | None,
+        stored: StoredScales | None = None,
+    ) -> None:
+        task = np.zeros(groups.TASK, dtype=np.int64)
+        task[: items.TASK] = self._counting(counts, rows.data_ptr(), updates)
+        largest, scales = compiled.largest_lanes(8 * self.kind.weight.itemsize), _scales_loop(scaling)
+        assert largest is not None
+        assert scales is not None
+        task[groups.LARGEST_LOOP], task[groups.SCALES_LOOP] = largest.address, scales.address
+        rule = _rule(scaling.description)
+        task[groups.RULE] = rule.ctypes.data
+        if stored is not None:
+            codes, changes = stored
+            task[groups.STORED], task[groups.STORED_SIZE] = codes.data_ptr(), codes.element_size()
+            task[groups.CHANGES] = changes.data_ptr()
+            task[groups.CHANGES_STRIDE] = changes.stride(0) * changes.element_size()
+        self._call(compiled.count_groups_loop(), _count_lanes(self.kind, is_scaled=True), task)
+
     def _count_into(self, counts: Tensor, rows: int, scale: Tensor | None, updates: Addresses | None) -> None:
-        task = self._task.copy()
+        task = self._counting(counts, rows, updates)
         task[items.SCALED] = scale is not None
         task[items.SCALES] = _NO_SCALE.ctypes.data if scale is None else scale.data_ptr()
+        self._call(compiled.count_loop(), _count_lanes(self.kind, is_scaled=scale is not None), task)
+
+    def _counting(self, counts: Tensor, rows: int, updates: Addresses | None) -> Addresses:
+        """A task to count in a table."""
+        task: Addresses = self._task.copy()
         if updates is not None:
             task[items.UPDATES] = updates.ctypes.data
         task[items.COUNTS], task[items.STRIDE] = counts.data_ptr(), counts.stride(0) * counts.element_size()
         task[items.ROWS] = rows
-        self._call(compiled.count_loop(), _count_lanes(self.kind, is_scaled=scale is not None), task)
+        return task
 
     def _call(self, loop: compiled.Loop | None, over_lanes: compiled.Loop | None, task: Addresses) -> None:
         assert loop is not None
@@ -119,6 +156,24 @@ class Run:
 def _sizes(kind: Kind) -> tuple[int, int, int]:
     """Bytes of a weight, an update and a code."""
     return kind.weight.itemsize, 0 if kind.update is None else kind.update.itemsize, kind.codes.itemsize
+
+
+_FORMS = {"multiplies": groups.MULTIPLIES, "divides": groups.DIVIDES, "inverse": groups.INVERSE}
+
+
+def _scales_loop(scaling: Scaling) -> compiled.Loop | None:
+    if isinstance(formula := scaling.description, ScaleFormula):
+        form = _FORMS[formula.form]
+        return compiled.scales_loop(form, is_half=formula.format == BF16, stores=scaling.is_stored)
+    return compiled.scales_loop(None, is_half=False, stores=scaling.is_stored)
+
+
+def _rule(description: ScaleFormula | ScaleSteps) -> Addresses:
+    """What the loop that makes scales is told."""
+    if isinstance(description, ScaleFormula):
+        return np.array([description.number, description.smallest]).view(np.int64)
+    shift, *tables = description
+    return np.array([shift, *(table.data_ptr() for table in tables)], dtype=np.int64)
 
 
 def _count_lanes(kind: Kind, *, is_scaled: bool) -> compiled.Loop | None:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weightflip.kernels.constants import constants
-from weightflip.kernels.runs import Addresses, Kind, ScaleCodes, Stretch, upload
+from weightflip.kernels.runs import Addresses, Kind, ScaleCodes, Scaling, StoredScales, Stretch, upload
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 
@@ -196,6 +196,7 @@ class Run:
     """A :class:`weightflip.kernels.runs.Run` for CUDA devices. Nothing here waits for the device."""
 
     saves_calls = True
+    longest_group = 0
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind, self.device = kind, kind.device
@@ -227,6 +228,20 @@ class Run:
             and kind.codes in _CODES
             and (kind.update is None or kind.update in _BITS)
         )
+
+    @staticmethod
+    def can_scale(kind: Kind, scaling: Scaling) -> bool:
+        return False
+
+    def count_groups_into_(
+        self,
+        counts: Tensor,
+        rows: Tensor,
+        scaling: Scaling,
+        updates: Addresses | None,
+        stored: StoredScales | None = None,
+    ) -> None:
+        raise NotImplementedError("scales of groups are made apart here")
 
     def largest(self) -> Tensor:
         bits = torch.zeros(self._scales, dtype=torch.int32, device=self.device)

@@ -21,12 +21,16 @@ from torch import Tensor
 
 from weightflip.formats import FP32, FloatRounding, IntegerRounding, Rounding
 from weightflip.kernels import reference
-from weightflip.kernels.runs import Addresses, Kind, Run, ScaleCodes, Stretch
+from weightflip.kernels.runs import Addresses, Kind, Run, ScaleCodes, ScaleSteps, Scaling, StoredScales, Stretch
 
 logger = logging.getLogger("weightflip")
 
 Eager: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None", Tensor], object]
 """Plain torch's way to count one weight: weight, codes (overwritten), update or None, counts (added to)."""
+
+Scales: TypeAlias = Callable[[Tensor], "tuple[Tensor, Tensor]"]
+"""Plain torch's way from the largest magnitudes, float32, to what weights are multiplied or divided by, and to what is
+stored of the scales."""
 
 # Bytes around each stretch of codes, which have to stay as they are.
 _GUARD = 64
@@ -45,11 +49,19 @@ class Question(NamedTuple):
         kind: Of the weights.
         takes_scale: Whether they are scaled before they are rounded.
         finds_scale: Whether the kernel has to find the largest magnitudes, too.
+        scaling: How it has to make the scales of groups of them, all in one pass; None: it does not.
     """
 
     kind: Kind
     takes_scale: bool
     finds_scale: bool
+    scaling: Scaling | None = None
+
+    def can_be_asked(self, run: type[Run]) -> bool:
+        """Whether a kernel can do this at all; it compiles its loops."""
+        if self.scaling is None:
+            return run.can_do(self.kind, scaled=self.finds_scale)
+        return run.can_scale(self.kind, self.scaling)
 
 
 class _Answer(NamedTuple):
@@ -60,7 +72,15 @@ class _Answer(NamedTuple):
 _answers: dict[tuple[type[Run], Question], _Answer] = {}
 
 
-def is_usable(name: str, run: type[Run], question: Question, eager: Eager, *, must_be_faster: bool) -> bool:
+def is_usable(
+    name: str,
+    run: type[Run],
+    question: Question,
+    eager: Eager,
+    scales: Scales | None = None,
+    *,
+    must_be_faster: bool,
+) -> bool:
     """Whether a kernel counts as plain torch does, and is faster, if it must be.
 
     Asked for the first time, it is tried, and a log line of the logger ``weightflip`` says what came out. Within the
@@ -71,6 +91,7 @@ def is_usable(name: str, run: type[Run], question: Question, eager: Eager, *, mu
         run: The kernel.
         question: What it is to do.
         eager: What it races against.
+        scales: What the scales that it makes have to be.
         must_be_faster: Whether a kernel that is slower is not to be used.
     """
     answer = _answers.get((run, question))
@@ -80,22 +101,28 @@ def is_usable(name: str, run: type[Run], question: Question, eager: Eager, *, mu
     if answer is None:
         if question.kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        answer = _answers[run, question] = _try(name, run, question, eager)
+        answer = _answers[run, question] = _try(name, run, question, eager, scales)
     return answer.is_equal and (answer.is_faster or not must_be_faster)
 
 
 @torch.no_grad()
-def _try(name: str, run: type[Run], question: Question, eager: Eager) -> _Answer:
+def _try(name: str, run: type[Run], question: Question, eager: Eager, scales: Scales | None) -> _Answer:
     kind = question.kind
     what = f"{name} for {_shown(kind)} on {kind.device}"
     try:
-        fault = find_fault(run, question)
+        if question.scaling is None:
+            fault = find_fault(run, question)
+        else:
+            what = f"{what}, scales of groups in the same pass"
+            assert scales is not None
+            fault = find_fault_in_groups(run, question, scales)
     except Exception as error:
         fault = f"it raised {type(error).__name__}: {error}"
     if fault is not None:
-        logger.warning("%s: not used, plain torch counts instead: %s", what, fault)
+        instead = "counts" if question.scaling is None else "makes the scales"
+        logger.warning("%s: not used, plain torch %s instead: %s", what, instead, fault)
         return _Answer(False, False)
-    if not _races_on(kind.device):
+    if question.scaling is not None or not _races_on(kind.device):
         logger.info("%s: equal", what)
         return _Answer(True, True)
     try:
@@ -198,6 +225,7 @@ class _Trial(NamedTuple):
         expected: The same after it.
         counts: int64 of shape (parts, 3).
         largest: The largest magnitude under each scale.
+        stored: What is stored of the scales that the kernel makes; None where it makes none.
     """
 
     parts: list[_Part]
@@ -209,6 +237,12 @@ class _Trial(NamedTuple):
     expected: Tensor
     counts: Tensor
     largest: Tensor
+    stored: Tensor | None
+
+    @property
+    def scales_of_parts(self) -> list[int]:
+        """How many there are of each part."""
+        return [part.numel // part.group for part in self.parts]
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -232,12 +266,14 @@ class _Trial(NamedTuple):
         return np.array([start + part.first * size if part.has_update else 0 for part in self.parts], dtype=np.int64)
 
 
-def _trial(question: Question) -> _Trial:
-    kind = question.kind
+def _trial(question: Question, scales_of: Scales | None = None) -> _Trial:
+    kind, scaling = question.kind, question.scaling
     numbers = hard_numbers(kind)
+    if scaling is not None and kind.weight.itemsize > 2:
+        numbers = torch.cat([numbers, _around_steps(scaling)])
     whole = len(numbers) - len(numbers) % 16
     # All of them, where memory is laid out well; and an odd number of them, where it is not.
-    parts = [_Part(0, whole, whole, True), _Part(1, 4099, 4099, True)]
+    parts = [_Part(0, whole, whole if scaling is None else 1, True), _Part(1, 4099, 4099, True)]
     if question.takes_scale:
         # Blocks, from the largest numbers over infinity and NaN to the smallest; and rows of an odd length.
         parts += [_Part(0x7F00, 64 * 32, 32, False), _Part(0x3F07, 9 * 129, 129, True)]
@@ -251,14 +287,19 @@ def _trial(question: Question) -> _Trial:
         size += (part.numel + 3 * _GUARD) // _GUARD * _GUARD
     codes = torch.full((size,), _UNTOUCHED, dtype=kind.codes, device=kind.device)
     expected = codes.clone()
-    scales = _scales(sum(part.numel // part.group for part in parts), kind.device) if question.takes_scale else None
+    of_parts = [
+        weights[part.first :][: part.numel].float().view(part.numel // part.group, part.group) for part in parts
+    ]
+    largest = torch.cat([values.abs().amax(1) for values in of_parts])
+    scales, stored = None, None
+    if scales_of is not None:
+        scales, stored = scales_of(largest)
+    elif question.takes_scale:
+        scales = _scales(len(largest), kind.device)
 
-    counts, largest, at = [], [], 0
-    for place, part in zip(places, parts, strict=True):
-        weight = weights[part.first :][: part.numel]
+    counts, at = [], 0
+    for place, part, values in zip(places, parts, of_parts, strict=True):
         groups = part.numel // part.group
-        values = weight.float().view(groups, part.group)
-        largest.append(values.abs().amax(1))
         if scales is not None:
             scale = scales[at : at + groups, None]
             values = values / scale if kind.rounding.divides else values * scale
@@ -269,7 +310,15 @@ def _trial(question: Question) -> _Trial:
         expected[place : place + part.numel] = new
         update = updates[part.first :][: part.numel] if updates is not None and part.has_update else None
         counts.append(reference.count(old, new, update))
-    return _Trial(parts, places, weights, updates, scales, codes, expected, torch.stack(counts), torch.cat(largest))
+    return _Trial(parts, places, weights, updates, scales, codes, expected, torch.stack(counts), largest, stored)
+
+
+def _around_steps(scaling: Scaling) -> Tensor:
+    """Magnitudes at which a scale becomes another, and their neighbors."""
+    if not isinstance(scaling.description, ScaleSteps):
+        return torch.empty(0, device="cpu")
+    steps = torch.unique(scaling.description.slots[:, 0])
+    return torch.cat([steps - 1, steps, (steps + 1).clamp(min=0)]).cpu().view(torch.float32)
 
 
 def find_fault(run: type[Run], question: Question) -> str | None:
@@ -285,19 +334,54 @@ def find_fault(run: type[Run], question: Question) -> str | None:
         kernel.largest().nan_to_num(nan=-1.0), trial.largest.nan_to_num(nan=-1.0)
     ):
         return "it finds other largest magnitudes"
-    found = kernel.count_(trial.scales, trial.addresses)
+    fault = _fault_of_counts(kernel.count_(trial.scales, trial.addresses), trial)
+    return fault if fault is not None or trial.scales is None else _fault_of_scale_codes(kernel, trial)
+
+
+def _fault_of_counts(found: Tensor, trial: _Trial) -> str | None:
     wrong = int(torch.count_nonzero(trial.codes != trial.expected))
     if wrong:
         return f"{wrong} of {len(trial.codes)} codes are others"
     if not torch.equal(found, trial.counts):
         return f"it counts {found.tolist()}, plain torch {trial.counts.tolist()}"
-    return None if trial.scales is None else _fault_of_scale_codes(kernel, trial)
+    return None
+
+
+def find_fault_in_groups(run: type[Run], question: Question, scales: Scales) -> str | None:
+    """As :func:`find_fault`, of what makes the scales of groups as well.
+
+    Args:
+        run: The kernel.
+        question: What it is to do.
+        scales: What the scales have to be.
+    """
+    assert question.scaling is not None
+    trial = _trial(question, scales)
+    assert trial.stored is not None
+    kernel, expected = run(trial.stretches, question.kind), trial.stored
+    device = trial.codes.device
+    table = torch.zeros(len(trial.parts), 4, dtype=torch.int64, device=device)
+    stored, rows = None, torch.arange(len(trial.parts), device=device)
+    if question.scaling.is_stored:
+        is_other = torch.arange(len(expected), device=device) % 3 == 0
+        codes = torch.where(is_other, expected ^ 1, expected)
+        stored = StoredScales(codes, table[:, 3])
+        changes = torch.stack([part.count_nonzero() for part in torch.split(is_other, trial.scales_of_parts)])
+    kernel.count_groups_into_(table[:, :3], rows, question.scaling, trial.addresses, stored)
+    fault = _fault_of_counts(table[:, :3], trial)
+    if fault is not None or stored is None:
+        return fault
+    if not torch.equal(stored.codes, expected):
+        return "it stores other scales"
+    if not torch.equal(table[:, 3], changes):
+        return f"it counts changes of scales {table[:, 3].tolist()}, plain torch {changes.tolist()}"
+    return None
 
 
 def _fault_of_scale_codes(kernel: Run, trial: _Trial) -> str | None:
     """As :func:`find_fault`, of what is stored of scales. The codes were counted before, so no other count changes."""
     assert trial.scales is not None
-    scales, of_parts = trial.scales, [part.numel // part.group for part in trial.parts]
+    scales, of_parts = trial.scales, trial.scales_of_parts
     without = None if trial.addresses is None else trial.addresses * 0
     rows = torch.arange(len(of_parts), device=scales.device)
     new = torch.arange(len(scales), dtype=torch.int32, device=scales.device) % 256

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from weightflip.formats import FloatFormat, Rounding
+from weightflip.formats import FloatFormat, Rounding, ScaleFormula
 
 Scope: TypeAlias = Literal["element", "group", "block", "row", "tensor"]
 Reduction: TypeAlias = Literal["max", "mean"]
@@ -183,6 +183,9 @@ class ElementwiseQuantizer(BaseQuantizer):
         if "encode_into" in vars(cls) and "rounding" not in vars(cls):
             # Another encode_into is not what an inherited rounding says.
             cls.rounding = ElementwiseQuantizer.rounding  # type: ignore[method-assign]
+        if vars(cls).keys() & {"scale_of", "applied_scale", "scale_codes"} and "scale_rule" not in vars(cls):
+            # Nor is another way to make scales what an inherited rule says.
+            cls.scale_rule = ElementwiseQuantizer.scale_rule  # type: ignore[method-assign]
         if vars(cls).keys() & {"is_active", "has_state", "encodes"} and "batchable" not in vars(cls):
             # What changes from step to step is asked for each weight by itself.
             cls.batchable = False
@@ -266,6 +269,14 @@ class ElementwiseQuantizer(BaseQuantizer):
         The largest magnitudes are in the weight's dtype, and NaN where there is one.
         """
         raise NotImplementedError(f"quantizer {self.name!r} takes its scales from whole weights")
+
+    def scale_rule(self, dtype: torch.dtype) -> ScaleFormula | Literal["steps"] | None:
+        """What ``scale_of``, ``applied_scale`` and ``scale_codes`` do for weights of a dtype, as data.
+
+        ``"steps"``: what weights are multiplied or divided by takes at most 256 values. The stored code of each is a
+        byte that grows with the largest magnitude; where nothing is stored, each is a power of two. None: ask them.
+        """
+        return None
 
     def scale_of_groups(self, largest: Tensor, of_tensors: Tensor) -> Tensor:
         """The scales, from the largest magnitude of each group and of the tensor that it is in, as in ``scale_of``."""
