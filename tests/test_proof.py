@@ -220,6 +220,11 @@ class KeepsAnOldScaleInGroups(cpu.Run):
             stored.codes[-1] ^= 1
 
 
+class SharesScalesByRowsOfBlocks(cpu.Run):
+    def __init__(self, stretches, kind):
+        super().__init__([s._replace(height=1) if s.width else s for s in stretches], kind)
+
+
 @pytest.mark.parametrize(
     ("kernel", "quantizer", "fault"),
     [
@@ -228,6 +233,7 @@ class KeepsAnOldScaleInGroups(cpu.Run):
         (TakesAnotherScale, "float8_e4m3:1x128", "codes are others"),
         (LosesAChangeInGroups, "int4:g32", "it counts changes of scales"),
         (KeepsAnOldScaleInGroups, "nvfp4", "it stores other scales"),
+        (SharesScalesByRowsOfBlocks, "int8", "in blocks over several rows, "),
     ],
 )
 def test_broken_scales_of_groups_are_refused_and_made_by_plain_torch(kernel, quantizer, fault, monkeypatch, caplog):
@@ -251,7 +257,8 @@ def scaling_question_of(quantizer, dtype=torch.float32, with_updates=True):
 
 SCALED = [name for name in QUANTIZERS if resolve(name).scope != "element"]
 BLOCKS = [*block.MX_NAMES, "mxfp4:rceil", "mxfp8_e5m2:ceil", "mxfp6_e2m3:even", "nvfp4", "int4:g32",
-          "float8_e4m3:1x128", "float8_e4m3:1x128:pow2"]  # fmt: skip
+          "float8_e4m3:1x128", "float8_e4m3:1x128:pow2", "float8_e4m3:128x128",
+          "float8_e4m3:128x128:pow2"]  # fmt: skip
 
 
 @pytest.mark.parametrize("flushes", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class Shared(functional.Elementwise, Protocol):
 
     name: str
     group: int | None
+    tile: tuple[int, int] | None
 
     @property
     def scope(self) -> str | None: ...
@@ -52,7 +54,9 @@ class Member:
         scale_codes: Of block scales, in their shape; written to. None for formats without.
         quantizer: What makes the codes.
         rounding: Its rounding of this weight.
-        group: How many neighbours share a scale; 0 where there is none.
+        group: How many neighbors share a scale; 0 where there is none. As a stretch has it, as what follows.
+        width: How many elements a row has, where blocks over several rows share a scale; else 0.
+        height: How many rows share a scale.
         run: What counts it.
         scaling: How that makes the scales of its groups; None: the quantizer makes them.
     """
@@ -65,6 +69,8 @@ class Member:
     quantizer: Shared
     rounding: kernels.Rounding
     group: int
+    width: int
+    height: int
     run: type[kernels.Run]
     scaling: kernels.Scaling | None
 
@@ -72,7 +78,19 @@ class Member:
     def kind(self) -> tuple[Any, ...]:
         """What members have in common that are counted in one call."""
         of_quantizer = (type(self.quantizer), self.quantizer.name, self.rounding)
-        return (*of_quantizer, self.dtype, self.codes.dtype, self.group == 0, self.scaling)
+        return (*of_quantizer, self.dtype, self.codes.dtype, self.group == 0, self.width == 0, self.scaling)
+
+    def scales_in(self, numel: int) -> int:
+        """How many scales so many elements have, that begin and end between scales."""
+        if not self.width:
+            return numel // self.group
+        assert self.scale_codes is not None
+        return self.scale_codes.numel() // self.matrices * (numel * self.matrices // self.numel)
+
+    @property
+    def matrices(self) -> int:
+        """How many there are of which blocks are parts, one after the other in memory."""
+        return math.prod(self.codes.shape[:-2])
 
     def describes(self, weight: Tensor, quantizer: Any, codes: Tensor | None) -> bool:
         """Whether this is still the same memory, encoded in the same way."""
@@ -109,18 +127,11 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
         return None
     if weight.data_ptr() == 0 or weight.data_ptr() % weight.element_size():
         return None
-    grouped = quantizer.grouped(weight)
-    if quantizer.group is not None and grouped.shape[-1] != quantizer.group and grouped.shape[-2] > 1:
-        # Several groups share a scale, and the last ones of a row are fewer.
-        return None
-    scale_codes, group = None, 0
+    group, width, height = _places_of_scales(weight, quantizer)
+    scale_codes = None
     if quantizer.group is not None:
         scale_codes = quantizer.scale_codes(weight.new_ones((), dtype=torch.float32))
-        scale_codes, group = scale_codes.new_zeros((*grouped.shape[:-1], 1)), grouped.shape[-1]
-    elif quantizer.scope == "row":
-        group = weight.shape[-1] if weight.ndim else 1
-    elif quantizer.scope == "tensor":
-        group = weight.numel()
+        scale_codes = scale_codes.new_zeros(_shape_of_scale_codes(weight, quantizer))
 
     def is_usable(scaling: kernels.Scaling | None) -> bool:
         return all(
@@ -139,14 +150,40 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
         )
 
     scaling = None
-    if 0 < group <= run.longest_group:
+    if 0 < group * height <= run.longest_group:
         scaling = scaling_of(quantizer, rounding, weight.dtype, weight.device)
     if scaling is not None and not is_usable(scaling):
         scaling = None
-    if scaling is None and not is_usable(None):
+    if scaling is None and (width or not is_usable(None)):
+        # Neither are there other loops for blocks over several rows.
         return None
     place = weight.data_ptr(), weight.numel(), weight.dtype
-    return Member(*place, codes, scale_codes, quantizer, rounding, group, run, scaling)
+    return Member(*place, codes, scale_codes, quantizer, rounding, group, width, height, run, scaling)
+
+
+def _places_of_scales(weight: Tensor, quantizer: Shared) -> tuple[int, int, int]:
+    """Group, width and height, as :class:`Member` has them."""
+    columns = weight.shape[-1] if weight.ndim else 1
+    if quantizer.tile is not None:
+        height, across = quantizer.tile
+        rows, across = weight.shape[-2] if weight.ndim > 1 else 1, min(across, columns)
+        height = min(height, rows)
+        # A block that is as wide as its matrix has neighbors only.
+        is_flat = columns % across == 0 if height == 1 else columns == across and rows % height == 0
+        return (across * height, 0, 1) if is_flat else (across, columns, height)
+    if quantizer.group is not None:
+        return quantizer.group, 0, 1
+    return {"row": columns, "tensor": weight.numel()}.get(quantizer.scope or "", 0), 0, 1
+
+
+def _shape_of_scale_codes(weight: Tensor, quantizer: Shared) -> tuple[int, ...]:
+    """``(..., blocks in a column, blocks in a row, 1)``."""
+    assert quantizer.group is not None
+    height, across = quantizer.tile or (1, quantizer.group)
+    *rows, columns = weight.shape or (1,)
+    if rows:
+        rows[-1] = -(-rows[-1] // height)
+    return (*rows, -(-columns // across), 1)
 
 
 class Counted(NamedTuple):
@@ -230,17 +267,22 @@ def _runs(indices: Sequence[int], members: Sequence[Member], elements: int) -> I
     run: list[_Piece] = []
     room = elements
     for index in indices:
-        numel, group = members[index].numel, members[index].group or 1
+        member = members[index]
+        numel, matrix = member.numel, member.numel // member.matrices
+        # Blocks over several rows are those of one matrix.
+        unit = matrix if member.width else member.group or 1
         first = 0
         while first < numel:
-            whole = max(1, room // group) * group
+            whole = max(1, room // unit) * unit
             if whole > room and run:
                 whole = 0
+            if member.width:
+                whole = min(whole, matrix)
             piece = _Piece(index, first, min(whole, numel - first))
             if piece.numel:
                 run.append(piece)
             first, room = first + piece.numel, room - piece.numel
-            if first < numel or room <= 0:
+            if room <= 0 or (first < numel and (not member.width or not piece.numel)):
                 yield run
                 run, room = [], elements
     if run:
@@ -260,15 +302,18 @@ class _Part:
             first.dtype, first.dtype if with_updates else None, first.codes.dtype, first.rounding, first.codes.device
         )
         item, code = first.dtype.itemsize, first.codes.dtype.itemsize
+        of_members = [(piece, members[piece.member]) for piece in pieces]
         self.run = first.run(
             [
                 kernels.Stretch(
-                    members[at].address + start * item,
-                    members[at].codes.data_ptr() + start * code,
-                    numel,
-                    members[at].group or numel,
+                    member.address + piece.first * item,
+                    member.codes.data_ptr() + piece.first * code,
+                    piece.numel,
+                    member.group or piece.numel,
+                    member.width,
+                    member.height,
                 )
-                for at, start, numel in pieces
+                for piece, member in of_members
             ],
             kind,
         )
@@ -278,9 +323,9 @@ class _Part:
         self.offsets = np.array([piece.first * item for piece in pieces], dtype=np.int64)
         # Of these pieces' scales, and all of them in one piece of memory, where a lasting batch has put them there.
         self.scale_codes = [
-            stored.view(-1)[piece.first // member.group :][: piece.numel // member.group]
-            for piece, member, stored in ((p, members[p.member], members[p.member].scale_codes) for p in pieces)
-            if stored is not None
+            member.scale_codes.view(-1)[member.scales_in(piece.first) :][: member.scales_in(piece.numel)]
+            for piece, member in of_members
+            if member.scale_codes is not None
         ]
         self.scale_codes_in_one: Tensor | None = None
         self.table: ScaleTable | None = None

@@ -21,6 +21,9 @@ DEVICE = "cpu"
 # So many that starting a thread for them does not show, and so few that threads end together.
 _ELEMENTS_PER_ITEM = 1 << 16
 
+# Of blocks over several rows: rows that are long enough for the processor to see where they go.
+_ELEMENTS_PER_ITEM_OF_BLOCKS = 1 << 17
+
 _WEIGHTS = (torch.float32, torch.bfloat16)
 _UPDATES = (None, torch.float32, torch.bfloat16, torch.float16, torch.bool)
 _CODES = (torch.int8, torch.int16, torch.int32)
@@ -42,7 +45,8 @@ class Run:
         self._places = places = np.zeros((len(table), items.COLUMNS), dtype=np.int64)
         places[:, items.WEIGHT], places[:, items.CODES] = table[:, 0], table[:, 1]
         places[:, items.NUMEL], places[:, items.GROUP] = table[:, 2], table[:, 3]
-        scales = -(-table[:, 2] // table[:, 3])
+        places[:, items.WIDTH], places[:, items.HEIGHT] = table[:, 4], table[:, 5]
+        scales = np.array([stretch.scales for stretch in stretches], dtype=np.int64)
         places[1:, items.START] = table[:-1, 2].cumsum()
         places[1:, items.SCALE] = scales[:-1].cumsum()
         self._scales, self._numel = int(scales.sum()), int(table[:, 2].sum())
@@ -149,8 +153,9 @@ class Run:
     def _call(self, loop: compiled.Loop | None, over_lanes: compiled.Loop | None, task: Addresses) -> None:
         assert loop is not None
         assert over_lanes is not None
-        task[items.LANES_LOOP], task[items.ITEM] = over_lanes.address, _ELEMENTS_PER_ITEM
-        pool.run(loop.address, loop.call, task.ctypes.data, -(-self._numel // _ELEMENTS_PER_ITEM))
+        item = _ELEMENTS_PER_ITEM_OF_BLOCKS if self._places[0, items.WIDTH] else _ELEMENTS_PER_ITEM
+        task[items.LANES_LOOP], task[items.ITEM] = over_lanes.address, item
+        pool.run(loop.address, loop.call, task.ctypes.data, -(-self._numel // item))
 
 
 def _sizes(kind: Kind) -> tuple[int, int, int]:

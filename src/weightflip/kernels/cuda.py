@@ -205,7 +205,7 @@ class Run:
         scales = -(-numel // group)
         self._scales = int(scales.sum())
         places = np.zeros((len(table), _COLUMNS.value), dtype=np.int64)
-        places[:, :4] = table
+        places[:, :4] = table[:, :4]
         places[1:, 4] = scales[:-1].cumsum()
 
         alike: dict[tuple[int, bool], list[int]] = {}

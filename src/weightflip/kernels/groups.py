@@ -20,6 +20,7 @@ from weightflip.kernels.items import (
     COUNTS,
     FORMAT,
     GROUP,
+    HEIGHT,
     ITEM,
     LANES_LOOP,
     MASK,
@@ -35,6 +36,7 @@ from weightflip.kernels.items import (
     UPDATES,
     WEIGHT,
     WEIGHT_SIZE,
+    WIDTH,
 )
 from weightflip.kernels.vectors import LANES
 
@@ -52,10 +54,13 @@ LONGEST = 1 << 15
 """Elements of a group that fits the caches beside everything else."""
 
 _CHUNK, _SPARE, _ROOM = items._CHUNK, items._SPARE, items._ROOM
-# Behind the room for scales: the buffers for the rest, what was found, the largest magnitudes, and their scales.
+# After the scales of a chunk: the buffers for the rest, what was found, changes of scales, the largest magnitudes,
+# those of a row, and the scales of groups.
 _FOUND_AT = _ROOM + 4 * _SPARE
-_LARGEST_AT = _FOUND_AT + 64
-_SCALES_AT = _LARGEST_AT + 4 * _CHUNK
+_CHANGES_AT = _FOUND_AT + 64
+_LARGEST_AT = _CHANGES_AT + 64
+_OF_ROW_AT = _LARGEST_AT + 4 * _CHUNK
+_SCALES_AT = _OF_ROW_AT + 4 * _CHUNK
 _stack = items.make_stack(_SCALES_AT + 4 * _CHUNK)
 
 _compile, _intrinsic, _pointer, _places = items._compile, items._intrinsic, items._pointer, items._places
@@ -86,51 +91,119 @@ def _as_number(context, bits):  # type: ignore[no-untyped-def]
 
 
 @_compile()
-def _count_groups(task, row, first, last, room):  # type: ignore[no-untyped-def]
+def _updates(task, row):  # type: ignore[no-untyped-def]
+    """Address of the first update of a stretch, and the bits that count."""
+    if task[UPDATE_SIZE]:
+        first = carray(_pointer(task[UPDATES]), (task[STRETCHES],), np.int64)[row]
+        # Without updates, the weight takes their place, and no bit of it counts.
+        return (first, task[MASK]) if first else (_places(task)[row, WEIGHT], np.int64(0))
+    return np.int64(0), task[MASK]
+
+
+@_compile()
+def _count_lanes(task, row, low, numel, first_update, mask, step, room):  # type: ignore[no-untyped-def]
+    """Encode, compare, count and store neighbors in memory, with scales that are in the room already."""
+    place = _places(task)[row]
+    at, codes_at = place[WEIGHT] + low * task[WEIGHT_SIZE], place[CODES] + low * task[CODES_SIZE]
+    update_at, found = first_update + low * task[UPDATE_SIZE], room + _FOUND_AT
+    whole = numel // LANES * LANES
+    _call_9(task[LANES_LOOP], at, update_at, codes_at, whole, room, step, mask, task[FORMAT], found)
+    if whole < numel:
+        at, codes_at = at + whole * task[WEIGHT_SIZE], codes_at + whole * task[CODES_SIZE]
+        update_at += whole * task[UPDATE_SIZE]
+        _rest(task, at, update_at, codes_at, numel - whole, room + step * whole, mask, found, room + _ROOM)
+
+
+@_compile()
+def _make_scales(task, first, scales, room):  # type: ignore[no-untyped-def]
+    """Make scales of the largest magnitudes; the first one has a number among all scales."""
+    stored = task[STORED] + first * task[STORED_SIZE]
+    _call_6(task[SCALES_LOOP], room + _LARGEST_AT, scales, task[RULE], room + _SCALES_AT, stored, room + _CHANGES_AT)
+
+
+@_compile()
+def _count_groups(task, row, low, high, room):  # type: ignore[no-untyped-def]
+    """Count the groups whose first element lies in this range."""
     place = _places(task)[row]
     group = place[GROUP]
-    found, largest, at_scales = room + _FOUND_AT, room + _LARGEST_AT, room + _SCALES_AT
-    scales = carray(_pointer(at_scales), (_CHUNK,), np.float32)
-    mask, first_update = task[MASK], np.int64(0)
-    if task[UPDATE_SIZE]:
-        first_update = carray(_pointer(task[UPDATES]), (task[STRETCHES],), np.int64)[row]
-        if not first_update:
-            # The weight takes its place, and no bit of it counts.
-            first_update, mask = place[WEIGHT], np.int64(0)
+    scales = carray(_pointer(room + _SCALES_AT), (_CHUNK,), np.float32)
+    first_update, mask = _updates(task, row)
+    first, last = (low + group - 1) // group, (high + group - 1) // group
     at_once = max(1, _CHUNK // group)
     while first < last:
         groups = min(at_once, last - first)
-        low, numel = first * group, groups * group
-        at, codes_at = place[WEIGHT] + low * task[WEIGHT_SIZE], place[CODES] + low * task[CODES_SIZE]
-        update_at = first_update + low * task[UPDATE_SIZE]
-        stored = task[STORED] + (place[SCALE] + first) * task[STORED_SIZE]
-        _call_4(task[LARGEST_LOOP], at, groups, group, largest)
-        _call_6(task[SCALES_LOOP], largest, groups, task[RULE], at_scales, stored, found + 24)
+        at, numel = place[WEIGHT] + first * group * task[WEIGHT_SIZE], groups * group
+        _call_4(task[LARGEST_LOOP], at, groups, group, room + _LARGEST_AT)
+        _make_scales(task, place[SCALE] + first, groups, room)
         if groups == 1:
             _fill(room, scales[0])
             step = 0
         else:
             _spread(scales, 0, 0, numel, group, room)
             step = 4
-        whole = numel // LANES * LANES
-        _call_9(task[LANES_LOOP], at, update_at, codes_at, whole, room, step, mask, task[FORMAT], found)
-        if whole < numel:
-            at, codes_at = at + whole * task[WEIGHT_SIZE], codes_at + whole * task[CODES_SIZE]
-            update_at += whole * task[UPDATE_SIZE]
-            _rest(task, at, update_at, codes_at, numel - whole, room + step * whole, mask, found, room + _ROOM)
+        _count_lanes(task, row, first * group, numel, first_update, mask, step, room)
         first += groups
+
+
+@_compile()
+def _count_blocks(task, row, low, high, room):  # type: ignore[no-untyped-def]
+    """Count the blocks whose first element lies in this range, all elements numbered block by block."""
+    place = _places(task)[row]
+    width, height, across = place[WIDTH], place[HEIGHT], place[GROUP]
+    rows = place[NUMEL] // width
+    first_update, mask = _updates(task, row)
+    scales = carray(_pointer(room + _SCALES_AT), (_CHUNK,), np.float32)
+    in_band = (width + across - 1) // across
+    band = low // (height * width)
+    while band * height * width < high:
+        first_row = band * height
+        last_row = min(first_row + height, rows)
+        begin, block = first_row * width, (last_row - first_row) * across
+        first = (max(low - begin, 0) + block - 1) // block
+        last = min(in_band, (high - begin + block - 1) // block)
+        while first < last:
+            blocks = min(_CHUNK // across, last - first)
+            column = first * across
+            numel = min(width - column, blocks * across)
+            _find_largest(task, place, first_row * width + column, last_row - first_row, numel, room)
+            _make_scales(task, place[SCALE] + band * in_band + first, blocks, room)
+            _spread(scales, 0, 0, numel, across, room)
+            for at in range(first_row * width + column, last_row * width, width):
+                _count_lanes(task, row, at, numel, first_update, mask, 4, room)
+            first += blocks
+        band += 1
+
+
+@_compile()
+def _find_largest(task, place, first, rows, numel, room):  # type: ignore[no-untyped-def]
+    """Find the largest magnitudes of blocks, of which this many elements are in each row."""
+    across = place[GROUP]
+    whole = numel // across
+    blocks = (numel + across - 1) // across
+    largest = carray(_pointer(room + _LARGEST_AT), (blocks,), np.int32)
+    of_row = carray(_pointer(room + _OF_ROW_AT), (blocks,), np.int32)
+    largest[:] = 0
+    for line in range(rows):
+        at = place[WEIGHT] + (first + line * place[WIDTH]) * task[WEIGHT_SIZE]
+        _call_4(task[LARGEST_LOOP], at, whole, across, room + _OF_ROW_AT)
+        if whole < blocks:
+            at += whole * across * task[WEIGHT_SIZE]
+            _call_4(task[LARGEST_LOOP], at, 1, numel - whole * across, room + _OF_ROW_AT + 4 * whole)
+        for block in range(blocks):
+            largest[block] = max(largest[block], of_row[block])
 
 
 def count_groups(address):  # type: ignore[no-untyped-def]
     """Make the scales, encode, compare, count and store, in as many items as there are left.
 
-    A group belongs to the item that has its first element.
+    A group belongs to the item that has its first element. It is a block over several rows where a stretch has a width.
     """
     task = carray(_pointer(address), (TASK,), np.int64)
     places = _places(task)
     rows = carray(_pointer(task[ROWS]), (task[STRETCHES],), np.int64)
     room = _stack()
-    found = carray(_pointer(room + _FOUND_AT), (4,), np.int64)
+    found = carray(_pointer(room + _FOUND_AT), (3,), np.int64)
+    changes = carray(_pointer(room + _CHANGES_AT), (1,), np.int64)
     while True:
         start = _add(address + 8 * NEXT, 1) * task[ITEM]
         if start >= task[TOTAL]:
@@ -138,17 +211,19 @@ def count_groups(address):  # type: ignore[no-untyped-def]
         stop = min(start + task[ITEM], task[TOTAL])
         row = _row_of(places, start)
         while start < stop:
-            begin, group = places[row, START], places[row, GROUP]
+            begin = places[row, START]
             high = min(places[row, NUMEL], stop - begin)
-            first, last = (start - begin + group - 1) // group, (high + group - 1) // group
-            if first < last:
-                found[:] = 0
-                _count_groups(task, row, first, last, room)
-                counts = task[COUNTS] + rows[row] * task[STRIDE]
-                for column in range(3):
-                    _add(counts + 8 * column, found[column])
-                if task[STORED_SIZE]:
-                    _add(task[CHANGES] + rows[row] * task[CHANGES_STRIDE], found[3])
+            found[:] = 0
+            changes[0] = 0
+            if places[row, WIDTH]:
+                _count_blocks(task, row, start - begin, high, room)
+            else:
+                _count_groups(task, row, start - begin, high, room)
+            counts = task[COUNTS] + rows[row] * task[STRIDE]
+            for column in range(3):
+                _add(counts + 8 * column, found[column])
+            if task[STORED_SIZE]:
+                _add(task[CHANGES] + rows[row] * task[CHANGES_STRIDE], changes[0])
             start = begin + high
             row += 1
 

@@ -25,10 +25,11 @@ from weightflip.kernels.vectors import LANES, LANES_OF_LARGEST, WIDE_OF_LARGEST,
 # Numba's types say that it is called with what it is defined with.
 _intrinsic: Any = intrinsic
 
-START, NUMEL, GROUP, SCALE, WEIGHT, CODES = range(6)
+START, NUMEL, GROUP, SCALE, WEIGHT, CODES, WIDTH, HEIGHT = range(8)
 """Columns of ``places``: number of the first element, elements, how many of them share a scale, index of the first
-scale, addresses of the weight and the codes."""
-COLUMNS = 6
+scale, addresses of the weight and the codes; and for blocks over several rows, how many elements a row has, and how
+many rows share a scale."""
+COLUMNS = 8
 
 NEXT, TOTAL, ITEM, PLACES, STRETCHES, SCALES, SCALED, LARGEST = range(8)
 LANES_LOOP, FORMAT, WEIGHT_SIZE, UPDATE_SIZE, CODES_SIZE, UPDATES, MASK, COUNTS, STRIDE, ROWS = range(8, 18)

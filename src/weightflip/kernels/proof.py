@@ -204,12 +204,27 @@ def hard_numbers(kind: Kind) -> Tensor:
 
 
 class _Part(NamedTuple):
-    """A stretch of the numbers, by its first element."""
+    """A stretch of the numbers, by its first element; ``group``, ``width`` and ``height`` are those of a stretch."""
 
     first: int
     numel: int
     group: int
     has_update: bool
+    width: int = 0
+    height: int = 1
+
+    def stretch(self, weights: Tensor, codes: Tensor, place: int) -> Stretch:
+        address = weights.data_ptr() + self.first * weights.element_size()
+        address_of_codes = codes.data_ptr() + place * codes.element_size()
+        return Stretch(address, address_of_codes, self.numel, self.group, self.width, self.height)
+
+    def scale_of_each(self, device: torch.device) -> Tensor:
+        """Which scale each element has."""
+        at = torch.arange(self.numel, device=device)
+        if not self.width:
+            return at // self.group
+        in_band = -(-self.width // self.group)
+        return at // self.width // self.height * in_band + at % self.width // self.group
 
 
 class _Trial(NamedTuple):
@@ -242,19 +257,12 @@ class _Trial(NamedTuple):
     @property
     def scales_of_parts(self) -> list[int]:
         """How many there are of each part."""
-        return [part.numel // part.group for part in self.parts]
+        return [stretch.scales for stretch in self.stretches]
 
     @property
     def stretches(self) -> list[Stretch]:
-        weights, codes = self.weights, self.codes
         return [
-            Stretch(
-                weights.data_ptr() + part.first * weights.element_size(),
-                codes.data_ptr() + place * codes.element_size(),
-                part.numel,
-                part.group,
-            )
-            for place, part in zip(self.places, self.parts, strict=True)
+            part.stretch(self.weights, self.codes, place) for place, part in zip(self.places, self.parts, strict=True)
         ]
 
     @property
@@ -266,7 +274,14 @@ class _Trial(NamedTuple):
         return np.array([start + part.first * size if part.has_update else 0 for part in self.parts], dtype=np.int64)
 
 
-def _trial(question: Question, scales_of: Scales | None = None) -> _Trial:
+# Rows of blocks that are smaller at the end of a row and in the last rows.
+_BLOCKS = [
+    _Part(0x3F07, 70 * 300, 128, True, width=300, height=32),
+    _Part(0x7F00, 9 * 130, 128, False, width=130, height=1),
+]
+
+
+def _trial(question: Question, scales_of: Scales | None = None, *, in_blocks: bool = False) -> _Trial:
     kind, scaling = question.kind, question.scaling
     numbers = hard_numbers(kind)
     if scaling is not None and kind.weight.itemsize > 2:
@@ -277,6 +292,8 @@ def _trial(question: Question, scales_of: Scales | None = None) -> _Trial:
     if question.takes_scale:
         # Blocks, from the largest numbers over infinity and NaN to the smallest; and rows of an odd length.
         parts += [_Part(0x7F00, 64 * 32, 32, False), _Part(0x3F07, 9 * 129, 129, True)]
+    if in_blocks:
+        parts = _BLOCKS
     weights = numbers.to(kind.device)
     given = _updates(kind, len(numbers))
     updates = None if given is None else given.to(kind.device)
@@ -287,10 +304,8 @@ def _trial(question: Question, scales_of: Scales | None = None) -> _Trial:
         size += (part.numel + 3 * _GUARD) // _GUARD * _GUARD
     codes = torch.full((size,), _UNTOUCHED, dtype=kind.codes, device=kind.device)
     expected = codes.clone()
-    of_parts = [
-        weights[part.first :][: part.numel].float().view(part.numel // part.group, part.group) for part in parts
-    ]
-    largest = torch.cat([values.abs().amax(1) for values in of_parts])
+    of_parts = [(weights[part.first :][: part.numel].float(), part.scale_of_each(kind.device)) for part in parts]
+    largest = torch.cat([_largest_of_each(values.abs(), index) for values, index in of_parts])
     scales, stored = None, None
     if scales_of is not None:
         scales, stored = scales_of(largest)
@@ -298,19 +313,23 @@ def _trial(question: Question, scales_of: Scales | None = None) -> _Trial:
         scales = _scales(len(largest), kind.device)
 
     counts, at = [], 0
-    for place, part, values in zip(places, parts, of_parts, strict=True):
-        groups = part.numel // part.group
+    for place, part, (values, index) in zip(places, parts, of_parts, strict=True):
         if scales is not None:
-            scale = scales[at : at + groups, None]
+            scale = scales[at + index]
             values = values / scale if kind.rounding.divides else values * scale
-        at += groups
-        new = ordinals(values.flatten(), kind.rounding).to(kind.codes)
+        at += int(index.max()) + 1
+        new = ordinals(values, kind.rounding).to(kind.codes)
         old = torch.where(torch.arange(part.numel, device=kind.device) % 3 == 0, new ^ 1, new)
         codes[place : place + part.numel] = old
         expected[place : place + part.numel] = new
         update = updates[part.first :][: part.numel] if updates is not None and part.has_update else None
         counts.append(reference.count(old, new, update))
     return _Trial(parts, places, weights, updates, scales, codes, expected, torch.stack(counts), largest, stored)
+
+
+def _largest_of_each(magnitudes: Tensor, index: Tensor) -> Tensor:
+    """The largest of those with each index; NaN where there is one."""
+    return magnitudes.new_zeros(int(index.max()) + 1).scatter_reduce(0, index, magnitudes, "amax")
 
 
 def _around_steps(scaling: Scaling) -> Tensor:
@@ -355,8 +374,15 @@ def find_fault_in_groups(run: type[Run], question: Question, scales: Scales) -> 
         question: What it is to do.
         scales: What the scales have to be.
     """
+    for in_blocks in (False, True):
+        fault = _fault_of_scaling(run, question, _trial(question, scales, in_blocks=in_blocks))
+        if fault is not None:
+            return f"in blocks over several rows, {fault}" if in_blocks else fault
+    return None
+
+
+def _fault_of_scaling(run: type[Run], question: Question, trial: _Trial) -> str | None:
     assert question.scaling is not None
-    trial = _trial(question, scales)
     assert trial.stored is not None
     kernel, expected = run(trial.stretches, question.kind), trial.stored
     device = trial.codes.device

@@ -24,12 +24,25 @@ class Stretch(NamedTuple):
         codes: Address of its code.
         numel: Elements, at least one.
         group: How many neighbours share a scale; ``numel`` where all do, or where there is none.
+        width: How many elements a row has, where blocks over several rows share a scale: ``group`` of each row. Blocks
+            at the end of a row and in the last rows may be smaller. 0 where there are no such blocks: so in all
+            stretches of a run, or in none.
+        height: How many rows share a scale; 1 without a width.
     """
 
     weight: int
     codes: int
     numel: int
     group: int
+    width: int = 0
+    height: int = 1
+
+    @property
+    def scales(self) -> int:
+        """How many there are."""
+        if not self.width:
+            return -(-self.numel // self.group)
+        return -(-self.width // self.group) * -(-self.numel // (self.width * self.height))
 
 
 class Kind(NamedTuple):
@@ -116,7 +129,7 @@ class Run(Protocol):
     """Whether a call of torch costs more here than a search in a table for each scale."""
 
     longest_group: int
-    """Groups of at most this many weights can be scaled and counted in one pass; 0: there is no such pass."""
+    """Groups or blocks of at most this many weights can be scaled and counted in one pass; 0: there is no such pass."""
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None: ...
 

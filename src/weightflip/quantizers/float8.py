@@ -157,6 +157,7 @@ class Float8BlockQuantizer(_Float8Cast):
     """
 
     scope: Scope = "block"
+    only_needs_amax = True
 
     def __init__(self, block: BlockFormat) -> None:
         self.block = block
@@ -164,7 +165,6 @@ class Float8BlockQuantizer(_Float8Cast):
         self.format = block.element
         self.group: int = block.block_size
         self.tile = (block.rows, block.block_size)
-        self.only_needs_amax = block.rows == 1
 
     def grouped(self, tensor: Tensor) -> Tensor:
         size = self._group_size(tensor.shape)
