@@ -154,7 +154,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             backend=backend,
         )
         # The session first: where both come to their end together, it still finds the optimizer.
-        self.__dict__.update(_session=setup.start(optimizer, model, options), inner=optimizer)
+        self.__dict__.update(_session=setup.start_session(optimizer, model, options), inner=optimizer)
 
     @delegated
     @runs_hooks_itself
@@ -176,13 +176,13 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
         has_closure = args[0] is not None if args else "closure" in kwargs
         session, inner = self._session, self.inner
         try:
-            session.guarded(session.before, inner, has_closure)
+            session.run_guarded(session.before_step, inner, has_closure)
             result = inner.step(*args, **kwargs)
         except BaseException:
             # Whoever catches it may want the memory of parameters and gradients.
-            session.abort()
+            session.abort_step()
             raise
-        session.finish()
+        session.finish_step()
         return result
 
     def _patch_step_function(self) -> None:

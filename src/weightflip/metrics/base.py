@@ -213,7 +213,7 @@ def register(metric: MetricType) -> MetricType:
     return metric
 
 
-def _load_rooms() -> None:
+def _import_modules() -> None:
     package = importlib.import_module(__package__ or "")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
@@ -226,7 +226,7 @@ def metric_names() -> list[str]:
         >>> "oscillation" in metric_names()
         True
     """
-    _load_rooms()
+    _import_modules()
     return sorted(_registry)
 
 
