@@ -28,8 +28,12 @@ from weightflip.metrics import metric_names
 
 FORMATS = (
     "float8_e4m3", "float8_e4m3:row", "float8_e4m3:row:pow2", "float8_e5m2", "e3m4", "e3m4:row", "e2m1:none",
-    "mxfp8_e4m3", "mxfp6_e2m3", "mxfp4", "nvfp4", "nvfp4:tensor", "int8", "int4:g32", "ternary", "binary",
-    "bfloat16", "float16", "native",
+    "float8_e4m3:1x128", "float8_e4m3:128x128", "mxfp8_e4m3", "mxfp6_e2m3", "mxfp4", "nvfp4", "nvfp4:tensor",
+    "int8", "int4:g32", "ternary", "binary", "bfloat16", "float16", "native",
+)  # fmt: skip
+SCALED = (
+    "float8_e4m3:row", "int8", "int4", "int4:g32", "mxfp8_e4m3", "mxfp4", "nvfp4", "float8_e4m3:1x128",
+    "float8_e4m3:128x128",
 )  # fmt: skip
 DEFAULT = "flips + stalls"
 Row = dict[str, Any]
@@ -52,8 +56,9 @@ def against_bare(name: str, weights: Weights, cases: Mapping[str, Mapping[str, A
             tracked = wrapped(weights, **options)
             actions = {"bare": bare.step, "tracked": tracked.step}
             memory = tracked
-        # What has to be read and written of a float32 weight with a scale a tensor or row, as a plain read of as much.
-        read = {"flips": 10, DEFAULT: 14, f"{DEFAULT}, by row": 14}.get(case) if len(weights.shapes) == 1 else None
+        # What is read and written of a float32 weight, as a plain read of as much: twice the weight for one scale a
+        # tensor, once for a scale that fewer share.
+        read = READ.get(case) if len(weights.shapes) == 1 else None
         if read is not None:
             actions["read"] = torch.zeros(weights.numel * read // 4).sum
         # The naive way takes so long that few turns tell enough.
@@ -75,6 +80,7 @@ def against_bare(name: str, weights: Weights, cases: Mapping[str, Mapping[str, A
     return rows
 
 
+READ = {"flips": 10, DEFAULT: 14, f"{DEFAULT}, by row": 10, "flips, by row": 6, **dict.fromkeys(SCALED, 10)}
 BASIC: dict[str, dict[str, Any]] = {"flips": {"metrics": ("flips",)}, DEFAULT: {}}
 
 
@@ -88,6 +94,13 @@ def one(repeats: int) -> list[Row]:
         "naive": {},
     }
     return against_bare("one weight of 4096 x 4096", Weights(ONE), cases, repeats)
+
+
+def scaled(repeats: int) -> list[Row]:
+    """Formats whose scales are shared by a row or a block, and flips alone by row."""
+    cases: dict[str, dict[str, Any]] = {"flips, by row": {"metrics": ("flips",), "quantizer": "float8_e4m3:row"}}
+    cases |= {name: {"quantizer": name} for name in SCALED}
+    return against_bare("scales of rows and blocks, 4096 x 4096", Weights(ONE), cases, repeats)
 
 
 def gpt2(repeats: int) -> list[Row]:
@@ -195,7 +208,7 @@ def bytes_gpt(repeats: int) -> list[Row]:
     ]
 
 
-PARTS = {part.__name__: part for part in (one, gpt2, small, formats, groups, every, bytes_gpt)}
+PARTS = {part.__name__: part for part in (one, scaled, gpt2, small, formats, groups, every, bytes_gpt)}
 
 
 def machine() -> dict[str, Any]:
