@@ -54,10 +54,12 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             or ``"blocks"`` for one of each repeated block (``layers.3``). None: blocks where more than 30 weights are
             tracked; ``{}``: none.
         metrics: ``"flips"``, ``"stalls"``, and the groups ``"oscillation"``, ``"coverage"``, ``"scale"``, ``"travel"``,
-            ``"range"``, ``"rank"``; a mapping, such as ``{"flips": 1, "travel": 10}``, has a group look at every tenth
-            tracked step only.
+            ``"range"``, ``"rank"``, ``"sync"``; a mapping, such as ``{"flips": 1, "travel": 10}``, has a group look at
+            every tenth tracked step only.
         oscillation_ema: Momentum of the moving average of each weight's oscillation frequency, such as 0.01, or a tuple
             of it and the threshold above which a weight counts as oscillating.
+        sync_every: With the group ``"sync"``: the weights count as published before the first step, and again after
+            every so many steps. None: where ``tracker.mark_sync()`` is called.
         track_every: Track every n-th step.
         start_step: First step to track, from 0.
         end_step: Track no step from this one on.
@@ -114,6 +116,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
         groups: Mapping[str, str | Sequence[str]] | str | None = None,
         metrics: MetricsLike = METRICS,
         oscillation_ema: float | tuple[float, float] | None = None,
+        sync_every: int | None = None,
         track_every: int = 1,
         start_step: int = 0,
         end_step: int | None = None,
@@ -141,6 +144,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             groups=groups,
             metrics=metrics,
             oscillation_ema=oscillation_ema,
+            sync_every=sync_every,
             track_every=track_every,
             start_step=start_step,
             end_step=end_step,

@@ -331,10 +331,16 @@ class LayerRecord:
 
     @property
     def news(self) -> dict[str, float]:
-        """Those of ``values`` that this logging point adds: without a tracked step in the window, gauges alone."""
+        """Those of ``values`` that this logging point adds: without a tracked step in the window, those of groups."""
         if self.window.weight_steps:
             return self.values
-        return {name: value for name, value in self.values.items() if name in self.gauges}
+        groups = {**self.gauges, **self.window.ratios}
+        return {name: value for name, value in self.values.items() if name in groups}
+
+    @property
+    def is_new(self) -> bool:
+        """Whether anything was counted since the last logging point: in tracked steps, or at marks between them."""
+        return bool(self.window.weight_steps or any(pair.denominator for pair in self.window.ratios.values()))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerRecord:

@@ -248,6 +248,11 @@ class Layer:
         """Whether a weight is the one that was stamped, as far as writing it leaves a trace."""
         return self.stamp is not None and self.stamp.is_unwritten(parameter, weight)
 
+    @property
+    def is_counted_with_others(self) -> bool:
+        """Whether it is counted in one call with other layers."""
+        return self.is_gathered or self.member is not None
+
     def is_as_it_was(self, tracked: TrackedWeight) -> bool:
         """Whether a layer that is counted together with others has the codes of now, asked as cheaply as can be."""
         return (

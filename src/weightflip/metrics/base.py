@@ -130,6 +130,15 @@ class LayerMetric:
             sums: As in ``slice``.
         """
 
+    def mark(self, weight: Weight, sums: Tensor, scratch: ScratchPool) -> None:
+        """Where the training publishes its weights. Must not wait for the device either.
+
+        Args:
+            weight: The whole weight.
+            sums: As in ``slice``; what is added here belongs to no step.
+            scratch: Where temporaries come from.
+        """
+
     def gauge(self, weight: Weight, gauges: Tensor, bins: Tensor) -> None:
         """At a logging point.
 
@@ -163,6 +172,11 @@ class Metric(ABC):
     histograms: tuple[Bins, ...] = ()
     every: int = 1
     """Steps, or steps between logging points, from one look to the next, unless the user says otherwise."""
+    looks_at_steps: bool = True
+    """Whether ``before``, ``slice`` or ``after`` do anything. Where no group has them, many weights are counted in one
+    call."""
+    looks_at_marks: bool = False
+    """Whether ``mark`` does anything. Such a group is opened at the first mark."""
     of_shards: bool = True
     """Whether the sums over the shards of a weight are those of the whole; else sharded weights have no numbers."""
 

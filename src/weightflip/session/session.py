@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from weightflip import distributed
 from weightflip.counting import checkpoint, summary
+from weightflip.counting.layer import TrackedWeight
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import RunInfo, shown
 from weightflip.session.ending import Ending
@@ -52,7 +54,7 @@ class Session:
         self._start()
 
     def _start(self) -> None:
-        self.tracker.take_weights_from(self.weights.holding)
+        self.tracker.take_weights_from(self.weights.holding, self.weights_of_now)
         self.tracker.take_summary_from(self.summary)
         self._found_inf: Tensor | None = None
         self._is_step: Tensor | None = None
@@ -94,15 +96,31 @@ class Session:
         self._is_open = True
         attempt = self._guard.attempt
         if self.tracker.is_tracking:
-            are_known = attempt(self.weights.select, optimizer, strict=False)
-            self.weights.expect_others(are_known=are_known)
-            attempt(self.weights.hold, optimizer)
+            self._take_up(optimizer)
         attempt(self.tracker.before_step, self.weights.tracked)
         self._is_step = None
         if not has_closure:
             attempt(self._look_for_step, optimizer)
         else:
             self.tracker.forget_gradients()
+
+    def _take_up(self, optimizer: Optimizer) -> None:
+        """Have the weights of now at hand, with what processes have to tell each other of them."""
+        are_known = self._guard.attempt(self.weights.select, optimizer, strict=False)
+        self.weights.expect_others(are_known=are_known)
+        self._guard.attempt(self.weights.hold, optimizer)
+
+    @contextmanager
+    def weights_of_now(self) -> Iterator[Sequence[TrackedWeight]]:
+        """The weights as a step that begins now would have them; also before the first one."""
+        optimizer = self.weights.optimizer
+        if optimizer is not None:
+            self._take_up(optimizer)
+        try:
+            yield self.weights.tracked
+        finally:
+            if not self._is_open:
+                self.weights.release()
 
     def _look_for_step(self, optimizer: Optimizer) -> None:
         # State is made before the first step. Later, some optimizers without state have a rate of 0, too.

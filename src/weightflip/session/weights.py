@@ -225,10 +225,15 @@ class Weights:
         for weight in self.tracked:
             weight.release()
 
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The one whose parameters were selected last; None where it is gone."""
+        return None if self._optimizer is None else self._optimizer()
+
     @contextmanager
     def holding(self) -> Iterator[None]:
         """Have the parameters at hand between two tracked steps, if they are still those of the last one."""
-        optimizer = None if self._optimizer is None else self._optimizer()
+        optimizer = self.optimizer
         are_held = any(weight.is_held for weight in self.tracked)
         if are_held or optimizer is None or _described(parameters_of(optimizer)) != self._seen:
             yield
