@@ -60,3 +60,34 @@ def count_(
 
     # The int64 sums hold eight counts each, one a byte.
     counts[:rows].add_(sums.view(torch.uint8).sum((0, 2), dtype=torch.int64))
+
+
+def keep_(codes: Tensor, new: Tensor, scratch: ScratchPool) -> Tensor:
+    """Store the new codes in ``codes``, a slice at a time; how many differ from those there, 0-dim int64.
+
+    Equal to the flips of :func:`weightflip.kernels.reference.count`. Nothing here waits for the device.
+
+    Args:
+        codes: Ordinals of before; overwritten.
+        new: Ordinals of now, of the codes' shape and dtype.
+        scratch: Where temporaries come from.
+    """
+    if codes.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=codes.device)
+    # Smaller ones than above: what was compared is still in the cache when it is stored.
+    limit = max(1, slice_elements(codes) // 4)
+    padded = -(-min(limit, codes.numel()) // _ALIGNMENT) * _ALIGNMENT
+    # As wide as the codes: into bool, torch's comparison of wider integers is not vectorized.
+    flags = scratch.flat("kept", padded, codes.dtype, codes.device)
+    lanes = flags.view(torch.int64).view(_LANES, -1)
+    parts = list(slices(codes, limit))
+    sums = scratch.flat("kept sums", len(parts) * lanes.size(1), torch.int64, codes.device).view(len(parts), -1)
+    for part, index in enumerate(parts):
+        before, after = codes[index], new[index]
+        numel = after.numel()
+        flags[numel:].zero_()
+        torch.ne(before, after, out=flags[:numel].view(after.shape))
+        torch.sum(lanes, dim=0, out=sums[part])
+        before.copy_(after)
+    # Each int64 sum holds a count in each place of a code.
+    return sums.view(torch.uint8 if codes.itemsize == 1 else codes.dtype).sum(dtype=torch.int64)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weightflip import functional
-from weightflip.kernels import FLIPS, ScratchPool
+from weightflip.kernels import ScratchPool, keep_
 from weightflip.metrics import sizes
 from weightflip.metrics.base import LayerMetric, Metric, Weight, register
 from weightflip.quantizers.protocol import BaseQuantizer, bits_of_scale
@@ -127,10 +126,7 @@ class _LayerSync(LayerMetric):
         scales = _stored_scales(weight)
         if self.is_marked:
             self.old_part = self._part().clone()
-            counts = torch.zeros(3, dtype=torch.int64, device=self.codes.device)
-            # Also keeps the new ones.
-            functional.compare(self.codes, weight.codes, None, counts, scratch)
-            self.changed, weights = counts[FLIPS], self.codes.numel()
+            self.changed, weights = keep_(self.codes, weight.codes, scratch), self.codes.numel()
             sums[0, 0].add_(self.changed)
             sums[0, 1].add_(weights)
             sums[1, 0].add_(self.changed == 0)
