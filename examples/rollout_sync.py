@@ -1,11 +1,11 @@
-"""How much of a small GPT changes between two syncs of a reinforcement-learning setup: docs/rollouts.md shows the table.
+"""Measure how much of a small GPT changes between two weight syncs to rollout engines; docs/rollouts.md has the table.
 
 python examples/rollout_sync.py
 
-A byte GPT is trained for a while, as a model is before reinforcement learning. Then it goes on at a small learning
-rate, with its weights published in bfloat16 every 1, 4 and 16 steps; once with float32 weights, which are rounded where
-they are published, and once with weights that are bfloat16 themselves. The objective is still that of the pretraining:
-what counts here is the size of the steps.
+A byte GPT is pretrained, as a model is before reinforcement learning. Then training continues at a small learning rate,
+and the weights are published in bfloat16 every 1, 4 or 16 steps: once with float32 weights, which are rounded when they
+are published, and once with bfloat16 weights. The objective stays next-byte prediction: the size of the steps decides
+how much changes, not the objective.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Row(NamedTuple):
         dtype: Of the weights that are trained.
         lr: The learning rate.
         every: Steps between two syncs.
-        values: Of the model, over the last half of the steps: ``changed_fraction`` and the sizes of a delta.
+        values: Numbers of the model over the second half of the steps: ``changed_fraction`` and delta sizes.
     """
 
     dtype: str
@@ -59,8 +59,8 @@ def pretrain(data: Tensor, args: argparse.Namespace) -> nn.Module:
     return model
 
 
-def go_on(pretrained: nn.Module, data: Tensor, row: Row, args: argparse.Namespace) -> Row:
-    """Train a copy, and compare what is published."""
+def continue_training(pretrained: nn.Module, data: Tensor, row: Row, args: argparse.Namespace) -> Row:
+    """Train a copy and compare what is published."""
     torch.manual_seed(args.seed)
     model = copy.deepcopy(pretrained).to(getattr(torch, row.dtype))
     optimizer = FlipTrackingOptimizer(
@@ -71,7 +71,7 @@ def go_on(pretrained: nn.Module, data: Tensor, row: Row, args: argparse.Namespac
         sync_every=row.every,
         sinks=[],
     )
-    # Adam's first steps, all of one size, are not what later ones are: they are in a record of their own.
+    # Adam's first updates all have the size of the learning rate, later ones do not: leave them out.
     train_steps(model, optimizer, data, args.steps // 2, args)
     optimizer.tracker.record()
     train_steps(model, optimizer, data, args.steps // 2, args)
@@ -89,7 +89,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=64, help="bytes that the model sees")
     parser.add_argument("--batch", type=int, default=8, help="windows in a step")
     parser.add_argument("--pretrain", type=int, default=300, help="steps at a learning rate of 1e-3")
-    parser.add_argument("--steps", type=int, default=64, help="of each training; the second half of them counts")
+    parser.add_argument("--steps", type=int, default=64, help="per training; the second half is measured")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     data, _ = load_data()
     pretrained = pretrain(data, args)
     cases = [Row(dtype, lr, every, {}) for dtype in ("float32", "bfloat16") for lr in LEARNING_RATES for every in SYNCS]
-    rows = [go_on(pretrained, data, case, args) for case in tqdm(cases, desc="training", unit="run")]
+    rows = [continue_training(pretrained, data, case, args) for case in tqdm(cases, desc="training", unit="run")]
     print("| weights | learning rate | sync every | changed | bits/weight, bound | bound | index + value | XOR, zstd |")
     print("|---|---|---|---|---|---|---|---|")
     for dtype, lr, every, values in rows:

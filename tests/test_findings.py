@@ -186,8 +186,8 @@ def test_empty_deltas(tmp_path):
     assert list(found) == ["empty deltas"]
     empty = found["empty deltas"]
     assert (empty.severity, empty.layers, empty.step) == (Severity.NOTE, (), 50)
-    assert "at 2 of 20 points with a sync, no weight has another code (float8_e4m3)" in empty.text
-    assert "at step 120 the last time" in empty.text
+    assert "at 2 of 20 points with a sync, no weight changed its code (float8_e4m3)" in empty.text
+    assert "the last such point is at step 120" in empty.text
     # Half of them.
     for at in range(12, 20):
         windows[at] = {name: {"ratios": {"changed_fraction": 0.0}} for name in "abcd"}
@@ -198,7 +198,7 @@ def test_empty_deltas(tmp_path):
         window["c"] = {"ratios": {"changed_fraction": 0.0}}
     still = rules(Script(tmp_path / "d.jsonl").write(windows))["empty deltas"]
     assert (still.severity, still.layers) == (Severity.NOTE, ("c",))
-    assert still.text.startswith("Between no two syncs a weight of c changed its code")
+    assert still.text.startswith("The deltas of c are empty at all points with a sync")
 
 
 @pytest.mark.parametrize("sink", ["events", "jsonl"])
@@ -219,4 +219,4 @@ def test_empty_deltas_of_a_training(sink, digits, tmp_path):
     assert [event.message for event in told] == ["step 2: changed_fraction == 0: model@mxfp4 (0)"]
     empty = [finding for finding in find([read_one(tmp_path / sink)]) if finding.rule == "empty deltas"]
     assert [(finding.severity, finding.step) for finding in empty] == [(Severity.WARNING, 2)]
-    assert "at all 5 points with a sync, no weight has another code (mxfp4)" in empty[0].text
+    assert "at all 5 points with a sync, no weight changed its code (mxfp4)" in empty[0].text

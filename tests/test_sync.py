@@ -230,6 +230,33 @@ def test_a_resumed_run_goes_on_in_its_window(form, digits):
         assert layer.window.ratios["changed_fraction"].denominator == 2 * layer.weights
 
 
+def test_a_checkpoint_between_two_marks_of_a_resumed_run(digits):
+    """Its window goes on, although no mark came between loading and saving."""
+    model, metrics = digits_model(width=64), ("flips", "stalls", "coverage", "sync")
+    optimizer, marks = wrapped(model, metrics=metrics), Marks(model, "float8_e4m3")
+    train(optimizer, model, digits, marks, 3, every=3)
+    for step in (3, 4):
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer = wrapped(model, metrics=metrics)
+        optimizer.load_state_dict(saved)
+        train(optimizer, model, digits, marks, 1, start=step)
+    train(optimizer, model, digits, marks, 1, every=3, start=5)
+    for layer in optimizer.tracker.record().layers:
+        assert rates_of(layer.window) == marks.rates(layer.name)
+
+
+def test_marks_after_the_end_do_nothing(digits):
+    model = digits_model(width=64)
+    inner = torch.optim.SGD(model.parameters(), lr=0.02)
+    handle = track_flips(inner, model, quantizer="e3m4", metrics=METRICS, log_every=1, sinks=[])
+    backward(model, digits, 0)
+    inner.step()
+    handle.tracker.mark_sync()
+    handle.remove()
+    handle.tracker.mark_sync()
+    assert (handle.tracker.memory_usage().codes, handle.tracker.memory_usage().metrics) == (0, 0)
+
+
 def test_windows_of_a_resumed_run_with_sync_every_keep_their_length(digits):
     model = digits_model(width=64)
     optimizer, marks = wrapped(model, sync_every=4), Marks(model, "float8_e4m3")

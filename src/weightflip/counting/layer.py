@@ -248,11 +248,6 @@ class Layer:
         """Whether a weight is the one that was stamped, as far as writing it leaves a trace."""
         return self.stamp is not None and self.stamp.is_unwritten(parameter, weight)
 
-    @property
-    def is_counted_with_others(self) -> bool:
-        """Whether it is counted in one call with other layers."""
-        return self.is_gathered or self.member is not None
-
     def is_as_it_was(self, tracked: TrackedWeight) -> bool:
         """Whether a layer that is counted together with others has the codes of now, asked as cheaply as can be."""
         return (
@@ -295,9 +290,9 @@ class Layer:
 
     def metric_tensors(self) -> dict[str, dict[str, Tensor]]:
         """What groups keep of each weight, by group and name."""
-        if self.metrics is None:
-            return {group: dict(tensors) for group, tensors in self.saved.items()}
-        return {group: metric.tensors for group, metric in self.metrics.items() if metric is not None and metric.state}
+        kept = {group: dict(tensors) for group, tensors in self.saved.items()}
+        is_open = (self.metrics or {}).items()
+        return kept | {group: metric.tensors for group, metric in is_open if metric is not None and metric.state}
 
     def __getstate__(self) -> dict[str, Any]:
         # The stamp is about this process's parameter: a copy encodes its own anew.

@@ -1,4 +1,4 @@
-"""Marks: the moments at which the training publishes its weights, for the metric groups that compare them."""
+"""Marks: the moments at which the training publishes its weights, for metric groups that compare them."""
 
 from __future__ import annotations
 
@@ -15,60 +15,59 @@ from weightflip.counting.table import LayerTable
 
 
 class SyncMarks:
-    """When marks are due, and who looks at them.
+    """Knows when a mark is due, and passes the layers to the metric groups.
 
     Args:
         runner: The metric groups.
-        schedule: Says which step it is.
+        schedule: Counts the steps.
         layers: All layers.
-        notices: Where faults are noted.
-        every: Steps from one mark to the next; None where the training says when.
+        notices: Collects warnings.
+        every: Number of steps between two marks. None if the training calls ``mark_sync``.
 
     Raises:
-        ValueError: Marks are asked for, and no metric group looks at them.
+        ValueError: ``every`` is given, but no metric group uses marks.
     """
 
     def __init__(
         self, runner: MetricRunner, schedule: Schedule, layers: LayerTable, notices: Notices, every: int | None
     ) -> None:
         self._runner, self._schedule, self._layers, self._notices = runner, schedule, layers, notices
-        self._every = None if every is None else checks.whole("sync_every", every, 1)
-        self._has_begun = self._is_asked = False
+        self._every = None if every is None else checks.whole_number("sync_every", every, 1)
+        self._has_begun = self._is_requested = False
         if self._every is not None:
-            self.check("sync_every=")
+            self._check("sync_every=")
 
-    def check(self, what: str) -> None:
-        """Raise where nobody looks at marks.
+    def _check(self, what: str) -> None:
+        if not self._runner.uses_marks:
+            raise ValueError(f"{what} belongs to the group 'sync', which metrics= does not have; add it to metrics=")
 
-        Args:
-            what: What asks for them.
+    def request(self) -> None:
+        """Request a mark, to be made as soon as no step is in progress.
+
+        Raises:
+            ValueError: No metric group uses marks.
         """
-        if not self._runner.looks_at_marks:
-            raise ValueError(f"{what} belongs to the group 'sync', which is not asked for; add it to metrics=")
-
-    def ask(self) -> None:
-        """Have a mark made at the next moment at which one can be made."""
-        self.check("mark_sync()")
-        self._is_asked = True
+        self._check("mark_sync()")
+        self._is_requested = True
 
     def take_due(self) -> bool:
-        """Whether a mark has to be made now, which then is due no more."""
-        is_asked, self._is_asked = self._is_asked, False
-        is_due = is_asked or (self._every is not None and self._schedule.steps % self._every == 0)
-        return is_due and self._schedule.takes_marks
+        """Return whether a mark is due now, and clear the request."""
+        is_requested, self._is_requested = self._is_requested, False
+        is_due = is_requested or (self._every is not None and self._schedule.steps % self._every == 0)
+        return is_due and self._schedule.allows_marks
 
     @property
     def is_first_due(self) -> bool:
-        """Whether the first step of the run begins, before which the weights count as published."""
-        steps = self._schedule.steps
-        return self._every is not None and steps == 0 and not self._has_begun and self._schedule.takes_marks
+        """Whether ``sync_every=`` needs a mark before the step that begins: the first step of a run."""
+        is_first = self._every is not None and self._schedule.steps == 0 and not self._has_begun
+        return is_first and self._schedule.allows_marks
 
     def make(self, layers: Iterable[Layer], shards: Shards) -> None:
-        """Make a mark. A layer that is not there, such as a frozen one, begins its next window at a later mark.
+        """Make a mark. Other layers, such as frozen ones, start a new window at the next mark that includes them.
 
         Args:
-            layers: With their codes of now.
-            shards: Say of which layers other processes have parts.
+            layers: The layers to mark, each with its current codes.
+            shards: Tells which layers are sharded.
         """
         self._has_begun = True
         marked = set()
@@ -77,19 +76,19 @@ class SyncMarks:
             marked.add(layer.name)
         for layer in self._layers.values():
             if layer.name not in marked:
-                self._runner.skip_mark(layer)
+                self._runner.forget_mark(layer)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Where a mark cannot be made, training goes on, and windows begin anew."""
+        """Turn an error into a warning. All layers then start a new window at the next mark."""
         try:
             yield
         except Exception as error:
-            # Codes may be of now, or not yet.
+            # Some codes may be older than others.
             self._layers.distrust()
             for layer in self._layers.values():
-                self._runner.skip_mark(layer)
+                self._runner.forget_mark(layer)
             self._notices.add(
-                f"a mark of mark_sync() or sync_every= is lost, the next one begins a window anew: "
-                f"{type(error).__name__}: {error}"
+                "a mark of mark_sync() or sync_every= failed, training continues, and the next mark starts a new "
+                f"window: {type(error).__name__}: {error}"
             )

@@ -39,22 +39,22 @@ class MetricRunner:
         self._groups, self._schedule, self._notices = groups, schedule, notices
         self._scratch, self._backend = scratch, backend
         self._measured: dict[str, int] = {}
-        self._of_steps = [group for group in groups if group.metric.looks_at_steps]
-        self._of_marks = [group for group in groups if group.metric.looks_at_marks]
+        self._of_steps = [group for group in groups if group.metric.uses_steps]
+        self._of_marks = [group for group in groups if group.metric.uses_marks]
         self.has_news = False
-        """Whether there is something to measure at the next logging point."""
+        """Whether anything was counted since the last logging point."""
 
     def __bool__(self) -> bool:
         return bool(self._groups)
 
     @property
-    def looks_at_steps(self) -> bool:
-        """Whether any group looks at each weight in a step."""
+    def uses_steps(self) -> bool:
+        """Whether any group runs in steps."""
         return bool(self._of_steps)
 
     @property
-    def looks_at_marks(self) -> bool:
-        """Whether any group looks at marks."""
+    def uses_marks(self) -> bool:
+        """Whether any group runs at marks."""
         return bool(self._of_marks)
 
     # ------------------------------------------------------------------ in a step
@@ -73,7 +73,7 @@ class MetricRunner:
             self._ask(layer, group, metric.before, seen)
 
     def _open_all(self, layer: Layer, groups: Sequence[Group], seen: Weight, is_shard: bool) -> None:
-        """Open those that are not open yet."""
+        """Open those of the groups that are not open yet."""
         kind = seen.codes.shape, seen.codes.dtype
         if layer.metrics is None or layer.code_kind != kind:
             # Stored in another dtype now: what was remembered is of other codes.
@@ -131,10 +131,10 @@ class MetricRunner:
     # ------------------------------------------------------------------ at a mark
 
     def mark(self, layer: Layer, *, is_shard: bool) -> None:
-        """Let the groups compare a weight with what it was at the last mark.
+        """Call the groups that run at marks.
 
         Args:
-            layer: With its codes.
+            layer: A layer with its current codes.
             is_shard: Whether other processes have parts of the same weight.
         """
         assert layer.row is not None
@@ -147,8 +147,8 @@ class MetricRunner:
                 self._ask(layer, group, metric.mark, seen, sums, self._scratch)
         self.has_news = True
 
-    def skip_mark(self, layer: Layer) -> None:
-        """Have what a layer was at the last mark forgotten: it has no part in this one."""
+    def forget_mark(self, layer: Layer) -> None:
+        """Drop what the groups remember of the last mark: the layer is not part of the current one."""
         for group in self._of_marks:
             layer.saved.pop(group.metric.name, None)
             if layer.metrics and layer.metrics.get(group.metric.name) is not None:
@@ -190,11 +190,11 @@ class MetricRunner:
                 self._ask(layer, group, metric.gauge, seen, gauges, bins)
 
     def _seen(self, layer: Layer) -> Weight:
-        """A weight between two steps."""
+        """Return a weight between two steps as the groups see it."""
         assert layer.tracked is not None
         weight, quantizer = layer.tracked.unwrapped()
-        if layer.is_counted_with_others and isinstance(quantizer, ElementwiseQuantizer):
-            # What counts many layers at once keeps no scales of theirs.
+        if not self.uses_steps and isinstance(quantizer, ElementwiseQuantizer):
+            # The routes that count many layers in one call do not keep scales.
             encoding = functional.Encoding(quantizer, self._scratch, self._backend, layer.statistic)
             layer.scale = encoding.scale(quantizer.grouped(weight))
         return layer.seen(weight, quantizer)

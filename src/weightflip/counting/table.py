@@ -55,7 +55,7 @@ class LayerTable(Mapping[str, Layer]):
 
     @property
     def listed(self) -> list[TrackedWeight]:
-        """The weights that were followed last."""
+        """The weights passed to the last call of ``follow``."""
         return self._listed
 
     def put(self, layer: Layer) -> Layer:

@@ -25,7 +25,7 @@ from weightflip.counting.marks import SyncMarks
 from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.named import NamedSnapshots
 from weightflip.counting.nonfinite import count_nonfinite
-from weightflip.counting.notices import Notices
+from weightflip.counting.notices import Noted, Notices
 from weightflip.counting.routes import ElementwiseRoute, WholeWeightRoute
 from weightflip.counting.schedule import Progress, Schedule, Scheduled
 from weightflip.counting.shards import Shards
@@ -69,14 +69,14 @@ def _checked(weights: Any) -> list[TrackedWeight]:
     for weight in found:
         if not isinstance(weight, TrackedWeight):
             raise TypeError(
-                f"weights are TrackedWeight objects, got {checks.described(weight)}; make each with "
+                f"weights are TrackedWeight objects, got {checks.describe(weight)}; make each with "
                 "weightflip.counting.layer.TrackedWeight(name, parameter, quantizer), or wrap the optimizer in "
                 "FlipTrackingOptimizer"
             )
     return found
 
 
-class WeightFlipTracker(Displayed, Scheduled):
+class WeightFlipTracker(Displayed, Scheduled, Noted):
     """Counts how many weights change their quantized code in an optimizer step.
 
     Two ways to use it. By name, one weight at a time: ``snapshot_pre_step``, the optimizer's step,
@@ -91,8 +91,8 @@ class WeightFlipTracker(Displayed, Scheduled):
         oscillation_ema: Momentum of the moving average of each weight's oscillation frequency, or a tuple of it and the
             threshold above which a weight counts as oscillating; see
             :class:`~weightflip.metrics.oscillation.Oscillation`.
-        sync_every: With the group ``"sync"``: weights count as published before the first step and after every so many;
-            None: where ``mark_sync`` is called.
+        sync_every: For the group ``"sync"``: number of steps between two syncs. The weights before the first step are
+            the first sync. None: a sync is where ``mark_sync`` is called.
         track_every: Track every n-th step.
         start_step: First step to track, from 0.
         end_step: Track no step from this one on; None for no end.
@@ -164,7 +164,7 @@ class WeightFlipTracker(Displayed, Scheduled):
         self._marks = SyncMarks(self._runner, self._schedule, self._layers, self._notices, self._sync_every)
         alone = (self._layers, self._runner, self._scratch, self.backend, with_updates)
         elementwise = ElementwiseRoute(*alone)
-        is_open = not self._runner.looks_at_steps
+        is_open = not self._runner.uses_steps
         self._batched = BatchedRoute(self._layers, elementwise, self.backend, with_updates, is_open)
         self._gathered = GatheredRoute(elementwise, self._scratch, with_updates, is_open)
         routes = (self._batched, self._gathered, elementwise, WholeWeightRoute(*alone))
@@ -185,19 +185,6 @@ class WeightFlipTracker(Displayed, Scheduled):
     def declared_values(self) -> tuple[Value, ...]:
         """Those that metric groups give, and how each is shown."""
         return tuple(value for group in self._groups for value in group.metric.declared)
-
-    @property
-    def holds_warnings(self) -> bool:
-        """Whether whoever calls takes the warnings, and gives them when no process waits for this one."""
-        return self._notices.hold
-
-    @holds_warnings.setter
-    def holds_warnings(self, hold: bool) -> None:
-        self._notices.hold = hold
-
-    def take_warnings(self) -> list[str]:
-        """What has not been warned about yet, where ``holds_warnings`` is set."""
-        return self._notices.take()
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -295,7 +282,7 @@ class WeightFlipTracker(Displayed, Scheduled):
         self._begin(weights)
         self._silent.look(weights)
         self._current.take_up(self._with_codes(weights))
-        if self._runner.looks_at_steps:
+        if self._runner.uses_steps:
             for layer in self._current:
                 self._runner.before(layer, is_shard=layer.name in self._shards)
         if self._marks.is_first_due:
@@ -317,11 +304,11 @@ class WeightFlipTracker(Displayed, Scheduled):
         return self._current.with_codes(weights, self._shards, anew=self.fresh_snapshots)
 
     def take_weights_from(self, holding: Holding, taking: Taking) -> None:
-        """Say how to have weights at hand between two steps, where they are released after each.
+        """Set how to reference weights between two steps, if they are released after each step.
 
         Args:
-            holding: Of those of ``before_step``. A method; its object is not kept alive, nor that of the other one.
-            taking: Of those that the next step will have, for ``mark_sync``.
+            holding: References the weights of ``before_step``. A method, as ``taking``; the objects are not kept alive.
+            taking: Yields the weights that a step would track now, for ``mark_sync``.
         """
         self._holding, self._taking = weakref.WeakMethod(holding), weakref.WeakMethod(taking)
 
@@ -363,6 +350,7 @@ class WeightFlipTracker(Displayed, Scheduled):
             if isinstance(error, Exception):
                 # Other processes go on, and the number of steps says when they need this one.
                 self._schedule.progress, self._in_step = after, False
+                self._mark_if_due()
             raise
         # Up to here the step is not counted, from here on it is.
         self._schedule.progress = after._replace(is_settled=False)
@@ -459,7 +447,7 @@ class WeightFlipTracker(Displayed, Scheduled):
         self._current.leave_out_failed()
 
     def _looked_at(self, weights: Iterable[TrackedWeight]) -> Iterator[Layer]:
-        """The layers of the weights, each with its codes while it is looked at between two steps."""
+        """Yield the layers of the weights, each with its current codes, between two steps."""
         for layer in self._with_codes(weights):
             yield layer
             if layer.state is CodeState.FRESH:
@@ -472,18 +460,18 @@ class WeightFlipTracker(Displayed, Scheduled):
 
     @_outside_of_autograd
     def mark_sync(self) -> None:
-        """Say that the training publishes its weights now, as they are.
+        """Mark that the training publishes its weights now.
 
-        Ends a window of the metric group ``"sync"``, which compares the codes with those at the last mark, and begins
-        the next one. The first mark begins the first window. In a hook of the optimizer's step, the mark is made at
-        the end of that step. Nothing waits for the device.
+        Call it where the training sends its weights to rollout engines. The metric group ``"sync"`` then compares the
+        codes with those at the last mark. The first mark only stores the codes. In a hook of the optimizer's step, the
+        mark is made at the end of that step. There is no device synchronization.
 
-        Where weights are sharded over processes, all of them have to call it.
+        If weights are sharded over processes, all processes have to call it.
 
         Raises:
-            ValueError: ``metrics=`` does not ask for ``"sync"``.
+            ValueError: ``metrics=`` does not have ``"sync"``.
         """
-        self._marks.ask()
+        self._marks.request()
         if not self._in_step:
             self._mark_if_due()
 

@@ -63,21 +63,24 @@ def count_(
 
 
 def keep_(codes: Tensor, new: Tensor, scratch: ScratchPool) -> Tensor:
-    """Store the new codes in ``codes``, a slice at a time; how many differ from those there, 0-dim int64.
+    """Store the new codes in ``codes``, one slice at a time, and count how many differ. No device synchronization.
 
-    Equal to the flips of :func:`weightflip.kernels.reference.count`. Nothing here waits for the device.
+    Equal to the flips of :func:`weightflip.kernels.reference.count`.
 
     Args:
-        codes: Ordinals of before; overwritten.
-        new: Ordinals of now, of the codes' shape and dtype.
-        scratch: Where temporaries come from.
+        codes: Old ordinals; overwritten.
+        new: New ordinals, of the same shape and dtype.
+        scratch: Provides temporaries.
+
+    Returns:
+        0-dim int64.
     """
     if codes.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=codes.device)
-    # Smaller ones than above: what was compared is still in the cache when it is stored.
+    # Smaller slices than above: the new codes are still in the cache when they are stored.
     limit = max(1, slice_elements(codes) // 4)
     padded = -(-min(limit, codes.numel()) // _ALIGNMENT) * _ALIGNMENT
-    # As wide as the codes: into bool, torch's comparison of wider integers is not vectorized.
+    # Of the codes' dtype: torch does not vectorize comparisons of wider integers with a bool result.
     flags = scratch.flat("kept", padded, codes.dtype, codes.device)
     lanes = flags.view(torch.int64).view(_LANES, -1)
     parts = list(slices(codes, limit))
@@ -89,5 +92,5 @@ def keep_(codes: Tensor, new: Tensor, scratch: ScratchPool) -> Tensor:
         torch.ne(before, after, out=flags[:numel].view(after.shape))
         torch.sum(lanes, dim=0, out=sums[part])
         before.copy_(after)
-    # Each int64 sum holds a count in each place of a code.
+    # Each int64 sum holds several counts, each as wide as a code.
     return sums.view(torch.uint8 if codes.itemsize == 1 else codes.dtype).sum(dtype=torch.int64)

@@ -131,12 +131,12 @@ class LayerMetric:
         """
 
     def mark(self, weight: Weight, sums: Tensor, scratch: ScratchPool) -> None:
-        """Where the training publishes its weights. Must not wait for the device either.
+        """At a mark of ``mark_sync`` or ``sync_every=``. Must not synchronize with the device.
 
         Args:
             weight: The whole weight.
-            sums: As in ``slice``; what is added here belongs to no step.
-            scratch: Where temporaries come from.
+            sums: As in ``slice``, but added to the totals at once.
+            scratch: Provides temporaries.
         """
 
     def gauge(self, weight: Weight, gauges: Tensor, bins: Tensor) -> None:
@@ -172,11 +172,10 @@ class Metric(ABC):
     histograms: tuple[Bins, ...] = ()
     every: int = 1
     """Steps, or steps between logging points, from one look to the next, unless the user says otherwise."""
-    looks_at_steps: bool = True
-    """Whether ``before``, ``slice`` or ``after`` do anything. Where no group has them, many weights are counted in one
-    call."""
-    looks_at_marks: bool = False
-    """Whether ``mark`` does anything. Such a group is opened at the first mark."""
+    uses_steps: bool = True
+    """Whether it has ``before``, ``slice`` or ``after``. If no group does, many weights are counted in one call."""
+    uses_marks: bool = False
+    """Whether it has ``mark``. A group with ``mark`` only is opened at the first mark."""
     of_shards: bool = True
     """Whether the sums over the shards of a weight are those of the whole; else sharded weights have no numbers."""
 
@@ -227,7 +226,7 @@ def register(metric: MetricType) -> MetricType:
     return metric
 
 
-def _load_rooms() -> None:
+def _import_modules() -> None:
     package = importlib.import_module(__package__ or "")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
@@ -240,7 +239,7 @@ def metric_names() -> list[str]:
         >>> "oscillation" in metric_names()
         True
     """
-    _load_rooms()
+    _import_modules()
     return sorted(_registry)
 
 
@@ -260,7 +259,7 @@ def make_metrics(groups: Mapping[Any, int | None]) -> list[tuple[Metric, int]]:
     for spec, every in groups.items():
         metric = spec if isinstance(spec, Metric) else _by_name(spec)
         every = metric.every if every is None else every
-        every = checks.whole(f"metrics={{{metric.name!r}: n}} looks every n steps, and n", every, 1)
+        every = checks.whole_number(f"metrics={{{metric.name!r}: n}} looks every n steps, and n", every, 1)
         for value in metric.values:
             if not isinstance(value, Value):
                 raise TypeError(

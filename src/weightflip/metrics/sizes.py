@@ -1,4 +1,4 @@
-"""How large the change of some codes is: pure functions of codes before and after."""
+"""Sizes of a delta between two sets of codes, as pure functions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 Ordinals = NDArray[np.signedinteger[Any]]
 
 INDEX_BITS = 32
-"""Of the position of a changed weight, in the encoding that lists them."""
+"""Bits of the position of a changed weight, in the encoding that lists positions."""
 _WIDTHS = (1, 2, 4, 6, 8, 16, 32, 64)
-# What deltas are compressed with unless somebody says otherwise.
+# The default of zstd.
 _LEVEL = 3
 
 
 def stored_bits(bits: int) -> int:
-    """Bits that a code takes where it is stored, from those that it has.
+    """Return how many bits a code of so many bits takes in memory.
 
     Example:
         >>> [stored_bits(bits) for bits in (2, 3, 4, 6, 8, 12)]
@@ -30,7 +30,10 @@ def stored_bits(bits: int) -> int:
 
 
 def entropy(counts: NDArray[np.integer[Any]]) -> float:
-    """Bits of one symbol, from how often each comes.
+    """Return the entropy in bits per symbol.
+
+    Args:
+        counts: How often each symbol occurs.
 
     Example:
         >>> entropy(np.array([1, 1, 2]))
@@ -41,34 +44,34 @@ def entropy(counts: NDArray[np.integer[Any]]) -> float:
 
 
 def bound_bits(weights: int, changed: int, old: Ordinals, new: Ordinals) -> float:
-    """Bits that a delta takes at least: which weights changed, and by how much each.
+    """Return the entropy bound of a delta in bits: which weights changed, and by how much.
 
-    ``weights * H(changed / weights) + changed * H(differences)``, where changes are independent of each other and of
-    the weights.
+    ``weights * H(changed / weights) + changed * H(differences)``. It assumes that changes are independent of each other
+    and of the weights.
 
     Args:
-        weights: How many there are.
-        changed: How many of them have another code.
-        old: Codes before, of all weights or of a part of them from which the differences are estimated.
-        new: The same after.
+        weights: Number of weights.
+        changed: Number of weights whose code changed.
+        old: Old codes of all weights, or of a sample from which ``H(differences)`` is estimated.
+        new: New codes of the same weights.
     """
     if not changed:
         return 0.0
     differs = old != new
-    # A difference of int64 codes may wrap; equal ones stay equal.
-    steps = new[differs].astype(np.int64) - old[differs].astype(np.int64)
-    _, counts = np.unique(steps, return_counts=True)
-    of_steps = entropy(counts) if len(counts) else 0.0
-    return weights * entropy(np.array([changed, weights - changed])) + changed * of_steps
+    # Differences of int64 codes may wrap; equal ones stay equal.
+    differences = new[differs].astype(np.int64) - old[differs].astype(np.int64)
+    _, counts = np.unique(differences, return_counts=True)
+    of_differences = entropy(counts) if len(counts) else 0.0
+    return weights * entropy(np.array([changed, weights - changed])) + changed * of_differences
 
 
-def stored(ordinals: Ordinals, bits: int, has_sign_bit: bool) -> NDArray[np.uint8]:
-    """The bytes of codes where they are stored: packed, if they are smaller than a byte.
+def stored_bytes(ordinals: Ordinals, bits: int, has_sign_bit: bool) -> NDArray[np.uint8]:
+    """Return codes as the bytes that a format stores.
 
     Args:
         ordinals: The codes, one-dimensional.
-        bits: As :func:`stored_bits` gives them.
-        has_sign_bit: Whether they are a sign and a magnitude there, as floating-point numbers are; else integers.
+        bits: Stored bits per code, from :func:`stored_bits`. Codes of less than 8 bits are packed.
+        has_sign_bit: Whether a code is stored as sign and magnitude, as floating-point numbers are, or as an integer.
     """
     width = f"<u{max(8, bits) // 8}"
     unsigned = ordinals.astype(ordinals.dtype.newbyteorder("<"), copy=False).view(f"<u{ordinals.itemsize}")
@@ -82,7 +85,7 @@ def stored(ordinals: Ordinals, bits: int, has_sign_bit: bool) -> NDArray[np.uint
 
 
 def compressed_bits(old: NDArray[np.uint8], new: NDArray[np.uint8]) -> int | None:
-    """Bits of the XOR of stored codes under zstd; None where ``zstandard`` is not installed."""
+    """Return the size in bits of the XOR of stored codes under zstd, or None without ``zstandard``."""
     compress = _zstd()
     return None if compress is None else 8 * len(compress(np.bitwise_xor(old, new)))
 
@@ -95,7 +98,7 @@ def _zstd() -> Callable[[NDArray[np.uint8]], bytes] | None:
         return None
 
     def compress(data: NDArray[np.uint8]) -> bytes:
-        # A context for each: threads must not share one.
+        # A compressor per call: threads must not share one.
         found: bytes = zstandard.ZstdCompressor(level=_LEVEL).compress(data)
         return found
 

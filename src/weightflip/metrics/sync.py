@@ -1,4 +1,4 @@
-"""What differs between two moments at which a training publishes its weights, and how large that difference is."""
+"""How much changed between two syncs, and how large a delta would be."""
 
 from __future__ import annotations
 
@@ -11,47 +11,45 @@ from weightflip.metrics.base import LayerMetric, Metric, Weight, register
 from weightflip.quantizers.protocol import BaseQuantizer, bits_of_scale
 from weightflip.records import Value
 
-# Of a larger layer, so many runs of so many neighbours are looked at for what needs more than a comparison.
+# Layers with more weights are sampled for sizes: this many runs of this many consecutive weights.
 _RUNS, _RUN = 16, 1 << 12
 _SIZES = "weightflip: sync, size of a delta"
 
 
 @register
 class Sync(Metric):
-    """``metrics=("flips", "sync")``: what changed between two marks.
+    """``metrics=("flips", "sync")``: what changed between two marks of ``tracker.mark_sync()`` or ``sync_every=``.
 
-    A mark is where the training publishes its weights: ``tracker.mark_sync()``, or every ``sync_every`` steps. The
-    codes are those of the weights as they are then, whoever wrote them. Over the windows between two marks that ended
-    since the last point:
+    A mark is where the training publishes its weights. Codes are those of the weights at the mark, regardless of what
+    wrote them. These values cover all windows between two marks that ended since the last logging point:
 
-    * ``changed_fraction``: weights whose code is another one than at the last mark / weights. Net: there and back again
-      is no change.
-    * ``empty_layers``: the share of the layers in which no code is. Of a sharded layer, each part counts by itself.
-    * ``scale_changed_fraction``: scales that are others than at the last mark / scales.
-    * ``delta_index_ratio``: the size of a delta that lists each changed weight, with an index of 32 bits and its new
-      code, as a share of the size of all codes.
+    * ``changed_fraction``: weights whose code differs from that at the last mark / weights. This is the net change: a
+      weight that moves back and forth does not count.
+    * ``empty_layers``: layers without any changed weight / layers. Each shard of a sharded layer counts as a layer.
+    * ``scale_changed_fraction``: scales that differ from those at the last mark / scales.
+    * ``delta_index_ratio``: size of a delta that lists each changed weight as a 32-bit index and its new code / size of
+      all codes.
 
-    And of the last one of these windows:
+    These values describe the last window:
 
-    * ``delta_bits``: bits per weight that a delta takes at least, if changes are independent of each other: the
-      entropy of what changed, and of the differences of the ordinals. ``delta_bound_ratio`` is the same as a share of
-      the size of all codes.
-    * ``delta_zstd_ratio``: the size of the XOR of old and new codes, as they are stored, under zstd; where
-      ``zstandard`` is installed.
+    * ``delta_bits``: entropy bound of a delta in bits per weight, see :func:`weightflip.metrics.sizes.bound_bits`.
+    * ``delta_bound_ratio``: the same / bits per code.
+    * ``delta_zstd_ratio``: size of the XOR of the old and the new stored codes under zstd / size of all codes. Only
+      with ``zstandard`` installed.
 
-    Of layers with more than 65,536 weights, the differences and the XOR are those of 16 runs of 4,096 weights. Scales
-    are in none of the sizes.
+    For layers with more than 65,536 weights, the entropy of the differences and the XOR are taken from 16 runs of 4,096
+    weights. Sizes do not include scales.
     """
 
     name = "sync"
-    looks_at_steps = False
-    looks_at_marks = True
+    uses_steps = False
+    uses_marks = True
     values = (
         Value(
             "changed_fraction",
             "rate",
             "changed",
-            "share of weights whose code differs between two syncs",
+            "fraction of weights whose code changed between two syncs",
             "share",
             order=40,
         ),
@@ -67,7 +65,7 @@ class Sync(Metric):
             "scale_changed_fraction",
             "rate",
             "scales changed",
-            "share of scales that differ between two syncs",
+            "fraction of scales that changed between two syncs",
             "share",
             order=42,
         ),
@@ -75,19 +73,19 @@ class Sync(Metric):
             "delta_index_ratio",
             "rate",
             "delta, index",
-            "size of index and value of each change / of all codes",
+            "size of a delta with index and value / of all codes",
             "share",
             chart=_SIZES,
             order=45,
         ),
         Value(
-            "delta_bits", "gauge", "delta bits", "bits per weight that a delta takes at least", chart=_SIZES, order=43
+            "delta_bits", "gauge", "delta bits", "entropy bound of a delta, in bits per weight", chart=_SIZES, order=43
         ),
         Value(
             "delta_bound_ratio",
             "gauge",
             "delta, bound",
-            "size that a delta takes at least / of all codes",
+            "entropy bound of a delta / size of all codes",
             "share",
             chart=_SIZES,
             order=44,
@@ -96,7 +94,7 @@ class Sync(Metric):
             "delta_zstd_ratio",
             "gauge",
             "delta, zstd",
-            "size of the XOR with the old codes under zstd / of all codes",
+            "size of the XOR with the old codes, under zstd / of all codes",
             "share",
             chart=_SIZES,
             order=46,
@@ -110,14 +108,15 @@ class Sync(Metric):
 class _LayerSync(LayerMetric):
     def __init__(self, weight: Weight) -> None:
         self.codes = torch.empty_like(weight.codes, memory_format=torch.contiguous_format)
-        """At the last mark."""
+        """Those at the last mark."""
         scales = _stored_scales(weight)
         self.scales = None if scales is None else torch.empty_like(scales)
         self.is_marked = torch.zeros((), dtype=torch.bool, device="cpu")
-        """Whether there was one. A tensor, so that it is saved with the codes; on the CPU, so that nobody waits."""
+        """Whether there was a mark. A tensor, to be saved with the codes; on the CPU, to be read without a device
+        synchronization."""
         self.state = ("codes", "is_marked") if scales is None else ("codes", "is_marked", "scales")
-        self.old_part: Tensor | None = None
-        """At the mark before, of a part of the weights: where a window has ended."""
+        self.old_sample: Tensor | None = None
+        """Sample of the codes at the mark before the last one, until the sizes are computed."""
         self.changed: Tensor | None = None
         bits, self.has_sign_bit = _code_kind(weight)
         self.bits = sizes.stored_bits(bits)
@@ -125,7 +124,7 @@ class _LayerSync(LayerMetric):
     def mark(self, weight: Weight, sums: Tensor, scratch: ScratchPool) -> None:
         scales = _stored_scales(weight)
         if self.is_marked:
-            self.old_part = self._part().clone()
+            self.old_sample = self._sample().clone()
             self.changed, weights = keep_(self.codes, weight.codes, scratch), self.codes.numel()
             sums[0, 0].add_(self.changed)
             sums[0, 1].add_(weights)
@@ -143,20 +142,22 @@ class _LayerSync(LayerMetric):
             self.scales.copy_(scales)
 
     def gauge(self, weight: Weight, gauges: Tensor, bins: Tensor) -> None:
-        if self.old_part is None or self.changed is None:
+        if self.old_sample is None or self.changed is None:
             return
-        old, new = torch.stack([self.old_part, self._part()]).flatten(1).cpu().numpy()
+        old, new = torch.stack([self.old_sample, self._sample()]).flatten(1).cpu().numpy()
         weights, changed = self.codes.numel(), int(self.changed)
-        self.old_part = self.changed = None
+        self.old_sample = self.changed = None
         bound = sizes.bound_bits(weights, changed, old, new)
-        compressed = sizes.compressed_bits(*(sizes.stored(part, self.bits, self.has_sign_bit) for part in (old, new)))
+        compressed = sizes.compressed_bits(
+            *(sizes.stored_bytes(sample, self.bits, self.has_sign_bit) for sample in (old, new))
+        )
         found = [(bound, weights), (bound, weights * self.bits), (0, 0)]
         if compressed is not None:
             found[2] = compressed * weights / len(old), weights * self.bits
         gauges.copy_(torch.tensor(found, dtype=torch.float64, device="cpu"))
 
-    def _part(self) -> Tensor:
-        """Of the codes, those that are looked at; a view."""
+    def _sample(self) -> Tensor:
+        """Return the sample of the codes, as a view."""
         flat = self.codes.view(-1)
         if len(flat) <= _RUNS * _RUN:
             return flat
@@ -164,7 +165,7 @@ class _LayerSync(LayerMetric):
 
 
 def _stored_scales(weight: Weight) -> Tensor | None:
-    """What is stored of the scales, as integers."""
+    """Return the scales as the integers that the format stores."""
     if weight.scale is None:
         return None
     elementwise = weight.elementwise
@@ -174,7 +175,7 @@ def _stored_scales(weight: Weight) -> Tensor | None:
 
 
 def _code_kind(weight: Weight) -> tuple[int, bool]:
-    """Bits that a code has, and whether they are a sign and a magnitude where codes are stored."""
+    """Return the bits of a code, and whether it is stored as sign and magnitude."""
     quantizer, elementwise = weight.quantizer, weight.elementwise
     is_float = isinstance(quantizer, BaseQuantizer) and (quantizer.format is not None or quantizer.name == "native")
     if elementwise is not None and elementwise.name == "binary":
