@@ -59,7 +59,8 @@ class BatchedRoute:
     # ------------------------------------------------------------------ joining
 
     def accepts(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> bool:
-        if not isinstance(quantizer, ElementwiseQuantizer) or (self._runner and not self._observes_on(weight.device)):
+        is_observed = self._runner.uses_steps
+        if not isinstance(quantizer, ElementwiseQuantizer) or (is_observed and not self._observes_on(weight.device)):
             layer.member = None
             return False
         layer.make_room(weight, quantizer.code_dtype(weight))
@@ -101,7 +102,7 @@ class BatchedRoute:
         for indices in _by_device(members := _members_of(layers)):
             try:
                 of_device = [members[index] for index in indices]
-                batch = Batch(of_device, with_updates=False, lasts=False, keeps_scales=bool(self._runner))
+                batch = Batch(of_device, with_updates=False, lasts=False, keeps_scales=self._runner.uses_steps)
                 failed = dict(batch.advance([]).failed)
             except Exception as error:
                 failed = dict.fromkeys(range(len(indices)), error)
@@ -118,7 +119,7 @@ class BatchedRoute:
         together: list[Layer] = []
         updates: list[int] = []
         alone: list[Layer] = []
-        if self._runner:
+        if self._runner.uses_steps:
             layers, alone = self._observed.split(layers)
         for layer in layers:
             member, stamp, update = layer.member, layer.stamp, 0
@@ -140,7 +141,7 @@ class BatchedRoute:
             together.append(layer)
             updates.append(update)
         # In a step that was none nothing has changed, and groups keep what they have.
-        due = self._runner.due if self._runner and (valid is None or bool(valid)) else ()
+        due = self._runner.due if self._runner.uses_steps and (valid is None or bool(valid)) else ()
         self._count_together(together, updates, due)
         self._count_alone(alone, gradients, valid)
 
@@ -171,7 +172,7 @@ class BatchedRoute:
         for indices in _by_device(members):
             of_device = [layers[index] for index in indices]
             try:
-                self._batches.append((indices, _LayerBatch(of_device, self._with_updates, bool(self._runner))))
+                self._batches.append((indices, _LayerBatch(of_device, self._with_updates, self._runner.uses_steps)))
             except Exception as error:
                 for layer in of_device:
                     self._layers.fail(layer.name, error)

@@ -87,7 +87,7 @@ class _Table(NamedTuple):
     """What each code of a byte stands for, and where in it the sample is."""
 
     values: Tensor
-    places: Tensor
+    at: Tensor
 
 
 class _Moment(NamedTuple):
@@ -151,8 +151,8 @@ class _LayerTravel(LayerMetric):
             # Under one scale a code has one value, and a table of them is shorter than the sample.
             known = _all_codes(codes.device)
             values = self._values(known, None if scale is None else scale.reshape(1).expand(known.shape))
-            places = codes.int().add_(_HALF)
-            return _Moment(weights, codes, values.index_select(0, places), None, _Table(values, places))
+            index = codes.int().add_(_HALF)
+            return _Moment(weights, codes, values.index_select(0, index), None, _Table(values, index))
         if scale is not None:
             scale = self._scale_of_each(scale, weight.codes.shape)
         return _Moment(weights, codes, self._values(codes, scale), scale, None)
@@ -174,7 +174,7 @@ class _LayerTravel(LayerMetric):
     def _cells(self, moment: _Moment) -> Tensor:
         """Widths of the cells that the weights lie in; of those that are no number, of any cell."""
         if moment.table is not None:
-            return _cells_of_table(moment.table.values, self.outermost).index_select(0, moment.table.places)
+            return _cells_of_table(moment.table.values, self.outermost).index_select(0, moment.table.at)
         smallest, largest = self.outermost
         codes = moment.codes.long().clamp_(smallest, largest)
 
