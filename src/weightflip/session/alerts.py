@@ -13,12 +13,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from weightflip import checks
-from weightflip.records import AlertEvent, FlipRecord, LayerRecord, in_lines, shown, split_variant, variant
+from weightflip.records import AlertEvent, FlipRecord, LayerRecord, alert_lines, printable, split_variant, variant
 
 logger = logging.getLogger("weightflip")
 
 _RULE = re.compile(
-    r"\s*(?P<value>\w+)\s*(?:(?P<comparison>[<>]=?)|drops\b)\s*"
+    r"\s*(?P<value>\w+)\s*(?:(?P<comparison>[<>]=?|==)|drops\b)\s*"
     r"(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(?P<percent>%?)"
     r"(?:\s+for\s+(?P<steps>\d+)\s+steps?)?\s*"
 )
@@ -28,6 +28,7 @@ _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": lambda value, bound: value >= bound,
     "<": lambda value, bound: value < bound,
     "<=": lambda value, bound: value <= bound,
+    "==": lambda value, bound: value == bound,
 }
 _NONFINITE = "nonfinite_weights"
 
@@ -36,10 +37,10 @@ _NONFINITE = "nonfinite_weights"
 class Alert:
     """A rule to check for each layer and for the model.
 
-    A rule compares a value with a bound (``>``, ``>=``, ``<``, ``<=``), or with its highest value so far (``drops``).
-    With ``for N steps``, it comes true once the condition has held at every record over at least N optimizer steps. It
-    is reported once, and can be reported again after a record at which the condition does not hold. A record without
-    the value is ignored; for example, there is no stall ratio without updates.
+    A rule compares a value with a bound (``>``, ``>=``, ``<``, ``<=``, ``==``), or with its highest value so far
+    (``drops``). With ``for N steps``, it comes true once the condition has held at every record over at least N
+    optimizer steps. It is reported once, and can be reported again after a record at which the condition does not hold.
+    A record without the value is ignored; for example, there is no stall ratio without updates.
 
     Args:
         rule: ``"<value> > <number> [for <N> steps]"`` or ``"<value> drops <number>% [for <N> steps]"``. Numbers may be
@@ -73,7 +74,7 @@ class Alert:
     value: str = field(init=False, repr=False)
     """The name of the value to check."""
     comparison: str = field(init=False, repr=False)
-    """``">"``, ``">="``, ``"<"``, ``"<="`` or ``"drops"``."""
+    """``">"``, ``">="``, ``"<"``, ``"<="``, ``"=="`` or ``"drops"``."""
     bound: float = field(init=False, repr=False)
     """What the value is compared with; for ``"drops"``, the drop as a fraction of the highest value."""
     steps: int = field(init=False, repr=False)
@@ -87,7 +88,7 @@ class Alert:
         if found is None or (not found["comparison"] and not (found["percent"] and 0 < bound <= 1)):
             raise ValueError(f"expected a rule such as {_EXAMPLES} in alerts=, got {self.rule!r}")
         if self.callback is not None and not callable(self.callback):
-            raise TypeError(f"callback= takes a function of an AlertEvent, got {checks.described(self.callback)}")
+            raise TypeError(f"callback= takes a function of an AlertEvent, got {checks.describe(self.callback)}")
         if not isinstance(self.layers, str) and self.layers is not None:
             object.__setattr__(self, "layers", checks.globs("layers", self.layers))
         for name, value in {
@@ -192,7 +193,7 @@ class AlertWatch:
             ]
             if new_events:
                 events += new_events
-                for line in in_lines(new_events):
+                for line in alert_lines(new_events):
                     logger.warning("weightflip: %s", line)
                 self._call_back(index, new_events)
         return events
@@ -213,7 +214,7 @@ class AlertWatch:
         episode.is_reported = True
         of_highest = f" of {episode.highest:.4g}" if alert.comparison == "drops" else ""
         when = f", since step {since}" if since < step else ""
-        message = f"step {step}: {alert.rule}: {shown(layer)} ({value:.4g}{of_highest}{when})"
+        message = f"step {step}: {alert.rule}: {printable(layer)} ({value:.4g}{of_highest}{when})"
         return AlertEvent(step, layer, alert.rule, value, since, message)
 
     def _call_back(self, index: int, events: Sequence[AlertEvent]) -> None:

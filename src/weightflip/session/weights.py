@@ -16,7 +16,7 @@ from weightflip.counting.layer import TrackedWeight
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.quantizers.adapt import quantizer_name
 from weightflip.quantizers.protocol import Quantizer
-from weightflip.records import RunInfo, shown, split_variant, variant
+from weightflip.records import RunInfo, printable, split_variant, variant
 from weightflip.selection import (
     Plan,
     Selection,
@@ -235,10 +235,15 @@ class Weights:
         for weight in self.tracked:
             weight.release()
 
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer whose parameters were selected last, or None if it no longer exists."""
+        return None if self._optimizer is None else self._optimizer()
+
     @contextmanager
     def holding(self) -> Iterator[None]:
         """Reference the parameters between two tracked steps, if they have not changed since the last one."""
-        optimizer = None if self._optimizer is None else self._optimizer()
+        optimizer = self.optimizer
         are_held = any(weight.is_held for weight in self.tracked)
         if are_held or optimizer is None or _parameter_signature(parameters_of(optimizer)) != self._signature:
             yield
@@ -304,7 +309,7 @@ def _describe_weights(weights: Sequence[TrackedWeight]) -> dict[str, tuple[str, 
 def _log_from_writer(text: str) -> None:
     """Log a line on the writer process only; the others would log the same."""
     if distributed.is_writer():
-        logger.warning("weightflip: %s", shown(text))
+        logger.warning("weightflip: %s", printable(text))
 
 
 _SIGNED_ATTRIBUTES = tuple(map(operator.attrgetter, ("dtype", "device.type", "requires_grad")))
