@@ -487,7 +487,7 @@ def faults(rank: int, world: int) -> dict[str, object]:
         for step in range(STEPS):
             sharded.set_gradients(step)
             if step == 4 and rank == world - 1:
-                optimizer._session.guarded(lambda: 1 / 0)
+                optimizer._session.run_guarded(lambda: 1 / 0)
             optimizer.step()
         optimizer.close()
         results["tracking"] = {**numbers(optimizer.tracker), "warnings": [str(w.message) for w in caught]}
@@ -771,7 +771,7 @@ def phantom_steps(rank: int, world: int) -> dict[str, object]:
 
 def frozen_on_one(rank: int, world: int) -> dict[str, object]:
     """The last process alone freezes a weight, and both freeze another one later."""
-    patience, distributed.collectives.PATIENCE = distributed.collectives.PATIENCE, timedelta(seconds=1)
+    patience, distributed.collectives.MEETING_TIMEOUT = distributed.collectives.MEETING_TIMEOUT, timedelta(seconds=1)
 
     def freeze(step: int, model: nn.Module) -> None:
         if step == 4 and rank == world - 1:
@@ -784,7 +784,7 @@ def frozen_on_one(rank: int, world: int) -> dict[str, object]:
         start = time.monotonic()
         found = steps_with_faults("always", shard=fsdp, quantizer=quantizer, log_every=3, before=freeze)
         results[quantizer] = {**found, "seconds": time.monotonic() - start}
-    distributed.collectives.PATIENCE = patience
+    distributed.collectives.MEETING_TIMEOUT = patience
     return results
 
 

@@ -181,7 +181,7 @@ def test_added_groups_are_tracked(digits):
 def test_lazy_and_converted_parameters():
     model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
-    assert names(optimizer)[1]["0.weight"] == "not initialised yet"
+    assert names(optimizer)[1]["0.weight"] == "not initialized yet"
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     assert optimizer.tracker.get_update_counts() == {"0.weight": 32, "1.weight": 64}
@@ -400,7 +400,7 @@ def test_deepcopy_and_pickle_go_on_alone(digits, tmp_path):
         before = twin.tracker.get_flip_counts()
         backward(model_copy, digits, 1)
         brute.before()
-        with pytest.warns(UserWarning, match="another optimizer that is still tracked writes there"):
+        with pytest.warns(UserWarning, match="another tracked optimizer also writes there"):
             twin.step()
         brute.after()
         flips = {name: count - before[name] for name, count in twin.tracker.get_flip_counts().items()}
@@ -516,7 +516,7 @@ def test_counts_that_cannot_be_read_do_not_stop_a_run(digits):
     state = optimizer.state_dict()
     state["param_groups"][0]["lr"] = 0.25
     for broken in ({}, {"calls": 1, "tracker": {"version": 2}}, {**state["flip_tracking"], "calls": None}):
-        with pytest.warns(UserWarning, match="cannot be read and start anew"):
+        with pytest.warns(UserWarning, match="cannot be read and start from zero"):
             optimizer.load_state_dict({**state, "flip_tracking": broken})
         assert optimizer.param_groups[0]["lr"] == 0.25
     backward(model, digits, 1)
@@ -541,7 +541,7 @@ def test_a_fault_in_tracking_warns_once_and_training_goes_on(digits, monkeypatch
             backward(model, digits, step)
             optimizer.step()
     messages = [str(w.message) for w in caught if "weightflip" in str(w.message)]
-    assert messages == ["weightflip: tracking has stopped, training goes on: RuntimeError: out of luck"]
+    assert messages == ["weightflip: tracking has stopped, training continues: RuntimeError: out of luck"]
     assert_same(dict(bare_model.state_dict()), dict(model.state_dict()))
 
 
@@ -573,12 +573,12 @@ def total(weight):
         (
             TypeError,
             "expected a torch.optim.Optimizer such as .* got torch.nn.modules.container.Sequential, which lacks step, "
-            "param_groups and state; give the optimizer first",
+            "param_groups and state; pass the optimizer first",
             lambda m: FlipTrackingOptimizer(m),
         ),
         (
             TypeError,
-            "got list, which lacks step, .* wrap each optimizer by itself, and give the others sinks=first",
+            "got list, which lacks step, .* wrap each optimizer separately, and pass sinks=first to the others",
             lambda m: FlipTrackingOptimizer([sgd(m)], m),
         ),
         (
@@ -588,10 +588,14 @@ def total(weight):
         ),
         (
             TypeError,
-            "tracked already, and its checkpoints hold one set of counts",
+            "already tracked, and its checkpoints hold one set of counts",
             lambda m: FlipTrackingOptimizer(FlipTrackingOptimizer(sgd(m), m, sinks=[]), m),
         ),
-        (TypeError, "model= is a torch.nn.Module or None, got str", lambda m: FlipTrackingOptimizer(sgd(m), "runs/1")),
+        (
+            TypeError,
+            "model= must be a torch.nn.Module or None, got str",
+            lambda m: FlipTrackingOptimizer(sgd(m), "runs/1"),
+        ),
         (
             ValueError,
             "unknown quantizer 'float8_e4m4'; did you mean 'float8_e4m3'",
@@ -599,7 +603,7 @@ def total(weight):
         ),
         (
             ValueError,
-            "2 to 16 bits with the sign, got 'e9m9' with 19",
+            "2 to 16 bits, including the sign; got 'e9m9' with 19",
             lambda m: FlipTrackingOptimizer(sgd(m), m, quantizer="e9m9"),
         ),
         (TypeError, "got int", lambda m: FlipTrackingOptimizer(sgd(m), m, quantizer=8)),
@@ -621,23 +625,23 @@ def total(weight):
         ),
         (
             ValueError,
-            "log_every= is a whole number of at least 1, got 0",
+            "log_every= must be an integer of at least 1, got 0",
             lambda m: FlipTrackingOptimizer(sgd(m), m, log_every=0),
         ),
         (ValueError, "metrics= is a sequence", lambda m: FlipTrackingOptimizer(sgd(m), m, metrics=["oscillations"])),
         (
             OSError,
-            "cannot be written.*choose another place",
+            "is not writable.*choose another directory",
             lambda m: FlipTrackingOptimizer(sgd(m), m, log_dir="/dev/null/runs"),
         ),
         (
             OSError,
-            "cannot be written",
+            "is not writable",
             lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=["/proc/weightflip/flips.jsonl"]),
         ),
         (
             ValueError,
-            r"ends in .jsonl or .csv, got 'flips.txt'",
+            r"must end in .jsonl or .csv, got 'flips.txt'",
             lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=["flips.txt"]),
         ),
         (TypeError, "put it in brackets", lambda m: FlipTrackingOptimizer(sgd(m), m, sinks="flips.jsonl")),
@@ -649,10 +653,14 @@ def total(weight):
         ),
         (
             ValueError,
-            r"shape \(48, 64\): the function 'total' has to return a tensor of the weight's shape",
+            r"shape \(48, 64\)\): the function 'total' must return a tensor of the weight's shape",
             lambda m: FlipTrackingOptimizer(sgd(m), m, quantizer=total),
         ),
-        (ValueError, "log_dir= says where", lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=[], log_dir="runs")),
+        (
+            ValueError,
+            "log_dir= is where the default sink writes",
+            lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=[], log_dir="runs"),
+        ),
     ],
 )
 def test_mistakes_raise_at_construction(error, message, call):
@@ -663,9 +671,9 @@ def test_mistakes_raise_at_construction(error, message, call):
 def test_weights_that_no_format_fits():
     zoo = Zoo()
     inner = torch.optim.SGD(zoo.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="parameter 'phase' cannot be tracked as asked for: dtype complex64"):
+    with pytest.raises(ValueError, match="parameter 'phase' cannot be tracked as requested: dtype complex64"):
         FlipTrackingOptimizer(inner, zoo, include=["body.weight", "phase"], sinks=[])
-    with pytest.raises(ValueError, match=r"parameter 'empty' cannot be tracked as asked for: empty"):
+    with pytest.raises(ValueError, match=r"parameter 'empty' cannot be tracked as requested: empty"):
         FlipTrackingOptimizer(inner, zoo, include=["empty"], sinks=[])
 
     class Blocks:
@@ -673,7 +681,9 @@ def test_weights_that_no_format_fits():
             if weight.size(-1) % 32:
                 raise ValueError(f"last dimension {weight.size(-1)} is no multiple of 32")
 
-    with pytest.raises(ValueError, match=r"parameter 'body.weight' .* shape \(8, 8\): last dimension 8 is no multiple"):
+    with pytest.raises(
+        ValueError, match=r"parameter 'body.weight' .* shape \(8, 8\)\): last dimension 8 is no multiple"
+    ):
         FlipTrackingOptimizer(inner, zoo, quantizer=Blocks(), sinks=[])
 
 
@@ -753,7 +763,7 @@ def test_quantizers_without_a_name_are_called_by_their_class():
         torch.optim.SGD(model.parameters(), 0.1), model, quantizer=[Sign(), "e3m4"], sinks=[]
     )
     assert "0.weight@Sign" in optimizer.info.tracked
-    with pytest.raises(ValueError, match="objects and functions need a name each"):
+    with pytest.raises(ValueError, match="give each object or function its own name"):
         FlipTrackingOptimizer(
             torch.optim.SGD(model.parameters(), 0.1), model, quantizer=[lambda w: w, lambda w: w.sign()], sinks=[]
         )

@@ -77,7 +77,11 @@ def test_two_runs_in_the_default_place_are_warned_about(tmp_path, monkeypatch):
             for optimizer in optimizers:
                 optimizer.step()
         are_apart = len(os.listdir("runs")) == before + 2
-        texts = [str(warning.message) for warning in caught if "still tracked writes there" in str(warning.message)]
+        texts = [
+            str(warning.message)
+            for warning in caught
+            if "another tracked optimizer also writes there" in str(warning.message)
+        ]
         for optimizer in optimizers:
             optimizer.close()
         assert len(texts) == (0 if are_apart else 1)
@@ -99,7 +103,7 @@ def test_where_the_first_optimizer_is_not_tracked_any_more_the_next_one_writes()
         if step == 4:
             # Neither its steps nor its totals can be had.
             first.tracker.after_step = first.tracker.record = broken
-            with pytest.warns(UserWarning, match="tracking has stopped, training goes on: RuntimeError: broken on"):
+            with pytest.warns(UserWarning, match="tracking has stopped, training continues: RuntimeError: broken on"):
                 first.step()
         backward(model)
         first.step()

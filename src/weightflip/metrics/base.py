@@ -213,7 +213,7 @@ def register(metric: MetricType) -> MetricType:
     return metric
 
 
-def _load_rooms() -> None:
+def _import_modules() -> None:
     package = importlib.import_module(__package__ or "")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
@@ -226,7 +226,7 @@ def metric_names() -> list[str]:
         >>> "oscillation" in metric_names()
         True
     """
-    _load_rooms()
+    _import_modules()
     return sorted(_registry)
 
 
@@ -246,7 +246,7 @@ def make_metrics(groups: Mapping[Any, int | None]) -> list[tuple[Metric, int]]:
     for spec, every in groups.items():
         metric = spec if isinstance(spec, Metric) else _by_name(spec)
         every = metric.every if every is None else every
-        every = checks.whole(f"metrics={{{metric.name!r}: n}} looks every n steps, and n", every, 1)
+        every = checks.whole_number(f"metrics={{{metric.name!r}: n}} looks every n steps, and n", every, 1)
         for value in metric.values:
             if not isinstance(value, Value):
                 raise TypeError(
