@@ -734,6 +734,34 @@ def several_optimizers(rank: int, world: int) -> dict[str, object]:
     return results
 
 
+def unsharded_leader(rank: int, world: int) -> dict[str, object]:
+    """Two optimizers of one run; the first, whose weights are not sharded, breaks on one process."""
+    sharded, records = Sharded(fsdp), []
+    whole = torch.nn.Linear(32, 32)
+    options = {"quantizer": "float8_e4m3", "log_every": 3}
+    first = wrap(torch.optim.AdamW(whole.parameters(), lr=0.02), whole, sinks=[records.append], **options)
+    second = wrap(torch.optim.AdamW(sharded.model.parameters(), lr=0.02), sharded.model, sinks=first, **options)
+
+    def raises(*_: object) -> None:
+        raise RuntimeError("broken on purpose")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(STEPS):
+            if step == 4 and rank == world - 1:
+                first.tracker.after_step = raises
+            sharded.set_gradients(step)
+            whole.weight.grad = torch.full_like(whole.weight, 0.1)
+            first.step()
+            second.step()
+        first.close()
+    return {
+        "steps": [record.step for record in records],
+        "warnings": [str(w.message) for w in caught],
+        "flips": second.tracker.get_flip_counts(),
+    }
+
+
 class StateOnOne(torch.optim.SGD):
     """As an optimizer that keeps what it needs on the process that needs it."""
 
@@ -1052,6 +1080,7 @@ def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> Non
         modes["faults_of_the_writer"] = lambda: faults_of_the_writer(rank, world)
         modes["readers"] = lambda: readers(rank, world)
         modes["several_optimizers"] = lambda: several_optimizers(rank, world)
+        modes["unsharded_leader"] = lambda: unsharded_leader(rank, world)
         modes["phantom_steps"] = lambda: phantom_steps(rank, world)
         modes["frozen_on_one"] = lambda: frozen_on_one(rank, world)
         modes["made_states"] = lambda: made_states(rank, world)

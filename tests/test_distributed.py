@@ -347,6 +347,15 @@ def test_several_optimizers_are_one_run(runs):
     assert "broken on purpose" in second["broken"]["warnings"][0]
 
 
+def test_no_process_waits_for_a_broken_leader_without_sharded_weights(runs):
+    expected, _, _ = modes.run(quantizer="float8_e4m3", log_every=3)
+    first, second = of_mode(runs, 2, "unsharded_leader")
+    assert first["steps"] == [3, 6, 8]
+    assert first["warnings"] == []
+    assert [text for text in second["warnings"] if "broken on purpose" in text] == second["warnings"] != []
+    assert first["flips"] == second["flips"] == expected["flips"]
+
+
 def test_no_process_waits_for_another_to_know_a_phantom_step(runs):
     """With a state on the first process only, and gradients of 0 on the second only."""
     first, second = of_mode(runs, 2, "phantom_steps")
