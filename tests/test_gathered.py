@@ -125,7 +125,7 @@ def train(**options):
     return [*model.state_dict().values(), torch.get_rng_state()], optimizer
 
 
-def test_training_is_what_it_was(on_a_device):
+def test_training_is_unchanged(on_a_device):
     formats = {"0.*": "float8_e4m3", "2.weight": "mxfp4", "*": "e3m4"}
     bare, (tracked, optimizer) = train()[0], train(quantizer=formats)
     assert all(torch.equal(a, b) for a, b in zip(bare, tracked, strict=True))
