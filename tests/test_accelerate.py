@@ -193,7 +193,7 @@ def test_an_optimizer_that_is_prepared_already_is_refused():
     model = digits_model()
     prepared = new_accelerator().prepare(torch.optim.AdamW(model.parameters()))
     for track in (FlipTrackingOptimizer, track_flips):
-        with pytest.raises(TypeError, match="got an AcceleratedOptimizer; track first, then prepare"):
+        with pytest.raises(TypeError, match="got an AcceleratedOptimizer; wrap it first, then call prepare"):
             track(prepared, model, sinks=[])
 
 

@@ -116,25 +116,25 @@ def test_constants_match_torchao():
 
 
 def test_str():
-    assert str(NVFP4) == "nvfp4: e2m1 in blocks of 16, each with an e4m3 scale (amax), 4.5 bits a weight"
+    assert str(NVFP4) == "nvfp4: e2m1 in blocks of 16, each with an e4m3 scale (amax), 4.5 bits per weight"
     assert str(BLOCK_FORMATS["mxfp4:rceil"]) == (
-        "mxfp4:rceil: e2m1 in blocks of 32, each with an e8m0 scale (rceil), 4.25 bits a weight"
+        "mxfp4:rceil: e2m1 in blocks of 32, each with an e8m0 scale (rceil), 4.25 bits per weight"
     )
     assert str(BLOCK_FORMATS["float8_e4m3:128x128:pow2"]) == (
-        "float8_e4m3:128x128:pow2: e4m3 in blocks of 128 x 128, each with an e8m0 scale (pow2), 8.00049 bits a weight"
+        "float8_e4m3:128x128:pow2: e4m3 in blocks of 128 x 128, each with an e8m0 scale (pow2), 8.00049 bits per weight"
     )
 
 
 def test_wrong_block_formats():
-    with pytest.raises(ValueError, match="a block has at least one weight, got 0"):
+    with pytest.raises(ValueError, match="a block must have at least one weight, got 0"):
         dataclasses.replace(MXFP4, block_size=0)
-    with pytest.raises(ValueError, match="a block has at least one weight, got 0 x 128"):
+    with pytest.raises(ValueError, match="a block must have at least one weight, got 0 x 128"):
         dataclasses.replace(FLOAT8_E4M3_128X128, rows=0)
-    with pytest.raises(ValueError, match=r"an e8m23 scale is found by one of \('amax',\), got 'pow2'"):
+    with pytest.raises(ValueError, match=r"the rule of an e8m23 scale must be one of \('amax',\), got 'pow2'"):
         dataclasses.replace(FLOAT8_E4M3_128X128, rule="pow2")
-    with pytest.raises(ValueError, match=r"an e8m0 scale is found by one of \('floor', .*\), got 'tensor'"):
+    with pytest.raises(ValueError, match=r"the rule of an e8m0 scale must be one of \('floor', .*\), got 'tensor'"):
         dataclasses.replace(MXFP4, rule="tensor")
-    with pytest.raises(ValueError, match=r"the scale of a block is e8m0 or e4m3 or e8m23, got e2m1"):
+    with pytest.raises(ValueError, match=r"the scale of a block must be e8m0 or e4m3 or e8m23, got e2m1"):
         BlockFormat("mine", E2M1, 16, E2M1, "amax")
     with pytest.raises(ValueError, match=r"no quantizer for the block format mine: .*; expected one of mxfp8_e4m3, "):
         resolve(BlockFormat("mine", E2M1, 8, E8M0, "floor"))

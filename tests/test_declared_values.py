@@ -173,9 +173,9 @@ def test_what_there_is_says_what_it_is():
 
 
 def test_mistakes_in_a_declaration_raise_at_once():
-    with pytest.raises(ValueError, match=r"the kind of Value\('x'\) is one of rate, gauge, histogram; got 'ratio'"):
+    with pytest.raises(ValueError, match=r"kind of Value\('x'\) must be one of rate, gauge, histogram; got 'ratio'"):
         Value("x", "ratio")
-    with pytest.raises(ValueError, match=r"the unit of Value\('x'\) is one of share, count, number; got '%'"):
+    with pytest.raises(ValueError, match=r"unit of Value\('x'\) must be one of share, count, number; got '%'"):
         Value("x", unit="%")
     named = type("Named", (Wide,), {"name": "named", "values": ("x",)})()
     with pytest.raises(TypeError, match=r"values of the group 'named' in metrics= are Value objects, got 'x'"):

@@ -226,7 +226,7 @@ def test_exmy_rejects_invalid_names(name):
 
 @pytest.mark.parametrize(("name", "bits"), [("e0m0", 1), ("e8m8", 17), ("e16m0", 17), ("e0m16", 17), ("e11m52", 64)])
 def test_exmy_rejects_widths(name, bits):
-    with pytest.raises(ValueError, match=f"2 to 16 bits with the sign, got '{name}' with {bits}$"):
+    with pytest.raises(ValueError, match=f"2 to 16 bits, including the sign; got '{name}' with {bits}$"):
         exmy(name)
 
 
@@ -241,7 +241,7 @@ def test_exmy_rejects_widths(name, bits):
     ],
 )
 def test_impossible_formats(arguments):
-    with pytest.raises(ValueError, match=r"bit beside the sign|infinities need NaN"):
+    with pytest.raises(ValueError, match=r"bit in addition to the sign|infinities require NaN"):
         FloatFormat("x", bias=7, **arguments)
 
 
@@ -297,18 +297,18 @@ def test_table_rows_read_back(split):
         ),
         (
             formats.E0M3,
-            "e0m3: 4 bits = 1 sign + 0 exponent + 3 mantissa, bias 0, every code a number, "
+            "e0m3: 4 bits = 1 sign + 0 exponent + 3 mantissa, bias 0, every code is a number, "
             "largest 0.875, smallest 0.125",
         ),
         # Numbers beyond float64 are written as a product, never as inf or 0.
         (
             formats.E12M3,
-            "e12m3: 16 bits = 1 sign + 12 exponent + 3 mantissa, bias 2047, every code a number, "
+            "e12m3: 16 bits = 1 sign + 12 exponent + 3 mantissa, bias 2047, every code is a number, "
             "largest 1.875 * 2**2048, smallest 0.125 * 2**-2046",
         ),
         (
             formats.E15M0,
-            "e15m0: 16 bits = 1 sign + 15 exponent + 0 mantissa, bias 16383, every code a number, "
+            "e15m0: 16 bits = 1 sign + 15 exponent + 0 mantissa, bias 16383, every code is a number, "
             "largest 1 * 2**16384, smallest 1 * 2**-16382",
         ),
     ],
@@ -318,7 +318,7 @@ def test_str(fmt, text):
 
 
 def test_special_codes_that_leave_no_number_are_refused():
-    with pytest.raises(ValueError, match="leave no code for a number above 0"):
+    with pytest.raises(ValueError, match="leave no code for positive numbers"):
         FloatFormat("fixed point with infinities", 0, 7, 0, has_inf=True, has_nan=True)
-    with pytest.raises(ValueError, match="leave no code for a number above 0"):
+    with pytest.raises(ValueError, match="leave no code for positive numbers"):
         FloatFormat("two bits with NaN", 0, 1, 0, has_nan=True)

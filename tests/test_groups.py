@@ -186,7 +186,7 @@ def test_untracked_weights_are_in_no_group():
         ({"attention": ["*.attn.*", "nope"]}, ValueError, "the pattern 'nope' in groups= matches none"),
         ("types", TypeError, "groups= is 'type' or a mapping from names to globs"),
         (["*.attn.*"], TypeError, "groups= is 'type' or a mapping from names to globs"),
-        ({"attention": 3}, TypeError, "not iterable|is a glob"),
+        ({"attention": 3}, TypeError, "not iterable|must be a glob"),
         ({3: "*"}, TypeError, "groups= is 'type' or a mapping"),
     ],
 )

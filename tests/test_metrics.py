@@ -255,7 +255,7 @@ def test_memory_is_what_the_documents_say(digits):
         ({"metrics": ("stalls",)}, "'flips' in it"),
         ({"metrics": "flips"}, "'flips' in it"),
         ({"metrics": {"flips": 2}}, "track_every="),
-        ({"metrics": {"flips": 1, "coverage": 0}}, "whole number of at least 1"),
+        ({"metrics": {"flips": 1, "coverage": 0}}, "integer of at least 1"),
         ({"oscillation_ema": 0.1}, "add it to metrics="),
         ({"metrics": ("flips", "oscillation"), "oscillation_ema": 2}, "momentum above 0"),
         ({"metrics": ("flips", "oscillation"), "oscillation_ema": (0.1, 3)}, r"lies in \[0, 1\)"),

@@ -161,7 +161,7 @@ def test_what_is_in_a_line():
     assert repr(records[-1]) == f"<FlipRecord: step 6, 2 layers, {rates}>"
     assert repr(FlipRecord(0, ())) == "<FlipRecord: step 0, 0 layers>"
     assert repr(model) == f"<LayerRecord: model, 36 weights, {rates}>"
-    assert repr(optimizer.info) == "<RunInfo: 2 weights tracked, 2 skipped; print() shows which>"
+    assert repr(optimizer.info) == "<RunInfo: 2 weights tracked, 2 skipped; print() lists them>"
     handle = track_flips(torch.optim.SGD(two_layers().parameters(), lr=0.1), sinks=[])
     assert repr(handle).startswith("<FlipTrackingHandle: <RunInfo: 2 weights tracked")
     Page(handle._repr_html_())

@@ -400,7 +400,7 @@ def test_deepcopy_and_pickle_go_on_alone(digits, tmp_path):
         before = twin.tracker.get_flip_counts()
         backward(model_copy, digits, 1)
         brute.before()
-        with pytest.warns(UserWarning, match="another optimizer that is still tracked writes there"):
+        with pytest.warns(UserWarning, match="another tracked optimizer also writes there"):
             twin.step()
         brute.after()
         flips = {name: count - before[name] for name, count in twin.tracker.get_flip_counts().items()}
@@ -573,12 +573,12 @@ def total(weight):
         (
             TypeError,
             "expected a torch.optim.Optimizer such as .* got torch.nn.modules.container.Sequential, which lacks step, "
-            "param_groups and state; give the optimizer first",
+            "param_groups and state; pass the optimizer first",
             lambda m: FlipTrackingOptimizer(m),
         ),
         (
             TypeError,
-            "got list, which lacks step, .* wrap each optimizer by itself, and give the others sinks=first",
+            "got list, which lacks step, .* wrap each optimizer separately, and pass sinks=first to the others",
             lambda m: FlipTrackingOptimizer([sgd(m)], m),
         ),
         (
@@ -588,10 +588,14 @@ def total(weight):
         ),
         (
             TypeError,
-            "tracked already, and its checkpoints hold one set of counts",
+            "already tracked, and its checkpoints hold one set of counts",
             lambda m: FlipTrackingOptimizer(FlipTrackingOptimizer(sgd(m), m, sinks=[]), m),
         ),
-        (TypeError, "model= is a torch.nn.Module or None, got str", lambda m: FlipTrackingOptimizer(sgd(m), "runs/1")),
+        (
+            TypeError,
+            "model= must be a torch.nn.Module or None, got str",
+            lambda m: FlipTrackingOptimizer(sgd(m), "runs/1"),
+        ),
         (
             ValueError,
             "unknown quantizer 'float8_e4m4'; did you mean 'float8_e4m3'",
@@ -599,7 +603,7 @@ def total(weight):
         ),
         (
             ValueError,
-            "2 to 16 bits with the sign, got 'e9m9' with 19",
+            "2 to 16 bits, including the sign; got 'e9m9' with 19",
             lambda m: FlipTrackingOptimizer(sgd(m), m, quantizer="e9m9"),
         ),
         (TypeError, "got int", lambda m: FlipTrackingOptimizer(sgd(m), m, quantizer=8)),
@@ -621,23 +625,23 @@ def total(weight):
         ),
         (
             ValueError,
-            "log_every= is a whole number of at least 1, got 0",
+            "log_every= must be an integer of at least 1, got 0",
             lambda m: FlipTrackingOptimizer(sgd(m), m, log_every=0),
         ),
         (ValueError, "metrics= is a sequence", lambda m: FlipTrackingOptimizer(sgd(m), m, metrics=["oscillations"])),
         (
             OSError,
-            "cannot be written.*choose another place",
+            "is not writable.*choose another directory",
             lambda m: FlipTrackingOptimizer(sgd(m), m, log_dir="/dev/null/runs"),
         ),
         (
             OSError,
-            "cannot be written",
+            "is not writable",
             lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=["/proc/weightflip/flips.jsonl"]),
         ),
         (
             ValueError,
-            r"ends in .jsonl or .csv, got 'flips.txt'",
+            r"must end in .jsonl or .csv, got 'flips.txt'",
             lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=["flips.txt"]),
         ),
         (TypeError, "put it in brackets", lambda m: FlipTrackingOptimizer(sgd(m), m, sinks="flips.jsonl")),

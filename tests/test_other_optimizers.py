@@ -248,7 +248,9 @@ def test_groups_that_are_none(groups):
 
 def test_deepspeeds_optimizer_is_refused():
     kind = type("DeepSpeedZeroOptimizer", (ByHand,), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
-    with pytest.raises(TypeError, match=r"got deepspeed.runtime.*; track first, then deepspeed.initialize\(optimizer="):
+    with pytest.raises(
+        TypeError, match=r"got deepspeed.runtime.*; wrap it first, then call deepspeed.initialize\(optimizer="
+    ):
         FlipTrackingOptimizer(kind(digits_model().parameters(), 0.1), sinks=[])
 
 

@@ -1,4 +1,4 @@
-"""Pictures of all layers: what an outlier does to the colours, and where the names stand."""
+"""Pictures of all layers: what an outlier does to the colors, and where the names stand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from test_tensorboard import cells, events_in, plot_of, record_of, viridis
 from weightflip import FlipRecord
 from weightflip.records import Counts, LayerRecord, Quotient
 from weightflip.sinks import TensorBoardSink, scatter
-from weightflip.sinks.colours import ABOVE, BELOW, Scale, colours
+from weightflip.sinks.colors import ABOVE, BELOW, ColorScale, interpolate_colors
 from weightflip.sinks.heatmap import History, draw
 
 
@@ -22,8 +22,8 @@ def history_of(records) -> History:
     return history
 
 
-@pytest.mark.parametrize(("odd", "colour"), [(0.000_01, BELOW), (0.9, ABOVE)])
-def test_one_outlier_leaves_the_others_their_colours(odd, colour):
+@pytest.mark.parametrize(("odd", "color"), [(0.000_01, BELOW), (0.9, ABOVE)])
+def test_one_outlier_leaves_the_others_their_colours(odd, color):
     """Of 20 layers between 0.1 and 0.2, one far away: the others are coloured as if it were not there."""
     rates = {f"layer{i}": 0.1 + i / 190 for i in range(20)}
     plain = draw(history_of([record_of(step, rates) for step in (1, 2, 3)]), "rates")
@@ -31,11 +31,11 @@ def test_one_outlier_leaves_the_others_their_colours(odd, colour):
     picture = draw(history_of([record_of(step, rates) for step in (1, 2, 3)]), "rates")
     found = cells(picture, 21, 3)
     assert np.abs(found[:20] - cells(plain, 20, 3)).max() <= 6
-    assert (found[20] == colour).all()
-    # Said in the legend, by the same colour.
+    assert (found[20] == color).all()
+    # Said in the legend, by the same color.
     below_plot = picture[np.flatnonzero((picture == (96, 96, 96)).all(axis=-1).sum(axis=1) > 400)[-1] + 1 :]
-    assert (below_plot == colour).all(axis=-1).sum() >= 14 * 14
-    assert not (plain == colour).all(axis=-1).any()
+    assert (below_plot == color).all(axis=-1).sum() >= 14 * 14
+    assert not (plain == color).all(axis=-1).any()
     assert picture.shape[0] > plain.shape[0]
 
 
@@ -57,20 +57,20 @@ def test_one_outlier_leaves_the_others_their_colours(odd, colour):
     ],
 )
 def test_what_the_colours_reach_from_and_to(values, low, high, is_logarithmic):
-    scale = Scale.of(np.array([values]))
+    scale = ColorScale.fit(np.array([values]))
     assert (scale.low, scale.high, scale.is_logarithmic) == (pytest.approx(low), pytest.approx(high), is_logarithmic)
     assert scale.lowest == pytest.approx(min(values))
     assert scale.highest == pytest.approx(max(values))
 
 
 def test_nothing_and_one_value():
-    assert Scale.of(np.array([[np.nan, np.inf]])) == Scale(0.0, 0.0, False, 0.0, 0.0)
-    assert Scale.of(np.array([[0.25]])) == Scale(0.25, 0.25, False, 0.25, 0.25)
+    assert ColorScale.fit(np.array([[np.nan, np.inf]])) == ColorScale(0.0, 0.0, False, 0.0, 0.0)
+    assert ColorScale.fit(np.array([[0.25]])) == ColorScale(0.25, 0.25, False, 0.25, 0.25)
 
 
 def test_palette_is_viridis():
     places = np.linspace(0, 1, 33)
-    assert np.abs(colours(places).astype(int) - viridis(places)).max() <= 6
+    assert np.abs(interpolate_colors(places).astype(int) - viridis(places)).max() <= 6
 
 
 def test_many_layers_stand_by_block():
@@ -136,9 +136,9 @@ def test_what_lies_off_the_line_by_chance_is_not_named():
     assert [spot.is_far for spot in scatter.spots(layers, "flip_excess")] == [False, True, False, True]
 
 
-def centres(picture: np.ndarray, colour: tuple[int, int, int], radius: int = 4) -> list[tuple[float, float]]:
+def centres(picture: np.ndarray, color: tuple[int, int, int], radius: int = 4) -> list[tuple[float, float]]:
     """Of discs: what is left of them when a pixel counts only with all that surround it."""
-    is_it = (picture == colour).all(axis=-1)
+    is_it = (picture == color).all(axis=-1)
     inner = is_it.copy()
     for dy in range(1 - radius, radius):
         for dx in range(1 - radius, radius):
@@ -162,7 +162,7 @@ def test_points_lie_where_their_numbers_are():
         shares = [(np.log10(rate) + 3) / 3 for rate in spot[1:3]]
         return plot_left + shares[0] * width, plot_top + (1 - shares[1]) * height
 
-    # On the line: in the colour of the others. Far below it: named, and red.
+    # On the line: in the color of the others. Far below it: named, and red.
     found = sorted(centres(picture, (31, 119, 180)))
     assert found == [pytest.approx(place(low), abs=1.5), pytest.approx(place(even), abs=1.5)]
     assert centres(picture, (176, 0, 32)) == [pytest.approx(place(odd), abs=1.5)]

@@ -77,7 +77,11 @@ def test_two_runs_in_the_default_place_are_warned_about(tmp_path, monkeypatch):
             for optimizer in optimizers:
                 optimizer.step()
         are_apart = len(os.listdir("runs")) == before + 2
-        texts = [str(warning.message) for warning in caught if "still tracked writes there" in str(warning.message)]
+        texts = [
+            str(warning.message)
+            for warning in caught
+            if "another tracked optimizer also writes there" in str(warning.message)
+        ]
         for optimizer in optimizers:
             optimizer.close()
         assert len(texts) == (0 if are_apart else 1)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from weightflip import FlipTrackingOptimizer
-from weightflip.records import shown, table_cell
+from weightflip.records import csv_cell, printable
 from weightflip.report import cli, find, read_runs
 from weightflip.report.table import write_csv
 
@@ -86,7 +86,7 @@ def test_people_see_names_escaped(tmp_path, caplog):
     (beside,) = read_runs([tmp_path / "events"])
     assert list(beside.layers) == EVIL
     (run,) = read_runs((tmp_path / "events").glob("*tfevents*"))
-    assert list(run.layers) == [shown(name) for name in EVIL]
+    assert list(run.layers) == [printable(name) for name in EVIL]
     for layer in (*run.layers.values(), *beside.layers.values()):
         assert (layer.weights, layer.quantizer) == (64, "int4")
 
@@ -118,11 +118,11 @@ def test_a_spreadsheet_finds_no_formula_and_numbers_stay_numbers(tmp_path):
         for row in rows:
             assert math.isfinite(float(row[of]))
             assert not [cell for cell in row.values() if cell[:1] in ("=", "+", "-", "@", "\t", "\r")]
-    assert [table_cell(value) for value in (-0.5, -3, "-3", "@a", "a", "")] == [-0.5, -3, "'-3", "'@a", "a", ""]
+    assert [csv_cell(value) for value in (-0.5, -3, "-3", "@a", "a", "")] == [-0.5, -3, "'-3", "'@a", "a", ""]
 
 
 def test_escaping_is_as_repr_and_can_be_done_twice():
     everything = "".join(map(chr, [*range(0x300), 0x202E, 0x2066, 0xFEFF, 0xD800, 0xE000, 0x1F600, 0x5E9]))
     for char in everything:
-        assert shown(char) == (char if char in "'\\" else repr(char)[1:-1])
-    assert shown(shown(everything)) == shown(everything)
+        assert printable(char) == (char if char in "'\\" else repr(char)[1:-1])
+    assert printable(printable(everything)) == printable(everything)

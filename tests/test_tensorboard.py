@@ -55,7 +55,7 @@ def plot_of(picture: np.ndarray) -> np.ndarray:
 
 
 def cells(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """The colours in the middle of each cell."""
+    """The colors in the middle of each cell."""
     plot = plot_of(picture)
     y = ((np.arange(rows) + 0.5) * plot.shape[0] / rows).astype(int)
     x = ((np.arange(columns) + 0.5) * plot.shape[1] / columns).astype(int)
@@ -220,7 +220,7 @@ def pictures(log_dir, tag) -> list[tuple[int, np.ndarray]]:
     return [(e.step, np.array(Image.open(io.BytesIO(e.encoded_image_string)).convert("RGB"))) for e in found]
 
 
-def test_colours_are_the_values(digits, tmp_path):
+def test_colors_are_the_values(digits, tmp_path):
     records = []
     options = {"metrics": ("flips", "stalls", "oscillation"), "log_every": 2}
     train(digits, 25, sinks=[TensorBoardSink(str(tmp_path)), records.append], **options)[0].close()
@@ -353,7 +353,9 @@ def test_no_picture_costs_no_scalars(digits, tmp_path, monkeypatch):
         raise OSError("no fonts here")
 
     monkeypatch.setattr(ImageFont, "load_default", fails)
-    with pytest.warns(UserWarning, match="no pictures of the layers over time: OSError: no fonts here") as caught:
+    with pytest.warns(
+        UserWarning, match="drawing pictures failed, the run has none from here: OSError: no fonts here"
+    ) as caught:
         train(digits, 25, log_dir=tmp_path)[0].close()
     assert len([w for w in caught if "pictures" in str(w.message)]) == 1
     assert len(scalars(tmp_path)["flips/rate"]) == 3

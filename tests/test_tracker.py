@@ -503,10 +503,10 @@ def test_a_layer_of_another_size_starts_anew():
         ({"metrics": ("flip",)}, "metrics="),
         ({"metrics": "flips"}, "metrics="),
         ({"metrics": ("stalls",)}, "'flips' in it"),
-        ({"track_every": 0}, "track_every= is a whole number of at least 1, got 0"),
+        ({"track_every": 0}, "track_every= must be an integer of at least 1, got 0"),
         ({"track_every": 1.5}, "track_every="),
         ({"start_step": -1}, "start_step="),
-        ({"start_step": 5, "end_step": 5}, "end_step= is a whole number of at least 6"),
+        ({"start_step": 5, "end_step": 5}, "end_step= must be an integer of at least 6"),
     ],
 )
 def test_bad_options(options, message):

@@ -198,7 +198,7 @@ def test_a_script_that_never_closes_loses_nothing(tmp_path):
 
 
 def test_mistakes():
-    with pytest.raises(TypeError, match=r"a run or arguments of wandb.init, got a run and \['project'\]"):
+    with pytest.raises(TypeError, match=r"a run or arguments for wandb.init, got a run and \['project'\]"):
         WandbSink(object(), project="flips")
-    with pytest.raises(TypeError, match="sinks= takes SummaryWriters, wandb runs"):
+    with pytest.raises(TypeError, match="sinks= expects SummaryWriters, wandb runs"):
         FlipTrackingOptimizer(torch.optim.SGD(digits_model().parameters(), lr=1), sinks=[wandb])

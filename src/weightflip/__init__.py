@@ -1,4 +1,4 @@
-"""See how quantized weights move while a network trains."""
+"""Shows how quantized weights move while a network trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call is checked with, so that a wrong argument is answered in plain words: expected, got, what to do."""
+"""Argument checks. Each error says what was expected, what was passed, and what to do."""
 
 from __future__ import annotations
 
@@ -13,118 +13,119 @@ import torch
 from torch import Tensor
 
 
-def whole(name: str, value: Any, least: int, *, hint: str = "") -> int:
-    """A whole number, whatever type it comes in: NumPy's integers have ``__index__``, too.
+def whole_number(name: str, value: Any, least: int, *, hint: str = "") -> int:
+    """Check an integer of any type with ``__index__``, NumPy's included, and return it as an int.
 
     Args:
-        name: Of the option.
-        value: What was given.
-        least: The smallest number that makes sense.
-        hint: What else to do.
+        name: Name of the option.
+        value: The value passed for it.
+        least: Smallest valid number.
+        hint: What to do, appended to the error.
 
     Raises:
-        ValueError: No whole number, a bool, or too small.
+        ValueError: Not an integer, a bool, or below ``least``.
     """
     try:
         number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = least - 1
     if number < least:
-        raise ValueError(f"{name}= is a whole number of at least {least}, got {value!r}{hint and '; ' + hint}")
+        raise ValueError(f"{name}= must be an integer of at least {least}, got {value!r}{hint and '; ' + hint}")
     return number
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, as a bool or NumPy's.
+    """Check a Python or NumPy bool.
 
     Raises:
-        TypeError: Anything else: ``"no"`` is true to Python.
+        TypeError: Any other type. A string such as ``"no"`` would count as true.
     """
     if isinstance(value, bool):
         return value
-    # Asked by name: NumPy is not imported to look.
+    # Compare names, so that NumPy need not be imported.
     if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
         return bool(value)
-    raise TypeError(f"{name}= is True or False, got {value!r}")
+    raise TypeError(f"{name}= must be True or False, got {value!r}")
 
 
 def path(name: str, value: Any) -> str:
-    """A path, as text.
+    """Check a path and return it as a string.
 
     Raises:
-        TypeError: No path.
-        ValueError: One that no system takes.
+        TypeError: Neither a string nor a path object.
+        ValueError: The path contains null characters.
     """
     text = fspath(value) if isinstance(value, (str, PathLike)) else None
     if not isinstance(text, str):
-        raise TypeError(f"{name} is a path, as text or pathlib.Path; got {described(value)}")
+        raise TypeError(f"{name} must be a path, as a string or pathlib.Path; got {describe(value)}")
     if "\0" in text:
-        raise ValueError(f"{name} is a path without null characters, got {text!r}; leave them out")
+        raise ValueError(f"{name} must be a path without null characters, got {text!r}; remove them")
     return text
 
 
 def globs(name: str, value: Any) -> tuple[str, ...]:
-    """Globs over names, none for None. A generator is read here, once.
+    """Check one glob or several globs over names; None means no globs. Consumes a generator.
 
     Raises:
-        TypeError: Something else than a text, or texts.
+        TypeError: Neither a string nor an iterable of strings.
     """
     if value is None:
         return ()
     is_many = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
-    found = tuple(value) if is_many else (value,)
-    if not all(isinstance(glob, str) for glob in found):
+    patterns = tuple(value) if is_many else (value,)
+    if not all(isinstance(glob, str) for glob in patterns):
         raise TypeError(
-            f"{name}= is a glob over names or a sequence of them, such as 'blocks.*.weight'; got {described(value)}"
+            f"{name}= must be a glob over names or a sequence of globs, such as 'blocks.*.weight'; "
+            f"got {describe(value)}"
         )
-    return found
+    return patterns
 
 
 def tensor(name: str, value: Any) -> Tensor:
-    """A tensor.
+    """Check a tensor.
 
     Raises:
-        TypeError: Anything else, with how to make a tensor of it.
+        TypeError: Any other type. The error says how to convert it.
     """
     if isinstance(value, Tensor):
         return value
     if type(value).__module__ == "numpy":
-        hint = "; make one with torch.from_numpy(array)"
+        hint = "; convert it with torch.from_numpy(array)"
     elif isinstance(value, (list, tuple, int, float)):
-        hint = "; make one with torch.tensor(...)"
+        hint = "; convert it with torch.tensor(...)"
     elif isinstance(getattr(value, "weight", None), Tensor):
-        hint = "; give its weight"
+        hint = "; pass its weight"
     else:
         hint = ""
-    raise TypeError(f"{name} is a torch.Tensor, got {described(value)}{hint}")
+    raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}{hint}")
 
 
 def dense(name: str, value: Any) -> Tensor:
-    """A tensor that is not sparse.
+    """Check a tensor that is not sparse.
 
     Raises:
-        TypeError: Anything else.
+        TypeError: Not a tensor, or a sparse one.
     """
-    given = tensor(name, value)
-    if given.layout is not torch.strided:
-        layout = str(given.layout).removeprefix("torch.")
-        raise TypeError(f"{name} is a dense tensor, got one of layout {layout}; make it dense with .to_dense()")
-    return given
+    checked = tensor(name, value)
+    if checked.layout is not torch.strided:
+        layout = str(checked.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got layout {layout}; convert it with .to_dense()")
+    return checked
 
 
 def number(name: str, value: Any) -> Any:
-    """A number, or a tensor of one.
+    """Check a number or a tensor.
 
     Raises:
-        TypeError: Anything else.
+        TypeError: Any other type.
     """
     if isinstance(value, (Real, Tensor)):
         return value
-    raise TypeError(f"{name} is a number, got {described(value)}")
+    raise TypeError(f"{name} must be a number, got {describe(value)}")
 
 
-def described(value: object) -> str:
-    """What was given, short: the type, and the value where that says more."""
+def describe(value: object) -> str:
+    """A short description of a value for error messages: its type, and the value itself if that helps."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if value is None or isinstance(value, (str, bytes, int, float, torch.dtype)):
@@ -135,14 +136,14 @@ def described(value: object) -> str:
     return type(value).__name__
 
 
-def near(name: object, known: Iterable[str]) -> str | None:
-    """The name that was meant, in upper or lower case; None where none is near."""
+def closest_match(name: object, known: Iterable[str]) -> str | None:
+    """The known name most similar to ``name``, ignoring case; None if none is similar."""
     by_lower = {one.lower(): one for one in known}
     close = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
     return by_lower[close[0]] if close else None
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """``"did you mean 'flips'? "``; empty where none is near."""
-    meant = near(name, known)
-    return f"did you mean {meant!r}? " if meant is not None else ""
+    """``"did you mean 'flips'? "``; empty if no known name is similar."""
+    match = closest_match(name, known)
+    return f"did you mean {match!r}? " if match is not None else ""

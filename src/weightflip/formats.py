@@ -1,6 +1,6 @@
-"""Number formats as data: what each code of a small floating-point format stands for, and what blocks share.
+"""Number formats as data: the value of each code of a small floating-point format, and the scales of block formats.
 
-A format never touches a tensor. Quantizers and kernels read its numbers and do the work.
+Formats do not operate on tensors. Quantizers and kernels read their fields and do the work.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import Literal, NamedTuple, TypeAlias
 class FloatFormat:
     """A signed floating-point format of 1 sign bit, ``E`` exponent bits and ``M`` mantissa bits.
 
-    A code is written as its *ordinal*: a signed integer that grows with the number it stands for, whose magnitude is
-    the bit pattern without the sign. Both zeros are ordinal 0. With ``e`` the exponent field and ``m`` the mantissa
-    field of the magnitude, the value is
+    A code is represented by its *ordinal*: a signed integer that increases with the value. Its magnitude is the bit
+    pattern without the sign. Both zeros have ordinal 0. With ``e`` the exponent field and ``m`` the mantissa field of
+    the magnitude, the value is
 
     * ``e > 0``: ``2**(e - bias) * (1 + m / 2**M)``,
     * ``e == 0``: ``2**(1 - bias) * (m / 2**M)`` (subnormal),
     * ``E == 0``: ``m / 2**M`` (fixed point).
 
     Attributes:
-        name: How people write it, such as ``"e4m3"``.
+        name: Usual name, such as ``"e4m3"``.
         exponent_bits: ``E``.
         mantissa_bits: ``M``.
-        bias: What is subtracted from the exponent field.
-        has_inf: The all-ones exponent with mantissa 0 is infinity (IEEE 754); needs ``has_nan``.
-        has_nan: With ``has_inf``, every larger pattern is NaN (IEEE 754); without it, only the all-ones pattern is
+        bias: Subtracted from the exponent field.
+        has_inf: The all-ones exponent with mantissa 0 is infinity (IEEE 754). Requires ``has_nan``.
+        has_nan: With ``has_inf``, every larger pattern is NaN (IEEE 754). Without it, only the all-ones pattern is NaN
             ("fn" formats). A format with neither is finite: every code is a number.
 
     Raises:
-        ValueError: Negative widths, no bits but the sign, or infinities without NaN.
+        ValueError: Negative widths, no bits except the sign, or infinities without NaN.
 
     Example:
         >>> E4M3.max, E4M3.smallest_subnormal, E4M3.value(1)
@@ -53,22 +53,22 @@ class FloatFormat:
     def __post_init__(self) -> None:
         if self.exponent_bits < 0 or self.mantissa_bits < 0 or self.exponent_bits + self.mantissa_bits == 0:
             raise ValueError(
-                f"a format needs at least one bit beside the sign, got exponent_bits={self.exponent_bits}, "
+                f"a format needs at least one bit in addition to the sign, got exponent_bits={self.exponent_bits}, "
                 f"mantissa_bits={self.mantissa_bits}"
             )
         if self.has_inf and (not self.has_nan or self.mantissa_bits == 0):
-            raise ValueError(f"format {self.name!r}: infinities need NaN codes too (IEEE 754), and a mantissa bit")
+            raise ValueError(f"format {self.name!r}: infinities require NaN codes (IEEE 754) and a mantissa bit")
         if self.max_ordinal < 1:
-            raise ValueError(f"format {self.name!r}: infinities and NaN leave no code for a number above 0")
+            raise ValueError(f"format {self.name!r}: infinities and NaN leave no code for positive numbers")
 
     @property
     def bits(self) -> int:
-        """Width in bits, the sign included."""
+        """Width in bits, including the sign."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
     def min_exponent(self) -> int:
-        """Exponent of the smallest normal number, and of the subnormal ones."""
+        """Exponent of the smallest normal number and of the subnormal numbers."""
         return 1 - self.bias if self.exponent_bits else 0
 
     @property
@@ -80,15 +80,15 @@ class FloatFormat:
 
     @property
     def inf_ordinal(self) -> int | None:
-        """Ordinal of +infinity; None where the format has none."""
+        """Ordinal of +infinity; None if the format has no infinities."""
         return self.max_ordinal + 1 if self.has_inf else None
 
     @property
     def nan_ordinal(self) -> int:
-        """The one ordinal for NaN: the first above all numbers, in two's complement of the storage.
+        """The ordinal of every NaN: the first one above all numbers, in the storage's two's complement.
 
-        A finite format has no NaN of its own, but a NaN weight still needs a code. A format that fills its storage
-        (``e3m4`` in 8 bits) wraps: ``127 + 1`` is -128, which no number uses.
+        A finite format has no NaN, but a NaN weight still needs a code. If the format fills its storage (``e3m4`` in 8
+        bits), the ordinal wraps around: ``127 + 1`` is -128, which no number uses.
         """
         ordinal = self.max_ordinal + (2 if self.has_inf else 1)
         half = 1 << (self.storage_bits - 1)
@@ -107,23 +107,23 @@ class FloatFormat:
 
     @property
     def max(self) -> float:
-        """Largest finite number; infinity where it is beyond float64 (11 exponent bits and more)."""
+        """Largest finite number; infinity if it exceeds float64 (11 or more exponent bits)."""
         return self.value(self.max_ordinal)
 
     @property
     def smallest_normal(self) -> float:
-        """Smallest positive number with full precision; 0.0 where it is below float64, NaN without exponent bits."""
+        """Smallest positive number with full precision; 0.0 if float64 underflows, NaN without exponent bits."""
         if self.exponent_bits == 0:
             return math.nan
         return math.ldexp(1.0, self.min_exponent)
 
     @property
     def smallest_subnormal(self) -> float:
-        """Smallest positive number; 0.0 where it is below float64."""
+        """Smallest positive number; 0.0 if float64 underflows."""
         return self.value(1)
 
     def _significand(self, magnitude: int) -> tuple[float, int]:
-        """``(s, e)`` with value ``s * 2**e``, exact for every width."""
+        """``(s, e)`` such that the value is ``s * 2**e``. Exact for every width."""
         field = magnitude >> self.mantissa_bits
         mantissa = (magnitude & ((1 << self.mantissa_bits) - 1)) / (1 << self.mantissa_bits)
         if field == 0 or self.exponent_bits == 0:
@@ -131,17 +131,17 @@ class FloatFormat:
         return 1.0 + mantissa, field - self.bias
 
     def value(self, ordinal: int, *, exponent_shift: int = 0) -> float:
-        """The number that an ordinal stands for.
+        """The value of an ordinal.
 
         Args:
             ordinal: Between ``-max_ordinal`` and ``max_ordinal``, or the ordinal of an infinity or of NaN.
-            exponent_shift: Give the number divided by ``2**exponent_shift``, to look at formats beyond float64.
+            exponent_shift: Divide the value by ``2**exponent_shift``, to inspect formats beyond float64.
 
         Returns:
-            The value as a float64; infinite where it is beyond float64, 0.0 where it is below.
+            The value as a float64. Infinity if it overflows float64, 0.0 if it underflows.
 
         Raises:
-            ValueError: No number of the format has this ordinal.
+            ValueError: The format has no such ordinal.
         """
         if ordinal == self.nan_ordinal:
             return math.nan
@@ -158,11 +158,11 @@ class FloatFormat:
 
     @cached_property
     def values(self) -> tuple[float, ...]:
-        """All finite numbers, ascending; element ``i`` has ordinal ``i - max_ordinal``."""
+        """All finite numbers in ascending order. Element ``i`` has ordinal ``i - max_ordinal``."""
         return tuple(self.value(k) for k in range(-self.max_ordinal, self.max_ordinal + 1))
 
     def table(self) -> str:
-        """The non-negative half of the format, a line each, for people to look at: ordinal, bits, value."""
+        """The non-negative half of the format as text, one line per code: ordinal, bits, value."""
         lines = [str(self), f"{'ordinal':>8}  {'bits':<{self.bits + 2}}  value"]
         last = self.max_ordinal + (1 if self.has_inf else 0)
         for ordinal in range(last + 1):
@@ -177,7 +177,7 @@ class FloatFormat:
         elif self.has_nan:
             specials = "NaN but no infinities"
         else:
-            specials = "every code a number"
+            specials = "every code is a number"
         return (
             f"{self.name}: {self.bits} bits = 1 sign + {self.exponent_bits} exponent + {self.mantissa_bits} mantissa, "
             f"bias {self.bias}, {specials}, largest {self._readable(self.max_ordinal)}, "
@@ -193,14 +193,14 @@ class FloatFormat:
 
 
 class FloatRounding(NamedTuple):
-    """How a weight becomes an ordinal, as data that a compiled kernel can follow.
+    """How to round a weight to an ordinal, as data for compiled kernels.
 
-    The weight is taken as float32, multiplied or divided by the scale in float32 where there is one, and rounded to the
-    nearest number of the format, ties to the even code. Every NaN becomes ``format.nan_ordinal``.
+    The weight is converted to float32, multiplied or divided by the scale in float32 if there is one, and rounded to
+    the nearest number of the format, ties to the even code. Every NaN becomes ``format.nan_ordinal``.
 
     Attributes:
-        format: What is rounded to.
-        overflow: The ordinal of everything that is too large, infinities included.
+        format: The target format.
+        overflow: Ordinal of everything too large, including infinities.
         divides: Whether the scale divides the weight instead of multiplying it.
     """
 
@@ -210,12 +210,12 @@ class FloatRounding(NamedTuple):
 
 
 class IntegerRounding(NamedTuple):
-    """The same for integers: to the nearest one, ties to even, clamped.
+    """Like :class:`FloatRounding`, for integers: round to the nearest, ties to even, then clamp.
 
     Attributes:
-        smallest: At most 0, and of no smaller magnitude than ``largest``.
-        largest: The ordinal of everything larger.
-        nan: The ordinal of NaN.
+        smallest: Smallest ordinal. At most 0, and at least as large in magnitude as ``largest``.
+        largest: Ordinal of everything larger.
+        nan: Ordinal of NaN.
         divides: Whether the scale divides the weight instead of multiplying it.
     """
 
@@ -256,7 +256,7 @@ E1M2 = _finite(1, 2)
 E2M1 = _finite(2, 1)
 E3M0 = _finite(3, 0)
 
-# 16 bits: the two that hardware has, and the other splits.
+# 16 bits: the two formats that hardware implements, and the other splits.
 BF16 = FloatFormat("e8m7", 8, 7, 127, has_inf=True, has_nan=True)
 FP16 = FloatFormat("e5m10", 5, 10, 15, has_inf=True, has_nan=True)
 E0M15 = _finite(0, 15)
@@ -276,19 +276,19 @@ E13M2 = _finite(13, 2)
 E14M1 = _finite(14, 1)
 E15M0 = _finite(15, 0)
 
-# What master weights are stored in; named by `native` only.
+# Storage of master weights. Used by `native` only.
 FP32 = FloatFormat("e8m23", 8, 23, 127, has_inf=True, has_nan=True)
 FP64 = FloatFormat("e11m52", 11, 52, 1023, has_inf=True, has_nan=True)
 
 
 @dataclass(frozen=True)
 class ExponentFormat:
-    """Powers of two, as scales of blocks are stored: an exponent without sign or mantissa; the last code is NaN.
+    """Powers of two, the storage of block scales: an exponent without sign or mantissa. The last code is NaN.
 
     Attributes:
-        name: How people write it.
+        name: Usual name.
         bits: Width in bits.
-        bias: What is subtracted from the code.
+        bias: Subtracted from the code.
 
     Example:
         >>> E8M0.value(127), E8M0.value(0) == 2.0**-127
@@ -310,22 +310,22 @@ class ExponentFormat:
         return (1 << self.bits) - 1
 
     def value(self, code: int) -> float:
-        """The number that a code stands for.
+        """The value of a code.
 
         Raises:
-            ValueError: There is no such code.
+            ValueError: The format has no such code.
         """
         if not 0 <= code <= self.nan_code:
             raise ValueError(f"{self.name} has codes 0 to {self.nan_code}, got {code}")
         return math.nan if code == self.nan_code else math.ldexp(1.0, code - self.bias)
 
 
-# Of the OCP Microscaling specification; torch.float8_e8m0fnu.
+# OCP Microscaling specification; torch.float8_e8m0fnu.
 E8M0 = ExponentFormat("e8m0", 8, 127)
 
 ScaleRule: TypeAlias = Literal["floor", "rceil", "ceil", "even", "amax", "tensor", "pow2"]
 
-# What a scale can be found by, and is stored in: those of MX, of NVFP4 and of float8. The usual way of each is first.
+# Scale rules and the storage of the scale, for MX, NVFP4 and float8. The default rule of each comes first.
 _SCALE_RULES: tuple[dict[ScaleRule, FloatFormat | ExponentFormat], ...] = (
     {"floor": E8M0, "rceil": E8M0, "ceil": E8M0, "even": E8M0},
     {"amax": E4M3, "tensor": E4M3},
@@ -335,25 +335,25 @@ _SCALE_RULES: tuple[dict[ScaleRule, FloatFormat | ExponentFormat], ...] = (
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """Elements of one format, and for each block of them a scale, which is a code as well.
+    """Elements of one format in scale blocks. The scale of each block is a code too.
 
     Attributes:
-        family: Its name without the rule, such as ``"mxfp4"``.
-        element: What each weight is rounded to.
-        block_size: How many neighbours in the last dimension are a block, or a row of one.
-        scale: What the scale of a block is stored in.
-        rule: How the scale is found from the largest magnitude ``amax``. For E8M0, ``"floor"``, ``"rceil"``, ``"ceil"``
-            or ``"even"``: how the exponent of ``amax`` is rounded. For E4M3 and float32, ``"amax"``: so that ``amax``
-            meets the element's largest number. For E4M3, ``"tensor"``: the same, under a float32 scale of the whole
-            tensor. For E8M0, ``"pow2"``: as ``"amax"``, rounded up to a power of two.
-        rows: How many neighbours in the last dimension but one are a block.
+        family: Name without the rule, such as ``"mxfp4"``.
+        element: Format of each weight.
+        block_size: Number of elements per block in the last dimension.
+        scale: Format of the block's scale.
+        rule: How the scale follows from the largest magnitude ``amax``. For E8M0, ``"floor"``, ``"rceil"``, ``"ceil"``
+            or ``"even"``: how the exponent of ``amax`` is rounded. For E4M3 and float32, ``"amax"``: ``amax`` maps to
+            the element's largest number. For E4M3, ``"tensor"``: the same, under a float32 scale of the whole tensor.
+            For E8M0, ``"pow2"``: like ``"amax"``, rounded up to a power of two.
+        rows: Number of elements per block in the second-to-last dimension.
 
     Raises:
-        ValueError: An empty block, a scale in another format, or a rule that does not go with it.
+        ValueError: An empty block, an unsupported scale format, or a rule that does not apply to it.
 
     Example:
         >>> print(MXFP4)
-        mxfp4: e2m1 in blocks of 32, each with an e8m0 scale (floor), 4.25 bits a weight
+        mxfp4: e2m1 in blocks of 32, each with an e8m0 scale (floor), 4.25 bits per weight
     """
 
     family: str
@@ -365,13 +365,13 @@ class BlockFormat:
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.rows < 1:
-            raise ValueError(f"a block has at least one weight, got {self._shape}")
+            raise ValueError(f"a block must have at least one weight, got {self._shape}")
         rules = [rule for known in _SCALE_RULES for rule, scale in known.items() if scale == self.scale]
         if not rules:
             known = " or ".join(dict.fromkeys(scale.name for known in _SCALE_RULES for scale in known.values()))
-            raise ValueError(f"the scale of a block is {known}, got {self.scale.name}")
+            raise ValueError(f"the scale of a block must be {known}, got {self.scale.name}")
         if self.rule not in rules:
-            raise ValueError(f"an {self.scale.name} scale is found by one of {tuple(rules)}, got {self.rule!r}")
+            raise ValueError(f"the rule of an {self.scale.name} scale must be one of {tuple(rules)}, got {self.rule!r}")
 
     @property
     def _rules(self) -> dict[ScaleRule, FloatFormat | ExponentFormat]:
@@ -379,22 +379,22 @@ class BlockFormat:
 
     @property
     def rules(self) -> tuple[ScaleRule, ...]:
-        """This rule and those that it can be exchanged for; the first one has no suffix in the name."""
+        """This rule and its alternatives. The first one has no suffix in the name."""
         return tuple(self._rules)
 
     @property
     def variants(self) -> tuple[BlockFormat, ...]:
-        """The same elements in the same blocks, with each of these rules."""
+        """The same elements and blocks with each of ``rules``."""
         return tuple(replace(self, rule=rule, scale=scale) for rule, scale in self._rules.items())
 
     @property
     def name(self) -> str:
-        """What a quantizer of it is called: ``"mxfp4"``, ``"mxfp4:rceil"``."""
+        """Name of the quantizer, such as ``"mxfp4"`` or ``"mxfp4:rceil"``."""
         return self.family if self.rule == self.rules[0] else f"{self.family}:{self.rule}"
 
     @property
     def bits(self) -> float:
-        """Bits a weight, with its part of the block's scale."""
+        """Bits per weight, including its share of the block's scale."""
         return self.element.bits + self.scale.bits / (self.rows * self.block_size)
 
     @property
@@ -404,7 +404,7 @@ class BlockFormat:
     def __str__(self) -> str:
         return (
             f"{self.name}: {self.element.name} in blocks of {self._shape}, each with an {self.scale.name} scale "
-            f"({self.rule}), {self.bits:g} bits a weight"
+            f"({self.rule}), {self.bits:g} bits per weight"
         )
 
 
@@ -428,16 +428,16 @@ BLOCK_FORMATS: dict[str, BlockFormat] = {
     )
     for variant in usual.variants
 }
-"""Every block format that there is a quantizer for, by its name."""
+"""All block formats with a quantizer, by name."""
 
 _NAMED = {f.name: f for f in (E4M3, E5M2, BF16, FP16)}
 _EXMY = re.compile(r"e(\d+)m(\d+)")
 
 
 def exmy(name: str) -> FloatFormat:
-    """The format called ``name``, such as ``"e3m4"``.
+    """Return the format called ``name``, such as ``"e3m4"``.
 
-    ``e4m3``, ``e5m2``, ``e8m7`` and ``e5m10`` are the ones that hardware has; all others are finite.
+    ``e4m3``, ``e5m2``, ``e8m7`` and ``e5m10`` are the formats that hardware implements. All others are finite.
 
     Raises:
         ValueError: Not of the form ``eXmY``, or wider than 16 bits.
@@ -452,7 +452,8 @@ def exmy(name: str) -> FloatFormat:
     exponent_bits, mantissa_bits = int(match[1]), int(match[2])
     if not 1 <= exponent_bits + mantissa_bits <= 15:
         raise ValueError(
-            f"expected a format of 2 to 16 bits with the sign, got {name!r} with {1 + exponent_bits + mantissa_bits}"
+            f"expected a format of 2 to 16 bits, including the sign; got {name!r} with "
+            f"{1 + exponent_bits + mantissa_bits}"
         )
     canonical = f"e{exponent_bits}m{mantissa_bits}"
     return _NAMED.get(canonical) or _finite(exponent_bits, mantissa_bits)

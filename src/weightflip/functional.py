@@ -1,4 +1,4 @@
-"""Pure functions between codes and rates. The stateful classes of :mod:`weightflip.counting` are thin over these."""
+"""Pure functions from codes to counts and rates. The classes in :mod:`weightflip.counting` add the state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Observer: TypeAlias = Callable[[kernels.Index, Tensor, Tensor], None]
 
 
 class Elementwise(Protocol):
-    """What is needed here of an elementwise quantizer."""
+    """The part of an elementwise quantizer's interface used here."""
 
     def grouped(self, tensor: Tensor) -> Tensor: ...
 
@@ -33,10 +33,10 @@ class Encoding(NamedTuple):
     """How a weight becomes ordinals.
 
     Attributes:
-        quantizer: What encodes it.
-        scratch: Where temporaries come from.
+        quantizer: The quantizer.
+        scratch: Pool of temporary buffers.
         backend: As in :func:`weightflip.kernels.check_backend`.
-        statistic: What the quantizer has to know of the whole weight, where this is a shard.
+        statistic: For a shard, what the quantizer needs to know about the whole weight.
     """
 
     quantizer: Elementwise
@@ -45,23 +45,23 @@ class Encoding(NamedTuple):
     statistic: Tensor | None = None
 
     def scale(self, weight: Tensor) -> Tensor | None:
-        """The quantizer's scale of a weight, as ``quantizer.grouped`` gives it."""
-        # A quantizer of a user's own may know of no statistics.
+        """The scale of a weight in the shape returned by ``quantizer.grouped``."""
+        # A custom quantizer's scale() may not accept a statistic.
         return self.quantizer.scale(weight) if self.statistic is None else self.quantizer.scale(weight, self.statistic)
 
 
 def compute_flip_rate(prev_quantized: Tensor, curr_quantized: Tensor) -> float:
-    """Share of elements that differ between two quantized tensors; see :class:`WeightFlipTracker` for a whole run.
+    """Fraction of elements that differ between two quantized tensors. For a run, use :class:`WeightFlipTracker`.
 
     Args:
-        prev_quantized: Quantized values or codes, any shape and dtype.
-        curr_quantized: The same after the step. NaN to NaN is no flip, and +0 equals -0.
+        prev_quantized: Quantized values or codes, of any shape and dtype.
+        curr_quantized: The same after the step. NaN to NaN is not a flip, and +0 equals -0.
 
     Returns:
-        Flips / elements, in [0, 1]; 0.0 for empty tensors.
+        Flips / elements, in [0, 1]. 0.0 for empty tensors.
 
     Raises:
-        TypeError: No tensors.
+        TypeError: An argument is not a tensor.
         ValueError: The shapes differ.
 
     Example:
@@ -78,7 +78,7 @@ def compute_flip_rate(prev_quantized: Tensor, curr_quantized: Tensor) -> float:
     if prev_quantized.numel() == 0:
         return 0.0
     if prev_quantized.dtype.itemsize == 1 and prev_quantized.is_floating_point():
-        # torch has no comparison of float8 tensors.
+        # torch cannot compare float8 tensors.
         prev_quantized, curr_quantized = prev_quantized.float(), curr_quantized.float()
     flipped = prev_quantized != curr_quantized
     if prev_quantized.is_floating_point() and curr_quantized.is_floating_point():
@@ -87,20 +87,20 @@ def compute_flip_rate(prev_quantized: Tensor, curr_quantized: Tensor) -> float:
 
 
 def compute_stall_ratio(flips: int, updates: int) -> float:
-    """``1 - flips / updates``, from two totals alone.
+    """``1 - flips / updates``, from two totals.
 
-    An estimate: it takes every flip for a flip of an updated weight, and is negative when weights without a gradient
-    flip too. ``get_stall_ratios`` counts the stalled weights themselves.
+    This is an estimate: it assumes that only updated weights flip, and is negative if many weights without a gradient
+    flip. ``get_stall_ratios`` counts the stalled weights.
 
     Args:
-        flips: Weights that changed their code.
-        updates: Weights whose gradient was not exactly 0.
+        flips: Number of weights whose code changed.
+        updates: Number of weights whose gradient was not exactly 0.
 
     Returns:
-        The ratio; 0.0 without updates.
+        The ratio. 0.0 without updates.
 
     Raises:
-        TypeError: No numbers.
+        TypeError: An argument is not a number.
 
     Example:
         >>> compute_stall_ratio(flips=10, updates=100)
@@ -116,8 +116,8 @@ def encode_into(weight: Tensor, encoding: Encoding, codes: Tensor) -> Tensor | N
 
     Args:
         weight: Any shape and strides.
-        encoding: How it is encoded.
-        codes: Of the weight's shape.
+        encoding: How to encode it.
+        codes: Output, same shape as the weight.
 
     Returns:
         The quantizer's scale.
@@ -133,13 +133,13 @@ def encode_into(weight: Tensor, encoding: Encoding, codes: Tensor) -> Tensor | N
 
 
 def encode_under(weight: Tensor, encoding: Encoding, scale: Tensor | None, codes: Tensor) -> None:
-    """Write the ordinals of a slice under a scale that need not be its own into ``codes``.
+    """Write the ordinals of a slice into ``codes``, encoded with a given scale.
 
     Args:
-        weight: As ``quantizer.grouped`` gives it.
-        encoding: How it is encoded.
-        scale: Of the slice.
-        codes: Of the slice's shape.
+        weight: The slice, in the shape returned by ``quantizer.grouped``.
+        encoding: How to encode it.
+        scale: Scale for the slice. It may differ from the slice's own scale.
+        codes: Output, same shape as the slice.
     """
     if not _in_one_pass(weight, encoding, scale, codes, None, codes.new_zeros(3, dtype=torch.int64)):
         encoding.quantizer.encode_under(weight, scale, codes, encoding.scratch)
@@ -153,16 +153,16 @@ def advance(
     counts: Tensor,
     observe: Observer | None = None,
 ) -> Tensor | None:
-    """Encode ``weight`` anew, count what changed against ``codes``, and keep the new codes there, in one go.
+    """Encode ``weight`` again, count the changes against ``codes``, and store the new codes there, in one pass.
 
     Args:
         weight: Any shape and strides.
-        encoding: How it is encoded.
-        codes: Ordinals before the step, of the weight's shape; overwritten.
-        update: The dense gradient or a bool mask of the updated weights, of the weight's shape; None counts none.
-        counts: int64 of shape (3,): flips, updates, stalled; added to.
-        observe: Called for each slice in turn with its index and its ordinals before and after, in the shape that
-            ``quantizer.grouped`` gives.
+        encoding: How to encode it.
+        codes: Ordinals before the step, same shape as the weight. Overwritten.
+        update: Dense gradient, or bool mask of the updated weights, same shape as the weight. None counts no updates.
+        counts: int64 of shape (3,): flips, updates, stalled. Incremented in place.
+        observe: Called for each slice with its index and its ordinals before and after, in the shape returned by
+            ``quantizer.grouped``.
 
     Returns:
         The quantizer's scale.
@@ -180,11 +180,11 @@ def advance(
             new = _slice_encoder(part, encoding, part_scale, codes.dtype)
             kernels.count_(part_codes, new, part_update, counts, scratch)
 
-    _observed(codes, advance_part, observe, scratch)
+    _for_each_slice(codes, advance_part, observe, scratch)
     return scale
 
 
-def _observed(
+def _for_each_slice(
     codes: Tensor, advance_part: Callable[[kernels.Index], None], observe: Observer | None, scratch: kernels.ScratchPool
 ) -> None:
     if observe is None:
@@ -198,7 +198,7 @@ def _observed(
 
 
 def in_plain_torch(quantizer: Elementwise) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], object]:
-    """What :func:`advance` does of weight, codes, update and counts without a compiled kernel."""
+    """:func:`advance` in plain torch, as a function of weight, codes, update and counts."""
     encoding = Encoding(quantizer, kernels.ScratchPool(), "eager")
 
     def advance_eagerly(weight: Tensor, codes: Tensor, update: Tensor | None, counts: Tensor) -> Tensor | None:
@@ -226,7 +226,7 @@ def _in_one_pass(
 def _slice_encoder(
     weight: Tensor, encoding: Encoding, scale: Tensor | None, dtype: torch.dtype
 ) -> Callable[[kernels.Index], Tensor]:
-    """From a slice's index to its ordinals, in a buffer that the next slice takes back."""
+    """A function from a slice's index to its ordinals. They are valid until the next call, which reuses the buffer."""
     quantizer, scratch = encoding.quantizer, encoding.scratch
 
     def new(index: kernels.Index) -> Tensor:
@@ -246,13 +246,13 @@ def compare(
     scratch: kernels.ScratchPool,
     observe: Observer | None = None,
 ) -> None:
-    """As :func:`advance`, for codes that are there already."""
+    """Like :func:`advance`, for new codes that exist already."""
 
     def advance_part(index: kernels.Index) -> None:
         part_update = None if update is None else update[index]
         kernels.count_(codes[index], new[index].__getitem__, part_update, counts, scratch)
 
-    _observed(codes, advance_part, observe, scratch)
+    _for_each_slice(codes, advance_part, observe, scratch)
 
 
 def count_nonfinite(weight: Tensor, count: Tensor, scratch: kernels.ScratchPool) -> None:
@@ -261,5 +261,5 @@ def count_nonfinite(weight: Tensor, count: Tensor, scratch: kernels.ScratchPool)
     for index in kernels.slices(weight, kernels.slice_elements(weight)):
         part = weight[index]
         values = scratch("values", part, torch.float64 if part.dtype is torch.float64 else torch.float32)
-        # x * 0 is 0 for every number and NaN for the rest: cheaper than isfinite(), which makes two masks.
+        # x * 0 is 0 for finite x and NaN otherwise. Cheaper than isfinite(), which allocates two masks.
         count.add_(torch.count_nonzero(values.copy_(part).mul_(0)))

@@ -1,4 +1,4 @@
-"""The hook form: counts flips at the steps of an optimizer that stays the very same object."""
+"""The hook form: counts flips through the hooks of an optimizer, without wrapping it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class FlipTrackingHandle(Tracked):
     """What :func:`track_flips` returns.
 
     Attributes:
-        tracker: The :class:`WeightFlipTracker`, with the numbers.
-        info: What is tracked and how, what is skipped and why; ``print`` shows it.
+        tracker: The :class:`WeightFlipTracker`, which holds the numbers.
+        info: What is tracked and how, and what is skipped and why. ``print`` displays it.
     """
 
     def __init__(self, optimizer: Optimizer, session: Session) -> None:
         self._session = session
         self._loading: Any = None
         self._hooks: list[RemovableHandle] = []
-        hooks = (self._before, self._after, self._save_counts, self._take_counts, self._restore_counts)
+        hooks = (self._before_step, self._after_step, self._save_counts, self._extract_counts, self._restore_counts)
         try:
             for kind, hook in zip(_KINDS, hooks, strict=True):
                 self._hooks.append(getattr(optimizer, f"register_{kind}_hook")(hook))
@@ -41,17 +41,17 @@ class FlipTrackingHandle(Tracked):
             self._remove(together=False)
             raise
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         self._session.run_guarded(self._session.before_step, optimizer, closure is not None)
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._session.finish_step()
 
     def _save_counts(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self._session.save_into(state_dict)
 
-    def _take_counts(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _extract_counts(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._loading = state_dict.get(STATE_KEY)
         return {key: value for key, value in state_dict.items() if key != STATE_KEY}
 
@@ -61,14 +61,14 @@ class FlipTrackingHandle(Tracked):
             self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the optimizer has no hooks.
+        # A copied optimizer has no hooks.
         return {"_session": self._session, "_loading": None, "_hooks": []}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.info!r}>"
 
     def remove(self) -> None:
-        """Stop tracking, write the last record and close the sinks; the numbers stay, memory is given back."""
+        """Stop tracking, write the last record and close the sinks. Frees memory but keeps the numbers."""
         self._remove(together=True)
 
     def _remove(self, *, together: bool) -> None:
@@ -87,27 +87,27 @@ class FlipTrackingHandle(Tracked):
 def track_flips(
     optimizer: Optimizer, model: nn.Module | None = None, **options: Unpack[TrackingOptions]
 ) -> FlipTrackingHandle:
-    """Count flips at each step of an optimizer that stays the very same object, through its hooks.
+    """Count flips at each step of an optimizer through its hooks, without wrapping it.
 
-    For code that insists on its own optimizer class. The numbers, and the optimizer's checkpoints, are those of
-    :class:`FlipTrackingOptimizer`. Copies of the optimizer are not tracked, since copying drops hooks. Of a class whose
-    ``step`` calls that of its parent class, torch runs the hooks twice, and what the parent's does is seen.
-    No hook runs when a step raises: parameters and gradients of that step are held until the next step or ``remove()``,
-    where the wrapper releases them at once.
+    Use it with code that requires its own optimizer class. The numbers and the checkpoints are the same as with
+    :class:`FlipTrackingOptimizer`. Copies of the optimizer are not tracked, since copying drops hooks. If the ``step``
+    of a class calls the ``step`` of its parent class, torch runs the hooks twice, and only the parent's step is
+    tracked. No hook runs if a step raises: the parameters and gradients of that step are kept alive until the next step
+    or ``remove()``. The wrapper releases them immediately.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``.
-        model: As in :class:`FlipTrackingOptimizer`, which explains all of these.
+        model: See :class:`FlipTrackingOptimizer`.
         **options: The keyword arguments of :class:`FlipTrackingOptimizer`.
 
     Returns:
-        A handle with the numbers in ``tracker``, and ``remove()``; also a context manager.
+        A handle with the numbers in ``tracker`` and a method ``remove()``. It is also a context manager.
 
     Raises:
-        TypeError: As :class:`FlipTrackingOptimizer`; or the optimizer lacks hooks, as wrappers of other libraries do.
-        ValueError: As :class:`FlipTrackingOptimizer`.
-        OSError: As :class:`FlipTrackingOptimizer`.
-        ImportError: As :class:`FlipTrackingOptimizer`.
+        TypeError: See :class:`FlipTrackingOptimizer`. Also if the optimizer has no hooks, like some wrappers.
+        ValueError: See :class:`FlipTrackingOptimizer`.
+        OSError: See :class:`FlipTrackingOptimizer`.
+        ImportError: See :class:`FlipTrackingOptimizer`.
 
     Example:
         >>> import torch
@@ -128,24 +128,24 @@ def track_flips(
 def _check_hooks(optimizer: Optimizer) -> None:
     if quantizes_weights(optimizer):
         raise TypeError(
-            f"the hooks of {type(optimizer).__name__} run around the optimizer inside it, before the weights are "
-            "quantized; use FlipTrackingOptimizer(optimizer, model)"
+            f"{type(optimizer).__name__} runs its hooks around its inner optimizer, before the weights are quantized; "
+            "use FlipTrackingOptimizer(optimizer, model)"
         )
-    lacking = [kind for kind in _KINDS if not _runs_hooks(optimizer, kind)]
-    if lacking:
+    missing = [kind for kind in _KINDS if not _runs_hooks(optimizer, kind)]
+    if missing:
         raise TypeError(
-            f"track_flips needs hooks that {full_name(optimizer)} does not run: {', '.join(lacking)}; use "
-            "FlipTrackingOptimizer(optimizer, model), which needs none. On the optimizer inside it, track_flips counts "
-            "what that one does to the weights, and not what this one does on top"
+            f"track_flips needs hooks that {full_name(optimizer)} does not run: {', '.join(missing)}; use "
+            "FlipTrackingOptimizer(optimizer, model), which needs none. track_flips on its inner optimizer would miss "
+            "what the outer one does to the weights"
         )
 
 
 def _runs_hooks(optimizer: Optimizer, kind: str) -> bool:
-    """Whether hooks of this kind can be registered and are called: not where a class leaves out torch's constructor."""
+    """Whether hooks of this kind can be registered and are called. Classes that skip torch's constructor lack them."""
     name = f"_optimizer_{kind}_hooks"
     if not hasattr(optimizer, name) or not callable(getattr(optimizer, f"register_{kind}_hook", None)):
         return False
-    # Lightning's optimizers have the hooks of the one inside, whose step runs them.
-    are_its_own = name in vars(optimizer)
+    # Lightning's optimizers share the hooks of the optimizer inside, whose step runs them.
+    has_own_hooks = name in vars(optimizer)
     is_step_patched = any(getattr(owner.step, "hooked", False) for owner in (type(optimizer), optimizer))
-    return is_step_patched or not are_its_own or not kind.startswith("step")
+    return is_step_patched or not has_own_hooks or not kind.startswith("step")

@@ -1,4 +1,4 @@
-"""HTML for notebooks: tables and small pictures that need no script, no style sheet and no other file."""
+"""HTML for notebooks: self-contained tables and small charts without scripts or style sheets."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from weightflip.texts import percent, shown
+from weightflip.texts import percent, printable
 
-# The text's own colour fits light and dark themes; these are readable on both.
+# Readable on light and dark themes.
 _COLORS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#94a3b8")
 _WIDTH, _HEIGHT = 320, 72
-# Above so many bars, a picture takes more room than the table beside it.
+# With more bars than this, a chart takes more space than the table next to it.
 _MOST_BARS = 400
 
 
 def escape(text: str) -> str:
-    """Text of the page: names may hold what no page can."""
-    return html.escape(shown(text))
+    """Escape text for HTML. Names may contain any character."""
+    return html.escape(printable(text))
 
 
 def page(*parts: str) -> str:
-    """What one cell shows.
+    """The output of one notebook cell.
 
     Args:
-        *parts: HTML; empty ones are left out.
+        *parts: HTML fragments; empty ones are skipped.
     """
     return f"<div>{''.join(filter(None, parts))}</div>"
 
 
 def paragraph(text: str) -> str:
-    """A line or more of text; nothing of none."""
+    """A paragraph of text; empty for empty text."""
     return f'<p style="margin:4px 0">{escape(text)}</p>' if text else ""
 
 
 def folded(title: str, text: str) -> str:
-    """Text that opens with a click."""
+    """Text in a collapsible section."""
     lines = "\n".join(map(escape, text.splitlines()))
     return f"<details><summary>{escape(title)}</summary><pre>{lines}</pre></details>"
 
@@ -44,9 +44,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1)
     """A table.
 
     Args:
-        head: Of each column.
-        rows: Their cells, as text.
-        texts: How many columns, from the left, hold text; the others hold numbers.
+        head: Column headers.
+        rows: Cells of each row, as text.
+        texts: Number of left-aligned text columns, from the left. The other columns hold numbers.
     """
 
     def line(tag: str, cells: Sequence[str]) -> str:
@@ -60,24 +60,24 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1)
 
 
 def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """A share over the steps, as a small picture, from 0 to its highest value.
+    """A small line chart of fractions over steps, from 0 to the highest value.
 
     Args:
-        title: What it is.
-        lines: Name of each line to its points, step and share; NaN is no point.
+        title: Title of the chart.
+        lines: Points (step, fraction) of each line, by name. NaN points are skipped.
 
     Returns:
-        The picture; empty without points.
+        The chart; empty without points.
     """
-    there = {name: [point for point in points if math.isfinite(point[1])] for name, points in lines.items()}
-    there = {name: points for name, points in there.items() if points}
-    if not there:
+    finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in lines.items()}
+    finite = {name: points for name, points in finite.items() if points}
+    if not finite:
         return ""
-    steps = [step for points in there.values() for step, _ in points]
+    steps = [step for points in finite.values() for step, _ in points]
     first, last = min(steps), max(steps)
-    top = max(share for points in there.values() for _, share in points)
-    drawn = []
-    for color, (name, points) in zip(_COLORS, there.items(), strict=False):
+    top = max(share for points in finite.values() for _, share in points)
+    shapes = []
+    for color, (name, points) in zip(_COLORS, finite.items(), strict=False):
         places = [
             (
                 _WIDTH * (step - first) / (last - first) if last > first else _WIDTH / 2,
@@ -91,43 +91,43 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> st
             if len(places) > 1
             else f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="2.5" fill="{color}"/>'
         )
-        drawn.append(f"<g><title>{escape(name)}</title>{shape}</g>")
-    names = [f'<span style="color:{color}">{escape(name)}</span>' for color, name in zip(_COLORS, there, strict=False)]
-    left_out = f" and {len(there) - len(names)} more" if len(there) > len(names) else ""
-    legend = f": {', '.join(names)}{left_out}" if len(there) > 1 else ""
+        shapes.append(f"<g><title>{escape(name)}</title>{shape}</g>")
+    names = [f'<span style="color:{color}">{escape(name)}</span>' for color, name in zip(_COLORS, finite, strict=False)]
+    left_out = f" and {len(finite) - len(names)} more" if len(finite) > len(names) else ""
+    legend = f": {', '.join(names)}{left_out}" if len(finite) > 1 else ""
     caption = f"{escape(title)}{legend}; at most {percent(top)}, steps {first:,.0f} to {last:,.0f}"
-    return _picture(caption, title, drawn)
+    return _figure(caption, title, shapes)
 
 
 def bars(title: str, shares: Mapping[str, float]) -> str:
-    """A share of each layer, in their order, as a small picture.
+    """A small bar chart of fractions, one bar per layer.
 
     Args:
-        title: What it is.
-        shares: By layer; NaN is no bar.
+        title: Title of the chart.
+        shares: Fraction of each layer, by name. NaN gets no bar.
 
     Returns:
-        The picture; empty where there are fewer than two bars, or more than 400.
+        The chart; empty for fewer than two bars or more than 400.
     """
-    there = {name: share for name, share in shares.items() if math.isfinite(share)}
-    if not 1 < len(there) <= _MOST_BARS:
+    finite = {name: share for name, share in shares.items() if math.isfinite(share)}
+    if not 1 < len(finite) <= _MOST_BARS:
         return ""
-    top, width = max(there.values()), _WIDTH / len(there)
-    drawn = []
-    for at, (name, share) in enumerate(there.items()):
+    top, width = max(finite.values()), _WIDTH / len(finite)
+    shapes = []
+    for at, (name, share) in enumerate(finite.items()):
         height = _HEIGHT * share / top if top else 0.0
-        drawn.append(
+        shapes.append(
             f'<rect x="{at * width:.2f}" y="{_HEIGHT - height:.1f}" width="{0.8 * width:.2f}" height="{height:.1f}" '
             f'fill="{_COLORS[0]}"><title>{escape(name)}: {percent(share)}</title></rect>'
         )
-    return _picture(f"{escape(title)}; at most {percent(top)}", title, drawn)
+    return _figure(f"{escape(title)}; at most {percent(top)}", title, shapes)
 
 
-def _picture(caption: str, title: str, drawn: Iterable[str]) -> str:
+def _figure(caption: str, title: str, shapes: Iterable[str]) -> str:
     return (
         '<figure style="display:inline-block;margin:4px 16px 4px 0">'
         f'<svg role="img" aria-label="{escape(title)}" width="{_WIDTH}" height="{_HEIGHT + 4}" '
         f'viewBox="0 -2 {_WIDTH} {_HEIGHT + 4}"><path d="M0 {_HEIGHT}H{_WIDTH}" stroke="currentColor" '
-        f'stroke-opacity="0.3"/>{"".join(drawn)}</svg>'
+        f'stroke-opacity="0.3"/>{"".join(shapes)}</svg>'
         f'<figcaption style="font-size:smaller">{caption}</figcaption></figure>'
     )

@@ -1,4 +1,4 @@
-"""The drop-in: puts the parts together and delegates everything else to the inner optimizer."""
+"""The drop-in wrapper: connects the parts of tracking and delegates everything else to the inner optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from weightflip.inner import check_optimizer, delegated, runs_hooks_itself, seen_from
+from weightflip.inner import adapt_step_hook, check_optimizer, delegated, runs_hooks_itself
 from weightflip.metrics.columns import METRICS, MetricsLike
 from weightflip.session import setup
 from weightflip.session.alerts import Alert
@@ -22,70 +22,71 @@ _OWN_ATTRIBUTES = frozenset({"inner", "_session"})
 
 
 class FlipTrackingOptimizer(Tracked, Optimizer):
-    """Wraps an optimizer and shows how the quantized weights move. Training is bit for bit what it was.
+    """Wraps an optimizer and records how the quantized weights move. Training stays bit-for-bit identical.
 
-    A step does this:
+    Each step runs as follows:
 
-    1. The codes of the weights before the step are those kept from the last step. A weight that is new or was written
-       in between (a loaded checkpoint, an EMA swap) is encoded now, so that this change is no flip.
-    2. ``inner.step(closure)`` runs, and its result is returned.
-    3. Each weight is encoded anew and compared: flips, updates (``grad != 0``) and stalled updates are added to
-       counters on the weight's device. Nothing waits for the device.
-    4. Every ``log_every`` steps the counters are read, in one transfer, and written to the sinks.
+    1. The codes before the step are those kept from the last step. A weight that is new, or was written in between (a
+       loaded checkpoint, an EMA swap), is encoded again, so that this change does not count as a flip.
+    2. ``inner.step(closure)`` runs. Its result is returned at the end.
+    3. Each weight is encoded again and compared. Flips, updates (``grad != 0``) and stalled updates are added to
+       counters on the weight's device, without device synchronization.
+    4. Every ``log_every`` steps, the counters are read in one transfer and written to the sinks.
 
-    Everything else, ``param_groups``, ``state`` and new attributes included, is the inner optimizer's own, and methods
-    show its signatures. A fault while tracking or writing warns once and lets training go on.
+    Everything else, including ``param_groups``, ``state`` and new attributes, belongs to the inner optimizer. Methods
+    have the signatures of the inner optimizer's methods. An error during tracking or writing causes one warning, and
+    training continues.
 
     Args:
-        optimizer: Any ``torch.optim.Optimizer``, built as before; or an object with its ``step``, ``zero_grad``,
-            ``state_dict``, ``load_state_dict``, ``param_groups`` and ``state``.
-        model: Gives the layers their names and, for ``quantizer="auto"``, tells how each weight is quantized. Without
-            it names come from the groups' ``param_names``, else from the place (``group0.param3``).
+        optimizer: Any ``torch.optim.Optimizer``, or an object with its ``step``, ``zero_grad``, ``state_dict``,
+            ``load_state_dict``, ``param_groups`` and ``state``.
+        model: Provides the layer names and, for ``quantizer="auto"``, how each weight is quantized. Without it, names
+            come from ``param_names`` of the param groups, or else from the position (``group0.param3``).
         quantizer: ``"auto"``, a name (``"float8_e4m3"``, ``"e3m4:row"``, ``"bfloat16"``, ...), a ``FloatFormat``, an
-            object with ``encode(weight)``, a function from a weight to its quantized values, a list of these to see the
-            same weights through several formats, or a mapping from globs over parameter names to any of them, of which
-            the first that matches counts.
-        include: Globs over parameter names; None for every floating-point weight with two dimensions or more, and
-            for the flat parameters of FSDP1 and the partitions of ZeRO-3. Of a model that torchao has converted, None
-            leaves out the weights that stay in high precision.
+            object with ``encode(weight)``, a function from a weight to its quantized values, a list of these to track
+            the same weights in several formats, or a mapping from globs over parameter names to any of these. In a
+            mapping, the first matching glob applies.
+        include: Globs over parameter names. None selects every floating-point weight with at least two dimensions, the
+            flat parameters of FSDP1 and the partitions of ZeRO-3. In a model converted by torchao, None leaves out the
+            weights that stay in high precision.
         exclude: Globs over parameter names.
-        groups: Layers whose sums are shown beside the single ones: name to globs over parameter names, such as
-            ``{"attention": "*.attn.*", "mlp": ["*.fc1.*", "*.fc2.*"]}``, ``"type"`` for a group of each type of module,
-            or ``"blocks"`` for one of each repeated block (``layers.3``). None: blocks where more than 30 weights are
-            tracked; ``{}``: none.
+        groups: Layer groups whose totals are reported in addition to the layers: a mapping from name to globs, such as
+            ``{"attention": "*.attn.*", "mlp": ["*.fc1.*", "*.fc2.*"]}``, ``"type"`` for one group per module type, or
+            ``"blocks"`` for one group per repeated model block (``layers.3``). None: ``"blocks"`` if more than 30
+            weights are tracked. ``{}``: no groups.
         metrics: ``"flips"``, ``"stalls"``, and the groups ``"oscillation"``, ``"coverage"``, ``"scale"``, ``"travel"``,
-            ``"range"``, ``"rank"``; a mapping, such as ``{"flips": 1, "travel": 10}``, has a group look at every tenth
-            tracked step only.
+            ``"range"``, ``"rank"``. With a mapping, such as ``{"flips": 1, "travel": 10}``, a group runs only at every
+            tenth tracked step.
         oscillation_ema: Momentum of the moving average of each weight's oscillation frequency, such as 0.01, or a tuple
-            of it and the threshold above which a weight counts as oscillating.
+            of the momentum and the threshold above which a weight counts as oscillating.
         track_every: Track every n-th step.
-        start_step: First step to track, from 0.
-        end_step: Track no step from this one on.
-        log_dir: Where TensorBoard files go, and a JSONL file beside them for reports; None for ``SummaryWriter``'s own
-            default place. Made at the first record.
-        log_every: Steps between two records.
-        layer_values: Which numbers TensorBoard has of each layer: ``"all"``, or names such as ``("flip_rate",)``. None:
-            all, but of more than 30 layers the cumulative flip rate alone, and the rest for blocks and for layers that
-            stand out. The cumulative flip rate is always there.
-        sinks: Instead of TensorBoard in ``log_dir``: ``SummaryWriter`` objects, ``wandb`` runs, paths that end in
+        start_step: First step to track, counted from 0.
+        end_step: First step that is no longer tracked.
+        log_dir: Directory of the TensorBoard files and of a JSONL file for reports. None for the default of
+            ``SummaryWriter``. Created at the first record.
+        log_every: Number of steps between two records.
+        layer_values: Numbers that TensorBoard shows per layer: ``"all"``, or names such as ``("flip_rate",)``. None:
+            all of them for up to 30 layers. With more layers, each has its cumulative flip rate; the other numbers
+            exist for model blocks and outliers. The cumulative flip rate is always included.
+        sinks: Replaces TensorBoard in ``log_dir``: ``SummaryWriter`` objects, ``wandb`` runs, paths that end in
             ``.jsonl`` or ``.csv``, functions of a :class:`FlipRecord`, ``Sink`` objects. An empty list keeps the
-            numbers and writes nothing. Another tracked optimizer, or its handle, instead of a list: the two are parts
-            of one run and written as one record, at the logging points of the first.
-        alerts: Rules over the numbers, as text such as ``"stall_ratio > 0.99 for 200 steps"`` or :class:`Alert`. Of
-            several optimizers that are one run, all rules watch all layers.
-        low_memory: Drop the codes after each step; a second encoding instead of a byte a weight.
-        fresh_snapshots: Encode anew before each step, for scripts that write weights through ``.data``.
+            numbers and writes nothing. If another tracked optimizer or its handle is passed instead of a list, both
+            form one run and are written as one record, at the logging points of the first.
+        alerts: Rules for the numbers, as text such as ``"stall_ratio > 0.99 for 200 steps"`` or :class:`Alert`. If
+            several optimizers form one run, all rules apply to all layers.
+        low_memory: Drop the codes after each step. Saves one byte per weight and costs a second encoding.
+        fresh_snapshots: Encode again before each step, for scripts that write weights through ``.data``.
         backend: ``"auto"``, ``"eager"``, ``"numba"`` or ``"triton"``, as in :class:`WeightFlipTracker`.
 
     Attributes:
         inner: The wrapped optimizer.
-        tracker: The :class:`WeightFlipTracker`, with the numbers.
+        tracker: The :class:`WeightFlipTracker`, which holds the numbers.
 
     Raises:
-        TypeError: ``optimizer`` is no optimizer, or ``model`` no module.
-        ValueError: An unknown quantizer or metric, a pattern that matches nothing, a format that a weight does not fit,
-            patterns that leave nothing to track, a rule that cannot be read, or a step number that makes no sense.
-        OSError: ``log_dir``, or a file of ``sinks``, cannot be written.
+        TypeError: ``optimizer`` is not an optimizer, or ``model`` is not a module.
+        ValueError: Unknown quantizer or metric, a pattern that matches nothing, a format that does not fit a weight,
+            patterns that leave nothing to track, an invalid rule, or an invalid step number.
+        OSError: ``log_dir`` or a file in ``sinks`` is not writable.
         ImportError: ``backend="numba"`` without Numba.
 
     Example:
@@ -129,10 +130,10 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
     ) -> None:
         """Wrap an optimizer.
 
-        Size: each option is a keyword of its own, as in ``torch.optim``, so that editors complete and check it.
+        Size: each option is a keyword argument, as in ``torch.optim``, so that editors complete and check it.
         """
-        # Not super().__init__(): it would make a second set of groups and state beside the inner optimizer's.
-        _check(optimizer, model)
+        # Not super().__init__(): it would create a second set of param groups and state.
+        _check_call(optimizer, model)
         check_names(f"{type(self).__name__}()", unknown)
         options = Options(
             quantizer=quantizer,
@@ -153,21 +154,21 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             fresh_snapshots=fresh_snapshots,
             backend=backend,
         )
-        # The session first: where both come to their end together, it still finds the optimizer.
+        # The session first: if both are destroyed together, it still finds the optimizer.
         self.__dict__.update(_session=setup.start_session(optimizer, model, options), inner=optimizer)
 
     @delegated
     @runs_hooks_itself
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Do the inner optimizer's step and count what it did to the quantized weights.
+        """Run the inner optimizer's step and count how the quantized weights change.
 
         Args:
-            *args: Passed on: a closure, and whatever else the inner optimizer's step takes. A closure that is None is
-                left out, since some steps take none.
-            **kwargs: Passed on.
+            *args: Passed to the inner optimizer's step: a closure and other arguments. A closure of None is dropped,
+                since some optimizers do not accept one.
+            **kwargs: Passed to the inner optimizer's step.
 
         Returns:
-            What the inner optimizer's step returns.
+            The result of the inner optimizer's step.
         """
         if len(args) == 1 and args[0] is None:
             args = ()
@@ -179,7 +180,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             session.run_guarded(session.before_step, inner, has_closure)
             result = inner.step(*args, **kwargs)
         except BaseException:
-            # Whoever catches it may want the memory of parameters and gradients.
+            # Release parameters and gradients: the caller may catch the error and need the memory.
             session.abort_step()
             raise
         session.finish_step()
@@ -192,14 +193,14 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        # After an error, the other processes of a sharded run may not come here.
+        # After an error, the other processes of a sharded run may never get here.
         self._session.close(together=exc_info[0] is None)
 
     # ------------------------------------------------------------------ the inner optimizer's
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's. Never an alias kept here: ``load_state_dict`` rebinds it."""
+        """The inner optimizer's param groups. Not cached, since ``load_state_dict`` rebinds them."""
         return self.inner.param_groups
 
     @param_groups.setter
@@ -208,7 +209,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
 
     @property
     def state(self) -> Any:
-        """The inner optimizer's; nothing of this wrapper's is in it."""
+        """The inner optimizer's state. The wrapper stores nothing in it."""
         return self.inner.state
 
     @state.setter
@@ -217,7 +218,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The inner optimizer's."""
+        """The inner optimizer's defaults."""
         return self.inner.defaults
 
     @defaults.setter
@@ -230,25 +231,25 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
 
     @delegated
     def add_param_group(self, *args: Any, **kwargs: Any) -> Any:
-        """Passed on; new weights are tracked from their first step on."""
+        """Add a param group to the inner optimizer. New weights are tracked from their first step."""
         return self.inner.add_param_group(*args, **kwargs)
 
     @delegated
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The inner optimizer's state, and the counts under ``"flip_tracking"``; a bare optimizer can load it."""
+        """The inner optimizer's state plus the counts under ``"flip_tracking"``. A bare optimizer can load it."""
         state = dict(self.inner.state_dict(*args, **kwargs))
         self._session.save_into(state)
         return state
 
     @delegated
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load what a wrapped or a bare optimizer saved. Without counts in it, they go on from where they are.
+        """Load a state dict saved by a wrapped or a bare optimizer. If it has no counts, the current ones continue.
 
-        Counts that cannot be read are warned about: a checkpoint of another version must not stop a run.
+        Unreadable counts only cause a warning: a checkpoint of another version must not stop a run.
         """
-        # Whatever the inner optimizer calls this argument.
-        given = [*args, *kwargs.values()]
-        saved = [state[STATE_KEY] for state in given if isinstance(state, Mapping) and STATE_KEY in state]
+        # The inner optimizer may use any name for this argument.
+        states = [*args, *kwargs.values()]
+        saved = [state[STATE_KEY] for state in states if isinstance(state, Mapping) and STATE_KEY in state]
         result = self.inner.load_state_dict(
             *map(_without_counts, args), **{name: _without_counts(value) for name, value in kwargs.items()}
         )
@@ -258,11 +259,11 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
 
     @delegated
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        return self.inner.register_step_pre_hook(seen_from(self, self.inner, hook))
+        return self.inner.register_step_pre_hook(adapt_step_hook(self, self.inner, hook))
 
     @delegated
     def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        return self.inner.register_step_post_hook(seen_from(self, self.inner, hook))
+        return self.inner.register_step_post_hook(adapt_step_hook(self, self.inner, hook))
 
     @delegated
     def register_state_dict_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
@@ -281,8 +282,8 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
         return self.inner.register_load_state_dict_post_hook(lambda _: hook(self), prepend=prepend)
 
     def __getattr__(self, name: str) -> Any:
-        # Only asked where the usual look-up fails. Dunder and own names never go to the inner optimizer, or copy and
-        # pickle, which ask a half-made object, would recurse.
+        # Dunder and own names are never looked up on the inner optimizer: copy and pickle access partly initialized
+        # objects, which would recurse.
         if name in _OWN_ATTRIBUTES or name.startswith("__") or "inner" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.inner, name)
@@ -300,9 +301,9 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             object.__delattr__(self, name)
 
     def _belongs_to_inner(self, name: str) -> bool:
-        # What the class has and others patch, such as a scheduler its step, stays here. Whatever else is set is for the
-        # inner step to see; so is what GradScaler sets around it. A framework's object that only imitates this class
-        # has no inner one.
+        # Attributes of the class stay here, since schedulers and frameworks patch them (``step``). All others go to the
+        # inner optimizer, whose step reads them, such as GradScaler's ``found_inf``. Lightning creates objects of this
+        # class that have no inner optimizer.
         is_own = name in self.__dict__ or name.startswith("__") or hasattr(type(self), name)
         return "inner" in self.__dict__ and not is_own
 
@@ -310,7 +311,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
         return f"{type(self).__name__}({self.inner!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # What others patched on the instance (a scheduler's step) is bound to this object and stays with it.
+        # Patched methods, such as a scheduler's step, are bound to this object and are not copied.
         return {"inner": self.inner, "_session": self._session}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -320,20 +321,20 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             self.inner.__setstate__(state)
 
 
-def _without_counts(given: Any) -> Any:
-    if isinstance(given, Mapping) and STATE_KEY in given:
-        return {key: value for key, value in given.items() if key != STATE_KEY}
-    return given
+def _without_counts(argument: Any) -> Any:
+    if isinstance(argument, Mapping) and STATE_KEY in argument:
+        return {key: value for key, value in argument.items() if key != STATE_KEY}
+    return argument
 
 
-def _check(optimizer: Any, model: Any) -> None:
+def _check_call(optimizer: Any, model: Any) -> None:
     check_optimizer(optimizer)
     hooks = getattr(optimizer, "__dict__", {}).get("_optimizer_step_pre_hooks", {})
     is_hooked = any(isinstance(getattr(hook, "__self__", None), Tracked) for hook in hooks.values())
     if is_hooked or isinstance(optimizer, Tracked):
         raise TypeError(
-            "this optimizer is tracked already, and its checkpoints hold one set of counts; to see the weights through "
-            "several formats give quantizer= a list of them"
+            "this optimizer is already tracked, and its checkpoints hold one set of counts; to track the weights in "
+            "several formats, pass a list to quantizer="
         )
     if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model= is a torch.nn.Module or None, got {type(model).__name__}")
+        raise TypeError(f"model= must be a torch.nn.Module or None, got {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""What was counted up to one logging point, as plain Python numbers: all that sinks and reports get to see."""
+"""Records: the counts of one logging point as plain Python numbers. Sinks and reports see nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from weightflip import notebook
 from weightflip.overview import MANY_LAYERS, blocks_of, outliers
 from weightflip.texts import percent
-from weightflip.texts import shown as shown
+from weightflip.texts import printable as printable
 
 Kind: TypeAlias = Literal["rate", "gauge", "histogram"]
 Unit: TypeAlias = Literal["share", "count", "number"]
@@ -21,33 +21,33 @@ MODEL_TAGS = {
     "cumulative_flip_rate": "flips/cumulative_rate",
     "stall_ratio": "flips/stall_ratio",
 }
-"""Where there are tags, those of the model's numbers that are not ``flips/<value>``."""
+"""Tags of model-wide numbers that do not follow the pattern ``flips/<value>``."""
 
 ALERTS_TAG = "weightflip/tracking_alerts"
-"""The text of alerts, which TensorBoard shows after that of what is tracked: it sorts them by tag."""
+"""Tag of the alert texts. TensorBoard sorts by tag, so they come after the text that describes the run."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """One of the numbers of a record: what it is, and how and where it is shown.
+    """Describes one number of a record: its meaning and how it is displayed.
 
-    It is declared where the number is counted, and goes with the records to all that show it.
+    It is declared where the number is counted, and travels with the records to everything that displays them.
 
     Attributes:
-        name: As in records and tags.
-        kind: ``"rate"``: counted over the steps since the last logging point. ``"gauge"``: found at the logging point.
-            ``"histogram"``: the same, of a number that each weight has.
-        title: The head of its column, in a word or two; from the name, unless it is said.
-        description: What it is, in a few words: the title of its chart.
-        unit: ``"share"`` of a whole, written in per cent; ``"count"`` of something; any other ``"number"``.
-        chart: What charts it stands among in TensorBoard's layout; the metric group's, unless it is said.
-        order: Its place among the numbers, the lowest first: the last ones are left out first where there is no room.
-        heat_map: Whether it has a picture of all layers over time.
-        expects: Of a number that is the flip rate / another rate: what that is, in a few words. There is a picture of
-            each layer's flip rate against it.
+        name: Name in records and tags.
+        kind: ``"rate"``: counted over the steps since the last logging point. ``"gauge"``: measured at the logging
+            point. ``"histogram"``: distribution over the weights at the logging point.
+        title: Column header, one or two words. Default: derived from the name.
+        description: Short explanation, used as the title of its chart.
+        unit: ``"share"`` (a fraction, written as a percentage), ``"count"``, or ``"number"`` for everything else.
+        chart: Section of TensorBoard's layout that holds its charts. Default: that of the metric group.
+        order: Sort key, lowest first. When space is short, the highest are left out first.
+        heat_map: Whether there is a heat map of all layers over time.
+        expects: For a number defined as flip rate / another rate: a short description of that other rate. A scatter
+            plot shows the flip rate of each layer against it.
 
     Raises:
-        ValueError: A kind or a unit that there is not.
+        ValueError: Unknown kind or unit.
     """
 
     name: str
@@ -61,9 +61,11 @@ class Value:
     expects: str = ""
 
     def __post_init__(self) -> None:
-        for what, given, known in (("kind", self.kind, get_args(Kind)), ("unit", self.unit, get_args(Unit))):
-            if given not in known:
-                raise ValueError(f"the {what} of Value({self.name!r}) is one of {', '.join(known)}; got {given!r}")
+        for field_name, value, known in (("kind", self.kind, get_args(Kind)), ("unit", self.unit, get_args(Unit))):
+            if value not in known:
+                raise ValueError(
+                    f"{field_name} of Value({self.name!r}) must be one of {', '.join(known)}; got {value!r}"
+                )
         object.__setattr__(self, "title", self.title or self.name.replace("_", " "))
 
 
@@ -95,27 +97,27 @@ CORE_VALUES = (
     ),
     Value("nonfinite_weights", "gauge", "non-finite", "NaN and infinite weights", "count", "weightflip", 1000),
 )
-"""The numbers that every run has."""
+"""The numbers of every run."""
 
 
-def shown_as(names: Iterable[str], values: Iterable[Value]) -> list[Value]:
-    """How some numbers are shown, in their order.
+def in_display_order(names: Iterable[str], values: Iterable[Value]) -> list[Value]:
+    """Look up the :class:`Value` of each name and sort them for display.
 
     Args:
-        names: Of the numbers.
-        values: Those that a run declares; one that nobody declares is shown under its name.
+        names: Names of the numbers.
+        values: The values that a run declares. A number that is not declared is displayed under its name.
     """
     known = {value.name: value for value in (*CORE_VALUES, *values)}
-    found = [known.get(name) or Value(name) for name in dict.fromkeys(names)]
-    return sorted(found, key=lambda value: (value.order, value.name))
+    selected = [known.get(name) or Value(name) for name in dict.fromkeys(names)]
+    return sorted(selected, key=lambda value: (value.order, value.name))
 
 
 class Quotient(NamedTuple):
-    """A number that is summed over layers, steps and processes before it is divided.
+    """A ratio whose parts are summed over layers, steps and processes before they are divided.
 
     Attributes:
-        numerator: What is counted.
-        denominator: What it is counted of.
+        numerator: Number of hits.
+        denominator: Number of candidates.
     """
 
     numerator: float
@@ -123,16 +125,16 @@ class Quotient(NamedTuple):
 
     @property
     def value(self) -> float:
-        """NaN where nothing was there to count."""
+        """Numerator / denominator; NaN for denominator 0."""
         return self.numerator / self.denominator if self.denominator else math.nan
 
 
 class Histogram(NamedTuple):
-    """How the weights of a layer are spread, at one logging point.
+    """Distribution of a layer's weights at one logging point.
 
     Attributes:
-        edges: Ascending, finite borders of the bins, one more than there are bins.
-        counts: Weights in each bin; those beyond the borders are in the first and in the last.
+        edges: Ascending, finite bin edges, one more than there are bins.
+        counts: Weights in each bin. Weights outside the edges are in the first or the last bin.
     """
 
     edges: tuple[float, ...]
@@ -144,14 +146,14 @@ class Counts:
     """Totals over some tracked steps.
 
     Attributes:
-        weight_steps: Sum over the tracked steps of the weights tracked in each.
-        flips: Weights that changed their code.
+        weight_steps: Number of tracked weights, summed over the tracked steps.
+        flips: Weights whose code changed.
         updates: Weights whose gradient was not exactly 0.
         stalled: Weights with an update and no flip.
-        scale_steps: Sum over the tracked steps of the block and group scales that were compared in each.
-        scale_changes: Those of them that changed.
-        update_steps: As ``weight_steps``, of the steps in which updates were counted: none without ``"stalls"``.
-        ratios: What metric groups counted, by name.
+        scale_steps: Number of compared block and group scales, summed over the tracked steps.
+        scale_changes: How many of these scales changed.
+        update_steps: Like ``weight_steps``, over the steps in which updates were counted; 0 without ``"stalls"``.
+        ratios: Counts of the metric groups, by name.
     """
 
     weight_steps: int = 0
@@ -164,18 +166,18 @@ class Counts:
     ratios: Mapping[str, Quotient] = field(default_factory=dict)
 
     def __add__(self, other: Counts) -> Counts:
-        return self._combined(other, 1)
+        return self._combine(other, 1)
 
     def __sub__(self, other: Counts) -> Counts:
-        return self._combined(other, -1)
+        return self._combine(other, -1)
 
-    def _combined(self, other: Counts, sign: int) -> Counts:
+    def _combine(self, other: Counts, sign: int) -> Counts:
         numbers: dict[str, Any] = {name: getattr(self, name) + sign * getattr(other, name) for name in _NUMBERS}
-        return Counts(**numbers, ratios=_added(self.ratios, other.ratios, sign))
+        return Counts(**numbers, ratios=_add_quotients(self.ratios, other.ratios, sign))
 
     @property
     def flip_rate(self) -> float:
-        """Mean share of the weights that flip in a step, in [0, 1]; NaN where nothing was tracked."""
+        """Mean fraction of the weights that flip per step, in [0, 1]; NaN if nothing was tracked."""
         return self.flips / self.weight_steps if self.weight_steps else math.nan
 
     @property
@@ -185,39 +187,39 @@ class Counts:
 
     @property
     def updated_fraction(self) -> float:
-        """Mean share of the weights with an update in a step, in [0, 1]; NaN where updates were not counted."""
+        """Mean fraction of the weights with an update per step, in [0, 1]; NaN if updates were not counted."""
         return self.updates / self.update_steps if self.update_steps else math.nan
 
     @property
     def scale_change_rate(self) -> float:
-        """Mean share of the block and group scales that change in a step; NaN where there are none."""
+        """Mean fraction of the block and group scales that change per step; NaN without such scales."""
         return self.scale_changes / self.scale_steps if self.scale_steps else math.nan
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Counts:
         """The inverse of ``to_dict``."""
-        return cls(**{**data, "ratios": _quotients(data.get("ratios", {}))})
+        return cls(**{**data, "ratios": _quotients_from_dict(data.get("ratios", {}))})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and numbers."""
         return {**vars(self), "ratios": {name: list(quotient) for name, quotient in self.ratios.items()}}
 
 
-def _short(counts: Counts) -> list[int]:
-    """The numbers of ``counts`` in their order, without zeros at the end."""
-    # Updates are counted in all steps, or in none: what is left over is 0 in most runs.
-    found = {
+def _counts_to_list(counts: Counts) -> list[int]:
+    """The numbers of ``counts`` in field order, without trailing zeros."""
+    # Updates are counted in every step or in none, so the difference is 0 in most runs.
+    fields_by_name = {
         **{name: getattr(counts, name) for name in _NUMBERS},
         "update_steps": counts.weight_steps - counts.update_steps,
     }
-    numbers = list(found.values())
+    numbers = list(fields_by_name.values())
     while numbers and not numbers[-1]:
         numbers.pop()
     return numbers
 
 
-def _of_short(numbers: Sequence[int], ratios: Mapping[str, Quotient]) -> Counts:
-    """The inverse of ``_short``."""
+def _counts_from_list(numbers: Sequence[int], ratios: Mapping[str, Quotient]) -> Counts:
+    """The inverse of ``_counts_to_list``."""
     counts: dict[str, Any] = {**dict.fromkeys(_NUMBERS, 0), **dict(zip(_NUMBERS, numbers, strict=False))}
     counts["update_steps"] = counts["weight_steps"] - counts["update_steps"]
     return Counts(**counts, ratios=ratios)
@@ -226,47 +228,47 @@ def _of_short(numbers: Sequence[int], ratios: Mapping[str, Quotient]) -> Counts:
 _NUMBERS = tuple(f.name for f in fields(Counts) if f.name != "ratios")
 
 
-def _added(mine: Mapping[str, Quotient], others: Mapping[str, Quotient], sign: int = 1) -> dict[str, Quotient]:
+def _add_quotients(mine: Mapping[str, Quotient], others: Mapping[str, Quotient], sign: int = 1) -> dict[str, Quotient]:
     zero = Quotient(0, 0)
     pairs = {name: (mine.get(name, zero), others.get(name, zero)) for name in {**mine, **others}}
     return {name: Quotient(*(x + sign * y for x, y in zip(a, b, strict=True))) for name, (a, b) in pairs.items()}
 
 
-def _quotients(data: Mapping[str, Sequence[float]]) -> dict[str, Quotient]:
+def _quotients_from_dict(data: Mapping[str, Sequence[float]]) -> dict[str, Quotient]:
     return {name: Quotient(*pair) for name, pair in data.items()}
 
 
 def variant(name: str, quantizer: str) -> str:
-    """The name of a weight as one of the several quantizers sees it that it is tracked with."""
+    """The name of a weight tracked with several quantizers, as seen by one of them."""
     return f"{name}@{quantizer}"
 
 
 def split_variant(name: str) -> tuple[str, str]:
-    """The inverse of :func:`variant`; the quantizer is empty where there is but one."""
+    """The inverse of :func:`variant`. The quantizer is empty for a weight tracked with one quantizer."""
     name, _, quantizer = name.partition("@")
     return name, quantizer
 
 
-def table_cell(value: object) -> object:
-    """A cell of a CSV file: text that a spreadsheet would take for a formula gets an apostrophe before it."""
+def csv_cell(value: object) -> object:
+    """A cell of a CSV file. Text that a spreadsheet would run as a formula gets a leading apostrophe."""
     if not isinstance(value, str):
         return value
-    text = shown(value)
+    text = printable(value)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer, or the sum of all, at one logging point.
+    """One layer, or the sum over layers, at one logging point.
 
     Attributes:
-        name: The parameter's name; ``name@quantizer`` where it is tracked with several quantizers.
+        name: Parameter name; ``name@quantizer`` if it is tracked with several quantizers.
         weights: Number of weights.
-        window: Counted since the last logging point.
-        total: Counted since tracking began.
+        window: Counts since the last logging point.
+        total: Counts since tracking began.
         nonfinite: NaN and infinite weights at the logging point.
-        gauges: What metric groups found at the logging point, by name.
-        histograms: The same, of numbers that each weight has.
+        gauges: Values that metric groups measured at the logging point, by name.
+        histograms: Distributions over the weights at the logging point, by name.
     """
 
     name: str
@@ -278,16 +280,16 @@ class LayerRecord:
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {shown(self.name)}, {self.weights:,} weights, {_rates(self)}>"
+        return f"<{type(self).__name__}: {printable(self.name)}, {self.weights:,} weights, {_rates_text(self)}>"
 
     @property
     def flip_rate(self) -> float:
-        """Mean share of the weights that flipped in a step of the window."""
+        """Mean fraction of the weights that flipped per step of the window."""
         return self.window.flip_rate
 
     @property
     def cumulative_flip_rate(self) -> float:
-        """Flips over all tracked steps / weights; can exceed 1. NaN for an empty layer."""
+        """Flips over all tracked steps / weights. It can exceed 1. NaN for an empty layer."""
         return self.total.flips / self.weights if self.weights else math.nan
 
     @property
@@ -297,22 +299,22 @@ class LayerRecord:
 
     @property
     def updated_fraction(self) -> float:
-        """Mean share of the weights that had an update in a step of the window; NaN where updates were not counted."""
+        """Mean fraction of the weights with an update per step of the window; NaN if updates were not counted."""
         return self.window.updated_fraction
 
     @property
     def scale_change_rate(self) -> float:
-        """Mean share of the block and group scales that changed in a step of the window; NaN where there are none."""
+        """Mean fraction of the block and group scales that changed per step of the window; NaN without such scales."""
         return self.window.scale_change_rate
 
     @property
     def quotients(self) -> dict[str, Quotient]:
-        """What ``values`` are made of, so that they can be added before they are divided."""
+        """The ratios behind ``values``, so that they can be summed before they are divided."""
         return {name: quotient for name, quotient in self.pairs.items() if not math.isnan(quotient.value)}
 
     @property
     def pairs(self) -> dict[str, Quotient]:
-        """The same, and those where nothing was there to count. Of numbers that are arrays, arrays."""
+        """``quotients``, including those with denominator 0. Holds arrays if the fields are arrays."""
         window = self.window
         return {
             "flip_rate": Quotient(window.flips, window.weight_steps),
@@ -326,12 +328,12 @@ class LayerRecord:
 
     @property
     def values(self) -> dict[str, float]:
-        """Every number of this logging point that there is, by name: what sinks write. None is NaN."""
+        """All numbers of this logging point by name, as sinks write them. Never NaN: undefined numbers are absent."""
         return {name: quotient.value for name, quotient in self.quotients.items()}
 
     @property
     def news(self) -> dict[str, float]:
-        """Those of ``values`` that this logging point adds: without a tracked step in the window, gauges alone."""
+        """The part of ``values`` that is new at this logging point: only gauges if the window has no tracked step."""
         if self.window.weight_steps:
             return self.values
         return {name: value for name, value in self.values.items() if name in self.gauges}
@@ -342,44 +344,47 @@ class LayerRecord:
         histograms = {
             name: Histogram(*(tuple(numbers) for numbers in pair)) for name, pair in data.get("histograms", {}).items()
         }
-        given = {
+        converted = {
             "window": Counts.from_dict(data["window"]),
             "total": Counts.from_dict(data["total"]),
-            "gauges": _quotients(data.get("gauges", {})),
+            "gauges": _quotients_from_dict(data.get("gauges", {})),
             "histograms": histograms,
         }
-        return cls(**{**data, **given})
+        return cls(**{**data, **converted})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers."""
-        given = {
+        converted = {
             "window": self.window.to_dict(),
             "total": self.total.to_dict(),
             "gauges": {name: list(quotient) for name, quotient in self.gauges.items()},
             "histograms": {name: [list(numbers) for numbers in pair] for name, pair in self.histograms.items()},
         }
-        return {**vars(self), **given}
+        return {**vars(self), **converted}
 
     def to_row(self) -> list[Any]:
-        """Name, weights, the numbers of the window and of the total, and what else is not empty, but no histograms."""
-        more = {
+        """Name, weights, window, total, then a dictionary of the other non-empty fields. Without histograms."""
+        extras = {
             "nonfinite": self.nonfinite,
             "window": {name: list(quotient) for name, quotient in self.window.ratios.items()},
             "total": {name: list(quotient) for name, quotient in self.total.ratios.items()},
             "gauges": {name: list(quotient) for name, quotient in self.gauges.items()},
         }
-        more = {name: content for name, content in more.items() if content}
-        return [self.name, self.weights, _short(self.window), _short(self.total), *([more] if more else [])]
+        extras = {name: content for name, content in extras.items() if content}
+        counts = [_counts_to_list(self.window), _counts_to_list(self.total)]
+        return [self.name, self.weights, *counts, *([extras] if extras else [])]
 
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> LayerRecord:
         """The inverse of ``to_row``."""
-        name, weights, *periods, more = row if len(row) > 4 else [*row, {}]
+        name, weights, *periods, extras = row if len(row) > 4 else [*row, {}]
         window, total = (
-            _of_short(numbers, _quotients(more.get(of, {})))
-            for of, numbers in zip(("window", "total"), periods, strict=True)
+            _counts_from_list(numbers, _quotients_from_dict(extras.get(period, {})))
+            for period, numbers in zip(("window", "total"), periods, strict=True)
         )
-        return cls(name, weights, window, total, more.get("nonfinite", 0), _quotients(more.get("gauges", {})))
+        return cls(
+            name, weights, window, total, extras.get("nonfinite", 0), _quotients_from_dict(extras.get("gauges", {}))
+        )
 
 
 @dataclass(frozen=True)
@@ -387,9 +392,9 @@ class FlipRecord:
     """All layers at one logging point.
 
     Attributes:
-        step: Optimizer steps so far, skipped ones not counted.
-        layers: All layers that were ever tracked; the window of one that is frozen now is empty.
-        groups: Name of a group to the names of its layers.
+        step: Optimizer steps so far, without skipped ones.
+        layers: All layers that were ever tracked. The window of a layer that is now frozen is empty.
+        groups: Names of the layers of each group, by group name.
     """
 
     step: int
@@ -397,13 +402,18 @@ class FlipRecord:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """In a line: a large record has thousands of numbers."""
-        rates = "; ".join(f"{name}: {_rates(model)}" if name else _rates(model) for name, model in self.models.items())
+        """One line, since a large record has thousands of numbers."""
+        rates = "; ".join(
+            f"{name}: {_rates_text(model)}" if name else _rates_text(model) for name, model in self.models.items()
+        )
         return f"<{type(self).__name__}: step {self.step}, {len(self.layers):,} layers{rates and f', {rates}'}>"
 
     def _repr_html_(self) -> str:
-        """The numbers of this logging point; of more than 30 layers by block, with those that stand out below."""
-        models = [replace(model, name=variant("all", of) if of else "all") for of, model in self.models.items()]
+        """The numbers of this logging point. More than 30 layers: one row per model block, then the outliers."""
+        models = [
+            replace(model, name=variant("all", quantizer) if quantizer else "all")
+            for quantizer, model in self.models.items()
+        ]
         names = dict.fromkeys(split_variant(layer.name)[0] for layer in self.layers)
         parts = [notebook.bars("flip rate of each layer", {layer.name: layer.flip_rate for layer in self.layers})]
         if len(names) <= MANY_LAYERS:
@@ -415,45 +425,46 @@ class FlipRecord:
         return notebook.page(notebook.paragraph(f"step {self.step}, {len(names)} layers"), *parts)
 
     def _outliers(self) -> list[LayerRecord]:
-        """Layers that stand out by their flip rate, among those of the same quantizer."""
+        """Layers whose flip rate stands out among the layers with the same quantizer."""
         by_name = {layer.name: layer for layer in self.layers}
-        found: list[LayerRecord] = []
-        for of in self.models:
-            rates = {name: x.pairs["flip_rate"] for name, x in by_name.items() if split_variant(name)[1] == of}
-            found += [by_name[name] for name in outliers(rates)]
-        return found
+        outlying: list[LayerRecord] = []
+        for quantizer in self.models:
+            rates = {name: x.pairs["flip_rate"] for name, x in by_name.items() if split_variant(name)[1] == quantizer}
+            outlying += [by_name[name] for name in outliers(rates)]
+        return outlying
 
     @property
     def model(self) -> LayerRecord:
-        """The sum of all layers: counts and sizes are summed, then divided."""
-        return _summed("model", self.layers)
+        """The sum over all layers. Counts and sizes are summed, then divided."""
+        return _sum_layers("model", self.layers)
 
     @property
     def models(self) -> dict[str, LayerRecord]:
-        """The sum of all layers for each quantizer, where weights are tracked with several; else only ``model``.
+        """The sum over all layers, one per quantizer if weights are tracked with several.
 
-        Keys are the quantizers' names, empty for weights that are tracked with one.
+        Keys are quantizer names. The key is empty for weights tracked with one quantizer.
         """
         variants = dict.fromkeys(split_variant(layer.name)[1] for layer in self.layers)
         return {
-            name: _summed("model", [layer for layer in self.layers if split_variant(layer.name)[1] == name])
+            name: _sum_layers("model", [layer for layer in self.layers if split_variant(layer.name)[1] == name])
             for name in variants
         }
 
     @property
     def group_sums(self) -> dict[str, LayerRecord]:
-        """The sum of the layers of each group; ``name@quantizer`` where they are tracked with several quantizers."""
+        """The sum over the layers of each group; ``name@quantizer`` if they are tracked with several quantizers."""
         sums = {}
         for group, names in self.groups.items():
             members = [layer for layer in self.layers if split_variant(layer.name)[0] in names]
-            for seen_as in dict.fromkeys(split_variant(layer.name)[1] for layer in members):
-                name = variant(group, seen_as) if seen_as else group
-                sums[name] = _summed(name, [layer for layer in members if split_variant(layer.name)[1] == seen_as])
+            for quantizer in dict.fromkeys(split_variant(layer.name)[1] for layer in members):
+                name = variant(group, quantizer) if quantizer else group
+                same_quantizer = [layer for layer in members if split_variant(layer.name)[1] == quantizer]
+                sums[name] = _sum_layers(name, same_quantizer)
         return sums
 
     @classmethod
     def merged(cls, records: Sequence[FlipRecord]) -> FlipRecord:
-        """One record of several trackers' layers, at the step of the one that is furthest."""
+        """One record with the layers of several trackers, at the largest of their steps."""
         groups: dict[str, tuple[str, ...]] = {}
         for record in records:
             for group, names in record.groups.items():
@@ -473,42 +484,42 @@ class FlipRecord:
         }
 
     def to_rows(self) -> dict[str, Any]:
-        """The same in less room, without histograms and groups: what a report needs."""
+        """A compact form without histograms and groups, sufficient for reports."""
         return {"step": self.step, "rows": [layer.to_row() for layer in self.layers]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FlipRecord:
-        """The inverse of ``to_dict`` and ``to_rows``; also of what earlier versions wrote."""
+        """The inverse of ``to_dict`` and ``to_rows``. Reads the output of earlier versions too."""
         if "rows" in data:
             return cls(data["step"], tuple(map(LayerRecord.from_row, data["rows"])))
         groups = {group: tuple(names) for group, names in data.get("groups", {}).items()}
         return cls(data["step"], tuple(LayerRecord.from_dict(layer) for layer in data["layers"]), groups)
 
 
-def _rates(record: LayerRecord) -> str:
+def _rates_text(record: LayerRecord) -> str:
     return f"flip rate {percent(record.flip_rate)}, stall ratio {percent(record.stall_ratio)}"
 
 
-def _html_table(what: str, rows: Sequence[LayerRecord]) -> str:
+def _html_table(title: str, rows: Sequence[LayerRecord]) -> str:
     if not rows:
         return ""
-    columns = shown_as((name for row in rows for name in row.values), ())
+    columns = in_display_order((name for row in rows for name in row.values), ())
     cells = [
         (
             row.name,
             f"{row.weights:,}",
-            *(_cell(column, row.values.get(column.name, math.nan)) for column in columns),
+            *(_format_cell(column, row.values.get(column.name, math.nan)) for column in columns),
             f"{row.nonfinite:,}",
         )
         for row in rows
     ]
-    # Mostly there are none.
+    # Leave out the last column if all weights are finite.
     end = None if any(row.nonfinite for row in rows) else -1
-    head = (what, "weights", *(column.title for column in columns), "non-finite")
+    head = (title, "weights", *(column.title for column in columns), "non-finite")
     return notebook.table(head[:end], [line[:end] for line in cells])
 
 
-def _cell(column: Value, value: float) -> str:
+def _format_cell(column: Value, value: float) -> str:
     if math.isnan(value):
         return "-"
     return percent(value) if column.unit == "share" else f"{value:,.3g}"
@@ -516,15 +527,15 @@ def _cell(column: Value, value: float) -> str:
 
 @dataclass(frozen=True)
 class AlertEvent:
-    """A rule that came true, of one layer.
+    """An alert that fired for one layer.
 
     Attributes:
-        step: Optimizer steps at the record at which it did.
-        layer: The layer's name, or ``"model"``.
-        rule: The rule, as it was given.
+        step: Optimizer step of the record at which it fired.
+        layer: Name of the layer, or ``"model"``.
+        rule: The rule as the user wrote it.
         value: The value at that record.
-        since: The step of the first record from which on the rule's condition held.
-        message: All of it as a sentence.
+        since: Step of the first record since which the condition has held.
+        message: The alert as a sentence.
     """
 
     step: int
@@ -535,40 +546,40 @@ class AlertEvent:
     message: str
 
 
-# Layers that one line names.
-_NAMED = 5
+# With more layers than this, one line summarizes them and names the first ones.
+_MOST_NAMED = 5
 
 
-def in_lines(events: Iterable[AlertEvent]) -> list[str]:
-    """What to tell people of some alerts: a line each; of many layers with one rule at one step, one line.
+def alert_lines(events: Iterable[AlertEvent]) -> list[str]:
+    """Alerts as lines of text: one line per alert, or one line if a rule fires for many layers at one step.
 
     Args:
-        events: Those of one step and rule together.
+        events: Alerts, sorted so that those with the same step and rule are adjacent.
     """
-    told = []
+    lines = []
     for (step, rule), group in itertools.groupby(events, lambda event: (event.step, event.rule)):
-        alike = list(group)
-        if len(alike) <= _NAMED:
-            told += [event.message for event in alike]
+        same_rule = list(group)
+        if len(same_rule) <= _MOST_NAMED:
+            lines += [event.message for event in same_rule]
         else:
-            names = ", ".join(shown(event.layer) for event in alike[:_NAMED])
-            told.append(f"step {step}: {rule}: {names} and {len(alike) - _NAMED} more")
-    return told
+            names = ", ".join(printable(event.layer) for event in same_rule[:_MOST_NAMED])
+            lines.append(f"step {step}: {rule}: {names} and {len(same_rule) - _MOST_NAMED} more")
+    return lines
 
 
-def _summed(name: str, layers: Sequence[LayerRecord]) -> LayerRecord:
+def _sum_layers(name: str, layers: Sequence[LayerRecord]) -> LayerRecord:
     gauges: dict[str, Quotient] = {}
     histograms: dict[str, Histogram] = {}
     for layer in layers:
-        gauges = _added(gauges, layer.gauges)
-        for of, histogram in layer.histograms.items():
-            before = histograms.get(of)
+        gauges = _add_quotients(gauges, layer.gauges)
+        for value, histogram in layer.histograms.items():
+            before = histograms.get(value)
             counts = (
                 histogram.counts
                 if before is None
                 else tuple(map(sum, zip(before.counts, histogram.counts, strict=True)))
             )
-            histograms[of] = Histogram(histogram.edges, counts)
+            histograms[value] = Histogram(histogram.edges, counts)
     return LayerRecord(
         name,
         sum(layer.weights for layer in layers),
@@ -580,21 +591,21 @@ def _summed(name: str, layers: Sequence[LayerRecord]) -> LayerRecord:
     )
 
 
-# In the text panel, more than so many weights that are skipped for one reason are one row, with the first of them.
+# In the text panel, more weights than this with the same skip reason share one row, which names the first of them.
 _SKIPPED_ROWS, _SKIPPED_NAMES = 12, 4
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What is tracked and how, for people.
+    """Human-readable description of what is tracked and how.
 
     Attributes:
-        tracked: Parameter name to (shape, dtype, quantizer), as text.
-        skipped: Parameter name to the reason.
-        settings: Name to value, as text.
-        notes: Sentences worth reading, such as which format was assumed.
-        groups: Name of a group to the names of its tracked parameters.
-        values: The metric groups' numbers, and how each is shown.
+        tracked: Shape, dtype and quantizer as text, by parameter name.
+        skipped: Why a parameter is not tracked, by parameter name.
+        settings: Values as text, by option name.
+        notes: Sentences for the user, such as which format was assumed.
+        groups: Names of the tracked parameters of each group, by group name.
+        values: The numbers of the metric groups and how each is displayed.
     """
 
     tracked: dict[str, tuple[str, str, str]]
@@ -606,7 +617,7 @@ class RunInfo:
 
     @classmethod
     def merged(cls, infos: Sequence[RunInfo]) -> RunInfo:
-        """What several trackers that are shown as one run track."""
+        """The description of several trackers that form one run."""
         settings: dict[str, list[str]] = {}
         for info in infos:
             for name, value in info.settings.items():
@@ -627,68 +638,69 @@ class RunInfo:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, lists and texts."""
+        """Plain dictionaries, lists and strings."""
         return {**vars(self), "notes": list(self.notes), "values": [dict(vars(value)) for value in self.values]}
 
     def to_markdown(self) -> str:
-        """The text panel."""
+        """The text panel in TensorBoard."""
         lines = [f"**weightflip** tracks {len(self.tracked)} weights, skips {len(self.skipped)}.", ""]
-        about = (f"*{value.title}*: {value.description}" for value in CORE_VALUES[:3])
-        lines += ["; ".join(about) + ".", ""]
-        lines += [f"- {shown(note)}" for note in self.notes]
+        definitions = (f"*{value.title}*: {value.description}" for value in CORE_VALUES[:3])
+        lines += ["; ".join(definitions) + ".", ""]
+        lines += [f"- {printable(note)}" for note in self.notes]
         lines += ["", "| weight | shape | dtype | quantizer |", "|---|---|---|---|"]
-        lines += [f"| `{shown(name)}` | {' | '.join(map(shown, row))} |" for name, row in self.tracked.items()]
+        lines += [f"| `{printable(name)}` | {' | '.join(map(printable, row))} |" for name, row in self.tracked.items()]
         if self.skipped:
             lines += ["", "| skipped | why |", "|---|---|"]
-            lines += [f"| {names} | {shown(reason)} |" for names, reason in self._skipped_in_rows()]
+            lines += [f"| {names} | {printable(reason)} |" for names, reason in self._skipped_rows()]
         if self.groups:
             lines += ["", "| group | weights |", "|---|---|"]
             lines += [
-                f"| {shown(group)} | {', '.join(f'`{shown(name)}`' for name in names)} |"
+                f"| {printable(group)} | {', '.join(f'`{printable(name)}`' for name in names)} |"
                 for group, names in self.groups.items()
             ]
         if self.values:
             lines += ["", "| number | kind | unit | what it is |", "|---|---|---|---|"]
             lines += [
-                f"| `{shown(value.name)}` | {value.kind} | {value.unit} | {shown(value.description or value.title)} |"
-                for value in shown_as((value.name for value in self.values), self.values)
+                f"| `{printable(value.name)}` | {value.kind} | {value.unit} | "
+                f"{printable(value.description or value.title)} |"
+                for value in in_display_order((value.name for value in self.values), self.values)
             ]
-        lines += ["", shown(", ".join(f"{name}={value}" for name, value in self.settings.items()))]
+        lines += ["", printable(", ".join(f"{name}={value}" for name, value in self.settings.items()))]
         return "\n".join(lines)
 
-    def _skipped_in_rows(self, quoted: str = "`{}`") -> Iterator[tuple[str, str]]:
-        """Names and the reason: one row for each, or, of many with one reason, one for all."""
+    def _skipped_rows(self, name_format: str = "`{}`") -> Iterator[tuple[str, str]]:
+        """Name and reason, one row per weight; one row for all weights if many share a reason."""
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
-            by_reason.setdefault(reason, []).append(quoted.format(shown(name)))
+            by_reason.setdefault(reason, []).append(name_format.format(printable(name)))
         for reason, names in by_reason.items():
             if len(names) > _SKIPPED_ROWS:
                 names = [f"{', '.join(names[:_SKIPPED_NAMES])} and {len(names) - _SKIPPED_NAMES} more"]
             yield from ((name, reason) for name in names)
 
     def __repr__(self) -> str:
-        """In a line: a large model has hundreds of weights."""
-        return f"<{type(self).__name__}: {self._sizes}; print() shows which>"
+        """One line, since a large model has hundreds of weights."""
+        return f"<{type(self).__name__}: {self._summary}; print() lists them>"
 
     @property
-    def _sizes(self) -> str:
+    def _summary(self) -> str:
         return f"{len(self.tracked)} weights tracked, {len(self.skipped)} skipped"
 
     def _repr_html_(self) -> str:
-        """What is tracked, of more than 30 weights by block; what is skipped and why; notes and settings."""
+        """Tracked weights (more than 30: one row per model block), skipped weights with reasons, notes and settings."""
         blocks = blocks_of(split_variant(name)[0] for name in self.tracked) if len(self.tracked) > MANY_LAYERS else {}
         block_of = {name: block for block, members in blocks.items() for name in members}
         rows: dict[str, list[tuple[str, str, str]]] = {}
         for name, row in self.tracked.items():
             rows.setdefault(block_of.get(split_variant(name)[0], name), []).append(row)
         head = ["weight", "shape", "dtype", "quantizer"]
-        cells = [[name, *map(_common, zip(*of, strict=True))] for name, of in rows.items()]
+        cells = [[name, *map(_join_distinct, zip(*members, strict=True))] for name, members in rows.items()]
         if blocks:
             head = ["block", "weights", *head[1:]]
-            cells = [[name, str(len(rows[name])), *more] for name, *more in cells]
-        skipped = list(self._skipped_in_rows("{}"))
+            cells = [[name, str(len(rows[name])), *others] for name, *others in cells]
+        skipped = list(self._skipped_rows("{}"))
         return notebook.page(
-            notebook.paragraph(self._sizes),
+            notebook.paragraph(self._summary),
             *map(notebook.paragraph, self.notes),
             notebook.table(head, cells, texts=len(head)) if cells else "",
             notebook.table(("skipped", "why"), skipped, texts=2) if skipped else "",
@@ -696,19 +708,19 @@ class RunInfo:
         )
 
     def __str__(self) -> str:
-        width = max((len(shown(name)) for name in (*self.tracked, *self.skipped)), default=0)
-        lines = [self._sizes]
+        width = max((len(printable(name)) for name in (*self.tracked, *self.skipped)), default=0)
+        lines = [self._summary]
         lines += [
-            f"  {shown(name):<{width}}  {quantizer}  {shape} {dtype}"
+            f"  {printable(name):<{width}}  {quantizer}  {shape} {dtype}"
             for name, (shape, dtype, quantizer) in self.tracked.items()
         ]
-        lines += [f"  {shown(name):<{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"  {printable(name):<{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
         lines += [f"  group {group}: {', '.join(names)}" for group, names in self.groups.items()]
         lines += [f"  {note}" for note in self.notes]
-        return "\n".join(map(shown, lines))
+        return "\n".join(map(printable, lines))
 
 
-def _common(texts: Sequence[str]) -> str:
-    """Those that there are, or that they are several."""
-    found = dict.fromkeys(texts)
-    return ", ".join(found) if len(found) <= 3 else "several"
+def _join_distinct(texts: Sequence[str]) -> str:
+    """The distinct texts, or ``"several"`` for more than three."""
+    distinct = dict.fromkeys(texts)
+    return ", ".join(distinct) if len(distinct) <= 3 else "several"

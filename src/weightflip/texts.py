@@ -1,18 +1,18 @@
-"""Text for people: what is safe to print, and how numbers are written."""
+"""Text for display: escaping of unsafe names, and number formats."""
 
 from __future__ import annotations
 
 import math
 
 
-def shown(text: str) -> str:
-    r"""Text for people, with what would not print as itself escaped, as ``repr`` does.
+def printable(text: str) -> str:
+    r"""Escape non-printable characters, as ``repr`` does.
 
-    A layer's name may hold anything. In a terminal, escapes and overrides of the direction of writing would be obeyed,
-    and a lone surrogate cannot be written to a file. What prints stays, so that this can be done twice.
+    A layer name may contain any character. A terminal would obey escape sequences and text direction overrides, and a
+    lone surrogate cannot be written to a file. Printable text is unchanged, so applying this twice is harmless.
 
     Example:
-        >>> print(shown("blocks.0\x1b[2J"), shown("blocks.0"))
+        >>> print(printable("blocks.0\x1b[2J"), printable("blocks.0"))
         blocks.0\x1b[2J blocks.0
     """
     if text.isprintable():
@@ -21,7 +21,7 @@ def shown(text: str) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in per cent; one weight of a large layer is not 0.0%.
+    """A fraction as a percentage. Small values keep one significant digit instead of becoming 0.0%.
 
     Example:
         >>> percent(0.123), percent(0.00002), percent(float("nan"))

@@ -1,4 +1,4 @@
-"""Which version this is."""
+"""The version number."""
 
 from __future__ import annotations
 

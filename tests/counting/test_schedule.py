@@ -40,20 +40,20 @@ def test_a_step_that_was_none_is_not_completed():
 
 
 def test_numbers_that_make_no_sense():
-    with pytest.raises(ValueError, match="track_every= is a whole number of at least 1, got True"):
+    with pytest.raises(ValueError, match="track_every= must be an integer of at least 1, got True"):
         Schedule(True)
-    with pytest.raises(ValueError, match="end_step= is a whole number of at least 4, got 3"):
+    with pytest.raises(ValueError, match="end_step= must be an integer of at least 4, got 3"):
         Schedule(1, 3, 3)
 
 
 @pytest.mark.parametrize("made", [Schedule, WeightFlipTracker])
 def test_numbers_that_make_no_sense_later_on(made):
     schedule = made(start_step=3, end_step=5)
-    with pytest.raises(ValueError, match="end_step= is a whole number of at least 4, got 3"):
+    with pytest.raises(ValueError, match="end_step= must be an integer of at least 4, got 3"):
         schedule.end_step = 3
     with pytest.raises(ValueError, match="start_step= is below end_step=5, got 5; set end_step first"):
         schedule.start_step = 5
-    with pytest.raises(ValueError, match="start_step= is a whole number of at least 0, got -1"):
+    with pytest.raises(ValueError, match="start_step= must be an integer of at least 0, got -1"):
         schedule.start_step = -1
     assert (schedule.start_step, schedule.end_step) == (3, 5)
     schedule.end_step = 9

@@ -168,7 +168,7 @@ def test_wrong_calls(tmp_path):
     path = save(tmp_path / "old.safetensors", {"a": weights(4, 4)})
     with pytest.raises(ValueError, match="unknown quantizer 'mxfp5'; did you mean"):
         diff(path, path, quantizers=["mxfp5"])
-    with pytest.raises(TypeError, match="old is a path"):
+    with pytest.raises(TypeError, match="old must be a path"):
         diff({"a": weights(4)}, path)
     with pytest.raises(
         DeltaError, match=r"none\.safetensors is not there; expected a checkpoint: a \.safetensors file"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from weightflip.records import shown
+from weightflip.records import printable
 
 
 class Notices:
@@ -26,7 +26,7 @@ class Notices:
 
     def take(self) -> list[str]:
         """What has not been warned about yet."""
-        texts, self._texts = [shown(text) for text in self._texts], []
+        texts, self._texts = [printable(text) for text in self._texts], []
         return texts
 
     def flush(self, stacklevel: int = 3) -> None:

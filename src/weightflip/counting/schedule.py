@@ -46,7 +46,7 @@ class Schedule:
     """
 
     def __init__(self, track_every: int = 1, start_step: int = 0, end_step: int | None = None) -> None:
-        self.track_every = checks.whole("track_every", track_every, 1)
+        self.track_every = checks.whole_number("track_every", track_every, 1)
         self._end_step: int | None = None
         self.start_step = start_step
         self.end_step = end_step
@@ -59,7 +59,7 @@ class Schedule:
 
     @start_step.setter
     def start_step(self, value: int) -> None:
-        value = checks.whole("start_step", value, 0)
+        value = checks.whole_number("start_step", value, 0)
         if self._end_step is not None and value >= self._end_step:
             raise ValueError(f"start_step= is below end_step={self._end_step}, got {value}; set end_step first")
         self._start_step = value
@@ -71,7 +71,7 @@ class Schedule:
 
     @end_step.setter
     def end_step(self, value: int | None) -> None:
-        self._end_step = None if value is None else checks.whole("end_step", value, self.start_step + 1)
+        self._end_step = None if value is None else checks.whole_number("end_step", value, self.start_step + 1)
 
     @property
     def steps(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from weightflip.overview import MANY_LAYERS, blocks_of, outliers
-from weightflip.records import Counts, Quotient, shown, split_variant
+from weightflip.records import Counts, Quotient, printable, split_variant
 from weightflip.texts import percent
 
 
@@ -24,7 +24,7 @@ class Row(NamedTuple):
         per_weight = f"{counts.flips / weights:.2f}" if weights else "-"
         stall_ratio = f"{counts.stall_ratio:.1%}" if counts.updates else "-"
         updated = percent(counts.updated_fraction)
-        names = shown(self.name), shown(self.quantizer)
+        names = printable(self.name), printable(self.quantizer)
         return *names, f"{weights:,}", f"{counts.flips:,}", per_weight, stall_ratio, updated
 
 

@@ -66,7 +66,7 @@ def _checked(weights: Any) -> list[TrackedWeight]:
     for weight in found:
         if not isinstance(weight, TrackedWeight):
             raise TypeError(
-                f"weights are TrackedWeight objects, got {checks.described(weight)}; make each with "
+                f"weights are TrackedWeight objects, got {checks.describe(weight)}; make each with "
                 "weightflip.counting.layer.TrackedWeight(name, parameter, quantizer), or wrap the optimizer in "
                 "FlipTrackingOptimizer"
             )
@@ -193,7 +193,7 @@ class WeightFlipTracker(Displayed):
 
     @track_every.setter
     def track_every(self, value: int) -> None:
-        self._schedule.track_every = checks.whole("track_every", value, 1)
+        self._schedule.track_every = checks.whole_number("track_every", value, 1)
 
     @property
     def start_step(self) -> int:

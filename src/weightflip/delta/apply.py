@@ -17,7 +17,7 @@ from weightflip.delta.layout import Entry
 from weightflip.delta.mapped import MappedTensor
 from weightflip.delta.output import check_free, new_file, whole_directory, whole_file
 from weightflip.delta.parallel import in_order
-from weightflip.records import shown
+from weightflip.records import printable
 
 _PART = 1 << 24
 
@@ -72,20 +72,20 @@ def apply(
 def _check_file(target: Path, delta: Delta, force: bool) -> None:
     if target.suffix != ".safetensors":
         raise DeltaError(
-            f"{shown(str(target))} does not end in .safetensors, which is what is written; choose such a name"
+            f"{printable(str(target))} does not end in .safetensors, which is what is written; choose such a name"
         )
     check_free(target, force)
     if target.exists() and target.samefile(delta.path):
-        raise DeltaError(f"{shown(str(target))} is the delta; write the new checkpoint somewhere else")
+        raise DeltaError(f"{printable(str(target))} is the delta; write the new checkpoint somewhere else")
 
 
 def _check_directory(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise DeltaError(
-            f"{shown(str(target))} is there already; this delta makes several files: name a new or empty directory"
+            f"{printable(str(target))} is there already; this delta makes several files: name a new or empty directory"
         )
     if not target.parent.is_dir():
-        raise DeltaError(f"the directory {shown(str(target.parent))} is not there; make it first")
+        raise DeltaError(f"the directory {printable(str(target.parent))} is not there; make it first")
 
 
 class _Chunk(NamedTuple):
@@ -207,9 +207,9 @@ class _Maker:
 
     def _refused(self, reason: str) -> DeltaError:
         return DeltaError(
-            f"{shown(str(self._old.path))} is not the checkpoint that {shown(str(self._delta.path))} starts from: "
-            f"{shown(reason)}. Apply the delta to that one, or make another delta from this one"
+            f"{printable(str(self._old.path))} is not the checkpoint that {printable(str(self._delta.path))} starts from: "  # noqa: E501
+            f"{printable(reason)}. Apply the delta to that one, or make another delta from this one"
         )
 
     def _damaged(self, reason: str) -> DeltaError:
-        return DeltaError(f"{shown(str(self._delta.path))} is damaged: {shown(reason)}; make it again")
+        return DeltaError(f"{printable(str(self._delta.path))} is damaged: {printable(reason)}; make it again")

@@ -18,7 +18,7 @@ from weightflip.delta.bits import OF_TORCH
 from weightflip.delta.errors import DeltaError, extra
 from weightflip.delta.layout import File, Layout, one_file
 from weightflip.delta.mapped import MappedTensor, Mapping
-from weightflip.records import shown
+from weightflip.records import printable
 
 _INDEX = ".safetensors.index.json"
 
@@ -56,7 +56,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if given.is_dir():
         return _directory(given)
     if not given.is_file():
-        raise DeltaError(f"{shown(str(given))} is not there; expected a checkpoint: {_EXPECTED}")
+        raise DeltaError(f"{printable(str(given))} is not there; expected a checkpoint: {_EXPECTED}")
     if given.name.endswith(_INDEX):
         return _sharded(given)
     if given.suffix == ".safetensors":
@@ -64,7 +64,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if zipfile.is_zipfile(given):
         return _of_torch(given)
     raise DeltaError(
-        f"{shown(str(given))} is none of the checkpoints that can be read: {_EXPECTED}. A file that torch.save wrote "
+        f"{printable(str(given))} is none of the checkpoints that can be read: {_EXPECTED}. A file that torch.save wrote "  # noqa: E501
         "before torch 1.6, or with _use_new_zipfile_serialization=False, has to be loaded and saved again"
     )
 
@@ -88,7 +88,7 @@ def read_header(path: Path) -> File:
             return File(path.name, file.read(length))
     except safetensors.SafetensorError as error:
         raise DeltaError(
-            f"{shown(str(path))} is not a whole safetensors file ({shown(str(error))}): it was cut short or altered, "
+            f"{printable(str(path))} is not a whole safetensors file ({printable(str(error))}): it was cut short or altered, "  # noqa: E501
             "or is something else; write or copy it again"
         ) from error
 
@@ -116,7 +116,7 @@ def _directory(path: Path) -> Checkpoint:
         return _single(files[0])
     found = [each.name for each in indices or files]
     raise DeltaError(
-        f"{shown(str(path))} is a directory with {_few(found) or 'no .safetensors files'}; expected one index "
+        f"{printable(str(path))} is a directory with {_few(found) or 'no .safetensors files'}; expected one index "
         f"(model{_INDEX}), or one .safetensors file without an index. Name the file or the index itself"
     )
 
@@ -128,21 +128,21 @@ def _sharded(index: Path) -> Checkpoint:
         path = index.parent / name
         if not is_plain_name(name) or not path.is_file():
             raise DeltaError(
-                f"{shown(str(index))} names the file {shown(name)!r}, which is not in its directory; copy all shards"
+                f"{printable(str(index))} names the file {printable(name)!r}, which is not in its directory; copy all shards"  # noqa: E501
             )
         file = read_header(path)
         files.append(file)
         for tensor in _mapped(path, file):
             if weight_map.pop(tensor.name, None) != name:
                 raise DeltaError(
-                    f"tensor {shown(tensor.name)!r} is in {shown(name)}, and {shown(str(index))} does not say so: the "
+                    f"tensor {printable(tensor.name)!r} is in {printable(name)}, and {printable(str(index))} does not say so: the "  # noqa: E501
                     "index and its files are of two checkpoints; save them again"
                 )
             tensors[tensor.name] = tensor
     if weight_map:
         lost, name = next(iter(weight_map.items()))
         raise DeltaError(
-            f"{shown(str(index))} has tensor {shown(lost)!r} in {shown(name)}, and it is not there; copy all shards "
+            f"{printable(str(index))} has tensor {printable(lost)!r} in {printable(name)}, and it is not there; copy all shards "  # noqa: E501
             "again, or save them again"
         )
     return Checkpoint(index.parent, tensors, Layout(tuple(files), (index.name, text)))
@@ -158,8 +158,8 @@ def _read_index(index: Path) -> tuple[dict[str, str], str]:
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise DeltaError(
-        f"{shown(str(index))} is no index of a sharded checkpoint: expected JSON with a weight_map from tensors to "
-        f"files ({shown(reason)})"
+        f"{printable(str(index))} is no index of a sharded checkpoint: expected JSON with a weight_map from tensors to "
+        f"files ({printable(reason)})"
     )
 
 
@@ -169,7 +169,7 @@ def is_plain_name(name: str) -> bool:
 
 
 def _few(names: list[str]) -> str:
-    return shown(", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
+    return printable(", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
 
 
 # ---------------------------------------------------------------------- torch.save
@@ -181,12 +181,14 @@ def _of_torch(path: Path) -> Checkpoint:
     places: dict[tuple[object, ...], str] = {}
     for name, tensor in _leaves(_load(path), ()):
         if name in tensors:
-            raise DeltaError(f"{shown(str(path))} has two tensors that are called {shown(name)!r}; rename one")
+            raise DeltaError(f"{printable(str(path))} has two tensors that are called {printable(name)!r}; rename one")
         if name == "__metadata__":
-            raise DeltaError(f"{shown(str(path))} has a tensor called {name!r}, which safetensors keeps; rename it")
+            raise DeltaError(f"{printable(str(path))} has a tensor called {name!r}, which safetensors keeps; rename it")
         begin, nbytes, dtype, shape, strides = _place(path, name, tensor)
         if begin + nbytes > mapping.nbytes:
-            raise DeltaError(f"{shown(str(path))} ends before tensor {shown(name)!r} does; copy or save it again")
+            raise DeltaError(
+                f"{printable(str(path))} ends before tensor {printable(name)!r} does; copy or save it again"
+            )
         place = (begin, dtype, shape, strides)
         first = places.setdefault(place, name) if nbytes else name
         same_as = None if first == name else first
@@ -201,15 +203,15 @@ def _load(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
         orders = [archive.read(each) for each in archive.namelist() if each.endswith("/byteorder")]
     if orders != [b"little"]:
-        raise DeltaError(f"{shown(str(path))} is not in little-endian order; save it on a machine that is")
+        raise DeltaError(f"{printable(str(path))} is not in little-endian order; save it on a machine that is")
     try:
         with FakeTensorMode():
             return torch.load(path, weights_only=True, map_location="cpu")
     # What pickle and torch raise on files that are damaged is of many types.
     except Exception as error:
         raise DeltaError(
-            f"{shown(str(path))} does not load with torch.load(weights_only=True): expected tensors in dictionaries "
-            f"and lists, such as model.state_dict(); save those alone. torch says: {shown(_reason(error))}"
+            f"{printable(str(path))} does not load with torch.load(weights_only=True): expected tensors in dictionaries "  # noqa: E501
+            f"and lists, such as model.state_dict(); save those alone. torch says: {printable(_reason(error))}"
         ) from error
 
 
@@ -238,7 +240,7 @@ def _place(path: Path, name: str, tensor: Tensor) -> tuple[int, int, str, tuple[
     is_plain = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     if dtype is None or not is_plain:
         raise DeltaError(
-            f"tensor {shown(name)!r} of {shown(str(path))} is {kind if is_plain else kind + ', and a view'}, which a "
+            f"tensor {printable(name)!r} of {printable(str(path))} is {kind if is_plain else kind + ', and a view'}, which a "  # noqa: E501
             f"delta cannot hold; expected dense tensors of {', '.join(OF_TORCH.values())}. Save it as one of these, or "
             "leave it out"
         )
@@ -252,5 +254,7 @@ def _place(path: Path, name: str, tensor: Tensor) -> tuple[int, int, str, tuple[
     first = int(tensor.storage_offset()) * width
     nbytes = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + width
     if offset is None or first + nbytes > storage.nbytes():
-        raise DeltaError(f"tensor {shown(name)!r} of {shown(str(path))} reaches beyond its memory; save it again")
+        raise DeltaError(
+            f"tensor {printable(name)!r} of {printable(str(path))} reaches beyond its memory; save it again"
+        )
     return offset + first, nbytes, dtype, shape, None if tensor.is_contiguous() else strides

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightflip.delta.errors import DeltaError
-from weightflip.records import shown
+from weightflip.records import printable
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         # `weightflip diff ... | head`: nobody reads on. The interpreter would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DeltaError, OSError) as error:
-        print(f"weightflip: {shown(str(error))}", file=sys.stderr)
+        print(f"weightflip: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("weightflip: interrupted", file=sys.stderr)
@@ -97,7 +97,7 @@ def _diff(args: argparse.Namespace) -> None:
     print_diff(found)
     for file in (args.write, args.html, args.csv):
         if file is not None:
-            print(f"Wrote {shown(file)}")
+            print(f"Wrote {printable(file)}")
 
 
 def _check_report(path: Path, others: tuple[str | None, ...]) -> None:
@@ -112,4 +112,4 @@ def _apply(args: argparse.Namespace) -> None:
     from weightflip.delta.apply import apply
 
     apply(args.old, args.delta, args.new, force=args.force)
-    print(f"Wrote {shown(args.new)}")
+    print(f"Wrote {printable(args.new)}")

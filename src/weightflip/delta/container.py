@@ -20,7 +20,7 @@ from weightflip.delta.coding import CHUNK
 from weightflip.delta.errors import DeltaError, extra
 from weightflip.delta.layout import File, Layout
 from weightflip.delta.mapped import Mapping
-from weightflip.records import shown
+from weightflip.records import printable
 
 _SECTIONS = ("data", "digests", "manifest", "checksum")
 _FORMAT = {"format": "weightflip-delta", "version": "1"}
@@ -176,17 +176,17 @@ def open_delta(path: Path) -> Delta:
         DeltaError: It is none, or it was cut short or altered.
     """
     if not path.is_file():
-        raise DeltaError(f"{shown(str(path))} is not there; expected a delta that weightflip diff --write has made")
+        raise DeltaError(f"{printable(str(path))} is not there; expected a delta that weightflip diff --write has made")
     header = read_header(path)
     metadata: dict[str, Any] = json.loads(header.header).get("__metadata__") or {}
     if metadata.get("format") != _FORMAT["format"]:
         raise DeltaError(
-            f"{shown(str(path))} is a safetensors file, and no delta; expected one that weightflip diff --write has "
+            f"{printable(str(path))} is a safetensors file, and no delta; expected one that weightflip diff --write has "  # noqa: E501
             "made. The order is: weightflip apply OLD DELTA NEW"
         )
     if metadata != _FORMAT:
         raise DeltaError(
-            f"{shown(str(path))} is a delta of version {shown(str(metadata.get('version')))}, expected "
+            f"{printable(str(path))} is a delta of version {printable(str(metadata.get('version')))}, expected "
             f"{_FORMAT['version']}; use the weightflip that made it"
         )
     mapping = Mapping(path)
@@ -203,8 +203,8 @@ def open_delta(path: Path) -> Delta:
         return Delta(path, manifest, *_digests(manifest, found, data), mapping)
     except (ValueError, KeyError, TypeError, AttributeError, extra("zstandard", "a delta").ZstdError) as error:
         raise DeltaError(
-            f"{shown(str(path))} is not what weightflip diff --write has made: it was cut short or altered "
-            f"({shown(str(error))}); copy it again, or make it again"
+            f"{printable(str(path))} is not what weightflip diff --write has made: it was cut short or altered "
+            f"({printable(str(error))}); copy it again, or make it again"
         ) from error
 
 

@@ -20,7 +20,7 @@ from weightflip.delta.parallel import in_order
 from weightflip.delta.seen import is_weight, seen_as
 from weightflip.quantizers import BaseQuantizer, adapt, resolve
 from weightflip.quantizers.specs import QuantizerLike
-from weightflip.records import shown
+from weightflip.records import printable
 
 
 def diff(
@@ -71,7 +71,7 @@ def diff(
     for checkpoint in (before, after):
         if checkpoint.holds(path):
             raise DeltaError(
-                f"{shown(str(path))} is a file of {shown(str(checkpoint.path))}; write the delta somewhere else"
+                f"{printable(str(path))} is a file of {printable(str(checkpoint.path))}; write the delta somewhere else"
             )
     with whole_file(path) as file:
         recorder = _Recorder(DeltaWriter(file))

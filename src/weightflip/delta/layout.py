@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from weightflip.delta.bits import STORED
 from weightflip.delta.errors import DeltaError
-from weightflip.records import shown
+from weightflip.records import printable
 
 
 class Entry(NamedTuple):
@@ -59,7 +59,9 @@ class File(NamedTuple):
             content.pop("__metadata__", None)
             found = [_entry(self.name, name, value) for name, value in content.items()]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DeltaError(f"{shown(self.name)} has no header of a safetensors file: {shown(str(error))}") from error
+            raise DeltaError(
+                f"{printable(self.name)} has no header of a safetensors file: {printable(str(error))}"
+            ) from error
         return sorted(found, key=lambda entry: (entry.begin, entry.nbytes))
 
 
@@ -80,7 +82,7 @@ def _entry(file: str, name: str, value: dict[str, object]) -> Entry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if dtype not in STORED:
         raise DeltaError(
-            f"tensor {shown(name)!r} of {shown(file)} has the dtype {shown(str(dtype))}, which is not known here; "
+            f"tensor {printable(name)!r} of {printable(file)} has the dtype {printable(str(dtype))}, which is not known here; "  # noqa: E501
             f"expected one of {', '.join(STORED)}"
         )
     assert isinstance(dtype, str)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from weightflip.delta.errors import DeltaError
-from weightflip.records import shown
+from weightflip.records import printable
 
 
 def check_free(path: Path, force: bool) -> None:
@@ -20,11 +20,11 @@ def check_free(path: Path, force: bool) -> None:
         DeltaError: It is there and ``force`` is False, or it is a directory, or its directory is missing.
     """
     if path.is_dir():
-        raise DeltaError(f"{shown(str(path))} is a directory; expected the name of a file to write")
+        raise DeltaError(f"{printable(str(path))} is a directory; expected the name of a file to write")
     if not path.parent.is_dir():
-        raise DeltaError(f"the directory {shown(str(path.parent))} is not there; make it first")
+        raise DeltaError(f"the directory {printable(str(path.parent))} is not there; make it first")
     if path.exists() and not force:
-        raise DeltaError(f"{shown(str(path))} is there already; choose another name, or say --force (force=True)")
+        raise DeltaError(f"{printable(str(path))} is there already; choose another name, or say --force (force=True)")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import IO
 from weightflip.delta.compare import Diff
 from weightflip.delta.errors import extra
 from weightflip.delta.table import cells, heading, ranked, summary, sums
-from weightflip.records import shown
+from weightflip.records import printable
 
 # Of a pipe or a file, whose reader scrolls.
 _PIPE_WIDTH = 200
@@ -65,7 +65,7 @@ def print_diff(diff: Diff, file: IO[str] | None = None) -> None:
         table.add_column(Text(title), justify="left" if is_left else "right", overflow="fold")
     tensors = ranked(diff)
     for tensor in tensors[:_TENSORS_SHOWN]:
-        table.add_row(*(Text(shown(cell)) for cell in cells(diff, tensor)))
+        table.add_row(*(Text(printable(cell)) for cell in cells(diff, tensor)))
     if tensors:
         table.add_section()
         table.add_row(*(Text(cell, style="bold") for cell in sums(diff)))
@@ -90,7 +90,7 @@ def write_html(diff: Diff, path: str | PathLike[str]) -> None:
     titles = "".join(_cell("th", title, is_left) for title, is_left in heading(diff))
     rows = [_row(sums(diff), lefts, "all"), *(_row(cells(diff, tensor), lefts) for tensor in ranked(diff))]
     lines = "".join(f"<p>{escape(line)}</p>" for line in summary(diff))
-    names = f"{escape(shown(diff.old))} to {escape(shown(diff.new))}"
+    names = f"{escape(printable(diff.old))} to {escape(printable(diff.new))}"
     with open(path, "w", encoding="utf-8") as file:
         file.write(
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -108,4 +108,4 @@ def _row(texts: Sequence[str], lefts: Sequence[bool], kind: str = "") -> str:
 
 
 def _cell(element: str, text: str, is_left: bool) -> str:
-    return f"<{element}{' class=left' if is_left else ''}>{escape(shown(text))}</{element}>"
+    return f"<{element}{' class=left' if is_left else ''}>{escape(printable(text))}</{element}>"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from os import PathLike
 
 from weightflip.delta.compare import Diff, Seen, TensorDiff
-from weightflip.records import table_cell
+from weightflip.records import csv_cell
 
 
 def percent(part: int, whole: int) -> str:
@@ -86,7 +86,7 @@ def write_csv(diff: Diff, path: str | PathLike[str]) -> None:
     """
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerows([map(table_cell, row) for row in _rows(diff)])
+        writer.writerows([map(csv_cell, row) for row in _rows(diff)])
 
 
 def _rows(diff: Diff) -> Iterator[list[object]]:

@@ -48,7 +48,7 @@ def check_backend(backend: str) -> None:
         ImportError: ``"numba"`` or ``"triton"`` without a Numba or Triton that can be imported.
     """
     if not isinstance(backend, str) or backend not in BACKENDS:
-        meant = checks.near(backend, BACKENDS)
+        meant = checks.closest_match(backend, BACKENDS)
         hint = "" if meant is None else f"; did you mean {meant!r}?"
         raise ValueError(f"backend= is one of {BACKENDS}, got {backend!r}{hint}")
     if backend not in _MODULES:

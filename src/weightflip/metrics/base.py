@@ -246,7 +246,7 @@ def make_metrics(groups: Mapping[Any, int | None]) -> list[tuple[Metric, int]]:
     for spec, every in groups.items():
         metric = spec if isinstance(spec, Metric) else _by_name(spec)
         every = metric.every if every is None else every
-        every = checks.whole(f"metrics={{{metric.name!r}: n}} looks every n steps, and n", every, 1)
+        every = checks.whole_number(f"metrics={{{metric.name!r}: n}} looks every n steps, and n", every, 1)
         for value in metric.values:
             if not isinstance(value, Value):
                 raise TypeError(

@@ -36,14 +36,17 @@ def make_groups(metrics: Any, oscillation_ema: float | tuple[float, float] | Non
             asked = dict.fromkeys(metrics)
     names = [name for name in METRICS if name in asked]
     if "flips" not in asked:
-        hint = "did you mean 'flips'? " if any(checks.near(name, METRICS) == "flips" for name in asked) else ""
+        hint = "did you mean 'flips'? " if any(checks.closest_match(name, METRICS) == "flips" for name in asked) else ""
         raise ValueError(
             "metrics= is a sequence with 'flips' in it, or a mapping from such names to every how many steps each is "
             f"looked at; {hint}got {metrics!r}"
         )
     for name in METRICS:
         every = asked.pop(name, None)
-        if every is not None and checks.whole(f"metrics={{{name!r}: n}} looks every n steps, and n", every, 1) != 1:
+        if (
+            every is not None
+            and checks.whole_number(f"metrics={{{name!r}: n}} looks every n steps, and n", every, 1) != 1
+        ):
             raise ValueError(f"metrics= counts {name!r} in every tracked step; use track_every= for fewer")
     if oscillation_ema is not None:
         if "oscillation" not in asked:

@@ -78,7 +78,7 @@ def decode(codes: Codes, format: Any = None) -> Tensor:
     """
     if not isinstance(codes, Codes):
         raise TypeError(
-            f"codes are the result of encode(), got {checks.described(codes)}; create your own with "
+            f"codes are the result of encode(), got {checks.describe(codes)}; create your own with "
             "Codes(ordinals, scale)"
         )
     if codes.quantizer is None and format is None:

@@ -74,7 +74,7 @@ class FloatxQuantizer(ElementwiseQuantizer):
             raise TypeError(f"scale= is a number or a torch.Tensor of real numbers, got a {dtype} tensor")
         elif fixed_scale is not None and not isinstance(fixed_scale, Tensor):
             hint = "; convert it with torch.tensor(...)" if hasattr(fixed_scale, "__len__") else ""
-            raise TypeError(f"scale= is a number or a torch.Tensor, got {checks.described(fixed_scale)}{hint}")
+            raise TypeError(f"scale= is a number or a torch.Tensor, got {checks.describe(fixed_scale)}{hint}")
         if isinstance(fixed_scale, float) and not 0 < fixed_scale < math.inf:
             raise ValueError(
                 f"scale= is what the weight is divided by and must be positive and finite, got {fixed_scale}"

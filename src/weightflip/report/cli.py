@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from weightflip.delta.cli import COMMANDS, add_commands, run
-from weightflip.records import shown
+from weightflip.records import printable
 from weightflip.report.findings import find
 from weightflip.report.follow import follow
 from weightflip.report.live import reading, watch
@@ -59,13 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _report(args.runs, args.html, args.csv)
     except ReportError as error:
-        print(f"weightflip: {shown(str(error))}", file=sys.stderr)
+        print(f"weightflip: {printable(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # `weightflip report ... | head`: nobody reads on. The interpreter would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"weightflip: {shown(str(error))}", file=sys.stderr)
+        print(f"weightflip: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -88,7 +88,7 @@ def _report(paths: Sequence[str], html: str | None, csv: str | None) -> None:
     print_report(runs, findings)
     for file in (html, csv):
         if file is not None:
-            print(f"Wrote {shown(file)}")
+            print(f"Wrote {printable(file)}")
     sys.stdout.flush()
 
 

@@ -249,7 +249,7 @@ class _Quotients:
 
 
 def _alerts(texts: Iterable[tfevents.Text]) -> tuple[Alert, ...]:
-    """The inverse of ``records.in_lines``; of the layers that a line does not name, there is their number."""
+    """The inverse of ``records.alert_lines``; of the layers that a line does not name, there is their number."""
     found = []
     for text in texts:
         for line in _ALERT.finditer(text.text):

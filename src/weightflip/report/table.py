@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 
-from weightflip.records import Value, shown_as, table_cell
+from weightflip.records import Value, csv_cell, in_display_order
 from weightflip.report.findings import Finding
 from weightflip.report.findings.words import percent
 from weightflip.report.run import EMPTY, Layer, Run, Series
@@ -30,7 +30,7 @@ _WRITE: Mapping[str, Callable[[float], str]] = {
 def columns(runs: Iterable[Run], layers: Iterable[Layer]) -> list[Value]:
     """The numbers that some layers of some runs have; flip rate and stall ratio always."""
     found = {name for layer in layers for name in layer.values} | set(ALWAYS)
-    return shown_as(found, (value for run in runs for value in run.info.values))
+    return in_display_order(found, (value for run in runs for value in run.info.values))
 
 
 def cell(value: Value, series: Series, late: float) -> str:
@@ -92,7 +92,7 @@ def write_csv(runs: Sequence[Run], path: str | PathLike[str]) -> int:
             for name, quantizer, values in sources:
                 for value, series in values.items():
                     for step, number in zip(series.steps.tolist(), series.values.tolist(), strict=True):
-                        writer.writerow(map(table_cell, [run.name, step, name, quantizer, value, number]))
+                        writer.writerow(map(csv_cell, [run.name, step, name, quantizer, value, number]))
                         rows += 1
     return rows
 

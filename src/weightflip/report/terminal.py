@@ -9,8 +9,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from weightflip.records import shown as escaped
-from weightflip.records import shown_as
+from weightflip.records import in_display_order
+from weightflip.records import printable as escaped
 from weightflip.report.findings import Finding, Severity
 from weightflip.report.many import overview_of
 from weightflip.report.run import Layer, ReportError, Run, Series
@@ -113,7 +113,9 @@ def _runs(console: Console, runs: Sequence[Run]) -> Iterator[RenderableType]:
         for variant in run.models:
             layers = [layer for layer in run.layers.values() if layer.variant == variant]
             weights = sum(layer.weights for layer in layers)
-            rates = [cell(value, model_series(run, variant, value.name), run.late) for value in shown_as(ALWAYS, ())]
+            rates = [
+                cell(value, model_series(run, variant, value.name), run.late) for value in in_display_order(ALWAYS, ())
+            ]
             optimizer = run.info.settings.get("optimizer", "")
             rows.append(
                 (f"{run.end:,}", f"{len(layers):,}", f"{weights:,}", variant or formats(run), optimizer, *rates)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightflip.checks import described, globs
+from weightflip.checks import describe, globs
 from weightflip.overview import MANY_LAYERS, blocks_of
 from weightflip.quantizers import resolve
 from weightflip.quantizers.adapt import quantizer_name
@@ -137,7 +137,7 @@ def _resolve_rules(quantizer: Any) -> dict[str, tuple[Any, ...]]:
     for glob in rules:
         if not isinstance(glob, str):
             raise TypeError(
-                f"quantizer= maps globs over names, such as 'blocks.*', to quantizers; got the key {described(glob)}"
+                f"quantizer= maps globs over names, such as 'blocks.*', to quantizers; got the key {describe(glob)}"
             )
     return {glob: _resolve_specs(specs) for glob, specs in rules.items()}
 

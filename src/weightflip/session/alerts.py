@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from weightflip import checks
-from weightflip.records import AlertEvent, FlipRecord, LayerRecord, in_lines, shown, split_variant, variant
+from weightflip.records import AlertEvent, FlipRecord, LayerRecord, alert_lines, printable, split_variant, variant
 
 logger = logging.getLogger("weightflip")
 
@@ -87,7 +87,7 @@ class Alert:
         if found is None or (not found["comparison"] and not (found["percent"] and 0 < bound <= 1)):
             raise ValueError(f"expected a rule such as {_EXAMPLES} in alerts=, got {self.rule!r}")
         if self.callback is not None and not callable(self.callback):
-            raise TypeError(f"callback= takes a function of an AlertEvent, got {checks.described(self.callback)}")
+            raise TypeError(f"callback= takes a function of an AlertEvent, got {checks.describe(self.callback)}")
         if not isinstance(self.layers, str) and self.layers is not None:
             object.__setattr__(self, "layers", checks.globs("layers", self.layers))
         for name, value in {
@@ -192,7 +192,7 @@ class AlertWatch:
             ]
             if new_events:
                 events += new_events
-                for line in in_lines(new_events):
+                for line in alert_lines(new_events):
                     logger.warning("weightflip: %s", line)
                 self._call_back(index, new_events)
         return events
@@ -213,7 +213,7 @@ class AlertWatch:
         episode.is_reported = True
         of_highest = f" of {episode.highest:.4g}" if alert.comparison == "drops" else ""
         when = f", since step {since}" if since < step else ""
-        message = f"step {step}: {alert.rule}: {shown(layer)} ({value:.4g}{of_highest}{when})"
+        message = f"step {step}: {alert.rule}: {printable(layer)} ({value:.4g}{of_highest}{when})"
         return AlertEvent(step, layer, alert.rule, value, since, message)
 
     def _call_back(self, index: int, events: Sequence[AlertEvent]) -> None:

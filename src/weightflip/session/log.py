@@ -13,7 +13,7 @@ from typing import Any
 
 from weightflip import distributed
 from weightflip.counting.tracker import WeightFlipTracker
-from weightflip.records import Counts, FlipRecord, RunInfo, shown, split_variant
+from weightflip.records import Counts, FlipRecord, RunInfo, printable, split_variant
 from weightflip.selection import make_layer_groups
 from weightflip.session.alerts import AlertWatch
 from weightflip.sinks import SinkGroup
@@ -227,7 +227,7 @@ class Log:
         self.pending_warnings[:0] = [text for source in self.sources for text in source.take_warnings()]
         while self.pending_warnings:
             # Remove it first: if the warning raises, the others are issued next time.
-            warnings.warn(shown(self.pending_warnings.pop(0)), stacklevel=2)
+            warnings.warn(printable(self.pending_warnings.pop(0)), stacklevel=2)
 
     def flush(self) -> None:
         """Flush the sinks. If a sink or callback calls this, the flush waits until all sinks have the record."""

@@ -65,17 +65,17 @@ class Options:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        start_step = checks.whole("start_step", self.start_step, 0)
+        start_step = checks.whole_number("start_step", self.start_step, 0)
         end_step = self.end_step
         checked = {
             "include": _check_include(self.include),
             "exclude": None if self.exclude is None else checks.globs("exclude", self.exclude),
             "groups": _check_groups(self.groups),
-            "track_every": checks.whole("track_every", self.track_every, 1),
+            "track_every": checks.whole_number("track_every", self.track_every, 1),
             "start_step": start_step,
-            "end_step": None if end_step is None else checks.whole("end_step", end_step, start_step + 1),
+            "end_step": None if end_step is None else checks.whole_number("end_step", end_step, start_step + 1),
             "log_dir": None if self.log_dir is None else checks.path("log_dir=", self.log_dir),
-            "log_every": checks.whole("log_every", self.log_every, 1, hint="for no output use sinks=[]"),
+            "log_every": checks.whole_number("log_every", self.log_every, 1, hint="for no output use sinks=[]"),
             "layer_values": _check_layer_values(self.layer_values),
             "alerts": _check_alerts(self.alerts),
             "low_memory": checks.flag("low_memory", self.low_memory),
@@ -98,7 +98,7 @@ def check_names(caller: str, options: Iterable[str]) -> None:
     known = [field.name for field in fields(Options)]
     for name in options:
         if name not in known:
-            near = checks.near(name, known)
+            near = checks.closest_match(name, known)
             hint = f"did you mean '{near}='?" if near else f"expected {', '.join(known)}"
             raise TypeError(f"{caller} got an unexpected keyword argument {name!r}; {hint}")
 
@@ -138,7 +138,7 @@ def _check_layer_values(values: Any) -> tuple[str, ...] | Literal["all"] | None:
     ):
         raise TypeError(
             "layer_values= is 'all' or a sequence of value names, such as ('flip_rate', 'stall_ratio'); "
-            f"got {checks.described(values)}"
+            f"got {checks.describe(values)}"
         )
     return tuple(named)
 
@@ -151,6 +151,6 @@ def _check_alerts(alerts: Any) -> tuple[Any, ...] | None:
     if not isinstance(alerts, Iterable) or isinstance(alerts, Mapping):
         raise TypeError(
             "alerts= is a list of rules, each a string or an Alert, got "
-            f"{checks.described(alerts)}; to add a callback, use Alert(rule, callback=function)"
+            f"{checks.describe(alerts)}; to add a callback, use Alert(rule, callback=function)"
         )
     return tuple(alerts)

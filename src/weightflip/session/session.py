@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from weightflip import distributed
 from weightflip.counting import checkpoint, summary
 from weightflip.counting.tracker import WeightFlipTracker
-from weightflip.records import RunInfo, shown
+from weightflip.records import RunInfo, printable
 from weightflip.session.ending import Ending
 from weightflip.session.guard import Guard, run_outside_graphs
 from weightflip.session.log import Log, Source
@@ -205,7 +205,7 @@ class Session:
             self._calls = 0
             warnings.warn(
                 "weightflip: the optimizer's state is loaded, but the counts in this checkpoint cannot be read and "
-                f"start from zero: {type(error).__name__}: {shown(str(error))}",
+                f"start from zero: {type(error).__name__}: {printable(str(error))}",
                 stacklevel=3,
             )
 

@@ -16,7 +16,7 @@ from weightflip.session.log import Log
 from weightflip.session.options import Options
 from weightflip.session.session import Session
 from weightflip.session.tracked import Tracked
-from weightflip.sinks import BesideSink, SinkGroup, TensorBoardSink, make_sinks
+from weightflip.sinks import CompanionSink, SinkGroup, TensorBoardSink, make_sinks
 
 
 def start_session(optimizer: Optimizer, model: nn.Module | None, options: Options) -> Session:
@@ -80,7 +80,7 @@ def _make_log(options: Options) -> Log:
             return Log(SinkGroup([]), has_sinks=True)
         # Options has checked that log_dir is a path.
         tensorboard = TensorBoardSink(log_dir, layer_values=options.layer_values)  # type: ignore[arg-type]
-        return Log(SinkGroup([tensorboard, BesideSink(tensorboard)]), has_sinks=True)
+        return Log(SinkGroup([tensorboard, CompanionSink(tensorboard)]), has_sinks=True)
     if log_dir is not None:
         raise ValueError(
             "log_dir= is where the default sink writes, but sinks= replaces it; add SummaryWriter(log_dir) to sinks="

@@ -15,7 +15,7 @@ from weightflip.counting.layer import TrackedWeight
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.quantizers.adapt import quantizer_name
 from weightflip.quantizers.protocol import Quantizer
-from weightflip.records import RunInfo, shown, split_variant, variant
+from weightflip.records import RunInfo, printable, split_variant, variant
 from weightflip.selection import (
     Plan,
     Selection,
@@ -303,7 +303,7 @@ def _describe_weights(weights: Sequence[TrackedWeight]) -> dict[str, tuple[str, 
 def _log_from_writer(text: str) -> None:
     """Log a line on the writer process only; the others would log the same."""
     if distributed.is_writer():
-        logger.warning("weightflip: %s", shown(text))
+        logger.warning("weightflip: %s", printable(text))
 
 
 def _parameter_signature(parameters: Sequence[Tensor]) -> tuple[object, ...]:

@@ -1,10 +1,10 @@
-"""Where records go. A new sink is one new file here, with the four methods of :class:`Sink`."""
+"""Output of records. A new sink is one new file here with the four methods of :class:`Sink`."""
 
 from __future__ import annotations
 
 from weightflip.sinks.background import BackgroundSink
 from weightflip.sinks.base import CallableSink, Sink, make_sink, make_sinks
-from weightflip.sinks.beside import BesideSink
+from weightflip.sinks.companion import CompanionSink
 from weightflip.sinks.csv import CSVSink
 from weightflip.sinks.group import SinkGroup
 from weightflip.sinks.jsonl import JSONLSink
@@ -13,9 +13,9 @@ from weightflip.sinks.wandb import WandbSink
 
 __all__ = [
     "BackgroundSink",
-    "BesideSink",
     "CSVSink",
     "CallableSink",
+    "CompanionSink",
     "JSONLSink",
     "Sink",
     "SinkGroup",

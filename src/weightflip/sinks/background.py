@@ -1,4 +1,4 @@
-"""Writing in a thread of its own, so that the training does not wait for files and pictures."""
+"""Writing in a background thread, so that training does not wait for files and pictures."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_found: ContextVar[list[str] | None] = ContextVar("found", default=None)
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 class BackgroundSink:
-    """Base class of sinks whose ``write`` and ``alert`` may run in another thread than the training's.
+    """Base class of sinks whose ``write`` and ``alert`` may run outside the training thread.
 
-    A :class:`~weightflip.sinks.SinkGroup` calls one method of a sink at a time, in order, and ``start``, ``flush`` and
-    ``close`` in the training's thread. What such a sink warns of goes through :func:`warn`.
+    A :class:`~weightflip.sinks.SinkGroup` calls one method of a sink at a time, in order. It calls ``start``, ``flush``
+    and ``close`` in the training thread. These sinks must issue warnings through :func:`warn`.
     """
 
     writes_in_background = True
-    """Whether this one does; an instance may say no."""
+    """Whether this sink may run in the background. Instances can override it."""
 
 
 class Worker:
-    """Runs jobs in a thread, one after another. Jobs do not raise.
+    """Runs jobs in a thread, one after another. Jobs must not raise.
 
-    The thread is started with the first job and ended by :meth:`close`. Where no thread can be started, which is so
-    while the interpreter exits, jobs run at once. A copy, or a pickle, has no jobs.
+    The thread starts with the first job and ends with :meth:`close`. If no thread can be started, as during interpreter
+    exit, jobs run immediately. A copied or unpickled worker has no jobs.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Worker:
         self._process = os.getpid()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Have a job done, after those before it."""
+        """Run a job after the earlier ones."""
         try:
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix="weightflip-sinks")
@@ -47,7 +47,7 @@ class Worker:
             job()
 
     def wait(self) -> None:
-        """Return when all jobs are done. In a forked process there is no thread, and no job of the parent's is done."""
+        """Return when all jobs are done. A forked process has no thread and drops the jobs of its parent."""
         if self._process != os.getpid():
             self._executor, self._jobs = None, []
         for future in self._jobs:
@@ -55,7 +55,7 @@ class Worker:
         self._jobs = []
 
     def close(self) -> None:
-        """Wait, and end the thread; a later job starts another one."""
+        """Wait for all jobs and end the thread. A later job starts a new one."""
         self.wait()
         if self._executor is not None:
             self._executor.shutdown()
@@ -66,20 +66,20 @@ class Worker:
 
 
 @contextmanager
-def collected_warnings() -> Iterator[list[str]]:
-    """Collect what :func:`warn` says, in this thread, instead of showing it."""
-    found: list[str] = []
-    token = _found.set(found)
+def collect_warnings() -> Iterator[list[str]]:
+    """Collect the warnings from :func:`warn` in this thread instead of issuing them."""
+    collected: list[str] = []
+    token = _collected.set(collected)
     try:
-        yield found
+        yield collected
     finally:
-        _found.reset(token)
+        _collected.reset(token)
 
 
 def warn(text: str, stacklevel: int = 2) -> None:
-    """Warn; of a sink in a group, in the training's thread and when all sinks have the record."""
-    found = _found.get()
-    if found is None:
+    """Warn. In a sink group, the warning is issued later in the training thread, once all sinks have the record."""
+    collected = _collected.get()
+    if collected is None:
         warnings.warn(text, stacklevel=stacklevel + 1)
     else:
-        found.append(text)
+        collected.append(text)

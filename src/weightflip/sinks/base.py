@@ -1,4 +1,4 @@
-"""What a sink is, and how one is found for what a user passes."""
+"""The sink protocol, and the conversion of ``sinks=`` arguments to sinks."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from weightflip.sinks.chosen import LayerValues
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes records as they come. May raise: the error is warned about once, and the sink gets no more of them.
+    """Receives records. If a method raises, there is one warning, and the sink gets no more records.
 
-    A sink that also has a method ``alert(event)`` gets each :class:`~weightflip.AlertEvent`, after its record.
+    A sink with a method ``alert(event)`` also gets each :class:`~weightflip.AlertEvent`, after its record.
     """
 
     def start(self, info: RunInfo, first_step: int) -> None:
-        """Called before the first record, and again when what is tracked changes.
+        """Called before the first record, and again when ``info`` changes.
 
         Args:
             info: What is tracked and how.
-            first_step: The step number after which records come; not 0 in a resumed run.
+            first_step: Step after which records start. Not 0 in a resumed run.
         """
         ...
 
     def write(self, record: FlipRecord) -> None:
-        """Take one record."""
+        """Write one record."""
         ...
 
     def flush(self) -> None:
-        """Have everything on disk."""
+        """Write buffered output to disk."""
         ...
 
     def close(self) -> None:
-        """Flush and let go; a later ``start`` opens again."""
+        """Flush and release resources. A later ``start`` opens them again."""
         ...
 
 
@@ -59,7 +59,7 @@ class CallableSink:
             pickle.dumps(self.function)
         except Exception as error:
             warnings.warn(f"weightflip: a function in sinks= is not pickled with the optimizer: {error}", stacklevel=2)
-            return {"function": _nowhere}
+            return {"function": _discard}
         return self.__dict__
 
     def start(self, info: RunInfo, first_step: int) -> None:
@@ -69,18 +69,18 @@ class CallableSink:
         self.function(record)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Nothing to flush."""
 
     def close(self) -> None:
         """Nothing to close."""
 
 
-def _nowhere(record: FlipRecord) -> None:
-    """Stands in for a function that could not be pickled."""
+def _discard(record: FlipRecord) -> None:
+    """Replaces a function that could not be pickled."""
 
 
 def make_sink(spec: SinkLike, layer_values: LayerValues = None) -> Sink:
-    """The sink for one element of ``sinks=``.
+    """Create the sink for one element of ``sinks=``.
 
     Args:
         spec: A ``Sink``, a ``SummaryWriter``, a ``wandb`` run, a path that ends in ``.jsonl`` or ``.csv``, or a
@@ -88,9 +88,9 @@ def make_sink(spec: SinkLike, layer_values: LayerValues = None) -> Sink:
         layer_values: As in :class:`TensorBoardSink`.
 
     Raises:
-        TypeError: Nothing of the above.
-        ValueError: A path with another ending, or to a ``.csv`` file with other columns.
-        OSError: A path that cannot be written.
+        TypeError: None of the above.
+        ValueError: A path with another ending, or a ``.csv`` file with different columns.
+        OSError: The path is not writable.
     """
     from weightflip.sinks.csv import CSVSink
     from weightflip.sinks.jsonl import JSONLSink
@@ -104,10 +104,10 @@ def make_sink(spec: SinkLike, layer_values: LayerValues = None) -> Sink:
         if path.endswith(".csv"):
             return CSVSink(path)
         raise ValueError(
-            f"a path in sinks= ends in .jsonl or .csv, got {path!r}; for a TensorBoard directory use log_dir="
+            f"a path in sinks= must end in .jsonl or .csv, got {path!r}; for a TensorBoard directory use log_dir="
         )
     if isinstance(spec, type):
-        raise TypeError(f"sinks= takes instances, got the class {spec.__name__}; call it")
+        raise TypeError(f"sinks= expects instances, got the class {spec.__name__}; create an instance of it")
     if isinstance(spec, Sink):
         return spec
     if hasattr(spec, "add_scalar"):
@@ -119,27 +119,27 @@ def make_sink(spec: SinkLike, layer_values: LayerValues = None) -> Sink:
     if callable(spec):
         return CallableSink(spec)
     raise TypeError(
-        "sinks= takes SummaryWriters, wandb runs, paths that end in .jsonl or .csv, functions of a FlipRecord, or "
+        "sinks= expects SummaryWriters, wandb runs, paths that end in .jsonl or .csv, functions of a FlipRecord, or "
         f"objects with start, write, flush and close; got {type(spec).__name__}"
     )
 
 
 def make_sinks(specs: Sequence[SinkLike], layer_values: LayerValues = None) -> list[Sink]:
-    """The sinks for ``sinks=``.
+    """Create the sinks for ``sinks=``.
 
     Raises:
-        TypeError: As :func:`make_sink`.
-        ValueError: As :func:`make_sink`; or one is there twice.
-        OSError: As :func:`make_sink`.
+        TypeError: See :func:`make_sink`.
+        ValueError: See :func:`make_sink`. Also if two sinks are the same or write to the same place.
+        OSError: See :func:`make_sink`.
     """
     sinks: list[Sink] = []
-    seen: set[object] = set()
+    used_keys: set[object] = set()
     for spec in specs:
         sink = make_sink(spec, layer_values)
         keys = {id(spec), getattr(sink, "place", None)} - {None}
-        if seen & keys:
-            shown = repr(str(spec)) if isinstance(spec, (str, PathLike)) else checks.described(spec)
-            raise ValueError(f"{shown} is twice in sinks=, and every point would be written twice; leave one out")
-        seen |= keys
+        if used_keys & keys:
+            name = repr(str(spec)) if isinstance(spec, (str, PathLike)) else checks.describe(spec)
+            raise ValueError(f"{name} is in sinks= twice, and every point would be written twice; remove one")
+        used_keys |= keys
         sinks.append(sink)
     return sinks

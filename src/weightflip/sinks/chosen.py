@@ -1,4 +1,4 @@
-"""Which numbers of which layers have a tag of their own in TensorBoard, where there are many layers."""
+"""Chooses which numbers of which layers get their own tag in TensorBoard if there are many layers."""
 
 from __future__ import annotations
 
@@ -11,39 +11,38 @@ from weightflip.sinks.tags import Point
 
 LayerValues: TypeAlias = "Sequence[str] | str | None"
 
-# What the package is asked for is there for every layer, always.
+# Written for every layer, whatever the options.
 _ALWAYS = ("cumulative_flip_rate",)
-# A layer has to stand out at this many logging points in a row: at the start many do for a moment.
-_LASTING = 3
-# So many at most get all their numbers written.
+# A layer must stand out at this many consecutive logging points. At the start of training, many do briefly.
+_MIN_STREAK = 3
 _MOST_OUTLIERS = 12
 
 
 class ChosenLayers:
-    """What is written of each layer, one by one.
+    """Decides which numbers of a layer are written individually.
 
     Args:
-        layer_values: None: all numbers of up to 30 layers; of more, the cumulative flip rate of each, and all numbers
-            of those that stand out. ``"all"``: all. Names: these, beside the cumulative flip rate.
+        layer_values: None: all numbers for up to 30 layers; with more layers, the cumulative flip rate of each layer
+            and all numbers of outliers. ``"all"``: all numbers. Names: these numbers and the cumulative flip rate.
 
     Attributes:
         are_many: Whether there are more than 30 layers.
-        outliers: Layers that stand out by their flip rate, the first found first. What is one stays one, so that its
-            lines have no gaps; 12 at most.
+        outliers: At most 12 layers whose flip rate stands out, in the order in which they were found. Layers are never
+            removed, so that their curves have no gaps.
     """
 
     def __init__(self, layer_values: LayerValues = None) -> None:
-        self._asked = layer_values
+        self._layer_values = layer_values
         self.are_many = False
         self.outliers: list[str] = []
-        self._since: dict[str, int] = {}
-        self._begun: set[str] = set()
+        self._streaks: dict[str, int] = {}
+        self._started_tags: set[str] = set()
 
-    def look(self, record: FlipRecord) -> list[str]:
-        """Take note of a record, before it is written.
+    def update(self, record: FlipRecord) -> list[str]:
+        """Process a record before it is written.
 
         Returns:
-            Those that stand out from now on.
+            New outliers.
         """
         self.are_many = len({split_variant(layer.name)[0] for layer in record.layers}) > MANY_LAYERS
         if not self.are_many:
@@ -52,33 +51,33 @@ class ChosenLayers:
         for layer in record.layers:
             window = layer.window
             rates.setdefault(split_variant(layer.name)[1], {})[layer.name] = Quotient(window.flips, window.weight_steps)
-        found = [name for of_quantizer in rates.values() for name in outliers(of_quantizer)]
-        self._since = {name: self._since.get(name, 0) + 1 for name in found}
-        lasting = [name for name in found if self._since[name] >= _LASTING and name not in self.outliers]
+        current = [name for of_quantizer in rates.values() for name in outliers(of_quantizer)]
+        self._streaks = {name: self._streaks.get(name, 0) + 1 for name in current}
+        lasting = [name for name in current if self._streaks[name] >= _MIN_STREAK and name not in self.outliers]
         new = lasting[: _MOST_OUTLIERS - len(self.outliers)]
         self.outliers += new
         return new
 
-    def has(self, value: str, layer: str) -> bool:
-        """Whether a number of a layer is written under a tag of its own."""
-        return self.has_all(value) or (self._asked is None and layer in self.outliers)
+    def is_tagged(self, value: str, layer: str) -> bool:
+        """Whether a number of a layer has its own tag."""
+        return self.is_tagged_everywhere(value) or (self._layer_values is None and layer in self.outliers)
 
-    def begins(self, point: Point) -> bool:
-        """Whether a tag of those that are had gets its points: ``updated_fraction`` from where it is not 1 any more.
+    def should_write(self, point: Point) -> bool:
+        """Whether to write a point of an existing tag: ``updated_fraction`` only once it has been below 1.
 
-        In most models it is 1 all the time, and of the model itself this is written.
+        In most models it is always 1, which the model-wide tag shows.
         """
-        if point.value != "updated_fraction" or point.tag.startswith("flips/") or self._is_asked_for(point.value):
+        if point.value != "updated_fraction" or point.tag.startswith("flips/") or self._is_requested(point.value):
             return True
         if point.number < 1:
-            self._begun.add(point.tag)
-        return point.tag in self._begun
+            self._started_tags.add(point.tag)
+        return point.tag in self._started_tags
 
-    def _is_asked_for(self, value: str) -> bool:
-        return self._asked is not None and (self._asked == "all" or value in self._asked)
+    def _is_requested(self, value: str) -> bool:
+        return self._layer_values is not None and (self._layer_values == "all" or value in self._layer_values)
 
-    def has_all(self, value: str) -> bool:
-        """Whether every layer has it."""
-        if self._asked == "all" or value in _ALWAYS:
+    def is_tagged_everywhere(self, value: str) -> bool:
+        """Whether the number has a tag for every layer."""
+        if self._layer_values == "all" or value in _ALWAYS:
             return True
-        return not self.are_many if self._asked is None else value in self._asked
+        return not self.are_many if self._layer_values is None else value in self._layer_values

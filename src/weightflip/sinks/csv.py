@@ -1,4 +1,4 @@
-"""Records as a table for spreadsheets and data frames: one number a row."""
+"""Records as a CSV table for spreadsheets and data frames, one number per row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterable
 
-from weightflip.records import FlipRecord, LayerRecord, RunInfo, split_variant, table_cell
+from weightflip.records import FlipRecord, LayerRecord, RunInfo, csv_cell, split_variant
 from weightflip.sinks.background import BackgroundSink
 from weightflip.sinks.files import AppendedFile
 
@@ -16,22 +16,22 @@ _HEADER = ",".join(_COLUMNS) + "\n"
 
 
 class CSVSink(BackgroundSink):
-    """Appends a row ``step,layer,quantizer,name,value`` for each number of each record; one header, at the top.
+    """Appends one row ``step,layer,quantizer,name,value`` per number, below a single header.
 
-    ``layer`` is a parameter's name, ``model`` for the sum of all, ``group:<name>`` for a group of layers. ``quantizer``
-    is empty for a sum of layers with different ones. ``name`` is that of the value, such as ``flip_rate``; what has no
-    value, such as a stall ratio without updates, has no row. In names, what does not print is escaped, and one that a
-    spreadsheet would take for a formula begins with an apostrophe; numbers are numbers.
+    ``layer`` is a parameter name, ``model`` for the sum over all layers, or ``group:<name>`` for a layer group.
+    ``quantizer`` is empty for a sum over layers with different quantizers. ``name`` is the name of the number, such as
+    ``flip_rate``. Undefined numbers, such as a stall ratio without updates, have no row. Non-printable characters in
+    names are escaped, and a name that a spreadsheet would run as a formula gets a leading apostrophe.
 
-    A resumed run appends to the same file; rows of steps after the checkpoint stand there twice, the later one counts.
-    The last row of a run that was killed while it wrote is removed: its number may be cut off.
+    A resumed run appends to the same file. Rows of steps after the checkpoint then occur twice; the later ones are
+    valid. If a run was killed while writing, its last row is removed, since the number may be cut off.
 
     Args:
-        path: The file; its directory is made when the first record comes.
+        path: The file. Its directory is created at the first record.
 
     Raises:
-        OSError: The file cannot be written.
-        ValueError: The file has other columns.
+        OSError: The file is not writable.
+        ValueError: The file has different columns.
     """
 
     def __init__(self, path: str) -> None:
@@ -40,16 +40,16 @@ class CSVSink(BackgroundSink):
         if not self._file.is_empty:
             with self._file.path.open(encoding="utf-8", newline="") as file:
                 header = file.readline()
-            # The beginning of it: what a run that was killed at once may have left.
+            # A run that was killed early may have left only part of the header.
             if not _HEADER.startswith(header.replace("\r", "")):
                 raise ValueError(
-                    f"{str(path)!r} in sinks= begins with {header.strip()[:80]!r}, not with the columns of an earlier "
-                    f"run, {','.join(_COLUMNS)!r}; choose another file"
+                    f"{str(path)!r} in sinks= must be a new file or begin with the columns {','.join(_COLUMNS)!r}, got "
+                    f"{header.strip()[:80]!r}; choose another file"
                 )
 
     @property
     def place(self) -> str:
-        """Where it writes; no two sinks of a run have the same."""
+        """The resolved path of the file. No two sinks of a run may share it."""
         return self._file.place
 
     def start(self, info: RunInfo, first_step: int) -> None:
@@ -71,14 +71,14 @@ class CSVSink(BackgroundSink):
                 values["nonfinite_weights"] = summed.nonfinite
             rows.extend((record.step, layer, quantizer, name, value) for name, value in values.items())
 
-        for seen_as, model in record.models.items():
-            add("model", seen_as or self._common(layer.name for layer in record.layers), model)
+        for quantizer, model in record.models.items():
+            add("model", quantizer or self._common_quantizer(layer.name for layer in record.layers), model)
         for layer in record.layers:
-            add(split_variant(layer.name)[0], self._common([layer.name]), layer)
+            add(split_variant(layer.name)[0], self._common_quantizer([layer.name]), layer)
         for name, summed in record.group_sums.items():
-            group, seen_as = split_variant(name)
-            add(f"group:{group}", seen_as or self._common(record.groups[group]), summed)
-        self._rows(rows)
+            group, quantizer = split_variant(name)
+            add(f"group:{group}", quantizer or self._common_quantizer(record.groups[group]), summed)
+        self._append_rows(rows)
 
     def flush(self) -> None:
         self._file.flush()
@@ -86,12 +86,12 @@ class CSVSink(BackgroundSink):
     def close(self) -> None:
         self._file.close()
 
-    def _common(self, names: Iterable[str]) -> str:
-        """The quantizer that all of these weights have; empty for different ones."""
+    def _common_quantizer(self, names: Iterable[str]) -> str:
+        """The quantizer shared by all of these weights; empty if they differ."""
         quantizers = {self._quantizers[name] for name in names if name in self._quantizers}
         return quantizers.pop() if len(quantizers) == 1 else ""
 
-    def _rows(self, rows: Iterable[Iterable[object]]) -> None:
+    def _append_rows(self, rows: Iterable[Iterable[object]]) -> None:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([table_cell(value) for value in row] for row in rows)
+        csv.writer(text, lineterminator="\n").writerows([csv_cell(value) for value in row] for row in rows)
         self._file.append(text.getvalue(), heading=_HEADER)

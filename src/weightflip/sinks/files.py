@@ -1,4 +1,4 @@
-"""Output that goes to files: can it be written, and what an earlier run left there."""
+"""Output files: checks that they are writable, and appends after interrupted runs and deletion."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _writers = itertools.count()
 
 
 def writer_id() -> str:
-    """A name that no other writer has, made as those of event files are: time, host, process, number in it."""
+    """A unique writer name, built like the names of event files: time, host, process, number within the process."""
     return f"{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{next(_writers)}"
 
 
 def check_writable(directory: Path, what: str) -> None:
-    """Raise unless files can be made in ``directory``, or it can be made; leaves no trace.
+    """Raise unless files can be created in ``directory``, which need not exist. Leaves no files behind.
 
     Raises:
-        OSError: With what was tried, and what to do.
+        OSError: The directory is not writable. The error says what was tried and what to do.
     """
     existing = directory
     while not existing.exists() and existing != existing.parent:
@@ -35,44 +35,44 @@ def check_writable(directory: Path, what: str) -> None:
             pass
     except OSError as error:
         raise OSError(
-            f"{what} cannot be written: making a file in {str(existing)!r} failed with {error.strerror or error}; "
-            "choose another place, or sinks=[] to keep the numbers and write nothing"
+            f"{what} is not writable: creating a file in {str(existing)!r} failed with {error.strerror or error}; "
+            "choose another directory, or pass sinks=[] to keep the numbers and write nothing"
         ) from error
 
 
 def warn_of_deletion(place: Path) -> None:
-    """Say that output went on in a new file."""
+    """Warn that output continues in a new file."""
     warn(
-        f"weightflip: {str(place)!r} was deleted or moved while it was written to; what was in it is not written "
-        "again, and records go on in a new file there",
+        f"weightflip: {str(place)!r} was deleted or moved during the run; records continue in a new file there, and "
+        "earlier records are not written again",
         stacklevel=3,
     )
 
 
 class AppendedFile:
-    """A text file that sinks append to: opened when the first record comes, on disk after each.
+    """A text file for appending. It is opened at the first record and flushed to disk after each record.
 
     Args:
-        path: Its directory is made when it is opened.
-        tells: Whether it warns where it was deleted.
+        path: The file. Its directory is created when it is opened.
+        warns_of_deletion: Whether to warn if the file is deleted while open.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: The file is not writable.
     """
 
-    def __init__(self, path: str, *, tells: bool = True) -> None:
+    def __init__(self, path: str, *, warns_of_deletion: bool = True) -> None:
         self.path = Path(path)
         if self.path.is_dir():
             raise IsADirectoryError(
-                f"{path!r} in sinks= is a directory; name a file in it, such as "
-                f"{str(self.path / ('flips' + self.path.suffix))!r}, or give log_dir= for TensorBoard's files"
+                f"expected a file in sinks=, got the directory {path!r}; name a file in it, such as "
+                f"{str(self.path / ('flips' + self.path.suffix))!r}, or use log_dir= for TensorBoard's files"
             )
         check_writable(self.path.parent, "the directory of " + str(path))
         if self.path.exists():
             with self.path.open("a"):
                 pass
-        self._at = self.path
-        self._has_told = not tells
+        self._absolute_path = self.path
+        self._should_warn = warns_of_deletion
         self._file: TextIO | None = None
 
     @property
@@ -81,52 +81,53 @@ class AppendedFile:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was ever written; also of what is no plain file."""
+        """Whether the file is empty, missing, or not a regular file."""
         return not self.path.is_file() or self.path.stat().st_size == 0
 
     def open(self) -> None:
-        # Wherever the script goes then.
-        self._at = self.path.absolute()
-        self._at.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._at.open("a", encoding="utf-8", newline="\n")
+        # Absolute, in case the script changes the working directory.
+        self._absolute_path = self.path.absolute()
+        self._absolute_path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._absolute_path.open("a", encoding="utf-8", newline="\n")
 
     @property
     def place(self) -> str:
-        """Where it is, links followed: the same for all ways to write the path."""
+        """The path with symbolic links resolved, so that all spellings of a path are equal."""
         return os.path.realpath(self.path)
 
     def append(self, text: str, heading: str = "") -> None:
-        """Write to the end, and have it on disk.
+        """Append text and flush it to disk.
 
-        A file that was deleted or moved since it was opened is made anew, which is warned about once: what is written
-        to the old one reaches nobody. One that was emptied, as log rotation does it, begins with its heading again.
+        If the file was deleted or moved since it was opened, it is created again, with one warning: nobody would see
+        output in the old file. If the file was truncated, for example by log rotation, it starts with its heading
+        again.
 
         Args:
-            text: Whole lines.
-            heading: What a new file begins with.
+            text: Complete lines.
+            heading: First line of a new file.
 
         Raises:
-            OSError: It cannot be written, or not be made anew.
+            OSError: The file cannot be written or created again.
         """
         assert self._file is not None
         is_gone = self._is_gone()
         if is_gone:
             self._file.close()
-            self._at.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._at.open("a", encoding="utf-8", newline="\n")
+            self._absolute_path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._absolute_path.open("a", encoding="utf-8", newline="\n")
         if self._is_emptied():
             text = heading + text
         self._file.write(text)
         self._file.flush()
-        if is_gone and not self._has_told:
-            self._has_told = True
-            # After the record: a warning may be an error.
-            warn_of_deletion(self._at)
+        if is_gone and self._should_warn:
+            self._should_warn = False
+            # After the record is written, since warnings may be turned into errors.
+            warn_of_deletion(self._absolute_path)
 
     def _is_gone(self) -> bool:
         assert self._file is not None
         try:
-            return not os.path.samestat(os.fstat(self._file.fileno()), self._at.stat())
+            return not os.path.samestat(os.fstat(self._file.fileno()), self._absolute_path.stat())
         except (FileNotFoundError, NotADirectoryError):
             return True
         except OSError:
@@ -135,7 +136,7 @@ class AppendedFile:
     def _is_emptied(self) -> bool:
         assert self._file is not None
         status = os.fstat(self._file.fileno())
-        # Of a pipe the size is always 0.
+        # The size of a pipe is always 0.
         return stat.S_ISREG(status.st_mode) and status.st_size == 0
 
     def flush(self) -> None:
@@ -148,7 +149,7 @@ class AppendedFile:
             self._file = None
 
     def whole_lines(self) -> int:
-        """Bytes up to the end of the last whole line: less than the file's, if a run was killed in a line."""
+        """Size in bytes of the complete lines. Less than the file size if a run was killed while writing a line."""
         if self.is_empty:
             return 0
         with self.path.open("rb") as file:
@@ -156,15 +157,15 @@ class AppendedFile:
             while end:
                 start = max(0, end - 65536)
                 file.seek(start)
-                found = file.read(end - start).rfind(b"\n")
-                if found >= 0:
-                    return start + found + 1
+                newline = file.read(end - start).rfind(b"\n")
+                if newline >= 0:
+                    return start + newline + 1
                 end = start
         return 0
 
     @property
     def is_torn(self) -> bool:
-        """Whether an earlier run was killed in the middle of a line."""
+        """Whether the last line is incomplete, since an earlier run was killed."""
         return not self.is_empty and self.whole_lines() < self.path.stat().st_size
 
     def __getstate__(self) -> dict[str, object]:

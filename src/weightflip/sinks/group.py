@@ -1,4 +1,4 @@
-"""All sinks of a run: a broken one does not stop a training, and the training does not wait for a slow one."""
+"""All sinks of a run. A failing sink does not stop training, and training does not wait for a slow one."""
 
 from __future__ import annotations
 
@@ -9,156 +9,155 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from weightflip.records import AlertEvent, FlipRecord, RunInfo, shown
-from weightflip.sinks.background import BackgroundSink, Worker, collected_warnings
+from weightflip.records import AlertEvent, FlipRecord, RunInfo, printable
+from weightflip.sinks.background import BackgroundSink, Worker, collect_warnings
 from weightflip.sinks.base import Sink
 
-# Those of all runs that are not closed.
-_at_work: weakref.WeakSet[SinkGroup] = weakref.WeakSet()
+_open_groups: weakref.WeakSet[SinkGroup] = weakref.WeakSet()
 
 
 class SinkGroup:
-    """All sinks of a run. A sink that raises is warned about once and dropped; the others go on.
+    """All sinks of a run. A sink that raises is dropped with one warning; the others continue.
 
-    Records go to a :class:`~weightflip.sinks.background.BackgroundSink` in a thread of its own, which handles one
-    record at a time: the next one waits for it. So a process that is killed loses at most one record more than it
-    would without the thread. :meth:`flush` and :meth:`close` wait for all of them.
+    Each :class:`~weightflip.sinks.background.BackgroundSink` gets its records in a background thread, which handles one
+    record at a time: the next record waits for it. So a killed process loses at most one record more than without the
+    thread. :meth:`flush` and :meth:`close` wait for all records.
 
-    Sinks that are open belong to the process that opened them: a forked one shares their files with it, and lacks their
-    threads. There nothing is written, flushed or closed.
+    Open sinks belong to the process that opened them. A forked process shares their files but lacks their threads, so
+    nothing is written, flushed or closed there.
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)
-        self._started: RunInfo | None = None
-        # Places that this group was warned to share with another one.
-        self._shared: set[str] = set()
+        self._started_info: RunInfo | None = None
+        # Places shared with another group, about which there was a warning.
+        self._warned_places: set[str] = set()
         self._process = os.getpid()
-        self._has_told_of_fork = False
-        self._busy: set[str] = set()
+        self._has_warned_of_fork = False
+        self._running: set[str] = set()
         self._worker = Worker()
-        self._untold: list[str] = []
+        self._pending_warnings: list[str] = []
 
     def claim(self) -> None:
-        """From here to ``close`` the places are this run's: warn if they are those of another one, too."""
-        _at_work.add(self)
-        others = [group for group in _at_work if group is not self]
-        for place in sorted(self._places() - self._shared):
-            sharing = [group for group in others if place in group._places()]
+        """Reserve the output places until ``close``. Warn if another open group writes to the same place."""
+        _open_groups.add(self)
+        others = [group for group in _open_groups if group is not self]
+        for place in sorted(self._sink_places() - self._warned_places):
+            sharing = [group for group in others if place in group._sink_places()]
             if not sharing:
                 continue
             for group in (self, *sharing):
-                group._shared.add(place)
+                group._warned_places.add(place)
             warnings.warn(
-                f"weightflip: {place!r}: another optimizer that is still tracked writes there, and the points of both "
-                "are mixed; close() that one first, choose another place, or, if the two are parts of one run, give "
-                "the first to the second: sinks=first",
+                f"weightflip: {place!r}: another tracked optimizer also writes there, and the points of both are "
+                "mixed; close() it first, choose another place, or, if both belong to one run, pass the first to the "
+                "second: sinks=first",
                 stacklevel=3,
             )
 
-    def _places(self) -> set[str]:
+    def _sink_places(self) -> set[str]:
         return {place for sink in self._sinks if (place := getattr(sink, "place", None)) is not None}
 
     def __bool__(self) -> bool:
         return bool(self._sinks)
 
     def write(self, record: FlipRecord, info: RunInfo, first_step: int) -> None:
-        """Hand a record to each sink, with what is tracked first where that is news."""
-        if self._is_of_parent():
-            if self._sinks and not self._has_told_of_fork:
-                self._has_told_of_fork = True
+        """Pass a record to each sink, preceded by ``start`` if ``info`` has changed."""
+        if self._belongs_to_parent():
+            if self._sinks and not self._has_warned_of_fork:
+                self._has_warned_of_fork = True
                 warnings.warn(
-                    "weightflip: forked process: its records are not written; build the tracked optimizer in the "
-                    "child, or pass sinks= there",
+                    "weightflip: records of a forked process are not written; create the tracked optimizer in the "
+                    "child process, or pass sinks= there",
                     stacklevel=3,
                 )
             return
         self._worker.wait()
-        is_news = info != self._started
-        if is_news:
-            self._started, self._process = info, os.getpid()
-            self._each("start", info, first_step)
-        self._hand("write", record)
-        if is_news or self not in _at_work:
-            # A default place is chosen at the first record. Not at work is a copy, or one that goes on after close().
+        is_new_info = info != self._started_info
+        if is_new_info:
+            self._started_info, self._process = info, os.getpid()
+            self._call_sinks("start", info, first_step)
+        self._dispatch("write", record)
+        if is_new_info or self not in _open_groups:
+            # The first record may choose a default place. Copies, and groups used again after close(), are not open.
             self.claim()
 
     def alert(self, event: AlertEvent) -> None:
-        """Hand an event to each sink that takes them."""
-        self._hand("alert", event)
+        """Pass an event to each sink with an ``alert`` method."""
+        self._dispatch("alert", event)
 
     def flush(self) -> None:
-        """Flush each sink, when it has its records."""
+        """Wait for pending records, then flush each sink."""
         self._worker.wait()
-        self._each("flush")
+        self._call_sinks("flush")
 
     def close(self) -> None:
-        """Close each sink that was started; a later record opens it again."""
-        _at_work.discard(self)
-        if self._started is not None and not self._is_of_parent():
-            self._started = None
+        """Close each started sink. A later record opens it again."""
+        _open_groups.discard(self)
+        if self._started_info is not None and not self._belongs_to_parent():
+            self._started_info = None
             self._worker.close()
-            self._each("close")
+            self._call_sinks("close")
 
-    def _is_of_parent(self) -> bool:
-        """Whether the sinks were opened before a fork, by the process that this one comes from."""
-        return self._started is not None and self._process != os.getpid()
+    def _belongs_to_parent(self) -> bool:
+        """Whether the parent process opened the sinks before a fork."""
+        return self._started_info is not None and self._process != os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Of sinks that are not writing. Their copies are closed.
+        # Copy sinks only when idle. The copies are closed.
         self._worker.wait()
         return {
             **self.__dict__,
-            "_started": None,
-            "_shared": set(),
-            "_has_told_of_fork": False,
-            "_busy": set(),
-            "_untold": [],
+            "_started_info": None,
+            "_warned_places": set(),
+            "_has_warned_of_fork": False,
+            "_running": set(),
+            "_pending_warnings": [],
         }
 
-    def _hand(self, method: str, *args: Any) -> None:
-        """Call a method of each sink, of those that can in the background."""
+    def _dispatch(self, method: str, *args: Any) -> None:
+        """Call a method of each sink, in the background for sinks that support it."""
         sinks = [sink for sink in self._sinks if _writes_in_background(sink)]
-        if sinks and not self._is_of_parent():
-            self._worker.submit(partial(self._call, sinks, method, *args))
-        self._each(method, *args, sinks=[sink for sink in self._sinks if sink not in sinks])
+        if sinks and not self._belongs_to_parent():
+            self._worker.submit(partial(self._call_each, sinks, method, *args))
+        self._call_sinks(method, *args, sinks=[sink for sink in self._sinks if sink not in sinks])
 
-    def _each(self, method: str, *args: Any, sinks: Sequence[Sink] | None = None) -> None:
-        """Call a method of each of the sinks, or of all, and warn of what was found."""
-        if self._is_of_parent():
+    def _call_sinks(self, method: str, *args: Any, sinks: Sequence[Sink] | None = None) -> None:
+        """Call a method of the given sinks, by default all, and issue collected warnings."""
+        if self._belongs_to_parent():
             return
-        if method in self._busy:
-            # A sink that flushes or closes all of them while it is itself flushed or closed.
+        if method in self._running:
+            # A sink flushes or closes the whole group from its own flush() or close().
             return
-        self._busy.add(method)
+        self._running.add(method)
         try:
-            self._call(self._sinks if sinks is None else sinks, method, *args)
+            self._call_each(self._sinks if sinks is None else sinks, method, *args)
         finally:
-            self._busy.discard(method)
-        # After the last sink: a warning may be an error.
-        untold = list(self._untold)
-        del self._untold[: len(untold)]
-        for text in untold:
-            warnings.warn(shown(text), stacklevel=3)
+            self._running.discard(method)
+        # After the last sink, since warnings may be turned into errors.
+        pending = list(self._pending_warnings)
+        del self._pending_warnings[: len(pending)]
+        for text in pending:
+            warnings.warn(printable(text), stacklevel=3)
 
-    def _call(self, sinks: Sequence[Sink], method: str, *args: Any) -> None:
+    def _call_each(self, sinks: Sequence[Sink], method: str, *args: Any) -> None:
         for sink in list(sinks):
             if sink not in self._sinks or (method == "alert" and not hasattr(sink, method)):
                 continue
-            with collected_warnings() as found:
+            with collect_warnings() as collected:
                 try:
                     getattr(sink, method)(*args)
                 except Warning as warning:
-                    # No fault, but something that a sink has to say, where warnings are errors.
-                    found.append(str(warning))
+                    # Not a failure: the sink issued a warning, and warnings are errors.
+                    collected.append(str(warning))
                 except Exception as error:
                     self._sinks.remove(sink)
-                    found.append(
+                    collected.append(
                         f"weightflip: {type(sink).__name__} failed and gets no more records, training goes on: "
                         f"{type(error).__name__}: {error}"
                     )
-            # In place: the training's thread may be taking some.
-            self._untold.extend(found)
+            # In place: the training thread may be removing entries.
+            self._pending_warnings.extend(collected)
 
 
 def _writes_in_background(sink: Sink) -> bool:

@@ -1,4 +1,4 @@
-"""Records as lines of JSON: to be read by programs, and complete up to the last line after any crash."""
+"""Records as JSON Lines, for programs. After a crash, the file is complete up to the last line."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from weightflip.sinks.files import AppendedFile, writer_id
 
 
 class JSONLSink(BackgroundSink):
-    """Appends one JSON object a line: ``{"info": {...}}`` first, then ``{"record": {...}}`` and ``{"alert": {...}}``.
+    """Appends one JSON object per line: first ``{"info": {...}}``, then ``{"record": {...}}`` and ``{"alert": {...}}``.
 
-    Each line ends with ``"writer"``, a name that each opening of the file has anew, and ``"time"``, in seconds since
-    1970. A resumed run appends to the same file; lines of steps after the checkpoint stand there twice, the later one
-    counts. Two trainings at once are told apart by their writers.
+    Each line ends with ``"writer"``, a unique name for each time that the file is opened, and ``"time"``, in seconds
+    since 1970. A resumed run appends to the same file. Lines of steps after the checkpoint then occur twice; the later
+    ones are valid. ``"writer"`` separates two runs that write at the same time.
 
     Args:
-        path: The file; its directory is made when the first record comes.
+        path: The file. Its directory is created at the first record.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: The file is not writable.
     """
 
     _separators = (", ", ": ")
@@ -33,7 +33,7 @@ class JSONLSink(BackgroundSink):
 
     @property
     def place(self) -> str:
-        """Where it writes; no two sinks of a run have the same."""
+        """The resolved path of the file. No two sinks of a run may share it."""
         return self._file.place
 
     def start(self, info: RunInfo, first_step: int) -> None:
@@ -42,14 +42,14 @@ class JSONLSink(BackgroundSink):
             self._writer = writer_id()
             if self._file.is_torn:
                 self._file.append("\n")
-        self._info = self._as_line({"info": info.to_dict(), "first_step": first_step})
+        self._info = self._encode_line({"info": info.to_dict(), "first_step": first_step})
         self._file.append(self._info)
 
     def write(self, record: FlipRecord) -> None:
-        self._line({"record": self._contents(record)})
+        self._append_line({"record": self._encode_record(record)})
 
     def alert(self, event: AlertEvent) -> None:
-        self._line({"alert": vars(event)})
+        self._append_line({"alert": vars(event)})
 
     def flush(self) -> None:
         self._file.flush()
@@ -57,12 +57,12 @@ class JSONLSink(BackgroundSink):
     def close(self) -> None:
         self._file.close()
 
-    def _contents(self, record: FlipRecord) -> dict[str, object]:
+    def _encode_record(self, record: FlipRecord) -> dict[str, object]:
         return record.to_dict()
 
-    def _line(self, data: dict[str, object]) -> None:
-        self._file.append(self._as_line(data), heading=self._info)
+    def _append_line(self, data: dict[str, object]) -> None:
+        self._file.append(self._encode_line(data), heading=self._info)
 
-    def _as_line(self, data: dict[str, object]) -> str:
+    def _encode_line(self, data: dict[str, object]) -> str:
         data = {**data, "writer": self._writer, "time": round(time.time(), 3)}
         return json.dumps(data, separators=self._separators) + "\n"

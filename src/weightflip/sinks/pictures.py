@@ -1,19 +1,19 @@
-"""Which pictures there are of a training, and what each is drawn from."""
+"""The pictures of a run, and the data that each one needs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from weightflip.records import FlipRecord, Value, shown
+from weightflip.records import FlipRecord, Value, printable
 from weightflip.sinks import heatmap, scatter
 
 if TYPE_CHECKING:
-    from weightflip.sinks.colours import Pixels
+    from weightflip.sinks.colors import Pixels
 
 
 class Pictures:
-    """Keeps of the records what the pictures show: all layers over time, and the last point's step sizes."""
+    """Collects data for the pictures: heat maps of all layers over time, and a scatter plot of the last record."""
 
     def __init__(self) -> None:
         self._histories: dict[str, heatmap.History] = {}
@@ -21,12 +21,12 @@ class Pictures:
         self._values: dict[str, Value] = {}
 
     def add(self, record: FlipRecord, since: int, values: Iterable[Value]) -> None:
-        """Take the record of the steps after ``since``.
+        """Add a record.
 
         Args:
-            record: The record.
-            since: The step of the record before.
-            values: How each number is shown.
+            record: The record, which covers the steps after ``since``.
+            since: Step of the previous record.
+            values: How each number is displayed.
         """
         for value in values:
             self._values[value.name] = value
@@ -36,11 +36,13 @@ class Pictures:
                 self._spots[value.name] = spots
 
     def draw(self) -> dict[str, Pixels]:
-        """The pictures, by the name of the value."""
+        """Draw the pictures, by name of the value."""
         drawn = {}
         for name, history in self._histories.items():
             if history:
-                drawn[name] = heatmap.draw(history, shown(self._values[name].description or self._values[name].title))
+                drawn[name] = heatmap.draw(
+                    history, printable(self._values[name].description or self._values[name].title)
+                )
         for name, spots in self._spots.items():
-            drawn[name] = scatter.draw(spots, shown(self._values[name].expects))
+            drawn[name] = scatter.draw(spots, printable(self._values[name].expects))
         return drawn

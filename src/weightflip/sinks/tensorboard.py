@@ -1,4 +1,4 @@
-"""Records as TensorBoard scalars, histograms and pictures, with a text panel and a layout of charts."""
+"""Records as TensorBoard scalars, histograms and images, with text panels and a chart layout."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from weightflip.records import (
     Histogram,
     RunInfo,
     Value,
-    in_lines,
-    shown,
+    alert_lines,
+    printable,
 )
 from weightflip.sinks.background import BackgroundSink, warn
 from weightflip.sinks.chosen import ChosenLayers, LayerValues
 from weightflip.sinks.files import check_writable, warn_of_deletion
 from weightflip.sinks.layout import Layout
 from weightflip.sinks.pictures import Pictures
-from weightflip.sinks.tags import Point, has_histograms, model_points, points, spread_points
+from weightflip.sinks.tags import Point, is_histogram_point, model_points, points, spread_points
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -36,31 +36,32 @@ _SUFFIX = ".weightflip"
 
 
 class TensorBoardSink(BackgroundSink):
-    """Writes the numbers of the model, the layers and the groups; x axis: optimizer steps.
+    """Writes the numbers of the model, the layers and the layer groups. The x axis is optimizer steps.
 
-    ``flips/rate``, ``flips/cumulative_rate``, ``flips/stall_ratio`` and ``flips/<value>`` for the model;
-    ``<value>/<layer>``, such as ``flip_rate/<layer>``, for the layers; ``<value>_by_group/<group>`` for groups;
-    ``nonfinite_weights/<layer>`` for layers that hold NaN or infinities. Of weights tracked with several quantizers,
-    each has its own series, ``@<quantizer>``. Histograms, where records have them, are ``<name>/<layer>``. The model's
-    numbers are there once more as ``Model/<value>``, since TensorBoard sorts tags and opens what comes first.
+    Tags are ``flips/rate``, ``flips/cumulative_rate``, ``flips/stall_ratio`` and ``flips/<value>`` for the model;
+    ``<value>/<layer>``, such as ``flip_rate/<layer>``, for the layers; ``<value>_by_group/<group>`` for layer groups;
+    ``nonfinite_weights/<layer>`` for layers with NaN or infinite weights. Weights tracked with several quantizers have
+    one series per quantizer, ``@<quantizer>``. Histograms, if records contain them, are ``<name>/<layer>``. The numbers
+    of the model are repeated as ``Model/<value>``, since TensorBoard sorts by tag and opens the first section.
 
-    Of more than 30 layers, each has its cumulative flip rate, and its other numbers only if it stands out: if its flip
-    rate is far from that of the others at three points in a row. All of them together are ``spread/<value>_min``,
-    ``_p25``, ``_median``, ``_p75`` and ``_max``. Histograms are those of groups, ``<name>_by_group/<group>``.
+    With more than 30 layers, each layer has its cumulative flip rate, and its other numbers only if its flip rate is
+    far from that of the other layers at three consecutive points. The spread over all layers is
+    ``spread/<value>_min``, ``_p25``, ``_median``, ``_p75`` and ``_max``. Histograms are those of layer groups,
+    ``<name>_by_group/<group>``.
 
-    Beside them, pictures of all layers over time, ``weightflip/flip_rate``, ``weightflip/stall_ratio`` and those of
-    metric groups (``weightflip/oscillation_ratio``), drawn at the 1st, 2nd, 4th, 8th, ... record, when flushed after an
-    eighth more of them, and at the end. They begin with this object's first record: a resumed run has pictures from
+    There are also images of all layers over time: ``weightflip/flip_rate``, ``weightflip/stall_ratio`` and those of
+    metric groups (``weightflip/oscillation_ratio``). They are drawn at records 1, 2, 4, 8, ..., on flush if there are
+    an eighth more records, and at the end. They start with this object's first record, so a resumed run has images from
     where it resumed.
 
     Args:
-        log_dir: Where a ``SummaryWriter`` is opened when the first record comes; None for its own default place.
-        writer: A ``SummaryWriter`` to use instead; it is flushed but never closed here.
-        layer_values: Which numbers each layer has, whatever their number: ``"all"``, or names such as
-            ``("flip_rate", "stall_ratio")``; the cumulative flip rate is always there.
+        log_dir: Directory of the ``SummaryWriter``, which is opened at the first record. None for its default.
+        writer: A ``SummaryWriter`` to use instead. It is flushed but never closed here.
+        layer_values: Numbers written per layer, for any number of layers: ``"all"``, or names such as
+            ``("flip_rate", "stall_ratio")``. The cumulative flip rate is always included.
 
     Raises:
-        OSError: ``log_dir`` cannot be written.
+        OSError: ``log_dir`` is not writable.
         ModuleNotFoundError: The tensorboard package is missing.
     """
 
@@ -72,41 +73,41 @@ class TensorBoardSink(BackgroundSink):
             _import_summary_writer()
         self.log_dir = log_dir
         self.layer_values = layer_values
-        self._owned = writer is None
-        # A writer of the user's is in use in the training's thread, too, and may be closed there.
-        self.writes_in_background = self._owned
+        self._owns_writer = writer is None
+        # The training thread also uses a user's writer, and may close it.
+        self.writes_in_background = self._owns_writer
         self._writer = writer
         self._process = os.getpid()
-        self._purged = False
+        self._has_purged = False
         self._file: Path | None = None
-        self._has_told = False
-        self._begin()
+        self._has_warned = False
+        self._reset()
 
     @property
     def place(self) -> str | None:
-        """Where it writes; None before SummaryWriter has chosen."""
-        # What is given as a SummaryWriter may be another object that has add_scalar.
-        directory = self.log_dir if self._owned else getattr(self._writer, "log_dir", None)
+        """The resolved directory; None until SummaryWriter has chosen its default."""
+        # A user's writer may be any object with add_scalar.
+        directory = self.log_dir if self._owns_writer else getattr(self._writer, "log_dir", None)
         return os.path.realpath(directory) if isinstance(directory, (str, os.PathLike)) else None
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._info = RunInfo({}, {})
         self._points = 0
-        self._drawn = 0
+        self._drawn_points = 0
         self._last_step = 0
         self._chosen = ChosenLayers(self.layer_values)
         self._layout = Layout()
-        self._described: set[str] = set()
+        self._described_tags: set[str] = set()
         self._alerts: list[AlertEvent] = []
         self._values: dict[str, Value] = {value.name: value for value in CORE_VALUES}
         self._pictures: Pictures | None = Pictures()
 
     def start(self, info: RunInfo, first_step: int) -> None:
-        if not self._owned and self._process != os.getpid():
-            # The thread that takes its queue to the file does not live here: once it is full, that would wait for ever.
-            raise RuntimeError("the SummaryWriter in sinks= is that of another process; make it in this one")
+        if not self._owns_writer and self._process != os.getpid():
+            # The writer's thread does not exist in this process. Once its queue is full, writing would block forever.
+            raise RuntimeError("the SummaryWriter in sinks= belongs to another process; create it in this process")
         if self._writer is None:
-            self._open(self._purge_step(first_step))
+            self._open_writer(self._purge_step(first_step))
         assert self._writer is not None
         if not self._points:
             self._last_step = first_step
@@ -114,154 +115,154 @@ class TensorBoardSink(BackgroundSink):
         self._info = info
         self._writer.add_text("weightflip/tracking", info.to_markdown(), first_step)
 
-    def _open(self, purge_step: int | None = None) -> None:
-        before = self._files()
+    def _open_writer(self, purge_step: int | None = None) -> None:
+        before = self._event_files()
         self._writer = _import_summary_writer()(self.log_dir, purge_step=purge_step, filename_suffix=_SUFFIX)
         self.log_dir = self._writer.log_dir
-        # Absolute, wherever the script goes then. None is found where the place is no directory, but a bucket.
-        new = [file.absolute() for file in self._files() - before]
+        # Absolute, in case the script changes the working directory. A bucket has no local file.
+        new = [file.absolute() for file in self._event_files() - before]
         self._file = max(new, key=lambda file: file.stat().st_mtime_ns, default=None)
 
-    def _files(self) -> set[Path]:
+    def _event_files(self) -> set[Path]:
         return set() if self.log_dir is None else set(Path(self.log_dir).glob("*tfevents*" + _SUFFIX))
 
-    def _renew(self) -> bool:
-        """Go on in a new file where ours was deleted: what is written to that one reaches nobody.
+    def _reopen_if_deleted(self) -> bool:
+        """Continue in a new file if ours was deleted: nobody would see output in the old file.
 
         Returns:
-            Whether it was so.
+            Whether a new file was opened.
         """
         if self._writer is None or self._file is None or self._file.exists():
             return False
         with contextlib.suppress(OSError):
-            # Its thread may have failed at the missing directory.
+            # Its thread may have failed because the directory is missing.
             self._writer.close()
         self._writer, self.log_dir = None, str(self._file.parent)
         self._layout.forget()
-        self._described = set()
-        self._open()
+        self._described_tags = set()
+        self._open_writer()
         assert self._writer is not None
         self._writer.add_text("weightflip/tracking", self._info.to_markdown(), self._last_step)
         return True
 
-    def _tell(self) -> None:
-        if not self._has_told:
-            self._has_told = True
+    def _warn_of_deletion(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
             warn_of_deletion(Path(self.log_dir or "."))
 
     def _purge_step(self, first_step: int) -> int | None:
-        """The step from which on TensorBoard hides what the directory holds; None to hide nothing.
+        """The step from which TensorBoard hides older data in the directory; None to hide nothing.
 
-        A resumed run repeats the steps that the earlier one did after its checkpoint. Only once, and only where all
-        files are ours: a purge hides every tag, also of a writer of the user's that counts in other units.
+        A resumed run repeats the steps after its checkpoint. Purge only once, and only if all files are ours: a purge
+        hides every tag, including those of a user's writer with a different step unit.
         """
-        if self._purged or not first_step or self.log_dir is None:
+        if self._has_purged or not first_step or self.log_dir is None:
             return None
-        self._purged = True
+        self._has_purged = True
         files = Path(self.log_dir).glob("*tfevents*")
         return first_step + 1 if all(file.name.endswith(_SUFFIX) for file in files) else None
 
     def write(self, record: FlipRecord) -> None:
-        is_new = self._renew()
+        has_reopened = self._reopen_if_deleted()
         assert self._writer is not None
         self._write_alerts()
-        self._name(self._chosen.look(record), record)
-        self._lay_out(record)
+        self._write_outliers(self._chosen.update(record), record)
+        self._write_layout(record)
         of_all = spread_points(record) if self._chosen.are_many else ()
-        for point in itertools.chain(points(record, self._chosen.has), model_points(record), of_all):
-            if self._chosen.begins(point):
-                self._scalar(point, record.step)
+        for point in itertools.chain(points(record, self._chosen.is_tagged), model_points(record), of_all):
+            if self._chosen.should_write(point):
+                self._write_scalar(point, record.step)
         self._points += 1
-        if has_histograms(self._points):
-            self._histograms_of(record)
+        if is_histogram_point(self._points):
+            self._write_histograms(record)
         if self._pictures is not None:
             self._pictures.add(record, self._last_step, self._values.values())
         self._last_step = record.step
         if self._points & (self._points - 1) == 0:
-            self._draw()
-        if is_new:
-            # After the record: a warning may be an error.
-            self._tell()
+            self._write_pictures()
+        if has_reopened:
+            # After the record is written, since warnings may be turned into errors.
+            self._warn_of_deletion()
 
     def alert(self, event: AlertEvent) -> None:
-        """The message, in the text panel: with the next record, since TensorBoard shows one text a step."""
+        """Write the message to the text panel with the next record: TensorBoard shows one text per step."""
         self._alerts.append(event)
 
     def _write_alerts(self) -> None:
         assert self._writer is not None
         for step, events in itertools.groupby(self._alerts, lambda event: event.step):
-            self._writer.add_text(ALERTS_TAG, "\n".join(f"- {line}" for line in in_lines(events)), step)
+            self._writer.add_text(ALERTS_TAG, "\n".join(f"- {line}" for line in alert_lines(events)), step)
         self._alerts = []
 
     def flush(self) -> None:
         if self._writer is not None:
-            is_new = self._renew()
+            has_reopened = self._reopen_if_deleted()
             self._write_alerts()
-            # Not for each point of a script that flushes after each.
-            if self._points >= self._drawn * 9 / 8:
-                self._draw()
+            # A script may flush after each record.
+            if self._points >= self._drawn_points * 9 / 8:
+                self._write_pictures()
             self._writer.flush()
-            if is_new:
-                self._tell()
+            if has_reopened:
+                self._warn_of_deletion()
 
     def close(self) -> None:
         if self._writer is None:
             return
-        is_new = self._renew()
+        has_reopened = self._reopen_if_deleted()
         self._write_alerts()
-        self._draw()
-        if self._owned:
+        self._write_pictures()
+        if self._owns_writer:
             self._writer.close()
             self._writer = None
         else:
             self._writer.flush()
-        if is_new:
-            self._tell()
+        if has_reopened:
+            self._warn_of_deletion()
 
-    def _name(self, outliers: list[str], record: FlipRecord) -> None:
-        """Layers that stand out from now on, in the text panel."""
+    def _write_outliers(self, outliers: list[str], record: FlipRecord) -> None:
+        """Write new outliers to the text panel."""
         if not outliers:
             return
         assert self._writer is not None
         rates = {layer.name: layer.flip_rate for layer in record.layers}
-        lines = [f"- `{shown(name)}`: flip rate {rates[name]:.3g}" for name in outliers]
+        lines = [f"- `{printable(name)}`: flip rate {rates[name]:.3g}" for name in outliers]
         usual = spread(rate for rate in rates.values() if math.isfinite(rate))
         assert usual is not None
         lines.append(f"- the median of all layers: {usual.median:.3g}")
         self._writer.add_text("weightflip/layers_that_stand_out", "\n".join(lines), record.step)
 
-    def _lay_out(self, record: FlipRecord) -> None:
-        """The charts, where there are others than before. TensorBoard shows the last layout of a run."""
-        if not self._owned:
-            # TensorBoard shows one layout a run: in a user's writer it would stand in the way of the user's own.
+    def _write_layout(self, record: FlipRecord) -> None:
+        """Write the chart layout if it has changed. TensorBoard shows the last layout of a run."""
+        if not self._owns_writer:
+            # TensorBoard shows one layout per run. In a user's writer, ours would replace the user's.
             return
         assert self._writer is not None
-        layout = self._layout.news(record, self._values.values(), self._chosen)
+        layout = self._layout.update(record, self._values.values(), self._chosen)
         if layout is not None:
             self._writer.add_custom_scalars(layout)
 
-    def _scalar(self, point: Point, step: int) -> None:
+    def _write_scalar(self, point: Point, step: int) -> None:
         assert self._writer is not None
-        if not self._owned or point.tag in self._described:
-            # What is given as a SummaryWriter may have no more than add_scalar.
+        if not self._owns_writer or point.tag in self._described_tags:
+            # A user's writer may only have add_scalar.
             self._writer.add_scalar(point.tag, point.number, step)
             return
-        self._described.add(point.tag)
+        self._described_tags.add(point.tag)
         assert self._writer.file_writer is not None
         value = self._values.get(point.value)
-        description = shown(f"{value.description or value.title if value else point.value}: {point.whose}")
+        description = printable(f"{value.description or value.title if value else point.value}: {point.subject}")
         self._writer.file_writer.add_summary(_described_scalar(point, description), step)
 
-    def _histograms_of(self, record: FlipRecord) -> None:
+    def _write_histograms(self, record: FlipRecord) -> None:
         for layer in record.layers:
             for name, histogram in layer.histograms.items():
-                if self._chosen.has(name, layer.name):
-                    self._histogram(shown(f"{name}/{layer.name}"), histogram, record.step)
+                if self._chosen.is_tagged(name, layer.name):
+                    self._write_histogram(printable(f"{name}/{layer.name}"), histogram, record.step)
         for group, summed in record.group_sums.items() if self._chosen.are_many else ():
             for name, histogram in summed.histograms.items():
-                self._histogram(shown(f"{name}_by_group/{group}"), histogram, record.step)
+                self._write_histogram(printable(f"{name}_by_group/{group}"), histogram, record.step)
 
-    def _histogram(self, tag: str, histogram: Histogram, step: int) -> None:
+    def _write_histogram(self, tag: str, histogram: Histogram, step: int) -> None:
         filled = [i for i, count in enumerate(histogram.counts) if count]
         if not filled:
             return
@@ -270,7 +271,7 @@ class TensorBoardSink(BackgroundSink):
         middles = [(left + right) / 2 for left, right in itertools.pairwise(edges)]
         self._writer.add_histogram_raw(
             tag,
-            # TensorBoard leaves out empty bins at both ends, and takes these for the borders of what remains.
+            # TensorBoard drops empty bins at both ends and uses these as the edges of the rest.
             min=edges[filled[0]],
             max=edges[filled[-1] + 1],
             num=sum(counts),
@@ -281,37 +282,37 @@ class TensorBoardSink(BackgroundSink):
             global_step=step,
         )
 
-    def _draw(self) -> None:
-        """The pictures, if there is anything new in them."""
-        if self._points == self._drawn or self._pictures is None:
+    def _write_pictures(self) -> None:
+        """Draw and write the pictures if there are new records."""
+        if self._points == self._drawn_points or self._pictures is None:
             return
         assert self._writer is not None
-        self._drawn = self._points
+        self._drawn_points = self._points
         try:
             pictures = self._pictures.draw()
         except Exception as error:
-            # Not worth the loss of the scalars.
+            # Keep writing scalars.
             self._pictures = None
-            warn(f"weightflip: no pictures of the layers over time: {type(error).__name__}: {error}")
+            warn(f"weightflip: drawing pictures failed, the run has none from here: {type(error).__name__}: {error}")
             return
         for name, picture in pictures.items():
             self._writer.add_image(f"weightflip/{name}", picture, self._last_step, dataformats="HWC")
 
     def __getstate__(self) -> dict[str, Any]:
-        # A SummaryWriter cannot be copied or pickled: a copy opens its own, in the same place, if it ever writes.
+        # A SummaryWriter cannot be copied or pickled. A copy opens its own in the same directory if it ever writes.
         log_dir = self.log_dir if self._writer is None else self._writer.log_dir
         return {"log_dir": log_dir, "layer_values": self.layer_values}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.log_dir, self.layer_values = state["log_dir"], state["layer_values"]
-        self._owned, self._writer, self._purged = True, None, True
+        self._owns_writer, self._writer, self._has_purged = True, None, True
         self._process = os.getpid()
-        self._file, self._has_told = None, False
-        self._begin()
+        self._file, self._has_warned = None, False
+        self._reset()
 
 
 def _described_scalar(point: Point, description: str) -> Summary:
-    """What ``add_scalar`` writes, with a description, which TensorBoard takes from the first point of a tag."""
+    """What ``add_scalar`` writes, plus a description. TensorBoard reads it from the first point of a tag."""
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 
     plugin = SummaryMetadata.PluginData(plugin_name="scalars")
@@ -324,6 +325,6 @@ def _import_summary_writer() -> type[SummaryWriter]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ModuleNotFoundError(
-            "writing to TensorBoard needs the tensorboard package: pip install tensorboard, or give other sinks="
+            "writing to TensorBoard needs the tensorboard package: pip install tensorboard, or pass other sinks="
         ) from error
     return SummaryWriter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from weightflip.records import shown
+from weightflip.records import printable
 from weightflip.report.findings.base import Finding, Severity
 from weightflip.report.findings.words import named
 from weightflip.report.run import Alert, Layer, Run
@@ -26,7 +26,7 @@ def _of_one(alerts: Sequence[Alert]) -> str:
     again = f" (and {len(later)} times more, last at step {later[-1].step:,})" if later else ""
     where = f" for {first.layer}" if first.layer else ""
     # As weightflip writes it, the message begins with the step and repeats the layer.
-    message = first.message.removeprefix(f"step {first.step}: ").replace(f": {shown(first.layer)} (", " (")
+    message = first.message.removeprefix(f"step {first.step}: ").replace(f": {printable(first.layer)} (", " (")
     return f"Alert at step {first.step:,}{where}: {message or first.rule}{again}"
 
 

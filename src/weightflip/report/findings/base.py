@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from enum import IntEnum
 
-from weightflip.records import shown
+from weightflip.records import printable
 from weightflip.report.run import Layer, Run, Series
 
 # Points that a finding about a development over time needs.
@@ -44,7 +44,7 @@ class Finding:
 
     def __post_init__(self) -> None:
         # Names are in the sentence, and people read it.
-        object.__setattr__(self, "text", shown(self.text))
+        object.__setattr__(self, "text", printable(self.text))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from weightflip.records import Value, shown, shown_as
+from weightflip.records import Value, in_display_order, printable
 from weightflip.report.html.bins import binned, edges_of
 from weightflip.report.html.figures import Figures
 from weightflip.report.html.markup import escape
@@ -51,7 +51,7 @@ def curves(figures: Figures, runs: Sequence[Run]) -> str:
 
 def _curve_set(figures: Figures, lines: Sequence[_Line], title: str, of: int) -> str:
     names = {name for line in lines for name in line.run.models.get(line.variant, {})} - {"nonfinite_weights"}
-    values = shown_as(names, [value for line in lines for value in line.run.info.values])
+    values = in_display_order(names, [value for line in lines for value in line.run.info.values])
     columns_of = 3 if len(values) > 2 else max(1, len(values))
     rows = math.ceil(len(values) / columns_of)
     figure = figures.new(11.2, 2.7 * rows + 0.35)
@@ -80,7 +80,7 @@ def _draw(axes: Axes, value: Value, lines: Sequence[_Line]) -> None:
         top = max(top, float(np.nanmax(points)) if there.any() else 0.0)
         style: Any = {"marker": "." if there.sum() <= 30 else "", "color": line.color, "linestyle": line.dashes}
         axes.plot(edges[1:][there], points[there], linewidth=1.4, **style)
-    axes.set_title(shown(value.title), loc="left", fontweight="bold", color="#374151")
+    axes.set_title(printable(value.title), loc="left", fontweight="bold", color="#374151")
     axes.set_xlabel("step")
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -97,5 +97,5 @@ def _draw(axes: Axes, value: Value, lines: Sequence[_Line]) -> None:
 def _draw_legend(figure: Figure, lines: Sequence[_Line]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=line.color, linestyle=line.dashes, label=shown(line.label)) for line in lines]
+    handles = [Line2D([], [], color=line.color, linestyle=line.dashes, label=printable(line.label)) for line in lines]
     figure.legend(handles=handles, loc="outside upper left", ncols=min(6, len(lines)), frameon=False)

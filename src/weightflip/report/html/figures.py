@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightflip.overview import MANY_LAYERS, blocks_of
-from weightflip.records import shown
+from weightflip.records import printable
 from weightflip.report.html.markup import escape
 
 if TYPE_CHECKING:
@@ -66,4 +66,4 @@ def row_labels(names: Sequence[str]) -> tuple[list[int], list[str]]:
     """Which rows get a label: all of them, or evenly spread ones."""
     every = math.ceil(len(names) / ROW_LABELS)
     at = list(range(0, len(names), every))
-    return at, [shown(names[row]) for row in at]
+    return at, [printable(names[row]) for row in at]

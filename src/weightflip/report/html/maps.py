@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from weightflip.records import Value, shown
+from weightflip.records import Value, printable
 from weightflip.report.html.bins import binned, edges_of
 from weightflip.report.html.figures import ROW_LABELS, Figures, row_labels, rows_by_block
 from weightflip.report.html.markup import escape
@@ -61,7 +61,7 @@ def _heat_map_row(figures: Figures, runs: Sequence[Run], scale: Sequence[Run], v
         axes.tick_params(axis="y", length=0)
         axes.spines[:].set_visible(False)
         axes.set_xlabel("step")
-        axes.set_title(shown(run.name) if len(scale) > 1 else "", loc="left", color="#374151")
+        axes.set_title(printable(run.name) if len(scale) > 1 else "", loc="left", color="#374151")
     bar = figure.colorbar(
         mesh, ax=list(grid), pad=0.01, aspect=30, format=PercentFormatter(1.0) if value.unit == "share" else None
     )
@@ -94,7 +94,7 @@ def format_matrix(figures: Figures, run: Run) -> str:
     rows, names = row_labels([*weights, "all"])
     axes.set_yticks([row + 0.5 for row in rows], names, fontsize=7.5)
     axes.set_xticks(
-        [column + 0.5 for column in range(len(variants))], [shown(name) or "one format" for name in variants]
+        [column + 0.5 for column in range(len(variants))], [printable(name) or "one format" for name in variants]
     )
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, axis="x", labelsize=7.5)
     axes.tick_params(length=0, axis="y")

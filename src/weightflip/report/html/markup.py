@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape as escape_html
 
-from weightflip.records import shown
+from weightflip.records import printable
 
 
 def escape(text: str, quote: bool = True) -> str:
     """Text of the page: names may hold what no page can."""
-    return escape_html(shown(text), quote)
+    return escape_html(printable(text), quote)
 
 
 def table(head: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]]) -> str:

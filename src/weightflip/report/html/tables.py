@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from weightflip.records import Value, shown_as
+from weightflip.records import Value, in_display_order
 from weightflip.report.findings import Finding, Severity
 from weightflip.report.html.markup import escape, table, td
 from weightflip.report.many import overview_of
@@ -52,7 +52,7 @@ def table_of_runs(runs: Sequence[Run]) -> str:
                     td(run.info.settings.get("optimizer", ""), "left"),
                     *(
                         _number(value, model_series(run, variant, value.name), run.late)
-                        for value in shown_as(ALWAYS, ())
+                        for value in in_display_order(ALWAYS, ())
                     ),
                 ]
             )

@@ -1,4 +1,4 @@
-"""What a report needs, as JSONL beside TensorBoard's event file, which holds quotients of rounded counts."""
+"""A JSONL file next to TensorBoard's event file, for reports: event files hold rounded ratios instead of counts."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from weightflip.sinks.jsonl import JSONLSink
 from weightflip.sinks.tensorboard import TensorBoardSink
 
 
-class BesideSink(BackgroundSink):
+class CompanionSink(BackgroundSink):
     """Writes ``flips.<time>.<host>.<process>.<number>.jsonl`` into the directory of a TensorBoard sink.
 
-    It is a sink of its own, so that a fault of this file does not cost TensorBoard its records. Lines are those of
-    :class:`JSONLSink`, with records as ``FlipRecord.to_rows`` has them: about two fifths of the event file's size. Each
-    process that resumes a run writes a file of its own, as it does with event files.
+    It is a separate sink, so that an error with this file does not stop TensorBoard. Lines are those of
+    :class:`JSONLSink`, with records in the compact form of ``FlipRecord.to_rows``: about two fifths of the event file's
+    size. Like event files, each process that resumes a run writes its own file.
 
     Args:
-        tensorboard: The other sink, started before this one. Where it writes to a remote store (``s3://``), or has not
-            opened anything, nothing is written.
+        tensorboard: The TensorBoard sink, started before this one. If it writes to a remote store (``s3://``) or has
+            opened nothing, nothing is written here.
     """
 
     def __init__(self, tensorboard: TensorBoardSink) -> None:
         self._tensorboard = tensorboard
-        self._lines: _Rows | None = None
+        self._lines: _CompactJSONLSink | None = None
 
     def start(self, info: RunInfo, first_step: int) -> None:
         directory = self._tensorboard.log_dir
         if self._lines is None and directory is not None and "://" not in directory:
-            self._lines = _Rows(str(Path(directory, f"flips.{writer_id()}.jsonl")))
+            self._lines = _CompactJSONLSink(str(Path(directory, f"flips.{writer_id()}.jsonl")))
         if self._lines is not None:
             self._lines.start(info, first_step)
 
@@ -52,17 +52,17 @@ class BesideSink(BackgroundSink):
             self._lines.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy writes a file of its own.
+        # A copy writes its own file.
         return {"_tensorboard": self._tensorboard, "_lines": None}
 
 
-class _Rows(JSONLSink):
+class _CompactJSONLSink(JSONLSink):
     _separators = (",", ":")
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        # Where the directory was deleted, TensorBoard's sink says so.
-        self._file = AppendedFile(path, tells=False)
+        # If the directory is deleted, TensorBoard's sink warns.
+        self._file = AppendedFile(path, warns_of_deletion=False)
 
-    def _contents(self, record: FlipRecord) -> dict[str, object]:
+    def _encode_record(self, record: FlipRecord) -> dict[str, object]:
         return record.to_rows()

@@ -1,4 +1,4 @@
-"""From numbers to colours: a scale that a few outliers do not stretch."""
+"""Maps numbers to colors, on a scale that a few outliers do not stretch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     Pixels = NDArray[np.uint8]
 
-# matplotlib's viridis (CC0), every 1/16: its lightness grows evenly, also for colour-blind eyes and in print.
+# matplotlib's viridis (CC0) in steps of 1/16. Its lightness grows evenly, also for color-blind viewers and in print.
 _PALETTE = (
     (68, 1, 84),
     (72, 24, 106),
@@ -35,25 +35,25 @@ _PALETTE = (
     (253, 231, 37),
 )
 NOTHING = (224, 224, 224)
-# Of numbers below and above the scale: beyond its dark end, and what its bright end is not taken for.
+# Numbers below and above the scale: darker than its dark end, and distinct from its bright end.
 BELOW, ABOVE = (0, 0, 0), (214, 39, 40)
 
-# Values that spread over more than this are shown on a logarithmic scale.
+# A larger ratio of maximum to minimum gets a logarithmic scale.
 _LOGARITHMIC = 50.0
-# What is far outside is left out where it is a few, and the others have no more of the scale than this.
-_FEW, _MOST = 1 / 8, 0.7
+# Outliers are excluded if they are at most this fraction, and the other values span less than this part of the scale.
+_MOST_OUTLIERS, _NARROW = 1 / 8, 0.7
 
 
 @dataclass(frozen=True)
-class Scale:
-    """From values to [0, 1].
+class ColorScale:
+    """Maps values to [0, 1].
 
     Attributes:
         low: The value at 0.
         high: The value at 1.
-        is_logarithmic: Whether it is.
-        lowest: The smallest value, which may lie below ``low``.
-        highest: The largest value, which may lie above ``high``.
+        is_logarithmic: Whether the scale is logarithmic instead of linear.
+        lowest: The smallest value. It may be below ``low``.
+        highest: The largest value. It may be above ``high``.
     """
 
     low: float
@@ -63,38 +63,39 @@ class Scale:
     highest: float
 
     @classmethod
-    def of(cls, values: Any) -> Scale:
-        """The scale for an array of values: all of it, but for a few that would stretch it over nothing.
+    def fit(cls, values: Any) -> ColorScale:
+        """The scale for an array of values, excluding a few outliers that would stretch it.
 
-        A value is left out if it is 3 interquartile ranges beyond a quartile, on this scale. No more than an eighth of
-        them are, and only where the others take up less than 70 % of the scale.
+        An outlier is 3 interquartile ranges beyond a quartile on the full scale. Outliers are excluded only if they are
+        at most an eighth of the values and the other values span less than 70 % of the full scale.
         """
         import numpy as np
 
         known = np.asarray(values)[np.isfinite(values)]
-        whole = cls._whole(known)
+        whole = cls._fit_all(known)
         places = whole.positions(known)
         first, third = np.quantile(places, (0.25, 0.75)) if places.size else (0.0, 0.0)
         reach = FAR_OUTSIDE * (third - first)
         is_near = (places >= first - reach) & (places <= third + reach)
         near = places[is_near]
-        if not near.size or near.size < (1 - _FEW) * places.size or not 0 < np.ptp(near) < _MOST * np.ptp(places):
+        has_few_outliers = near.size and near.size >= (1 - _MOST_OUTLIERS) * places.size
+        if not has_few_outliers or not 0 < np.ptp(near) < _NARROW * np.ptp(places):
             return whole
-        scale, far = cls._whole(known[is_near]), known[~is_near]
+        scale, far = cls._fit_all(known[is_near]), known[~is_near]
         return replace(scale, lowest=min(scale.lowest, *far.tolist()), highest=max(scale.highest, *far.tolist()))
 
     @classmethod
-    def _whole(cls, known: Any) -> Scale:
+    def _fit_all(cls, known: Any) -> ColorScale:
         positive = known[known > 0]
         lowest, highest = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
         low = float(positive.min()) if positive.size else 0.0
         if lowest >= 0 and positive.size and highest > _LOGARITHMIC * low:
-            # 0 is the lowest of it, and nothing that lies outside.
+            # 0 counts as the lowest value, not as below the scale.
             return cls(low, highest, True, low, highest)
         return cls(lowest, highest, False, lowest, highest)
 
     def positions(self, values: Any) -> Any:
-        """An array of values to one of places on the scale; those outside of it, 0 on a logarithmic one, to its end."""
+        """Positions of an array of values on the scale. Values outside it, and 0 on a log scale, map to its ends."""
         import numpy as np
 
         low, high = self.low, self.high
@@ -107,23 +108,23 @@ class Scale:
         return np.clip((values - low) / (high - low), 0, 1)
 
     def at(self, position: float) -> float:
-        """The value at a place on the scale."""
+        """The value at a position on the scale."""
         if self.is_logarithmic:
             return math.exp(math.log(self.low) * (1 - position) + math.log(self.high) * position)
         return self.low * (1 - position) + self.high * position
 
-    def colours(self, values: Any) -> Pixels:
-        """An array of values to one of colours: of what lies outside, and of NaN, colours that the scale has not."""
-        found = colours(self.positions(values))
+    def colors(self, values: Any) -> Pixels:
+        """Colors of an array of values. NaN and values outside the scale get colors that are not on the scale."""
+        pixels = interpolate_colors(self.positions(values))
         if self.lowest < self.low:
-            found[values < self.low] = BELOW
+            pixels[values < self.low] = BELOW
         if self.highest > self.high:
-            found[values > self.high] = ABOVE
-        return found
+            pixels[values > self.high] = ABOVE
+        return pixels
 
 
-def colours(positions: Any) -> Pixels:
-    """Places on a scale to colours."""
+def interpolate_colors(positions: Any) -> Pixels:
+    """Colors of positions on a scale."""
     import numpy as np
 
     stops = np.linspace(0, 1, len(_PALETTE))
