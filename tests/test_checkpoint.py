@@ -145,7 +145,7 @@ def damaged_states():
         yield f"layers are {what}", lambda s, v=value: s.update(layers=v if v != [1] else 5), "a list as 'layers'"
         yield f"ratios are {what}", lambda s, v=value: s.update(ratios=v if v != [1] else 5), "a list as 'ratios'"
         yield f"remembered is {what}", lambda s, v=value: s.update(weights=v), "a dictionary as 'weights'"
-        yield f"version {what}", lambda s, v=value: s.update(version=v), "of version 1 returned, got version"
+        yield f"version {what}", lambda s, v=value: s.update(version=v), "of version 1, got version"
     for what in ("text", "a boolean", "of 400 digits", "none", "a list"):
         value = cells[what]
         yield f"ratio {what}", lambda s, v=value: s["ratios"][0].__setitem__(3, v), "numbers of float64"
@@ -157,7 +157,7 @@ def damaged_states():
     yield "ratio too short", lambda s: s["ratios"][0].pop(), "a list of 6 entries as a ratio, got 5"
     yield "layer twice", lambda s: s["layers"].append(s["layers"][0]), "each layer once"
     yield "ratio twice", lambda s: s["ratios"].append(s["ratios"][0]), "each ratio of a layer once"
-    yield "name a number", lambda s: s["layers"][0].__setitem__(0, 5), "names of a layer and of its quantizer"
+    yield "name a number", lambda s: s["layers"][0].__setitem__(0, 5), "names of a layer and its quantizer"
     yield "ratio of no layer", lambda s: s["ratios"][0].__setitem__(0, "x"), "of a layer in 'layers', got 'x'"
     yield "tensors of no layer", lambda s: s["weights"].update(x={}), "of a layer in 'layers', got 'x'"
     yield "no tensor", lambda s: s["weights"]["0.weight"]["oscillation"].update(x=5), "tensors, by name"
@@ -227,7 +227,7 @@ def check_starts_anew(digits, state, options, counts, message):
 
 
 def test_what_is_no_state_at_all_is_said_in_plain_words():
-    expected = "expected what WeightFlipTracker.state_dict() returned, a dictionary, got 5"
+    expected = "expected the dictionary that WeightFlipTracker.state_dict() returns, got 5"
     with pytest.raises(TypeError, match=f"^{re.escape(expected)}$"):
         WeightFlipTracker().load_state_dict(5)
 

@@ -216,7 +216,7 @@ def test_a_fault_is_of_its_layer_and_of_no_other(on_a_device):
     for at in range(4):
         broken.is_broken = at > 1
         if at == 2:
-            with pytest.warns(UserWarning, match="'bad' is not tracked any more, training goes on: RuntimeError: no"):
+            with pytest.warns(UserWarning, match="'bad' is no longer tracked, training continues: RuntimeError: no"):
                 step(tracker, weights)
         else:
             step(tracker, weights)

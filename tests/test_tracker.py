@@ -422,7 +422,7 @@ def test_a_failing_layer_is_dropped_with_one_warning():
     tracker = WeightFlipTracker()
     step(tracker, [good, bad], lambda p: p.mul_(2))
     with pytest.warns(
-        UserWarning, match=r"'bad' is not tracked any more, training goes on: RuntimeError: no codes today"
+        UserWarning, match=r"'bad' is no longer tracked, training continues: RuntimeError: no codes today"
     ):
         step(tracker, [good, bad], lambda p: p.mul_(2))
     with warnings.catch_warnings():

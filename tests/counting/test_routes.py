@@ -77,7 +77,7 @@ def test_a_fault_is_of_its_layer_alone():
     assert [layer.state for layer in layers] == [CodeState.FRESH, CodeState.FAILED]
     assert parts.layers.failed == {"bad"}
     (said,) = parts.notices.take()
-    assert "'bad' is not tracked any more, training goes on: RuntimeError: no codes today" in said
+    assert "'bad' is no longer tracked, training continues: RuntimeError: no codes today" in said
 
 
 def test_batches_are_built_once_while_nothing_changes():

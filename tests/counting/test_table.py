@@ -40,7 +40,7 @@ def test_another_weight_of_the_name_starts_anew_with_its_window():
     commit(parts)
     assert parts.totals.close_window(parts.shards).model.window.weight_steps == 512
     layer = opened(parts, weight("w", "e3m4", (4, 4)))
-    assert "'w' had 512 weights and has 16 now; its counts start anew" in parts.notices.take()[0]
+    assert "'w' had 512 weights and has 16 now; its counts start from zero" in parts.notices.take()[0]
     parts.layers.begin_step()
     layer.row.step[WEIGHT_STEPS] = 16
     commit(parts)

@@ -55,13 +55,13 @@ def summarize(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> Sum
     """
     rows = [Row(*layer) for layer in layers]
     # Of weights that are tracked with several quantizers, a sum for each.
-    sums = [_sum("all", of, "") for of in _by_quantizer(rows).values()]
+    sums = [_sum_rows("all", of, "") for of in _by_quantizer(rows).values()]
     plain = [row._replace(name=split_variant(row.name)[0]) for row in rows]
     names = list(dict.fromkeys(row.name for row in plain))
     if len(names) <= MANY_LAYERS:
         return Summary(f"after step {steps}", [("layer", [*plain, *sums])])
     blocks = [
-        _sum(block, of, of[0].quantizer if len({row.quantizer for row in of}) == 1 else "several")
+        _sum_rows(block, of, of[0].quantizer if len({row.quantizer for row in of}) == 1 else "several")
         for block, members in blocks_of(names).items()
         for of in _by_quantizer([row for row in rows if split_variant(row.name)[0] in set(members)]).values()
     ]
@@ -96,7 +96,7 @@ def _by_quantizer(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def _sum(name: str, rows: Sequence[Row], quantizer: str) -> Row:
+def _sum_rows(name: str, rows: Sequence[Row], quantizer: str) -> Row:
     seen_as = split_variant(rows[0].name)[1]
     return Row(name, seen_as or quantizer, sum(row.weights for row in rows), sum((r.counts for r in rows), Counts()))
 
