@@ -97,6 +97,17 @@ def test_counts_with_each_option_equal_those_of_one_process(runs, name):
             assert_close(result[name]["records"], json.loads(json.dumps(expected["records"])))
 
 
+def test_what_differs_between_two_syncs_is_that_of_gathered_weights(runs):
+    first, *others = of_mode(runs, 2, "syncs")
+    for name, result in first.items():
+        assert result["found"].keys() == result["brute"].keys()
+        for layer, expected in result["brute"].items():
+            assert result["found"][layer] == pytest.approx(expected), (name, layer)
+        assert sum(found[0] for found in result["found"].values()) > 0
+        assert all(0 < bits < 16 for bits in result["sizes"].values())
+        assert all(other[name] == result for other in others)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_training_equals_brute_force_on_gathered_weights(runs, world):
     for found in of_mode(runs, world, "training"):
@@ -345,6 +356,15 @@ def test_several_optimizers_form_one_run(runs):
     assert first["broken"]["flips"] == second["broken"]["flips"]
     assert len(first["broken"]["records"]) == 3
     assert "broken on purpose" in second["broken"]["warnings"][0]
+
+
+def test_no_process_waits_for_a_broken_leader_without_sharded_weights(runs):
+    expected, _, _ = modes.run(quantizer="float8_e4m3", log_every=3)
+    first, second = of_mode(runs, 2, "unsharded_leader")
+    assert first["steps"] == [3, 6, 8]
+    assert first["warnings"] == []
+    assert [text for text in second["warnings"] if "broken on purpose" in text] == second["warnings"] != []
+    assert first["flips"] == second["flips"] == expected["flips"]
 
 
 def test_no_process_waits_in_a_step_that_initializes_state(runs):

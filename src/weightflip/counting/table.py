@@ -53,6 +53,11 @@ class LayerTable(Mapping[str, Layer]):
         """The layers as a plain dictionary, for frequent lookups."""
         return self._layers
 
+    @property
+    def listed(self) -> list[TrackedWeight]:
+        """The weights passed to the last call of ``follow``."""
+        return self._listed
+
     def put(self, layer: Layer) -> Layer:
         """Add a layer, or replace the one with its name."""
         self._layers[layer.name] = layer
