@@ -6,9 +6,10 @@ LOG_DIR ?= runs
 PORT ?= 6006
 N ?= 500
 SEED ?= 0
+NAME ?= lost_in_bfloat16
 
 .DEFAULT_GOAL := help
-.PHONY: help integrations demo tensorboard test quick conformance fuzz check bench gpu clean
+.PHONY: help integrations demo story tensorboard docs test quick conformance fuzz check bench gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -30,8 +31,22 @@ integrations: $(VENV)/integrations  ## install Accelerate, transformers, Lightni
 demo: $(VENV)/installed  ## train a small float8 network on handwritten digits, and show what its weights did
 	$(BIN)/python examples/digits_float8.py --log-dir $(LOG_DIR)/digits_float8/$$(date +%Y%m%d-%H%M%S)
 
+story: $(VENV)/installed  ## repeat a story of the documents: NAME=lost_in_bfloat16, the default, or another file of examples/stories
+	$(BIN)/python examples/stories/$(NAME).py
+
 tensorboard: $(VENV)/installed  ## open TensorBoard on runs/
 	$(BIN)/tensorboard --logdir $(LOG_DIR) --port $(PORT)
+
+# Apart, too: only `make docs` needs it.
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# From nothing each time, so that a page that was removed is gone. A warning is an error: broken links are warnings.
+docs: $(VENV)/docs  ## build the documents as a site, without network access: build/site/index.html
+	rm -rf build/site build/doctrees
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html -c docs -d build/doctrees . build/site
+	@echo "Open build/site/index.html"
 
 # Two at a time, each with one thread: threads that share such small tensors mostly wait for each other. By files, in the
 # order of tests/conftest.py: fixtures of a file are set up once, and for thousands of tests one by one the process that

@@ -1,4 +1,4 @@
-"""What several test files need: real data, and brute-force counts made without the library."""
+"""Shared by several test files: real data, and brute-force counts made without the library."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from weightflip.selection import Plan, Selection, Sources, make_plan, name_param
 
 multiply_float8_without_onednn()
 
-# `make test` gives whole files to its two workers, in this order: the longest first, so that neither waits for the
-# other at the end. While one is at the first of them, the other compiles the CPU kernel in the second, once for all.
+# `make test` distributes whole files to its two workers in this order: the longest first, so that neither waits for the
+# other at the end. While one runs the first file, the other compiles the CPU kernel in the second, once for all files.
 LONGEST_FIRST = (
     "test_distributed.py",
     "test_batch.py",
@@ -41,7 +41,7 @@ LONGEST_FIRST = (
     "test_torchao_qat.py",
 )
 
-# The wrapper shows them with the inner optimizer's signatures.
+# The wrapper exposes these with the inner optimizer's signatures.
 DELEGATED = (
     "step",
     "zero_grad",
@@ -58,8 +58,8 @@ DELEGATED = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    positions = {name: position for position, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: positions.get(item.path.name, len(positions)))
 
 
 def pytest_sessionfinish() -> None:
@@ -69,7 +69,7 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session")
 def digits() -> tuple[Tensor, Tensor]:
     """All 1797 handwritten digits of scikit-learn: float32 (1797, 64) in [0, 1], and their labels."""
-    # Here, because it takes as long as importing torch, and processes that tests start import this file too.
+    # Imported here because it takes as long as importing torch, and processes started by tests also import this file.
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -78,7 +78,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def case(*names: object) -> Iterator[None]:
-    """A row of a table that one test goes through: its failure names it, as an id names a parameter."""
+    """Name one row of a table that a test loops over, so that a failure shows it, as an id does for a parameter."""
     try:
         yield
     except (Exception, pytest.fail.Exception) as error:
@@ -86,13 +86,13 @@ def case(*names: object) -> Iterator[None]:
 
 
 def digits_model(seed: int = 0, width: int = 48) -> nn.Sequential:
-    """Two weights of two dimensions and two biases."""
+    """A model with two matrices and two biases."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 def backward(model: nn.Module, digits: tuple[Tensor, Tensor], step: int, batch: int = 64) -> Tensor:
-    """Gradients of one batch; the batches follow each other through the data."""
+    """Compute the gradients of one batch. Consecutive steps take consecutive batches of the data."""
     images, labels = digits
     at = torch.arange(step * batch, (step + 1) * batch) % len(images)
     model.zero_grad()
@@ -106,13 +106,13 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 
 def with_outliers(weight: Tensor) -> Tensor:
-    """Every 500th weight is made so large that it alone sets the scale of what it shares one with."""
+    """Make every 500th weight so large that it alone determines the scale it shares with others."""
     weight.view(-1)[::500] *= 1e4
     return weight
 
 
 def float8_values(weight: Tensor) -> Tensor:
-    """The weight in tensorwise float8_e4m3, in the plainest words."""
+    """The weight in tensorwise float8_e4m3, in the most direct form."""
     weight = weight.detach().float()
     scale = (448.0 / weight.abs().max().double().clamp(min=1e-12)).float()
     return (weight * scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
@@ -133,7 +133,7 @@ class BruteForce:
         self.take_gradients()
 
     def take_gradients(self) -> None:
-        """Again after a step with a closure, which makes them."""
+        """Take the gradients; called again after a step with a closure, which computes them."""
         self.grads = {
             name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone().to_dense()
             for name, p in self.parameters.items()
@@ -155,10 +155,10 @@ class BruteForce:
 
 
 def assert_same(a, b) -> None:
-    """Bit for bit, through dictionaries and lists."""
+    """Assert equality bit for bit, through dictionaries and lists."""
     assert type(a) is type(b)
     if hasattr(a, "__tensor_flatten__") and type(a) not in (Tensor, nn.Parameter):
-        # A subclass made of other tensors, such as torchao's quantized optimizer state.
+        # A subclass composed of other tensors, such as torchao's quantized optimizer state.
         for name in a.__tensor_flatten__()[0]:
             assert_same(getattr(a, name), getattr(b, name))
     elif isinstance(a, Tensor):
@@ -189,7 +189,7 @@ FORMS = {"wrapper": by_wrapper, "hooks": by_hooks}
 
 
 def watched(optimizer: torch.optim.Optimizer, model: nn.Module) -> BruteForce:
-    """Brute force around every real step of the innermost optimizer, whoever calls it."""
+    """Count by brute force around every training step of the innermost optimizer, whoever calls it."""
     brute = BruteForce(model)
 
     def after(optimizer, args, kwargs):
@@ -204,14 +204,14 @@ def watched(optimizer: torch.optim.Optimizer, model: nn.Module) -> BruteForce:
 
 
 def same_as_bare(form, make: Callable, train: Callable, digits, build: Callable = digits_model) -> None:
-    """Train twice; what ``train`` returns, parameters and optimizer state are equal, counts equal brute force.
+    """Train bare and tracked: results, parameters and optimizer state must be equal, counts must equal brute force.
 
     Args:
         form: One of ``FORMS``.
-        make: From parameters to the bare optimizer.
+        make: Creates the bare optimizer from parameters.
         train: Called with model, optimizer and digits.
         digits: The data.
-        build: Makes the model, always the same.
+        build: Creates the model, always with the same weights.
     """
     results = []
     for tracked in (False, True):
@@ -232,7 +232,7 @@ def same_as_bare(form, make: Callable, train: Callable, digits, build: Callable 
 
 
 def plan_of(model: nn.Module, *, may_be_empty: bool = False, **options) -> Plan:
-    """How the weights of a model would be tracked, with the one quantizer of each."""
+    """Plan how to track the weights of a model, with exactly one quantizer each."""
     parameters = name_parameters([{"params": list(model.parameters())}], model)
     plan = make_plan(parameters, Sources(model), Selection(**options), may_be_empty=may_be_empty)
     return replace(plan, tracked={name: quantizer for name, (quantizer,) in plan.tracked.items()})

@@ -1,4 +1,4 @@
-"""Runs random trainings twice, bare and tracked: ``python tests/fuzz.py --seed 17``, or ``--seed 0 --count 3000``."""
+"""Run random trainings twice, bare and tracked: ``python tests/fuzz.py --seed 17``, or ``--seed 0 --count 3000``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fuzz_oracles import BruteForce, Difference, Seen, assert_equal, oracle_of, thirds
+from fuzz_oracles import BruteForce, Difference, TrackedWeight, assert_equal, oracle_of, thirds
 from fuzz_scenarios import Action, Parameter, Scenario, Slot, make_scenario, make_weight
 from torch import Tensor, nn
 
@@ -28,12 +28,12 @@ RECORDS: list[Any] = []
 
 
 def collect(record: Any) -> None:
-    """A sink. A function of a module, which copies of an optimizer share."""
+    """A sink. A module-level function, which copies of an optimizer share."""
     RECORDS.append(record)
 
 
 class _Raised(Exception):
-    """By a closure."""
+    """Raised by a closure."""
 
 
 class _Holder(nn.Module):
@@ -51,12 +51,12 @@ class Training:
         groups = [self._parameters(group, generator) for group in scenario.groups]
         self.sparse = [[p.sparse for p in group] for group in scenario.groups]
         options = scenario.options
-        asked = options.get("metrics", ("flips", "stalls"))
+        metrics = options.get("metrics", ("flips", "stalls"))
         default = {"rank": 500}
-        every = asked if isinstance(asked, dict) else {name: default.get(name, 1) for name in asked}
+        every = metrics if isinstance(metrics, dict) else {name: default.get(name, 1) for name in metrics}
         self.brute = BruteForce(
             {name: n for name, n in every.items() if name not in ("flips", "stalls")},
-            "stalls" in asked,
+            "stalls" in metrics,
             (options.get("track_every", 1), options.get("start_step", 0), options.get("end_step")),
             options.get("oscillation_ema"),
         )
@@ -81,12 +81,13 @@ class Training:
         self.names: dict[Slot, str] = {}
         for i, group in enumerate(groups):
             self._name(i, group, knows_model=True)
-        given = [self._group(i, group) for i, group in enumerate(groups)]
+        param_groups = [self._group(i, group) for i, group in enumerate(groups)]
         cls = getattr(torch.optim, scenario.optimizer.name)
-        self.inner = cls(given[0]["params"] if len(given) == 1 else given, **scenario.optimizer.arguments)
+        params = param_groups[0]["params"] if len(param_groups) == 1 else param_groups
+        self.inner = cls(params, **scenario.optimizer.arguments)
         self.is_copy = False
         self.known = set(self.names)
-        """Slots whose names the tracking has seen. A copy has no model, and names the others after their place."""
+        """Slots whose names tracking has used. A copy has no model, and names the others by their position."""
         self._track()
 
     def _name(self, i: int, group: list[nn.Parameter], *, knows_model: bool) -> None:
@@ -146,8 +147,8 @@ class Training:
     def _is_excluded(self, name: str) -> bool:
         return "exclude" in self.scenario.options and fnmatchcase(name, "group1*")
 
-    def seen(self) -> list[Seen]:
-        """What is to be tracked now, and through what."""
+    def tracked_weights(self) -> list[TrackedWeight]:
+        """The weights that must be tracked now, with their oracles."""
         found = []
         for slot, name in self.names.items():
             p = self.parameter(slot)
@@ -162,10 +163,10 @@ class Training:
                 quantizer = "native" if p.dtype in (torch.bfloat16, torch.float16) else "float8_e4m3"
             for format in quantizer if isinstance(quantizer, list) else [quantizer]:
                 variant = f"{name}@{format.removesuffix(':floor')}" if isinstance(quantizer, list) else name
-                found.append(Seen(variant, p, oracle_of(format.removeprefix("format "))))
+                found.append(TrackedWeight(variant, p, oracle_of(format.removeprefix("format "))))
         return found
 
-    def looked(self) -> list[tuple[object, ...]]:
+    def signature(self) -> list[tuple[object, ...]]:
         return [(id(self.parameter(slot)), self.parameter(slot).requires_grad) for slot in self.names]
 
     def parameter(self, slot: Slot) -> nn.Parameter:
@@ -207,11 +208,11 @@ class Training:
         if self.tracked:
             if self.brute.is_tracking:
                 self.known.update(self.names)
-            self.brute.before(self.seen(), self.looked())
+            self.brute.before(self.tracked_weights(), self.signature())
         try:
             self.optimizer.step(closure) if details["closure"] else self.optimizer.step()
         except _Raised:
-            # No hook runs then: the handle has the parameters until the next step.
+            # No hook runs then, so the handle keeps the parameters until the next step.
             self.brute.are_held = self.handle is not None and self.brute.is_tracking
             return
         finally:
@@ -226,7 +227,7 @@ class Training:
     def _check_written(self, *, is_last: bool = False) -> None:
         written, RECORDS[:] = list(RECORDS), []
         assert_equal("number of records", len(written), min(len(written), 1))
-        self.brute.check_record(written[0] if written else None, self.looked(), is_last=is_last)
+        self.brute.check_record(written[0] if written else None, self.signature(), is_last=is_last)
 
     def _gradient(self, slot: Slot, kind: str, size: float, generator: torch.Generator) -> Tensor | None:
         weight = self.parameter(slot).detach()
@@ -249,13 +250,13 @@ class Training:
             else:
                 values = torch.randn(3, *weight.shape[1:], generator=generator).mul_(size)
             values.view(-1)[::4] = 0
-            # Some rows are there twice.
+            # Some rows occur twice.
             return torch.sparse_coo_tensor(at if at.ndim > 1 else at[None], values.to(weight.dtype), weight.shape)
         return dense
 
     def _record(self, action: Action, generator: torch.Generator) -> None:
         if self.tracked:
-            self.brute.check_record(self.tracker.record(), self.looked())
+            self.brute.check_record(self.tracker.record(), self.signature())
 
     def _write(self, action: Action, generator: torch.Generator) -> None:
         with torch.no_grad():
@@ -306,7 +307,7 @@ class Training:
 
     def _load_into_itself(self, action: Action, generator: torch.Generator) -> None:
         self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
-        self.brute.begin_anew()
+        self.brute.restart()
 
     def _checkpoint(self, action: Action, generator: torch.Generator) -> None:
         file = io.BytesIO()
@@ -319,10 +320,10 @@ class Training:
         self._leave()
         self._build(groups)
         self.optimizer.load_state_dict(torch.load(file, weights_only=True))
-        self.brute.begin_anew()
+        self.brute.restart()
 
     def _leave(self) -> None:
-        """The end of the optimizer, which writes its last record."""
+        """End the optimizer, which writes its last record."""
         if self.tracked:
             self.close()
             if self.scenario.logs:
@@ -348,7 +349,7 @@ class Training:
 
 
 def same_bits(what: str, a: Any, b: Any) -> None:
-    """NaN equals NaN of the same bits."""
+    """Compare bit for bit: NaN equals NaN with the same bits."""
     if isinstance(a, Tensor):
         assert_equal(what, (b.shape, b.dtype, b.layout), (a.shape, a.dtype, a.layout))
         if a.layout is not torch.strided:
@@ -380,32 +381,28 @@ def _state(training: Training) -> dict[str, Any]:
     }
 
 
-def _told(caught: list[warnings.WarningMessage]) -> list[str]:
-    return [str(warning.message) for warning in caught]
-
-
 def run(scenario: Scenario) -> bool:
-    """Do both trainings, step by step.
+    """Run both trainings, step by step.
 
     Returns:
-        Whether it came to its end; False where the bare training itself failed.
+        Whether they ran to the end; False if the bare training itself failed.
 
     Raises:
-        Difference: With a sentence that says what differs, and after which action.
+        Difference: The message says what differs, and after which action.
     """
     RECORDS.clear()
     trainings = [Training(scenario, tracked) for tracked in (False, True)]
     try:
         return _run(scenario, trainings)
     finally:
-        # Or its last record comes at garbage collection, among those of another scenario.
+        # Otherwise its last record is written at garbage collection, among those of another scenario.
         trainings[1].close()
 
 
 def _run(scenario: Scenario, trainings: list[Training]) -> bool:
     others = random.getstate(), np.random.get_state()[1].tobytes()
     for n, action in enumerate(scenario.actions):
-        states, told = [], []
+        states, messages = [], []
         bare_error: Exception | None = None
         for training in trainings:
             with warnings.catch_warnings(record=True) as caught, np.errstate(all="ignore"):
@@ -422,13 +419,13 @@ def _run(scenario: Scenario, trainings: list[Training]) -> bool:
                     if bare_error is not None:
                         raise Difference(f"action {n}, {action.kind}: only the bare training raises {bare_error!r}")
             states.append(_state(training))
-            told.append(_told(caught))
+            messages.append([str(warning.message) for warning in caught])
         try:
             same_bits("", *states)
         except Difference as difference:
             raise Difference(f"after action {n}, {action.kind}: {difference}") from None
-        if news := [text for text in told[1] if text not in told[0]]:
-            raise Difference(f"after action {n}, {action.kind}: warns {news[0]!r}")
+        if added := [text for text in messages[1] if text not in messages[0]]:
+            raise Difference(f"after action {n}, {action.kind}: warns {added[0]!r}")
         if bare_error is not None:
             return False
     assert_equal("other random numbers", (random.getstate(), np.random.get_state()[1].tobytes()) == others, True)
@@ -436,7 +433,7 @@ def _run(scenario: Scenario, trainings: list[Training]) -> bool:
 
 
 def difference_in(scenario: Scenario) -> str | None:
-    """What differs, if anything does."""
+    """Return what differs; None if nothing does."""
     try:
         run(scenario)
     except Difference as difference:
@@ -445,7 +442,7 @@ def difference_in(scenario: Scenario) -> str | None:
 
 
 def minimal(scenario: Scenario, tries: int = 80) -> Scenario:
-    """Without the actions and options that a difference does not need."""
+    """Remove the actions and options that a difference does not need."""
     is_smaller = True
     while is_smaller:
         is_smaller = False
@@ -463,7 +460,7 @@ def minimal(scenario: Scenario, tries: int = 80) -> Scenario:
             try:
                 differs = difference_in(candidate) is not None
             except Exception:
-                # Not a scenario any more.
+                # No longer a valid scenario.
                 continue
             if differs:
                 scenario, is_smaller = candidate, True
@@ -475,10 +472,10 @@ def check(seed: int) -> bool:
     """Run the scenario of a seed.
 
     Returns:
-        Whether it came to its end.
+        Whether it ran to the end.
 
     Raises:
-        Difference: With the smallest scenario found that has a difference, too.
+        Difference: The message includes the smallest scenario found that has a difference.
     """
     scenario = make_scenario(seed)
     try:
@@ -487,22 +484,22 @@ def check(seed: int) -> bool:
         small = minimal(scenario)
         raise Difference(
             f"{difference}\n\nThe smallest scenario found: {difference_in(small)}\n{small}\n\n"
-            f"Again: python tests/fuzz.py --seed {seed}"
+            f"To repeat: python tests/fuzz.py --seed {seed}"
         ) from None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="the first one")
-    parser.add_argument("--count", type=int, default=1, help="how many seeds from there on")
-    parser.add_argument("--show", action="store_true", help="print the scenarios, too")
-    asked = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--count", type=int, default=1, help="how many consecutive seeds to run")
+    parser.add_argument("--show", action="store_true", help="also print the scenarios")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    # What is assumed of plain float32 weights would be said each time.
+    # Silences the note on plain float32 weights, which would appear each time.
     logging.getLogger("weightflip").setLevel(logging.ERROR)
     began, failed, cut = time.perf_counter(), [], 0
-    for seed in range(asked.seed, asked.seed + asked.count):
-        if asked.show:
+    for seed in range(arguments.seed, arguments.seed + arguments.count):
+        if arguments.show:
             print(make_scenario(seed))
         try:
             cut += not check(seed)
@@ -510,7 +507,7 @@ def main() -> int:
             failed.append(seed)
             print(f"seed {seed}: {difference}\n", flush=True)
     print(
-        f"{asked.count} scenarios from seed {asked.seed} in {time.perf_counter() - began:.0f} s: "
+        f"{arguments.count} scenarios from seed {arguments.seed} in {time.perf_counter() - began:.0f} s: "
         f"{len(failed)} differ {failed or ''}, {cut} cut short by an error of the bare training"
     )
     return bool(failed)

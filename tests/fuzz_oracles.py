@@ -1,4 +1,4 @@
-"""What the fuzz expects: the codes of every format by other means than the library's, and counts by brute force."""
+"""Expected values of the fuzz: independently computed codes for every format, and counts by brute force."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Encoded:
 
     Attributes:
         codes: int64, in the weight's shape.
-        scale: Broadcasts to the codes; what it means is the oracle's affair. None for formats without.
-        stored: What is stored of the scales of blocks and groups, one a block.
+        scale: Broadcasts to the codes; its meaning is up to the oracle. None for formats without a scale.
+        stored: The scales of blocks and groups as stored, one per block.
     """
 
     codes: np.ndarray
@@ -41,11 +41,11 @@ class Encoded:
 
 
 class Oracle:
-    """A format: codes of a weight, codes under a scale that is not the weight's own, and what codes stand for."""
+    """A format: codes of a weight, codes under the scale of another weight, and the values of codes."""
 
     has_scale = True
     outermost: tuple[int, int] | None = None
-    """Codes of the format's smallest and largest number; None for those without a range."""
+    """Codes of the format's smallest and largest number; None for formats without a range."""
     travels = True
 
     def encode(self, weight: Tensor) -> Encoded:
@@ -105,7 +105,7 @@ class Float8(Oracle):
 
 
 class Float8Blocks(Float8):
-    """The formula of torchao's blockwise casts, of a weight that is padded to whole blocks."""
+    """The formula of torchao's blockwise casts, for a weight padded to whole blocks."""
 
     def __init__(self, options: list[str]) -> None:
         super().__init__("e4m3", [])
@@ -127,15 +127,15 @@ class Float8Blocks(Float8):
             scale = scale.float()
         each = scale.repeat_interleave(self.rows, 1).repeat_interleave(128, 2)
         each = each[:, : matrices.shape[1], : matrices.shape[2]].reshape(shape)
-        # A NaN has a sign, which is none of the number's.
+        # Ignore the sign of NaN.
         stored = (1 / scale).numpy()
-        # Nor has E8M0 an infinity.
+        # E8M0 has no infinity.
         stored = np.where(np.isnan(stored) | (self.pow2 & np.isinf(stored)), -1.0, stored)
         return Encoded(self.under(weight, each), each, stored)
 
 
 class Exmy(Oracle):
-    """The nearest of all numbers, by search, of the weight divided by amax / largest number."""
+    """The number nearest to the weight divided by amax / largest number, by search in all numbers."""
 
     def __init__(self, split: tuple[int, int], granularity: str) -> None:
         self.split, self.granularity = split, granularity
@@ -175,12 +175,12 @@ class Blocks(Oracle):
     def encode(self, weight: Tensor) -> Encoded:
         theirs = weight.contiguous()
         theirs = theirs if theirs.dtype is torch.bfloat16 else theirs.float()
-        # torchao's NVFP4 takes matrices.
+        # torchao's NVFP4 only takes matrices.
         theirs = theirs if theirs.ndim > 1 else theirs.unsqueeze(0)
         codes, scale = block_codes(theirs, self.name)
         stored = scale.contiguous().view(torch.uint8).numpy()
         if self.group == 16:
-            # A NaN has a sign, which is none of the number's.
+            # Ignore the sign of NaN.
             stored = np.where(scale.float().isnan().numpy(), 0x7F, stored)
         of_tensor = per_tensor_scale(theirs, self.name)
         each = scale.float().repeat_interleave(self.group, -1).numpy().reshape(weight.shape)
@@ -201,12 +201,12 @@ class Blocks(Oracle):
 
     def values(self, codes: np.ndarray, scale: Any) -> np.ndarray:
         of_block, of_tensor = scale
-        # Rounded to float32, as torchao has it.
+        # Rounded to float32, as in torchao.
         return _values(codes, self.split) * (of_block if of_tensor is None else of_block * of_tensor)
 
 
 class Integers(Oracle):
-    """torchao's symmetric integers; where it takes no such weights, the formula in numpy."""
+    """torchao's symmetric integers; for weights that it does not take, the formula in numpy."""
 
     def __init__(self, bits: int, group: int | None) -> None:
         self.bits, self.group = bits, group
@@ -216,7 +216,7 @@ class Integers(Oracle):
         shape = weight.shape
         weight = weight.contiguous().view(1, -1) if weight.ndim < 2 else weight.contiguous()
         group = self.group or weight.shape[-1]
-        # torchao takes a scale of the whole tensor where each weight has its own.
+        # If each weight has its own scale, torchao uses one for the whole tensor.
         if group > 1 and weight.dtype is not torch.float64 and weight.isfinite().all():
             scale, codes, _ = integer_codes(weight, self.bits, self.group)
             scale, codes = scale.numpy().reshape(*weight.shape[:-1], -1), codes.numpy().astype(np.int64)
@@ -268,7 +268,7 @@ class Binary(Oracle):
         return Encoded(np.where(np.isnan(values), NAN_OF_INTEGERS, np.where(values >= 0, 1, -1)).astype(np.int64))
 
 
-# The integers as wide as they are, and the bits of infinity.
+# Integers of the same width, and the bits of infinity.
 _STORED: dict[Any, tuple[Any, int]] = {
     "bfloat16": (np.int16, 0x7F80),
     "float16": (np.int16, 0x7C00),
@@ -278,7 +278,7 @@ _STORED: dict[Any, tuple[Any, int]] = {
 
 
 def _stored(values: np.ndarray) -> np.ndarray:
-    """The bits of floating-point numbers as integers that are equal when the numbers are, and ordered as they are."""
+    """The bits of floating-point numbers as integers with the same equality and order as the numbers."""
     integer, infinity = _STORED[str(values.dtype)]
     bits = np.ascontiguousarray(values).view(integer).astype(np.int64)
     magnitude = bits & np.iinfo(integer).max
@@ -318,7 +318,7 @@ class Native(Oracle):
 
 
 def thirds(weight: Tensor) -> Tensor:
-    """A function as quantizer."""
+    """A function used as a quantizer."""
     return (weight.float() * 3).round().to(torch.bfloat16)
 
 
@@ -354,7 +354,7 @@ def oracle_of(name: str) -> Oracle:
 
 @dataclass
 class Layer:
-    """All there is to know of one weight as one format sees it, with everything kept."""
+    """Everything known about one weight under one format, with all per-weight state kept."""
 
     weights: int
     total: dict[str, float] = field(default_factory=dict)
@@ -368,15 +368,15 @@ class Layer:
     travelled: np.ndarray | None = None
     quantized_travelled: np.ndarray | None = None
     slack: float = 0.0
-    """What float32 may add to, or take from, the distance travelled."""
+    """How much float32 rounding may change the distance travelled."""
 
     def add(self, name: str, number: float) -> None:
         self.total[name] = self.total.get(name, 0) + number
 
 
 @dataclass
-class Seen:
-    """A weight of a step."""
+class TrackedWeight:
+    """A weight that is tracked in a step."""
 
     name: str
     parameter: Tensor
@@ -390,9 +390,9 @@ class BruteForce:
     """Counts what every step does to every weight, by cloning everything before it and comparing after it.
 
     Args:
-        groups: Metric group to every how many tracked steps it looks.
-        counts_stalls: Whether gradients are looked at.
-        schedule: From the number of a step to whether it is tracked.
+        groups: Metric group to its interval in tracked steps.
+        counts_stalls: Whether updates and stalls are counted.
+        schedule: ``track_every``, ``start_step`` and ``end_step``.
         ema: Momentum and threshold of the oscillation frequency.
     """
 
@@ -407,28 +407,28 @@ class BruteForce:
         self.every, self.start, self.end = schedule
         self.layers: dict[str, Layer] = {}
         self.calls = self.skipped = 0
-        self.current: list[Seen] = []
-        self.looked: list[tuple[object, ...]] = []
-        self.has_news = False
+        self.current: list[TrackedWeight] = []
+        self.signature: list[tuple[object, ...]] = []
+        self.has_new_counts = False
         self.gauged: dict[str, int] = {}
         self.are_held = False
-        """Whether the weights of the last tracked step are at hand, whatever has become of the optimizer's."""
-        self._is_open = False
+        """Whether tracking still holds the weights of the last tracked step, even if the optimizer's have changed."""
+        self._is_in_step = False
 
     @property
     def is_tracking(self) -> bool:
         is_within = self.calls >= self.start and (self.end is None or self.calls < self.end)
         return is_within and (self.calls - self.start) % self.every == 0
 
-    def due(self, group: str) -> bool:
+    def is_due(self, group: str) -> bool:
         return group in self.groups and (self.calls - self.start) // self.every % self.groups[group] == 0
 
-    def before(self, weights: list[Seen], looked: list[tuple[object, ...]]) -> None:
-        self._is_open = self.is_tracking
-        self.are_held = self.are_held and not self._is_open
-        if not self._is_open:
+    def before(self, weights: list[TrackedWeight], signature: list[tuple[object, ...]]) -> None:
+        self._is_in_step = self.is_tracking
+        self.are_held = self.are_held and not self._is_in_step
+        if not self._is_in_step:
             return
-        self.current, self.looked = weights, looked
+        self.current, self.signature = weights, signature
         self.old = []
         for seen in weights:
             weight = seen.parameter.detach()
@@ -444,8 +444,8 @@ class BruteForce:
             self.old.append((weight.double().numpy().copy(), encoded))
 
     def after(self, is_step: bool) -> None:
-        if self._is_open:
-            self.has_news = True
+        if self._is_in_step:
+            self.has_new_counts = True
             if is_step:
                 for seen, (weight, encoded) in zip(self.current, self.old, strict=True):
                     self._count(seen, self.layers[seen.name], weight, encoded)
@@ -453,7 +453,7 @@ class BruteForce:
         self.calls += 1
         self.skipped += not is_step
 
-    def _count(self, seen: Seen, layer: Layer, old_weight: np.ndarray, old: Encoded) -> None:
+    def _count(self, seen: TrackedWeight, layer: Layer, old_weight: np.ndarray, old: Encoded) -> None:
         weight = seen.parameter.detach()
         new = seen.oracle.encode(weight)
         flipped = new.codes != old.codes
@@ -466,7 +466,7 @@ class BruteForce:
         if old.stored is not None and new.stored is not None:
             layer.add("scale_steps", new.stored.size)
             layer.add("scale_changes", int((old.stored != new.stored).sum()))
-        if self.due("oscillation"):
+        if self.is_due("oscillation"):
             direction = np.sign(new.codes - old.codes)
             oscillates = (direction * layer.direction) < 0
             layer.add("oscillations", int(oscillates.sum()))
@@ -474,13 +474,13 @@ class BruteForce:
             layer.direction = np.where(direction != 0, direction, layer.direction)
             if self.ema:
                 layer.frequency = self.ema[0] * oscillates + (1 - self.ema[0]) * layer.frequency
-        if self.due("coverage"):
+        if self.is_due("coverage"):
             layer.ever |= flipped
-        if self.due("scale") and seen.oracle.has_scale:
+        if self.is_due("scale") and seen.oracle.has_scale:
             under = seen.oracle.under(weight, old.scale)
             layer.add("weight_driven", int((flipped & (under != old.codes)).sum()))
             layer.add("flips_seen_by_scale", int(flipped.sum()))
-        if self.due("travel") and seen.oracle.travels:
+        if self.is_due("travel") and seen.oracle.travels:
             self._travel(seen.oracle, layer, old_weight, weight.double().numpy(), old, new)
 
     def _travel(
@@ -505,7 +505,7 @@ class BruteForce:
         layer.quantized_travelled += np.where(is_finite, quantized, 0.0)
         layer.slack += 1e-6 * float(np.where(is_finite, np.abs(before) + np.abs(after), 0.0).sum())
 
-    # ------------------------------------------------------------------ what the library has to say
+    # ------------------------------------------------------------------ comparison with the library
 
     def totals(self, name: str) -> dict[str, int]:
         return {of: int(layer.total.get(name, 0)) for of, layer in self.layers.items()}
@@ -519,19 +519,19 @@ class BruteForce:
         ):
             assert_equal(what, found, self.totals(expected))
 
-    def begin_anew(self) -> None:
-        """A tracker that has loaded what another one saved: skipped steps are gone, and no gauge has been looked at."""
+    def restart(self) -> None:
+        """Follow a tracker that has loaded a state dict: skipped steps are forgotten, and all gauges are due again."""
         self.calls, self.skipped = self.calls - self.skipped, 0
-        self.gauged, self.has_news, self.current, self.are_held = {}, False, [], False
+        self.gauged, self.has_new_counts, self.current, self.are_held = {}, False, [], False
 
-    def check_record(self, record: Any, looked: list[tuple[object, ...]], *, is_last: bool = False) -> None:
-        """Compare a record; the next window begins, unless it is the last one of a tracker that others go on from."""
+    def check_record(self, record: Any, signature: list[tuple[object, ...]], *, is_last: bool = False) -> None:
+        """Compare a record, and start the next window unless the record is the last one of a replaced tracker."""
         windows = {
             name: {of: number - layer.last.get(of, 0) for of, number in layer.total.items()}
             for name, layer in self.layers.items()
         }
-        are_there = self.are_held or looked == self.looked
-        due = self._look(is_last)
+        are_there = self.are_held or signature == self.signature
+        due = self._gauges_due(is_last)
         is_expected = any(window.get("weight_steps") for window in windows.values())
         if record is None:
             assert_equal("a record", None, "one" if is_expected else None)
@@ -559,13 +559,13 @@ class BruteForce:
             for layer in self.layers.values():
                 layer.last = dict(layer.total)
 
-    def _look(self, is_last: bool) -> set[str]:
-        if not (self.has_news and self.current):
-            self.has_news = self.has_news and is_last
+    def _gauges_due(self, is_last: bool) -> set[str]:
+        if not (self.has_new_counts and self.current):
+            self.has_new_counts = self.has_new_counts and is_last
             return set()
         due = {group for group, every in self.groups.items() if self.calls - self.gauged.get(group, -every) >= every}
         if not is_last:
-            self.has_news = False
+            self.has_new_counts = False
             self.gauged.update(dict.fromkeys(due, self.calls))
         return due
 
@@ -583,7 +583,7 @@ class BruteForce:
             for part, of, tolerance in zip(quotient, (numerator, denominator), tolerances, strict=True):
                 assert_close(f"{where}: {ratio}, {of}", part, expected.get(of, 0), tolerance)
 
-    def _check_gauges(self, seen: Seen, found: Any, layer: Layer, due: set[str]) -> None:
+    def _check_gauges(self, seen: TrackedWeight, found: Any, layer: Layer, due: set[str]) -> None:
         weight = seen.parameter.detach()
         codes, values = seen.oracle.encode(weight).codes, weight.double().numpy()
         size = layer.weights
@@ -634,7 +634,7 @@ class BruteForce:
 
 
 class Difference(AssertionError):
-    """Between what was found and what was expected."""
+    """What was found differs from what was expected."""
 
 
 def assert_equal(what: str, found: Any, expected: Any) -> None:

@@ -1,4 +1,4 @@
-"""Random trainings, as data: what is built, and what is done to it, one thing after the other."""
+"""Random trainings as data: what to build, and a sequence of actions on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Slot = tuple[int, int]
-"""Group, and place in it."""
+"""Index of a param group, and position in it."""
 
 # Every family of the README, with its options.
 FORMATS = (
@@ -72,7 +72,7 @@ GROUPS = ("oscillation", "coverage", "scale", "travel", "range", "rank")
 
 
 def multiple_of(format: str) -> int:
-    """What the last dimension has to be a multiple of."""
+    """The number that the last dimension must be a multiple of."""
     if format.startswith("mx"):
         return 32
     if format.startswith("nvfp4"):
@@ -82,7 +82,7 @@ def multiple_of(format: str) -> int:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """A class, its arguments, and what it can do."""
+    """An optimizer class, its arguments, and its capabilities."""
 
     name: str
     arguments: dict[str, Any]
@@ -91,7 +91,7 @@ class Optimizer:
     needs_matrices: bool = False
     needs_closure: bool = False
     skips: bool = False
-    """Whether it looks at ``found_inf``."""
+    """Whether it reads ``found_inf``."""
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{name}={value}' for name, value in self.arguments.items())})"
@@ -116,7 +116,7 @@ def _optimizers(lr: float) -> list[Callable[[random.Random], Optimizer]]:
         lambda r: Optimizer("LBFGS", {"lr": lr, "max_iter": 2}, needs_closure=True),
         fused("AdamW", eps=1e-4),
         fused("Adam", eps=1e-4, amsgrad=True),
-        # Without momentum: of a skipped first step torch leaves that uninitialised.
+        # Without momentum, which torch leaves uninitialized if the first step is skipped.
         fused("SGD"),
         fused("Adagrad", eps=1e-4),
         plain("SGD", momentum=0.9, weight_decay=0.1),
@@ -136,14 +136,14 @@ def _optimizers(lr: float) -> list[Callable[[random.Random], Optimizer]]:
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a parameter is made as."""
+    """How to create a parameter."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
     frozen: bool = False
     sparse: bool = False
-    """Its gradients are."""
+    """Whether its gradients are sparse."""
 
     def __str__(self) -> str:
         words = [str(self.dtype).removeprefix("torch."), "x".join(map(str, self.shape)) or "scalar", self.layout]
@@ -157,7 +157,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Action:
-    """One thing that a training does."""
+    """One action of a training."""
 
     kind: str
     seed: int
@@ -172,7 +172,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A training, and how it is tracked."""
+    """A training and how it is tracked."""
 
     seed: int
     form: str
@@ -200,7 +200,7 @@ class Scenario:
 
 
 def make_scenario(seed: int) -> Scenario:
-    """The scenario of a seed, always the same."""
+    """Create the scenario of a seed, always the same one."""
     return _Maker(seed).make()
 
 
@@ -217,7 +217,7 @@ class _Maker:
         magnitude = r.choice([0.02, 1.0, 1.0, 30.0])
         lr = magnitude * 10 ** r.uniform(-2.5, -0.7)
         makers = _optimizers(lr)
-        # By turns, so that a few hundred seeds have all of them.
+        # In turn, so that a few hundred seeds cover all of them.
         self.optimizer = makers[self.seed * 5 % len(makers)](r)
         formats, quantizer = self._quantizer()
         self.multiple = max(multiple_of(format) for format in formats)
@@ -227,7 +227,7 @@ class _Maker:
             [self._weight() for _ in range(r.randint(1, 3))]
             for _ in range(1 if self._is_alone() else r.choice([1, 1, 2]))
         ]
-        # The first one is always tracked, and so never frozen.
+        # The first one is always tracked and therefore never frozen.
         groups[0][0] = Parameter(
             groups[0][0].shape if len(groups[0][0].shape) > 1 else self._shape(2), groups[0][0].dtype
         )
@@ -255,7 +255,7 @@ class _Maker:
         )
 
     def _is_alone(self) -> bool:
-        """Whether the optimizer takes one group only."""
+        """Whether the optimizer takes only one param group."""
         return self.optimizer.needs_closure
 
     def _quantizer(self) -> tuple[list[str], Any]:
@@ -338,7 +338,7 @@ class _Maker:
             options["groups"] = {"all": "*"}
         return options
 
-    # ------------------------------------------------------------------ what is done
+    # ------------------------------------------------------------------ actions
 
     def _actions(self, options: dict[str, Any]) -> tuple[Action, ...]:
         r = self.random
@@ -402,7 +402,8 @@ class _Maker:
             found.append(self._action("channels last .data", r.choice(images)))
         others = [slot for slot in weights if slot != (0, 0)]
         if others and self.chance(0.5 if self.optimizer.skips else 0.15):
-            # Fused optimizers move frozen weights without a trace: often the same one, so that it comes back.
+            # Fused optimizers change frozen weights without changing their versions. Often take the same one, so that
+            # it is unfrozen again.
             found.append(self._action("freeze or unfreeze", others[0] if self.optimizer.skips else r.choice(others)))
         if self.chance(0.12):
             found.append(self._action("replace", r.choice(weights)))
@@ -420,7 +421,7 @@ class _Maker:
 
 
 def make_weight(parameter: Parameter, magnitude: float, generator: torch.Generator) -> Tensor:
-    """A fresh tensor; ``"view of a storage"`` is made by who makes several."""
+    """Create a tensor. The caller combines several for the layout ``"view of a storage"``."""
     shape, dtype = parameter.shape, parameter.dtype
     if not dtype.is_floating_point and not dtype.is_complex:
         return torch.zeros(shape, dtype=dtype)

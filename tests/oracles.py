@@ -1,6 +1,6 @@
-"""Codes by other means than the library's: torchao's casts, ``ml_dtypes``, a search among all numbers of a format.
+"""Codes computed independently of the library: torchao's casts, ``ml_dtypes``, a search in all numbers of a format.
 
-torchao is imported where it is needed: some files that use this one run without it.
+torchao is imported where it is needed, since some files that use this one run without it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 # ---------------------------------------------------------------------- ExMy: the nearest number, found by search
 
-# E4M3 and the IEEE formats give some of their largest patterns to NaN and infinity; every other split is finite.
+# E4M3 and the IEEE formats use some of their largest patterns for NaN and infinity. All other splits are finite.
 SPECIAL_CODES = {(4, 3): 1, (5, 2): 4, (8, 7): 128, (5, 10): 1024}
 
 
@@ -29,7 +29,7 @@ def largest_ordinal(split: tuple[int, int]) -> int:
 
 
 def nan_ordinal(split: tuple[int, int]) -> int:
-    """The one above all numbers, infinity included; it wraps where a format fills its 8 or 16 bits."""
+    """The ordinal above all numbers, infinity included. It wraps around if a format uses all of its 8 or 16 bits."""
     has_infinity = SPECIAL_CODES.get(split, 0) > 1
     ordinal = largest_ordinal(split) + 1 + has_infinity
     return -ordinal if ordinal in (128, 32768) else ordinal
@@ -46,7 +46,7 @@ def number(split: tuple[int, int], magnitude: int) -> Fraction:
 
 
 def nearest(x: Fraction, split: tuple[int, int]) -> int:
-    """Ordinal of the number next to ``x``; between two, the even one; beyond the largest, that."""
+    """Ordinal of the number nearest to ``x``; of two equally near, the even one; beyond the largest, the largest."""
     magnitude, largest = abs(x), largest_ordinal(split)
     above = bisect_left(range(largest + 1), magnitude, key=lambda k: number(split, k))
     if above > largest:
@@ -79,12 +79,12 @@ def midpoints(split: tuple[int, int]) -> np.ndarray:
 
 
 def nearest_array(x: np.ndarray, split: tuple[int, int]) -> np.ndarray:
-    """``nearest`` of many float64 at once; NaN gives the format's NaN ordinal."""
+    """``nearest`` for many float64 values at once; NaN gives the format's NaN ordinal."""
     x = x.astype(np.float64)
     magnitude = np.abs(x)
     below = np.searchsorted(midpoints(split), magnitude, side="left")
     above = np.searchsorted(midpoints(split), magnitude, side="right")
-    # On a midpoint the two differ by one: take the even.
+    # At a midpoint the two differ by one: take the even one.
     ordinals = np.where((below != above) & (below % 2 == 1), above, below)
     ordinals = np.where(x < 0, -ordinals, ordinals)
     return np.where(np.isnan(x), nan_ordinal(split), ordinals)
@@ -97,7 +97,7 @@ LAST = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7C}
 
 
 def float8_ordinals(data: Tensor) -> np.ndarray:
-    """Bits to integers that are equal when the numbers are, by hand: sign and magnitude, one NaN."""
+    """Convert bits to integers that are equal if the numbers are: from sign and magnitude, with a single NaN."""
     bits = data.contiguous().view(torch.uint8).numpy().astype(np.int64)
     magnitude, last = bits & 0x7F, LAST[data.dtype]
     return np.where(magnitude > last, last + 1, np.where(bits >= 0x80, -magnitude, magnitude))
@@ -130,7 +130,7 @@ def per_tensor_scale(weight: Tensor, name: str) -> Tensor | None:
 
 
 def block_codes(weight: Tensor, name: str) -> tuple[np.ndarray, Tensor]:
-    """Ordinals from the bits of torchao's elements, by hand, and its block scales. A NaN's bits are not looked at."""
+    """Ordinals from the bits of torchao's elements, and its block scales. The bits of NaN are ignored."""
     from torchao.prototype.mx_formats.config import ScaleCalculationMode
     from torchao.prototype.mx_formats.kernels import unpack_uint4
     from torchao.prototype.mx_formats.mx_tensor import to_mx
@@ -152,7 +152,7 @@ def block_codes(weight: Tensor, name: str) -> tuple[np.ndarray, Tensor]:
 
 
 def becomes_nan(weight: Tensor, name: str) -> Tensor:
-    """Zeros times an inverse of the tensor's scale that overflows: torchao stores whatever that NaN's bits give."""
+    """Zeros multiplied by an inverse scale that overflows: torchao stores whatever the bits of that NaN give."""
     scale = per_tensor_scale(weight, name)
     return (weight == 0) & (scale is not None and (1 / scale).isinf())
 

@@ -1,8 +1,8 @@
-"""Processes for tests that need one of their own, forked from one that has imported torch before.
+"""Start processes for tests, forked from a server that has already imported torch.
 
-To import torch, torchao and scikit-learn takes longer than what most of these tests then do, and is not what they test.
-Everything else is as in a process that was started anew: its environment, its directory, ``__main__``, and its end with
-all that Python does there; and torch multiplies float8 with its own code, as in the tests themselves.
+Importing torch, torchao and scikit-learn takes longer than what most of these tests do, and is not what they test.
+Everything else is as in a newly started process: environment, working directory, ``__main__``, and Python's shutdown.
+As in the tests themselves, torch multiplies float8 with its own code.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pathlib import Path
 
 import torch
 
-# The last is what torch imports for the first optimizer.
+# torch imports the last one when the first optimizer is created.
 ALWAYS = ("torch", "torch.utils.tensorboard", "torch._dynamo")
 
 _servers: dict[tuple[str, ...], subprocess.Popen[str]] = {}
 
 
 def multiply_float8_without_onednn() -> None:
-    """By torch's own loops, as on every CPU without AMX.
+    """Have torch multiply float8 with its own loops, as on every CPU without AMX.
 
-    Where the CPU has AMX but the system keeps it from processes, torch asks oneDNN all the same, which then has only
+    If the CPU has AMX but the system does not let processes use it, torch still calls oneDNN, which then falls back to
     its reference code: 500 times slower, with the same results.
     """
     torch.backends.mkldnn.set_flags(_enabled=False)
@@ -46,18 +46,18 @@ def run_python(
     check: bool = True,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """What ``subprocess.run([sys.executable, *args], capture_output=True, text=True)`` returns.
+    """Like ``subprocess.run([sys.executable, *args], capture_output=True, text=True)``.
 
     Args:
         args: ``"-c", code``, ``"-m", module`` or the path of a script; then its own arguments.
-        imported: Modules that are imported before it starts, beside ``ALWAYS``, and once for all that name the same.
-        env: Its environment.
-        cwd: Its directory; by default the present one.
-        check: Whether to raise CalledProcessError, with its errors, if it fails.
-        timeout: Seconds, after which it is killed.
+        imported: Modules to import before it starts, in addition to ``ALWAYS``. Equal ones share a server.
+        env: The environment.
+        cwd: The working directory; by default the current one.
+        check: Whether to print its errors and raise CalledProcessError if it fails.
+        timeout: Seconds after which it is killed.
     """
     if sys.platform != "linux":
-        # Elsewhere libraries do not stand a fork.
+        # On other systems, the libraries do not survive a fork.
         return subprocess.run(
             [sys.executable, *args], env=env, cwd=cwd, check=check, timeout=timeout, capture_output=True, text=True
         )
@@ -69,7 +69,7 @@ def run_python(
             "cwd": str(cwd or Path.cwd()),
             "outputs": [str(path) for path in outputs],
         }
-        code = _ask(imported, request, timeout)
+        code = _request_process(imported, request, timeout)
         done = subprocess.CompletedProcess([sys.executable, *args], code, *(path.read_text() for path in outputs))
     if check and code:
         print(done.stderr, file=sys.stderr)
@@ -78,12 +78,13 @@ def run_python(
 
 
 def end_servers() -> None:
-    """When no test needs a process any more."""
+    """Stop the servers when all tests are done."""
     for server in _servers.values():
         server.communicate()
 
 
-def _ask(imported: tuple[str, ...], request: dict[str, object], timeout: float) -> int:
+def _request_process(imported: tuple[str, ...], request: dict[str, object], timeout: float) -> int:
+    """Have a server run a process, and return its exit code."""
     if imported not in _servers:
         _servers[imported] = subprocess.Popen(
             [sys.executable, __file__, *ALWAYS, *imported],
@@ -105,23 +106,23 @@ def _ask(imported: tuple[str, ...], request: dict[str, object], timeout: float) 
 
 
 def _serve() -> list[str]:
-    """Fork for each line of standard input. Returns in the new processes only: what each is to run."""
+    """Fork for each line of standard input. Returns only in the new processes: the arguments of each."""
     for name in sys.argv[1:]:
         importlib.import_module(name)
     multiply_float8_without_onednn()
-    # Else each process copies the memory of all that was imported when it ends.
+    # Otherwise each process copies the memory of all imported modules when it ends.
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
         if child == 0:
-            _become(request)
+            _apply_request(request)
             return request["args"]
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     sys.exit()
 
 
-def _become(request: dict) -> None:
+def _apply_request(request: dict) -> None:
     sys.stdin = open(os.devnull)  # noqa: SIM115
     os.dup2(sys.stdin.fileno(), 0)
     for descriptor, path in enumerate(request["outputs"], start=1):
@@ -134,7 +135,7 @@ def _become(request: dict) -> None:
 
 
 def _run(first: str, *rest: str) -> None:
-    """As Python does with its command line."""
+    """Run what Python would run with these command-line arguments."""
     if first == "-m":
         module, *arguments = rest
         sys.argv[:], sys.path[0] = [module, *arguments], os.getcwd()

@@ -42,6 +42,7 @@ def told(rule: str | Alert, series: list[float | None], every: int = 10, name: s
         ("flip_rate < 1e-6 for 1 step", ("flip_rate", "<", 1e-6, 1)),
         ("  flip_rate <= .5  ", ("flip_rate", "<=", 0.5, 0)),
         ("x_2 >= -3", ("x_2", ">=", -3, 0)),
+        ("changed_fraction == 0", ("changed_fraction", "==", 0, 0)),
         ("stable_rank drops 30% for 1000 steps", ("stable_rank", "drops", 0.3, 1000)),
     ],
 )
@@ -73,11 +74,15 @@ def test_rules_that_cannot_be_read(rule):
 @pytest.mark.parametrize(
     ("alerts", "error", "message"),
     [
-        (["stal_ratio > 1"], ValueError, r"about 'stal_ratio'.* give cumulative_flip_rate, flip_rate, .*stall_ratio"),
+        (
+            ["stal_ratio > 1"],
+            ValueError,
+            r"about 'stal_ratio'.*Available values: cumulative_flip_rate, flip_rate, .*stall_ratio",
+        ),
         ([Alert("flip_rate > 0", "3.*")], ValueError, r"the pattern '3.\*' in layers= .* matches none of the 5 layers"),
-        (["oscillation_ratio > 0.5"], ValueError, "which none of the metrics= gives"),
+        (["oscillation_ratio > 0.5"], ValueError, "which metrics= does not provide"),
         ("stall_ratio > 1", TypeError, "put it in brackets"),
-        ([lambda record: True], TypeError, "a rule of alerts= is a text such as"),
+        ([lambda record: True], TypeError, "a rule in alerts= is a string such as"),
     ],
 )
 def test_mistakes_raise_at_construction(alerts, error, message):
@@ -224,7 +229,7 @@ def test_a_callback_that_fails_is_warned_about_once(digits):
             alerts=[Alert("flip_rate > 0.2", callback=fails), Alert("flip_rate >= 0", callback=others.append)],
         )
     assert [str(w.message) for w in caught if "callback" in str(w.message)] == [
-        "weightflip: the callback of 'flip_rate > 0.2' failed and is not called again, training goes on: "
+        "weightflip: the callback of 'flip_rate > 0.2' failed and will not be called again; training continues: "
         "RuntimeError: no network"
     ]
     assert len(calls) == 1

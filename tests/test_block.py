@@ -425,7 +425,7 @@ def test_the_compiled_kernel_equals_eager(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_last_dimension_that_does_not_divide(name):
     quantizer = resolve(name)
-    message = rf"{quantizer.group} neighbours in the last dimension; .* does not divide"
+    message = rf"{quantizer.group} neighbors in the last dimension, but shape .* does not divide"
     for shape in ((), (8,), (33,), (4, 40), (64, 1), (16, 8, 3, 3)):
         with case(shape):
             with pytest.raises(ValueError, match=message):

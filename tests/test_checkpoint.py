@@ -220,7 +220,7 @@ def check_starts_anew(digits, state, options, counts, message):
         optimizer.load_state_dict(copy.deepcopy(state))
         run(model, optimizer, digits, 6, 9)
     (warning,) = caught
-    assert "start anew" in str(warning.message)
+    assert "start from zero" in str(warning.message)
     assert message in str(warning.message)
     assert optimizer.tracker.step_count == 3
     assert optimizer.tracker.get_flip_counts() == counts

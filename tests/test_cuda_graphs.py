@@ -39,7 +39,7 @@ def test_a_step_that_torch_calls_captured_is_not_looked_at(monkeypatch, digits, 
     for name in ("before_step", "after_step", "record"):
         monkeypatch.setattr(tracker, name, lambda *_, name=name: pytest.fail(name))
     backward(model, digits, 1)
-    with pytest.warns(UserWarning, match=r"captured in a CUDA graph.* leave optimizer.step\(\) outside"):
+    with pytest.warns(UserWarning, match=r"captured in a CUDA graph.* keep optimizer.step\(\) outside"):
         optimizer.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -97,6 +97,17 @@ def test_each_option_counts_what_one_process_does(runs, name):
             assert_close(result[name]["records"], json.loads(json.dumps(expected["records"])))
 
 
+def test_what_differs_between_two_syncs_is_that_of_gathered_weights(runs):
+    first, *others = of_mode(runs, 2, "syncs")
+    for name, result in first.items():
+        assert result["found"].keys() == result["brute"].keys()
+        for layer, expected in result["brute"].items():
+            assert result["found"][layer] == pytest.approx(expected), (name, layer)
+        assert sum(found[0] for found in result["found"].values()) > 0
+        assert all(0 < bits < 16 for bits in result["sizes"].values())
+        assert all(other[name] == result for other in others)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_training_equals_brute_force_on_gathered_weights(runs, world):
     for found in of_mode(runs, world, "training"):
@@ -347,6 +358,15 @@ def test_several_optimizers_are_one_run(runs):
     assert "broken on purpose" in second["broken"]["warnings"][0]
 
 
+def test_no_process_waits_for_a_broken_leader_without_sharded_weights(runs):
+    expected, _, _ = modes.run(quantizer="float8_e4m3", log_every=3)
+    first, second = of_mode(runs, 2, "unsharded_leader")
+    assert first["steps"] == [3, 6, 8]
+    assert first["warnings"] == []
+    assert [text for text in second["warnings"] if "broken on purpose" in text] == second["warnings"] != []
+    assert first["flips"] == second["flips"] == expected["flips"]
+
+
 def test_no_process_waits_for_another_to_know_a_phantom_step(runs):
     """With a state on the first process only, and gradients of 0 on the second only."""
     first, second = of_mode(runs, 2, "phantom_steps")
@@ -370,7 +390,7 @@ def test_a_weight_that_one_process_freezes_alone_is_given_up(runs, quantizer):
             assert result["flips"][layer] == expected["flips"][layer]
         texts = "\n".join(result["warnings"])
         assert "'three.weight' is not tracked any more" in texts
-        assert ("do the same to the parameters on all processes" in texts) or rank == 0
+        assert ("make the same changes on all processes" in texts) or rank == 0
 
 
 @pytest.mark.parametrize("quantizer", ["float8_e4m3", "float8_e4m3:row"])
@@ -444,7 +464,7 @@ def test_a_process_outside_of_the_mesh_of_a_weight_leaves_it_out(runs):
             assert result["updates"] == {"group0.param0": 64, "group0.param1": 64}
         else:
             assert result["updates"] == {"group0.param1": 64}
-            assert "of which this is none" in result["skipped"]["group0.param0"]
+            assert "and this is not one of them" in result["skipped"]["group0.param0"]
 
 
 def test_process_groups_are_let_go_with_the_default_group(runs):
@@ -466,7 +486,7 @@ def test_processes_with_other_layers_on_one_mesh_are_refused(runs):
 
 def test_what_cannot_be_exact_is_refused_in_words(runs):
     for found in of_mode(runs, 2, "refusals"):
-        assert "cut the groups of 32 neighbours" in found["cut_block"]
+        assert "cut the groups of 32 neighbors" in found["cut_block"]
         assert "[0, 16, 32]" in found["cut_block"]
         assert "scope = 'element'" in found["function"]
         assert "squared" in found["function"]

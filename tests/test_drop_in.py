@@ -563,9 +563,11 @@ def test_muon_and_adamw_in_one_tensorboard_run(first_form, digits, tmp_path):
 
 def test_two_optimizers_need_different_names():
     first = FlipTrackingOptimizer(torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1), sinks=[])
-    with pytest.raises(ValueError, match=r"tracks a weight called 'group0.param0'.*give model= to both.*exclude="):
+    with pytest.raises(
+        ValueError, match=r"already tracks a weight named 'group0.param0'.*pass model= to both.*exclude="
+    ):
         FlipTrackingOptimizer(torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1), sinks=first)
-    with pytest.raises(TypeError, match="stands alone, not in a list: sinks=first"):
+    with pytest.raises(TypeError, match="takes another tracked optimizer alone, not in a list: sinks=first"):
         FlipTrackingOptimizer(torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1), sinks=[first])
 
 

@@ -189,7 +189,7 @@ def formats_by_row_group_or_block_raise() -> None:
         for quantizer in BY_ROW_GROUP_OR_BLOCK:
             # On every rank, or the others would wait: also where the shards are empty.
             for parameters in (model.parameters(), model[2].parameters()):
-                with pytest.raises(ValueError, match=r"without rows or channels, and .* name a format"):
+                with pytest.raises(ValueError, match=r"without rows or channels, but .* name a format"):
                     FlipTrackingOptimizer(torch.optim.SGD(parameters, lr=0.1), model, quantizer=quantizer, sinks=[])
         for quantizer in (*AT_MOST_ONE_SCALE, lambda weight: weight.half()):
             sgd = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -204,7 +204,7 @@ def parameters_made_flat_later_are_skipped() -> None:
     with Lines() as lines:
         train(model, optimizer, steps=2)
     assert len(optimizer.info.skipped) == 2
-    assert all("int8 has a scale for each row, group or block" in why for why in optimizer.info.skipped.values())
+    assert all("int8 has one scale per row, group or block" in why for why in optimizer.info.skipped.values())
     assert len([line for line in lines if "no rows or channels" in line]) == of_first_process()
 
 
@@ -371,13 +371,13 @@ def test_what_zero3_marks_its_tensors_with():
 
     plan = make_plan(name_parameters(groups, model), Sources(model), Selection())
     assert plan.tracked == {}
-    later = "ZeRO-3 keeps it in partitions, which are tracked once DeepSpeed gives them to the optimizer"
+    later = "ZeRO-3 keeps it in partitions, which are tracked once DeepSpeed passes them to the optimizer"
     skipped = {"0.weight": later, "2.weight": later}
     assert plan.skipped == {**skipped, **dict.fromkeys(("0.bias", "2.bias"), plan.skipped["0.bias"])}
     assert plan.skipped["0.bias"] == "1-dimensional (name it in include= to track it)"
     assert make_plan(name_parameters(groups, model), Sources(model), Selection(include="0.weight")).tracked == {}
     for quantizer in BY_ROW_GROUP_OR_BLOCK:
-        with pytest.raises(ValueError, match=r"'0.weight' cannot be tracked as asked for: it is a flat parameter"):
+        with pytest.raises(ValueError, match=r"'0.weight' cannot be tracked as requested: it is a flat parameter"):
             make_plan(name_parameters(groups, model), Sources(model), Selection(quantizer))
 
     partition = marked(torch.ones(3610, requires_grad=True), ds_id="0_3")
@@ -390,5 +390,5 @@ def test_what_zero3_marks_its_tensors_with():
     for quantizer in BY_ROW_GROUP_OR_BLOCK:
         plan = make_plan(parameters, Sources(model), Selection(quantizer), strict=False)
         assert plan.tracked == {}
-        assert f"{quantizer} has a scale for each row, group or block" in plan.skipped["group0.partition0_3"]
+        assert f"{quantizer} has one scale per row, group or block" in plan.skipped["group0.partition0_3"]
         assert any("no rows or channels" in note for note in plan.notes)

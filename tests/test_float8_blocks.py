@@ -161,7 +161,7 @@ def test_torchaos_layer_is_found():
     assert str(plan.tracked["0.weight"]) == "float8_e4m3:128x128"
     assert "1.weight" in plan.skipped, "what stays in high precision beside converted layers"
     other = plan_of(nn.Sequential(blockwise_linear(block_size=64)))
-    assert other.skipped == {"0.weight": "torchao casts it in blocks of 64: not known yet"}
+    assert other.skipped == {"0.weight": "torchao casts it in blocks of 64: not supported yet"}
 
 
 # ---------------------------------------------------------------------- counting

@@ -465,7 +465,7 @@ def test_code_width_follows_the_format():
 
 @pytest.mark.parametrize("scale", [0, 0.0, -1.0, math.nan, math.inf])
 def test_scale_has_to_be_positive(scale):
-    with pytest.raises(ValueError, match="divided by and has to be positive and finite, got"):
+    with pytest.raises(ValueError, match="divided by and must be positive and finite, got"):
         encode(torch.ones(2, 2), E3M4, scale=scale)
 
 

@@ -1,4 +1,4 @@
-"""Random trainings: tracked equals bare, and counts equal brute force with other codes than the library's."""
+"""Random trainings: tracked equals bare, and counts equal brute force with independently computed codes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AT_ONCE = 25
 
 @pytest.mark.parametrize("first", range(0, SEEDS, AT_ONCE))
 def test_random_trainings(first, caplog):
-    # What is assumed of plain float32 weights is said each time.
+    # Silences the note on plain float32 weights, which would appear each time.
     caplog.set_level(logging.ERROR, logger="weightflip")
     failed = {}
     for seed in range(first, first + AT_ONCE):
@@ -38,8 +38,8 @@ def test_a_scenario_is_always_the_same_and_its_formats_take_turns():
     assert [format for format in FORMATS if repr(format) not in named] == []
 
 
-def test_oracles_tell_neighbours_apart():
-    """Not all codes are the same: an oracle that sees nothing finds no difference."""
+def test_oracles_distinguish_neighboring_weights():
+    """An oracle whose codes are all the same would never find a difference."""
     weight = torch.linspace(-3, 3, 64).view(2, 32)
     for format in FORMATS:
         codes = oracle_of(format.removeprefix("format ")).encode(weight).codes

@@ -149,7 +149,7 @@ def test_no_block_repeats(caplog):
     model = digits_model()
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=1), model, sinks=[], groups="blocks")
     assert optimizer.info.groups == {}
-    assert "groups='blocks' finds no block that repeats, such as layers.0 and layers.1" in caplog.text
+    assert "groups='blocks' finds no repeated model block, such as layers.0 and layers.1" in caplog.text
 
 
 @pytest.mark.parametrize("groups", [None, "blocks", {"b": "*.b.*"}])
@@ -196,7 +196,7 @@ def test_mistakes_raise_at_construction(groups, error, message):
 
 
 def test_types_need_a_model():
-    with pytest.raises(ValueError, match="groups='type' looks at the model's modules; pass model="):
+    with pytest.raises(ValueError, match="groups='type' needs the model's modules; pass model="):
         FlipTrackingOptimizer(torch.optim.SGD(Mixed().parameters(), lr=1), sinks=[], groups="type")
 
 

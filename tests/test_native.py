@@ -129,7 +129,7 @@ def test_native_decodes_wide_floats(dtype, integer, fmt):
 
 @pytest.mark.parametrize("integer", [torch.int8, torch.int16])
 def test_native_does_not_guess_which_format_narrow_codes_are_in(integer):
-    with pytest.raises(ValueError, match=r"codes may be .* or .*: decode with that format"):
+    with pytest.raises(ValueError, match=r"codes may be .* or .*: decode with one of these formats"):
         decode(Codes(torch.zeros(2, dtype=integer)), "native")
 
 
@@ -223,9 +223,7 @@ def test_a_function_has_to_return_a_tensor_of_the_weights_shape(result, got):
     def rounded(weight):
         return result(weight)
 
-    with pytest.raises(
-        ValueError, match=rf"'rounded' has to return a tensor of the weight's shape \(2, 2\), got {got}$"
-    ):
+    with pytest.raises(ValueError, match=rf"'rounded' must return a tensor of the weight's shape \(2, 2\), got {got}$"):
         encode(torch.ones(2, 2), rounded)
 
 
@@ -267,5 +265,5 @@ def test_an_object_without_decode_only_encodes():
 
     with pytest.raises(ValueError, match="signs only encodes"):
         decode(encode(torch.ones(2), Signs()), Signs())
-    with pytest.raises(ValueError, match="do not know their quantizer"):
+    with pytest.raises(ValueError, match="these codes have no quantizer"):
         decode(encode(torch.ones(2), Signs()))

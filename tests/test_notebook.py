@@ -106,7 +106,7 @@ def test_steps_that_were_not_seen_are_said():
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.inner.step()
-    assert "no step() was seen" in optimizer.tracker._repr_html_()
+    assert "no step() was tracked" in optimizer.tracker._repr_html_()
 
 
 def test_names_are_escaped():

@@ -181,7 +181,7 @@ def test_added_groups_are_tracked(digits):
 def test_lazy_and_converted_parameters():
     model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
-    assert names(optimizer)[1]["0.weight"] == "not initialised yet"
+    assert names(optimizer)[1]["0.weight"] == "not initialized yet"
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     assert optimizer.tracker.get_update_counts() == {"0.weight": 32, "1.weight": 64}
@@ -516,7 +516,7 @@ def test_counts_that_cannot_be_read_do_not_stop_a_run(digits):
     state = optimizer.state_dict()
     state["param_groups"][0]["lr"] = 0.25
     for broken in ({}, {"calls": 1, "tracker": {"version": 2}}, {**state["flip_tracking"], "calls": None}):
-        with pytest.warns(UserWarning, match="cannot be read and start anew"):
+        with pytest.warns(UserWarning, match="cannot be read and start from zero"):
             optimizer.load_state_dict({**state, "flip_tracking": broken})
         assert optimizer.param_groups[0]["lr"] == 0.25
     backward(model, digits, 1)
@@ -541,7 +541,7 @@ def test_a_fault_in_tracking_warns_once_and_training_goes_on(digits, monkeypatch
             backward(model, digits, step)
             optimizer.step()
     messages = [str(w.message) for w in caught if "weightflip" in str(w.message)]
-    assert messages == ["weightflip: tracking has stopped, training goes on: RuntimeError: out of luck"]
+    assert messages == ["weightflip: tracking has stopped, training continues: RuntimeError: out of luck"]
     assert_same(dict(bare_model.state_dict()), dict(model.state_dict()))
 
 
@@ -653,10 +653,14 @@ def total(weight):
         ),
         (
             ValueError,
-            r"shape \(48, 64\): the function 'total' has to return a tensor of the weight's shape",
+            r"shape \(48, 64\)\): the function 'total' must return a tensor of the weight's shape",
             lambda m: FlipTrackingOptimizer(sgd(m), m, quantizer=total),
         ),
-        (ValueError, "log_dir= says where", lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=[], log_dir="runs")),
+        (
+            ValueError,
+            "log_dir= is where the default sink writes",
+            lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=[], log_dir="runs"),
+        ),
     ],
 )
 def test_mistakes_raise_at_construction(error, message, call):
@@ -667,9 +671,9 @@ def test_mistakes_raise_at_construction(error, message, call):
 def test_weights_that_no_format_fits():
     zoo = Zoo()
     inner = torch.optim.SGD(zoo.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="parameter 'phase' cannot be tracked as asked for: dtype complex64"):
+    with pytest.raises(ValueError, match="parameter 'phase' cannot be tracked as requested: dtype complex64"):
         FlipTrackingOptimizer(inner, zoo, include=["body.weight", "phase"], sinks=[])
-    with pytest.raises(ValueError, match=r"parameter 'empty' cannot be tracked as asked for: empty"):
+    with pytest.raises(ValueError, match=r"parameter 'empty' cannot be tracked as requested: empty"):
         FlipTrackingOptimizer(inner, zoo, include=["empty"], sinks=[])
 
     class Blocks:
@@ -677,7 +681,9 @@ def test_weights_that_no_format_fits():
             if weight.size(-1) % 32:
                 raise ValueError(f"last dimension {weight.size(-1)} is no multiple of 32")
 
-    with pytest.raises(ValueError, match=r"parameter 'body.weight' .* shape \(8, 8\): last dimension 8 is no multiple"):
+    with pytest.raises(
+        ValueError, match=r"parameter 'body.weight' .* shape \(8, 8\)\): last dimension 8 is no multiple"
+    ):
         FlipTrackingOptimizer(inner, zoo, quantizer=Blocks(), sinks=[])
 
 
@@ -757,7 +763,7 @@ def test_quantizers_without_a_name_are_called_by_their_class():
         torch.optim.SGD(model.parameters(), 0.1), model, quantizer=[Sign(), "e3m4"], sinks=[]
     )
     assert "0.weight@Sign" in optimizer.info.tracked
-    with pytest.raises(ValueError, match="objects and functions need a name each"):
+    with pytest.raises(ValueError, match="give each object or function its own name"):
         FlipTrackingOptimizer(
             torch.optim.SGD(model.parameters(), 0.1), model, quantizer=[lambda w: w, lambda w: w.sign()], sinks=[]
         )

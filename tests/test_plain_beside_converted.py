@@ -15,7 +15,7 @@ from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
 from weightflip import FlipTrackingOptimizer, track_flips
 
-REASON = "in high precision beside torchao's converted layers"
+REASON = "left in high precision by torchao, which converted other layers"
 
 
 def float8(dtype=torch.float32):

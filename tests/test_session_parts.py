@@ -13,7 +13,7 @@ from weightflip.session.ending import Ending
 from weightflip.session.guard import Guard
 from weightflip.session.log import Log, Source
 from weightflip.session.options import Options
-from weightflip.session.steps import is_phantom, is_real, parameters_of
+from weightflip.session.steps import is_state_initialization, is_training_step, parameters_of
 from weightflip.session.weights import Weights
 from weightflip.sinks import SinkGroup, make_sinks
 
@@ -23,7 +23,7 @@ class Owner:
 
 
 def parts(model, **options):
-    tracker, log = WeightFlipTracker(), Log(SinkGroup(make_sinks(options.get("sinks", []))), is_wanted=True)
+    tracker, log = WeightFlipTracker(), Log(SinkGroup(make_sinks(options.get("sinks", []))), has_sinks=True)
     source = Source(tracker, owner := Owner())
     weights = Weights(tracker, log, source, model, Options(quantizer="e3m4", **options), {})
     return owner, tracker, log, source, weights
@@ -45,9 +45,9 @@ def test_a_first_step_without_rate_and_gradient_is_none(rate, gradient, has_stat
         weight.grad = torch.ones(2, 2)
         optimizer.step()
     weight.grad = torch.full((2, 2), gradient)
-    found = is_real(optimizer, is_sharded=False)
+    found = is_training_step(optimizer, is_sharded=False)
     assert (None if found is None else bool(found)) == expected
-    assert not is_phantom(optimizer)
+    assert not is_state_initialization(optimizer)
 
 
 def test_a_fault_ends_tracking_once_and_gives_memory_back():
@@ -61,7 +61,9 @@ def test_a_fault_ends_tracking_once_and_gives_memory_back():
     guard.run(calls.append, "after it")
     assert calls == []
     assert not any(weight.is_held for weight in weights.tracked)
-    assert log.untold == ["weightflip: tracking has stopped, training goes on: ZeroDivisionError: division by zero"]
+    assert log.pending_warnings == [
+        "weightflip: tracking has stopped, training continues: ZeroDivisionError: division by zero"
+    ]
 
 
 def test_weights_are_selected_anew_when_the_parameters_are_others():
@@ -70,7 +72,7 @@ def test_weights_are_selected_anew_when_the_parameters_are_others():
     _, _, log, source, weights = parts(model)
     weights.select(optimizer, strict=True)
     assert log.sources == []
-    log.join(source)
+    log.add_source(source)
     assert [weight.name for weight in weights.tracked] == list(source.info.tracked) == ["0.weight"]
     assert log.sources == [source]
     optimizer.add_param_group({"params": model[1].parameters()})
@@ -79,7 +81,7 @@ def test_weights_are_selected_anew_when_the_parameters_are_others():
     tracked = weights.tracked
     weights.select(optimizer, strict=False)
     assert weights.tracked is tracked
-    weights.looks_again = True
+    weights.needs_reselection = True
     weights.select(optimizer, strict=False)
     assert weights.tracked is not tracked
 
@@ -112,12 +114,12 @@ def test_the_last_record_is_written_when_the_owner_goes():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     owner, tracker, log, source, weights = parts(model, sinks=[records.append])
     weights.select(optimizer, strict=True)
-    log.join(source)
+    log.add_source(source)
     with weights.holding():
         tracker.before_step(weights.tracked)
         tracker.after_step()
     ending = Ending(log, source)
-    ending.arrange(owner)
+    ending.register(owner)
     assert records == []
     del owner
     assert [(record.step, [layer.name for layer in record.layers]) for record in records] == [(1, ["weight"])]

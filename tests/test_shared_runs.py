@@ -103,7 +103,7 @@ def test_where_the_first_optimizer_is_not_tracked_any_more_the_next_one_writes()
         if step == 4:
             # Neither its steps nor its totals can be had.
             first.tracker.after_step = first.tracker.record = broken
-            with pytest.warns(UserWarning, match="tracking has stopped, training goes on: RuntimeError: broken on"):
+            with pytest.warns(UserWarning, match="tracking has stopped, training continues: RuntimeError: broken on"):
                 first.step()
         backward(model)
         first.step()

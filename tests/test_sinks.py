@@ -90,7 +90,7 @@ def test_text_panel_says_what_is_tracked_and_skipped(digits, tmp_path):
     text = events.Tensors("weightflip/tracking/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| `0.weight` | 48x64 | float32 | float8_e4m3 |" in text
     assert "| `0.bias` | 1-dimensional" in text
-    assert "tracked as float8_e4m3" in text
+    assert "tracked as if cast to float8_e4m3" in text
     assert "optimizer=AdamW" in text
     assert "custom_scalars__config__" in tags
 

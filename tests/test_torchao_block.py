@@ -202,7 +202,7 @@ def test_what_is_not_known_is_skipped_and_an_error_when_named():
     plan = plan_of(model)
     assert list(plan.tracked) == ["1.weight"]
     assert "blocks of 64" in plan.skipped["0.weight"]
-    with pytest.raises(ValueError, match=r"'0.weight' cannot be tracked as asked for.*blocks of 64"):
+    with pytest.raises(ValueError, match=r"'0.weight' cannot be tracked as requested.*blocks of 64"):
         FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, include="0.weight", sinks=[])
     with pytest.raises(ValueError, match=r"'1.weight'.*does not divide|'0.weight'.*does not divide"):
         FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, quantizer="int4:g40", sinks=[])

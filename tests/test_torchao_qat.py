@@ -455,7 +455,7 @@ def test_a_layer_that_starts_disabled_is_noted():
     plan = plan_of(model)
     assert set(plan.tracked) == {"first.weight", "second.weight"}
     assert "high precision" in plan.skipped["embedding.weight"]
-    assert any("Fake quantization is off" in note and "first.weight" in note for note in plan.notes)
+    assert any("Fake quantization is disabled" in note and "first.weight" in note for note in plan.notes)
 
 
 def test_embeddings():
@@ -483,7 +483,7 @@ def test_learned_ranges(is_symmetric):
     inner = torch.optim.SGD(model.parameters(), lr=0.5)
     optimizer = FlipTrackingOptimizer(inner, model, sinks=[], exclude="embedding.weight")
     assert set(optimizer.info.tracked) == {"first.weight", "second.weight"}
-    assert "learns, no weight" in optimizer.info.skipped["first.weight_fake_quantizer.scale"]
+    assert "learns, not a weight" in optimizer.info.skipped["first.weight_fake_quantizer.scale"]
     layers = layers_of(model)
     flips, old = dict.fromkeys(["first.weight", "second.weight"], 0), {}
 
@@ -522,7 +522,7 @@ def test_ranges_that_were_never_initialised_are_skipped_with_the_reason():
         in plan_of(model, include="first.*", exclude="first.b*", may_be_empty=True).skipped["first.weight"]
     )
     with pytest.raises(
-        ValueError, match=r"'first.weight' cannot be tracked as asked for: .*initialize_fake_quantizers"
+        ValueError, match=r"'first.weight' cannot be tracked as requested: .*initialize_fake_quantizers"
     ):
         plan_of(model, include="first.weight")
 

@@ -12,7 +12,7 @@ from conftest import assert_same, gaussian, plan_of, with_outliers
 from torch import nn
 
 from weightflip import FlipTrackingOptimizer, track_flips
-from weightflip.quantizers.torchao import OfMaster, StoredCodes
+from weightflip.quantizers.torchao import MasterCopyQuantizer, StoredCodes
 from weightflip.selection import Selection, Sources, make_plan
 
 pytest.importorskip("torchao")
@@ -312,7 +312,7 @@ def test_a_format_of_ones_own_looks_at_the_master_copy():
 def test_codes_without_a_master_copy_take_no_other_format():
     model = layers(STORED["int8 stored"][0])
     with pytest.raises(
-        ValueError, match=r"'0.weight' cannot be tracked as asked for: .*no high-precision copy that e3m4"
+        ValueError, match=r"'0.weight' cannot be tracked as requested: .*no high-precision copy that e3m4"
     ):
         FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, quantizer="e3m4", sinks=[])
 
@@ -358,11 +358,11 @@ def test_an_unknown_subclass_is_skipped_and_said_once(caplog):
     model.c = nn.Linear(4, 4)
     plan = plan_of(model)
     assert list(plan.tracked) == ["c.weight"]
-    assert "not known to weightflip" in plan.skipped["a"]
-    assert len([record for record in caplog.records if "not known yet" in record.message]) == 1
-    with pytest.raises(ValueError, match=r"'a' cannot be tracked as asked for: .*not known to weightflip"):
+    assert "does not support torchao" in plan.skipped["a"]
+    assert len([record for record in caplog.records if "not supported yet" in record.message]) == 1
+    with pytest.raises(ValueError, match=r"'a' cannot be tracked as requested: .*does not support torchao"):
         plan_of(model, include="a")
-    with pytest.raises(ValueError, match=r"'a' cannot be tracked as asked for: .*no high-precision copy"):
+    with pytest.raises(ValueError, match=r"'a' cannot be tracked as requested: .*no high-precision copy"):
         plan_of(model, quantizer={"a": "e3m4", "*": "auto"})
 
 
@@ -370,7 +370,9 @@ def test_a_torchao_without_a_name_says_which_versions_have_it(monkeypatch):
     from torchao.prototype.quantized_training import int8
 
     weight = layers(MASTERS["int8 mixed precision"][0])[0].weight.detach()
-    quantizer = OfMaster("_data", plan_of(layers(MASTERS["int8 mixed precision"][0])).tracked["0.weight"].quantizer)
+    quantizer = MasterCopyQuantizer(
+        "_data", plan_of(layers(MASTERS["int8 mixed precision"][0])).tracked["0.weight"].quantizer
+    )
     monkeypatch.delattr(int8, "quantize_int8_rowwise")
     with pytest.raises(ImportError, match=r"quantize_int8_rowwise, which torchao 0\.18 has"):
         quantizer.encode(weight)

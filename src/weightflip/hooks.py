@@ -43,10 +43,10 @@ class FlipTrackingHandle(Tracked):
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        self._session.guarded(self._session.before, optimizer, closure is not None)
+        self._session.run_guarded(self._session.before_step, optimizer, closure is not None)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._session.finish()
+        self._session.finish_step()
 
     def _save_counts(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self._session.save_into(state_dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weightflip.distributed.layouts import cut, layout
+from weightflip.distributed.layouts import chunk_borders, layout
 
 
 def test_a_weight_that_is_all_here_has_none():
@@ -21,5 +21,5 @@ def test_borders_are_those_of_chunk(size, parts):
     expected = {0, size} | {int(piece[0]) for piece in pieces if len(piece)}
     borders = {0, size}
     for n in parts:
-        borders = cut(borders, n)
+        borders = chunk_borders(borders, n)
     assert borders == expected

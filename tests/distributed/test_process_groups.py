@@ -13,5 +13,5 @@ def test_without_processes_there_is_one_that_writes():
 
 
 def test_without_processes_there_is_no_group():
-    with pytest.raises(RuntimeError, match=r"there is no process group to add them up; call close\(\) before"):
+    with pytest.raises(RuntimeError, match=r"there is no process group any more; call close\(\) before"):
         group_of(("cpu", (0, 1)))

@@ -27,15 +27,15 @@ def weight(mesh, placement=Shard(0)):  # noqa: B008
     return nn.Parameter(distribute_tensor(torch.ones(8, 64), mesh, [placement]))
 
 
-def follow(weights: ShardedWeights, *tracked, compare=False) -> bool:
-    return weights.follow(tracked, quantizer_name, compare=compare, is_lost=False)
+def update(weights: ShardedWeights, *tracked, compare=False) -> bool:
+    return weights.update(tracked, quantizer_name, compare=compare, is_membership_unknown=False)
 
 
 def test_what_lies_whole_on_each_process_is_none(mesh):
     weights = ShardedWeights()
     quantizer = adapt(resolve("float8_e4m3"))
     plain, replicated = nn.Parameter(torch.ones(8, 64)), weight(mesh, Replicate())
-    assert not follow(weights, ("plain", plain, quantizer), ("replicated", replicated, quantizer))
+    assert not update(weights, ("plain", plain, quantizer), ("replicated", replicated, quantizer))
     assert not weights
     assert weights.teams == []
     assert weights.tables == []
@@ -44,10 +44,10 @@ def test_what_lies_whole_on_each_process_is_none(mesh):
 def test_weights_are_compared_when_they_become_others(mesh):
     weights, first, second = ShardedWeights(), weight(mesh), weight(mesh)
     scaled, cast = adapt(resolve("float8_e4m3")), adapt(resolve("bfloat16"))
-    assert follow(weights, ("first", first, scaled))
-    assert not follow(weights, ("first", first, scaled))
-    assert follow(weights, ("first", first, scaled), compare=True)
-    assert follow(weights, ("first", first, scaled), ("second", second, cast))
+    assert update(weights, ("first", first, scaled))
+    assert not update(weights, ("first", first, scaled))
+    assert update(weights, ("first", first, scaled), compare=True)
+    assert update(weights, ("first", first, scaled), ("second", second, cast))
     assert list(weights) == ["first", "second"]
     # Of a cast nothing has to be known of the whole weight.
     assert [names for _, names in weights.tables] == [["first"]]
@@ -59,8 +59,8 @@ def test_weights_are_compared_when_they_become_others(mesh):
 def test_one_that_is_not_tracked_any_more_stays_in_the_sums(mesh):
     weights, first, second = ShardedWeights(), weight(mesh), weight(mesh)
     quantizer = adapt(resolve("float8_e4m3"))
-    follow(weights, ("first", first, quantizer), ("second", second, quantizer))
-    assert follow(weights, ("second", second, quantizer))
+    update(weights, ("first", first, quantizer), ("second", second, quantizer))
+    assert update(weights, ("second", second, quantizer))
     assert list(weights) == ["first", "second"]
     assert [names for _, names in weights.tables] == [["second"]]
 
@@ -68,8 +68,8 @@ def test_one_that_is_not_tracked_any_more_stays_in_the_sums(mesh):
 def test_one_that_cannot_be_encoded_in_parts_is_refused_with_the_reason(mesh):
     weights, first, second = ShardedWeights(), weight(mesh), weight(mesh)
     silent = SimpleNamespace(encode=lambda weight: None)
-    follow(weights, ("first", first, adapt(silent)), ("second", second, adapt(resolve("float8_e4m3"))))
+    update(weights, ("first", first, adapt(silent)), ("second", second, adapt(resolve("float8_e4m3"))))
     assert list(weights) == ["second"]
     assert list(weights.refused) == ["first"]
     assert "does not say how much of a weight one code depends on" in weights.refused["first"]
-    assert weights.told_elsewhere == set()
+    assert weights.reported_elsewhere == set()

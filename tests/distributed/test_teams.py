@@ -12,6 +12,6 @@ def test_teams_are_the_largest_meshes():
     found = teams([dp, two_d, other])
     assert [team.ranks for team in found] == [(0, 1, 2, 3), (0, 1, 2, 3), (4, 5)]
     # Of the slices of a mesh that hold the same, the one with the first process counts.
-    assert not found[0].counts(dp)
-    assert found[0].counts(layout(ranks=(0, 2)))
-    assert not found[0].counts(layout(ranks=(0, 2), is_first_copy=False))
+    assert not found[0].is_counted(dp)
+    assert found[0].is_counted(layout(ranks=(0, 2)))
+    assert not found[0].is_counted(layout(ranks=(0, 2), is_first_copy=False))

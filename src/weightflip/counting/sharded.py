@@ -72,11 +72,11 @@ class ShardedRun:
 
     def _follow(self, weights: Sequence[TrackedWeight]) -> None:
         before = set(self._weights)
-        was_compared = self._weights.follow(
+        was_compared = self._weights.update(
             [(tracked.name, tracked.parameter, tracked.quantizer) for tracked in weights],
             quantizer_name,
             compare=self._compares,
-            is_lost=self._membership_unknown,
+            is_membership_unknown=self._membership_unknown,
         )
         self._compares = self._membership_unknown = False
         if not was_compared:
@@ -86,7 +86,7 @@ class ShardedRun:
             if name in before:
                 self._part_with(name)
             if name not in self._layers.failed:
-                self._layers.fail(name, ValueError(reason), tells=name not in self._weights.told_elsewhere)
+                self._layers.fail(name, ValueError(reason), tells=name not in self._weights.reported_elsewhere)
         self._open_layers(weights)
 
     def _part_with(self, name: str) -> None:
@@ -177,7 +177,7 @@ class ShardedRun:
             for member in members:
                 name = member.name
                 news = columns.since(self._settled_of(name), local.get(name, columns.zeros()))
-                numbers += news if team.counts(member.layout) else columns.zeros()
+                numbers += news if team.is_counted(member.layout) else columns.zeros()
                 numbers.append(team.failure if name in self._layers.failed else 0)
             sums = distributed.add_up(numbers, team)
             size = len(columns) + 1
@@ -189,7 +189,7 @@ class ShardedRun:
                 totals[member.name] = self._settle(member, news, own)
                 if failures and member.name not in self._layers.failed:
                     error = RuntimeError("it is not on another process")
-                    self._layers.fail(member.name, error, tells=team.tells_of(failures))
+                    self._layers.fail(member.name, error, tells=team.is_reporter(failures))
         self._synchronized_totals = steps, totals
 
     def _settle(self, member: distributed.ShardedWeight, news: Sequence[float], local: list[float]) -> list[float]:

@@ -1,6 +1,6 @@
-"""Many processes: how a weight lies on them, and what they have to tell each other."""
+"""Sharded weights: how they are laid out over processes, and the collectives that tracking them needs."""
 
-from weightflip.distributed.collectives import add_up, have_all_come, is_any
+from weightflip.distributed.collectives import add_up, have_all_arrived, is_set_on_any
 from weightflip.distributed.groups import is_writer
 from weightflip.distributed.layouts import Layout, first_row, layout
 from weightflip.distributed.shards import ShardedWeight, ShardedWeights
@@ -14,9 +14,9 @@ __all__ = [
     "ShardedWeights",
     "add_up",
     "first_row",
-    "have_all_come",
-    "is_any",
+    "have_all_arrived",
     "is_dtensor",
+    "is_set_on_any",
     "is_writer",
     "layout",
     "local",

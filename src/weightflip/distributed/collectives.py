@@ -1,4 +1,4 @@
-"""Every collective there is, and the one place where processes meet without one."""
+"""All collectives, and the one rendezvous of processes that works without a collective."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from weightflip.distributed import groups
 from weightflip.distributed.layouts import Layout
 from weightflip.distributed.teams import Team, teams
 
-PATIENCE = timedelta(seconds=60)
-"""How long a process whose sharded weights have become others waits for the rest to come and compare."""
+MEETING_TIMEOUT = timedelta(seconds=60)
+"""How long a process whose sharded weights have changed waits for the others to compare theirs."""
 
 
 def all_reduce_(numbers: Tensor, team: Team, operation: Literal["SUM", "MAX"]) -> None:
-    """The sum or the maximum over the processes of the team, in place."""
+    """Take the sum or the maximum over the processes of the team, in place."""
     torch.distributed.all_reduce(
         numbers, getattr(torch.distributed.ReduceOp, operation), group=groups.group_of((team.device_type, team.ranks))
     )
 
 
-def agree(description: str, team: Team) -> bool:
-    """Whether all processes of the team say the same. One collective, of 16 bytes."""
+def is_same_on_all(description: str, team: Team) -> bool:
+    """Whether all processes of the team pass the same description. One collective of 16 bytes."""
     digest = int.from_bytes(hashlib.sha256(description.encode()).digest()[:7], "big")
     numbers = torch.tensor([digest, -digest], dtype=torch.int64, device=team.device)
     all_reduce_(numbers, team, "MAX")
@@ -37,55 +37,55 @@ def agree(description: str, team: Team) -> bool:
     return bool(largest == -smallest)
 
 
-# Default group to how often processes have met, by what they met about.
+# Default process group to the number of meetings so far, per topic.
 _meetings: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
 
 
-def have_all_come(layouts: Iterable[Layout], about: str) -> bool:
-    """Whether all processes that hold parts of these weights come here within ``PATIENCE``; the same answer on each.
+def have_all_arrived(layouts: Iterable[Layout], about: str) -> bool:
+    """Whether all processes that hold parts of these weights call this within ``MEETING_TIMEOUT``.
 
-    They meet in the default group's store: a collective that some do not come to would wait for the group's timeout,
-    and then leave a group that cannot be used any more.
+    The answer is the same on each. They meet in the default process group's store: a collective that some processes do
+    not join would wait for the group's timeout, and then leave a group that can no longer be used.
 
     Args:
-        layouts: How the weights lie, of which this process has a part each.
-        about: What all know alike and others do not meet about at the same time.
+        layouts: Layouts of the weights. This process holds a part of each.
+        about: The topic: the same on all processes that meet, and different from that of any other meeting at the time.
     """
     store = torch.distributed.distributed_c10d._get_default_store()
     meetings = _meetings.setdefault(torch.distributed.group.WORLD, Counter())
     for team in dict.fromkeys(teams(list(layouts))):
-        place = hashlib.sha256(f"{team} {about}".encode()).hexdigest()[:16]
-        meetings[place] += 1
-        here, end, gone = (f"weightflip/{place}/{meetings[place]}/{key}" for key in ("here", "end", "gone"))
-        if store.add(here, 1) == len(team.ranks):
-            store.compare_set(end, "", "all")
+        topic = hashlib.sha256(f"{team} {about}".encode()).hexdigest()[:16]
+        meetings[topic] += 1
+        arrived, result, left = (f"weightflip/{topic}/{meetings[topic]}/{key}" for key in ("here", "end", "gone"))
+        if store.add(arrived, 1) == len(team.ranks):
+            store.compare_set(result, "", "all")
         else:
             try:
-                store.wait([end], PATIENCE)
+                store.wait([result], MEETING_TIMEOUT)
             except RuntimeError:
-                # The one that gives up decides for those that come late.
-                store.compare_set(end, "", "some")
-        have_come = store.get(end) == b"all"
+                # The first to give up decides for those that arrive late.
+                store.compare_set(result, "", "some")
+        is_complete = store.get(result) == b"all"
         with suppress(Exception):
-            # The answer is known: the last to leave tidies up, since the next default group may have the same store and
-            # count its meetings anew. Where some have not come, this stays, and says so again.
-            if store.add(gone, 1) == len(team.ranks):
-                for key in (here, end, gone):
+            # The last to leave deletes the keys, since the next default group may use the same store and start counting
+            # meetings again. If some have not arrived, the keys remain as the answer for them.
+            if store.add(left, 1) == len(team.ranks):
+                for key in (arrived, result, left):
                     store.delete_key(key)
-        if not have_come:
+        if not is_complete:
             return False
     return True
 
 
-def is_any(flag: Tensor, layouts: Iterable[Layout]) -> Tensor:
-    """Whether a flag is set on any process that holds a part of these weights. One collective a team, of 8 bytes.
+def is_set_on_any(flag: Tensor, layouts: Iterable[Layout]) -> Tensor:
+    """Whether a flag is set on any process that holds a part of these weights. One collective of 8 bytes per team.
 
     Args:
-        flag: 0-dim, not negative; set where it is not 0.
-        layouts: How the weights lie, of which this process has a part each.
+        flag: 0-dim, not negative; set if it is not 0.
+        layouts: Layouts of the weights. This process holds a part of each.
 
     Returns:
-        0-dim bool, without waiting for the device.
+        A 0-dim bool tensor, without a device synchronization.
     """
     for team in dict.fromkeys(teams(list(layouts))):
         flag = flag.to(team.device, torch.int64).clamp(max=1).view(1)
@@ -94,7 +94,7 @@ def is_any(flag: Tensor, layouts: Iterable[Layout]) -> Tensor:
 
 
 def add_up(numbers: Sequence[float], team: Team) -> list[float]:
-    """The sum over the processes of the team, number by number. One collective, of 8 bytes a number (float64)."""
+    """Sum each number over the processes of the team. One collective of 8 bytes per number (float64)."""
     packed = torch.tensor(numbers, dtype=torch.float64, device=team.device)
     all_reduce_(packed, team, "SUM")
     return cast("list[float]", packed.tolist())

@@ -1,6 +1,6 @@
-"""Whether there are other processes, and the process groups to talk to them in.
+"""The process groups used for collectives, and which process writes records.
 
-Works where ``torch.distributed`` is not initialized, or not built: then there is one process, which writes.
+Also works if ``torch.distributed`` is not initialized or not available: then the only process is the writer.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ from typing import Any
 
 import torch
 
-Place = tuple[str, tuple[int, ...]]
-"""Where processes talk to each other (a device type), and which ones (ascending)."""
+GroupKey = tuple[str, tuple[int, ...]]
+"""The device type that the processes communicate with, and their ranks (ascending)."""
 
-# Default group to the groups of its time; None for itself, since a value that held its key would keep it. All go with
-# destroy_process_group().
-_groups: weakref.WeakKeyDictionary[Any, dict[Place, Any]] = weakref.WeakKeyDictionary()
+# Default process group to the groups created while it exists. None stands for the default group itself: a value that
+# refers to its key would keep the entry alive. destroy_process_group() removes all.
+_groups: weakref.WeakKeyDictionary[Any, dict[GroupKey, Any]] = weakref.WeakKeyDictionary()
 
 
 def is_available() -> bool:
-    """Whether processes can talk to each other."""
+    """Whether ``torch.distributed`` is initialized."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_writer() -> bool:
-    """Whether this process writes records: the first one of the default group, or the only one."""
+    """Whether this process writes records: rank 0 of the default process group, or the only process."""
     return not is_available() or torch.distributed.get_rank() == 0
 
 
-def group_of(place: Place) -> Any:
-    """The group that was adopted for these processes; else the default group, or one that is made now."""
-    groups = _groups_of_now()
+def group_of(place: GroupKey) -> Any:
+    """Return the adopted group of these processes; else the default group if it is the same, or a new one."""
+    groups = _current_groups()
     if place not in groups:
         ranks = list(place[1])
         is_all = len(ranks) == torch.distributed.get_world_size()
@@ -38,19 +38,19 @@ def group_of(place: Place) -> Any:
     return groups[place] or torch.distributed.group.WORLD
 
 
-def adopt_group_of(mesh: Any, place: Place) -> None:
-    """Use the group of a mesh of one dimension for its processes, instead of a new one."""
-    groups = _groups_of_now()
+def adopt_group_of(mesh: Any, place: GroupKey) -> None:
+    """Use the process group of a one-dimensional mesh for its processes instead of creating a new one."""
+    groups = _current_groups()
     if place not in groups:
         group = mesh.get_group()
         groups[place] = None if group is torch.distributed.group.WORLD else group
 
 
-def _groups_of_now() -> dict[Place, Any]:
+def _current_groups() -> dict[GroupKey, Any]:
     world = torch.distributed.group.WORLD
     if world is None:
         raise RuntimeError(
-            "weights lie on several processes, and there is no process group to add them up; call close() before "
-            "torch.distributed.destroy_process_group()"
+            "counts of sharded weights cannot be added up, since there is no process group any more; call close() "
+            "before torch.distributed.destroy_process_group()"
         )
     return _groups.setdefault(world, {})

@@ -1,4 +1,4 @@
-"""How a weight lies on several processes."""
+"""How weights are laid out over several processes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from weightflip.distributed.tensors import is_dtensor
 
 @dataclass(frozen=True)
 class Layout:
-    """How a sharded weight lies on processes, seen from this one.
+    """The layout of a sharded weight over processes, as seen from this process.
 
     Attributes:
-        shape: Of the whole weight.
+        shape: Shape of the whole weight.
         ranks: The processes that hold it, ascending.
-        device_type: Where these processes talk to each other.
-        is_first_copy: Whether this process holds a first copy, of a weight that is also replicated.
-        shard: The number of this process's shard, from 0; None where it is none of ``ranks``.
-        shards: How many there are.
-        offsets: Where the shard begins in each dimension; None where it is no block of the weight.
-        borders: In the last dimension, where shards begin and end; None where that is not known.
-        is_partial: Whether the processes hold summands instead of parts.
+        device_type: The device type that these processes communicate with.
+        is_first_copy: Whether this process holds the first copy, if the weight is also replicated.
+        shard: The index of this process's shard, from 0; None if this process is not one of ``ranks``.
+        shards: The number of shards.
+        offsets: Where the shard begins in each dimension; None if it is not a contiguous block of the weight.
+        borders: Where shards begin and end in the last dimension; None if unknown.
+        is_partial: Whether the processes hold terms of a sum instead of parts.
         row_borders: As ``borders``, in the last dimension but one.
     """
 
@@ -43,15 +43,15 @@ class Layout:
 
     @property
     def cuts_rows(self) -> bool:
-        """Whether parts of one row lie on different processes."""
+        """Whether shards cut rows."""
         return self.borders is None or len(self.borders) > 2
 
     def cuts_groups(self, group: int) -> bool:
-        """Whether parts of one group of neighbours in the last dimension do."""
+        """Whether shards cut groups of ``group`` neighbors in the last dimension."""
         return self.borders is None or (self.cuts_rows and any(border % group for border in self.borders))
 
     def cuts_blocks(self, rows: int, columns: int) -> tuple[bool, bool]:
-        """Whether parts of one block do: cut between its rows, and between its columns. The last may be smaller."""
+        """Whether shards cut blocks between their rows, and between their columns. The last block may be smaller."""
 
         def cuts(borders: frozenset[int] | None, size: int) -> bool:
             return borders is None or any(border % size for border in borders if border != max(borders))
@@ -60,7 +60,7 @@ class Layout:
 
 
 def layout(parameter: Tensor) -> Layout | None:
-    """How a weight lies on processes; None where each holds all of it, and no process has to ask another."""
+    """Return how a weight is laid out over processes; None if every process holds all of it."""
     if not is_dtensor(parameter):
         return None
     tensor = cast(Any, parameter)
@@ -75,18 +75,18 @@ def layout(parameter: Tensor) -> Layout | None:
 
 
 def first_row(parameter: Tensor) -> int:
-    """Where this process's shard begins in the last dimension but one; 0 where that is not known."""
-    lies = layout(parameter)
-    return 0 if lies is None or lies.offsets is None or len(lies.offsets) < 2 else lies.offsets[-2]
+    """Return where this process's shard begins in the last dimension but one; 0 if unknown."""
+    found = layout(parameter)
+    return 0 if found is None or found.offsets is None or len(found.offsets) < 2 else found.offsets[-2]
 
 
-# Of meshes that are in use.
+# Layouts by mesh, for as long as the mesh is in use.
 _layouts: weakref.WeakKeyDictionary[Any, dict[Any, Layout | None]] = weakref.WeakKeyDictionary()
 
 
 def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Layout | None:
     is_partial = any(placement.is_partial() for placement in placements)
-    # _StridedShard is no Shard in every version of torch; both have a dimension.
+    # In some versions of torch, _StridedShard does not derive from Shard; both have a dimension.
     split = {i: placement for i, placement in enumerate(placements) if getattr(placement, "dim", None) is not None}
     if not split and not is_partial:
         return None
@@ -105,7 +105,7 @@ def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> L
             borders[dim] = None
             continue
         if (known := borders[dim]) is not None:
-            borders[dim] = frozenset(cut(set(known), mesh.size(i)))
+            borders[dim] = frozenset(chunk_borders(set(known), mesh.size(i)))
         chunk = -(-sizes[dim] // mesh.size(i)) if sizes[dim] else 0
         start = min(chunk * coordinate[i], sizes[dim])
         offsets[dim] += start
@@ -125,8 +125,8 @@ def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> L
     )
 
 
-def cut(borders: set[int], parts: int) -> set[int]:
-    """Each piece between two borders in ``parts`` chunks, as torch.chunk makes them."""
+def chunk_borders(borders: set[int], parts: int) -> set[int]:
+    """Split each piece between two borders into ``parts`` chunks, as torch.chunk does, and return all borders."""
     ordered = sorted(borders)
     found = set(ordered)
     for start, stop in itertools.pairwise(ordered):

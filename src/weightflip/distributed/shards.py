@@ -8,20 +8,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from weightflip.distributed.collectives import agree
+from weightflip.distributed.collectives import is_same_on_all
 from weightflip.distributed.layouts import Layout, layout
 from weightflip.distributed.statistics import Statistic, StatisticsTable, span
 from weightflip.distributed.teams import Team, teams
 
 
 class ShardedWeight(NamedTuple):
-    """A weight that lies in parts on several processes.
+    """A sharded weight.
 
     Attributes:
-        name: As the tracker has it.
+        name: Its name in the tracker.
         quantizer: The name of its quantizer.
-        layout: How it lies.
-        statistic: What has to be known of all of it; None for nothing.
+        layout: Its layout over processes.
+        statistic: The statistic of the whole weight that encoding needs; None if it needs none.
     """
 
     name: str
@@ -31,7 +31,7 @@ class ShardedWeight(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """Of all processes."""
+        """Number of elements of the whole weight."""
         return math.prod(self.layout.shape)
 
     def __str__(self) -> str:
@@ -40,12 +40,12 @@ class ShardedWeight(NamedTuple):
 
 
 class ShardedWeights:
-    """The sharded weights of one optimizer, and who has to talk to whom about them.
+    """The sharded weights of one optimizer, and the teams of processes that hold them.
 
     Attributes:
         tables: For each team, its table and the names of the weights in it, in order.
-        refused: Name to the reason why a weight is not tracked; the same on each process.
-        told_elsewhere: Names of those whose reason the first process of the team tells.
+        refused: Name to the reason why a weight is not tracked. The same on each process.
+        reported_elsewhere: The refused names whose reason the first process of the team reports.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class ShardedWeights:
         self._now: dict[str, ShardedWeight] = {}
         self.tables: list[tuple[StatisticsTable, list[str]]] = []
         self.refused: dict[str, str] = {}
-        self.told_elsewhere: set[str] = set()
+        self.reported_elsewhere: set[str] = set()
 
     def __bool__(self) -> bool:
         return bool(self._members)
@@ -64,69 +64,73 @@ class ShardedWeights:
     def __iter__(self) -> Iterator[str]:
         return iter(self._members)
 
-    def follow(
-        self, weights: Iterable[tuple[str, Tensor, Any]], call: Callable[[Any], str], *, compare: bool, is_lost: bool
+    def update(
+        self,
+        weights: Iterable[tuple[str, Tensor, Any]],
+        name_of: Callable[[Any], str],
+        *,
+        compare: bool,
+        is_membership_unknown: bool,
     ) -> bool:
-        """Take up the weights that are tracked from now on: name, parameter and quantizer.
+        """Set the weights to track from now on: name, parameter and quantizer.
 
-        Where they may be others than before there is one collective of 16 bytes a team, in which the processes compare
-        what they track: where they differ, nothing of it can be added up, and all of it is refused. Weights that were
-        tracked before stay in the sums.
+        If they may have changed, the processes of each team compare what they track, in one collective of 16 bytes per
+        team. If they differ, their counts cannot be added up, and all weights of the team are refused. Weights that
+        were tracked before remain in the sums.
 
         Args:
-            weights: In the same order on each process. Of a quantizer that ``encodes`` by another, that counts.
-            call: What a quantizer is called.
-            compare: Whether they may be others than before, on all processes. Where it turns out that they are, they
-                are compared in any case.
-            is_lost: This process does not know what the others track.
+            weights: In the same order on each process. For a quantizer that ``encodes`` with another, that one counts.
+            name_of: Returns the name of a quantizer.
+            compare: Whether the weights may have changed on all processes. If they have, they are compared anyway.
+            is_membership_unknown: Whether this process failed to find out what it has to track.
 
         Returns:
-            Whether they were compared.
+            Whether the weights were compared.
         """
         now: dict[str, ShardedWeight] = {}
         refused: dict[str, str] = {}
         for name, parameter, quantizer in weights:
-            lies = layout(parameter)
-            if lies is None:
+            placed = layout(parameter)
+            if placed is None:
                 continue
             try:
                 quantizer = quantizer.encoder
-                over = span(lies, quantizer)
-                statistic = None if over is None else Statistic(lies, over, quantizer.reduction, quantizer.tile)
-                now[name] = ShardedWeight(name, call(quantizer), lies, statistic)
+                over = span(placed, quantizer)
+                statistic = None if over is None else Statistic(placed, over, quantizer.reduction, quantizer.tile)
+                now[name] = ShardedWeight(name, name_of(quantizer), placed, statistic)
             except Exception as error:
-                # Compared, too: no process must wait because it is refused on another one only.
+                # Compare refused weights as well: a weight refused on one process only must not keep others waiting.
                 reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                 refused[name] = reason
-                if lies.shard is not None:
-                    now[name] = ShardedWeight(name, reason, lies, None)
+                if placed.shard is not None:
+                    now[name] = ShardedWeight(name, reason, placed, None)
         if not compare and list(now.items()) == list(self._now.items()):
             return False
-        self._now, self.refused, self.told_elsewhere = now, refused, set()
+        self._now, self.refused, self.reported_elsewhere = now, refused, set()
         self._members = {**{name: known for name, known in self._members.items() if name not in now}, **now}
         for team, members in self.teams:
-            if not agree("\n".join([*map(str, members), "?" * is_lost]), team):
+            if not is_same_on_all("\n".join([*map(str, members), "?" * is_membership_unknown]), team):
                 for member in members:
                     if member.name not in self.refused and not team.is_first:
-                        self.told_elsewhere.add(member.name)
+                        self.reported_elsewhere.add(member.name)
                     self.refused.setdefault(
                         member.name,
                         f"processes {', '.join(map(str, team.ranks))} do not track the same weights in the same order, "
-                        "so that their counts cannot be added up",
+                        "so their counts cannot be added up",
                     )
         for name in self.refused:
             self._members.pop(name, None)
         self.tables = []
         for team, members in self.teams:
-            asked = [member for member in members if member.name in now and member.statistic is not None]
-            if asked:
-                table = StatisticsTable([member.statistic for member in asked if member.statistic is not None], team)
-                self.tables.append((table, [member.name for member in asked]))
+            shared = [member for member in members if member.name in now and member.statistic is not None]
+            if shared:
+                table = StatisticsTable([member.statistic for member in shared if member.statistic is not None], team)
+                self.tables.append((table, [member.name for member in shared]))
         return True
 
     @property
     def teams(self) -> list[tuple[Team, list[ShardedWeight]]]:
-        """Each team, with its weights."""
+        """Each team with its weights."""
         members = list(self._members.values())
         found: dict[Team, list[ShardedWeight]] = {}
         for team, member in zip(teams([member.layout for member in members]), members, strict=True):

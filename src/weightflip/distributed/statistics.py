@@ -1,4 +1,4 @@
-"""What has to be known of a whole weight before its shards can be encoded."""
+"""Statistics of whole weights that are needed before their shards can be encoded, such as amax."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ Span = Literal["tensor", "row", "block"]
 
 
 def span(layout: Layout, quantizer: Any) -> Span | None:
-    """Over what processes have to add up what they know before a quantizer can encode its shards.
+    """Return over which part of a weight processes must combine statistics before a quantizer can encode shards.
 
     Args:
-        layout: How the weight lies.
-        quantizer: ``scope`` says how much of a weight one code depends on (``"element"``, ``"group"``, ``"row"``,
-            ``"tensor"``, or ``"block"``, of as many rows and columns as ``tile`` says), ``group`` how many neighbours
-            are one, and ``has_statistic`` whether it can say what has to be known of a whole block, row or tensor.
+        layout: The layout of the weight.
+        quantizer: Its ``scope`` says how much of a weight one code depends on (``"element"``, ``"group"``, ``"row"``,
+            ``"tensor"``, or ``"block"``, with rows and columns as in ``tile``), ``group`` the number of neighbors in a
+            group, and ``has_statistic`` whether it can compute the statistic of a block, row or tensor from its parts.
 
     Returns:
-        None where each process can encode its shard alone.
+        The part; None if each process can encode its shard alone.
 
     Raises:
-        ValueError: The codes of a shard cannot be those of the whole weight; with the reason.
+        ValueError: The codes of a shard cannot be those of the whole weight; the message gives the reason.
     """
     scope, group = quantizer.scope, quantizer.group
     if layout.shard is None:
-        raise ValueError(f"it lies on processes {', '.join(map(str, layout.ranks))}, of which this is none")
+        raise ValueError(f"it is on processes {', '.join(map(str, layout.ranks))}, and this is not one of them")
     if layout.is_partial:
-        raise ValueError("each process holds a summand of it (Partial), and none a weight")
+        raise ValueError("each process holds only a term of a sum (Partial), not a weight")
     if scope is None:
         raise ValueError(
-            f"it is sharded, and {quantizer} does not say how much of a weight one code depends on; where it may be "
+            f"it is sharded, and {quantizer} does not say how much of a weight one code depends on; if it can be "
             "encoded shard by shard, give the quantizer scope = 'element' or 'row'"
         )
     if scope == "block":
         return _span_of_blocks(layout, quantizer)
     if group is not None and layout.cuts_groups(group):
         raise ValueError(
-            f"its shards cut the groups of {group} neighbours that share a scale in {quantizer}: the last dimension of "
-            f"shape {layout.shape} is cut at {sorted(layout.borders or ()) or 'places that are not multiples'}"
+            f"its shards cut the groups of {group} neighbors that share a scale in {quantizer}: the last dimension of "
+            f"shape {layout.shape} is cut at {sorted(layout.borders or ()) or 'positions that are not multiples'}"
         )
     if scope in ("element", "group") or (scope == "row" and not layout.cuts_rows):
         return None
     if not quantizer.has_statistic:
         raise ValueError(
-            f"it is sharded, and {quantizer} needs whole {'rows' if scope == 'row' else 'tensors'}, of which a process "
-            "holds a part; leave it out with exclude=, or name another format in quantizer="
+            f"it is sharded, and {quantizer} needs whole {'rows' if scope == 'row' else 'tensors'}, but each process "
+            "holds only a part; leave it out with exclude=, or name another format in quantizer="
         )
     if scope == "row" and layout.offsets is None:
-        raise ValueError(f"its rows are cut by shards in a way that {quantizer} cannot follow; name another format")
+        raise ValueError(f"its rows are cut by shards in a way that {quantizer} does not support; name another format")
     return cast(Span, scope)
 
 
@@ -66,20 +66,22 @@ def _span_of_blocks(layout: Layout, quantizer: Any) -> Span | None:
     if cuts_columns:
         raise ValueError(
             f"its shards cut the blocks of {rows} x {columns} that share a scale in {quantizer}: the last dimension of "
-            f"shape {layout.shape} is cut at {sorted(layout.borders or ()) or 'places that are not multiples'}"
+            f"shape {layout.shape} is cut at {sorted(layout.borders or ()) or 'positions that are not multiples'}"
         )
     if cuts_rows and layout.offsets is None:
-        raise ValueError(f"its blocks are cut by shards in a way that {quantizer} cannot follow; name another format")
+        raise ValueError(
+            f"its blocks are cut by shards in a way that {quantizer} does not support; name another format"
+        )
     return "block" if cuts_rows else None
 
 
 class Statistic(NamedTuple):
-    """What has to be known of a whole weight: its place in the one collective of a step.
+    """A statistic of a whole weight, and its slots in the one collective per step.
 
     Attributes:
-        layout: How the weight lies.
-        span: One number for the tensor, or one for each row or block.
-        reduction: ``"max"`` or ``"mean"``; means are over the tensor.
+        layout: The layout of the weight.
+        span: One number for the tensor, or one per row or block.
+        reduction: ``"max"`` or ``"mean"``. A mean is over the tensor.
         tile: Rows and columns of a block.
     """
 
@@ -90,18 +92,18 @@ class Statistic(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        """How many it takes."""
+        """How many numbers it takes."""
         if self.reduction == "mean":
             return self.layout.shards
         if self.span == "block":
             return math.prod(self._grid)
         return 1 if self.span == "tensor" else math.prod(self.layout.shape[:-1])
 
-    def part(self, slots: Tensor, like: Tensor) -> Tensor:
-        """Of this statistic's part of the table, what belongs to this process's shard, as a view.
+    def view_of_shard(self, slots: Tensor, like: Tensor) -> Tensor:
+        """View the slots that belong to this process's shard.
 
         Args:
-            slots: Of ``numbers`` elements.
+            slots: The slots of this statistic in the table, ``numbers`` elements.
             like: The statistic of the shard: 0-dim, or of shape ``(..., 1)``.
         """
         if self.reduction == "mean":
@@ -117,20 +119,21 @@ class Statistic(NamedTuple):
 
     @property
     def _grid(self) -> tuple[int, ...]:
-        """How many blocks there are in each dimension."""
+        """The number of blocks in each dimension."""
         assert self.tile is not None
         *outer, rows, columns = self.layout.shape
         return *outer, -(-rows // self.tile[0]), -(-columns // self.tile[1])
 
-    def blocks(self, slots: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Of this statistic's part of the table, the blocks in this process's columns, and that of each of its rows.
+    def view_of_blocks(self, slots: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """View the slots of the blocks in this process's columns, and find the block of each of its rows.
 
         Args:
-            slots: Of ``numbers`` elements.
-            like: The statistic of the shard: of each row in each block.
+            slots: The slots of this statistic in the table, ``numbers`` elements.
+            like: The statistic of the shard: one number per row and block.
 
         Returns:
-            A view of the shape ``(..., rows of blocks, columns of blocks)``, and for each row of ``like`` an index.
+            A view of shape ``(..., rows of blocks, columns of blocks)``, and for each row of ``like`` the index of its
+            row of blocks.
         """
         assert self.tile is not None
         assert self.layout.offsets is not None
@@ -143,17 +146,17 @@ class Statistic(NamedTuple):
 
 
 class StatisticsTable:
-    """What the quantizers of sharded weights have to know of them, brought together in one collective a step.
+    """Combines the statistics of all sharded weights of a team in one collective per step.
 
-    All numbers are magnitudes, so that as float64 their bits, taken for integers, have their order, with NaN above all:
-    an integer maximum keeps NaN, which the maximum of floating-point numbers loses on some backends. A mean has a
-    place for each shard, and is added up here, in the order of the shards: it is the same on each process.
+    All numbers are magnitudes, so their float64 bits, read as integers, have the same order, with NaN above all others.
+    An integer maximum therefore keeps NaN, which a floating-point maximum loses on some backends. A mean has one slot
+    per shard, and is summed after the collective in the order of the shards, so that it is the same on each process.
 
-    One more number a weight says that this process cannot tell its codes before the step (1), or has given the weight
-    up (2): then the step is not counted, on any process.
+    One flag per weight says that this process does not know its codes before the step (1), or has given up on the
+    weight (2). The weight's step is then not counted on any process.
 
     Args:
-        statistics: Of each weight, in the same order on each process.
+        statistics: One per weight, in the same order on each process.
         team: The processes.
     """
 
@@ -167,25 +170,25 @@ class StatisticsTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that each process hands in."""
+        """Bytes that each process contributes to the collective."""
         return self._values.nbytes
 
     @property
     def bits(self) -> Tensor:
-        """The bits of all numbers as int64: a view."""
+        """A view of the bits of all numbers as int64."""
         return self._values.view(torch.int64)
 
     def clear(self) -> None:
-        """Begin a new collection. What was handed out is no longer valid."""
+        """Start the next collective. Views of the table are no longer valid."""
         self._values.zero_()
 
     def put(self, index: int, statistic: Tensor, weights: int) -> None:
-        """Hand in what this process knows of a weight.
+        """Store the statistic of this process's shard.
 
         Args:
-            index: Which weight.
-            statistic: Of this process's shard.
-            weights: How many weights that has.
+            index: The index of the weight.
+            statistic: The statistic of the shard.
+            weights: The number of elements in the shard.
         """
         if not weights:
             return
@@ -193,37 +196,37 @@ class StatisticsTable:
         if known.reduction == "mean":
             statistic = statistic.double() * (weights / math.prod(known.layout.shape))
         if known.span == "block":
-            view, rows = known.blocks(self._slots[index].view(torch.int64), statistic)
+            view, rows = known.view_of_blocks(self._slots[index].view(torch.int64), statistic)
             bits = statistic.to(view.device, torch.float64).view(torch.int64) & torch.iinfo(torch.int64).max
             view.scatter_reduce_(-2, rows.unsqueeze(-1).expand_as(bits), bits, "amax")
             return
-        known.part(self._slots[index], statistic).copy_(statistic)
+        known.view_of_shard(self._slots[index], statistic).copy_(statistic)
 
     def flag(self, index: int, reason: int) -> None:
-        """Say that a weight cannot be counted in this step: 1, not before it; 2, given up."""
+        """Flag that a weight cannot be counted in this step: 1, its codes before it are unknown; 2, given up."""
         self._flags[index] = reason
 
     def reduce(self) -> None:
-        """The collective."""
+        """Run the collective."""
         self.bits.bitwise_and_(torch.iinfo(torch.int64).max)
         collectives.all_reduce_(self.bits, self.team, "MAX")
 
     def get(self, index: int, like: Tensor) -> Tensor:
-        """The statistic of the whole weight, or of its rows in this process's shard, in ``like``'s dtype and device.
+        """Return the statistic of the whole weight, or of its rows in this process's shard, like ``like``.
 
         Args:
-            index: Which weight.
-            like: What this process handed in.
+            index: The index of the weight.
+            like: The statistic that this process stored, for dtype, device and shape.
         """
         known, slots = self._statistics[index], self._slots[index]
         if known.span == "block":
-            view, rows = known.blocks(slots, like)
+            view, rows = known.view_of_blocks(slots, like)
             found = view.index_select(-2, rows)
         else:
-            found = slots.sum() if known.reduction == "mean" else known.part(slots, like)
+            found = slots.sum() if known.reduction == "mean" else known.view_of_shard(slots, like)
         return found.to(like.device, like.dtype, copy=True)
 
     @property
     def is_counted(self) -> Tensor:
-        """Of each weight, whether no process has flagged it: bool, on the team's device."""
+        """For each weight, whether no process has flagged it: bool, on the team's device."""
         return self._flags == 0

@@ -1,4 +1,4 @@
-"""Which processes add up their numbers with each other."""
+"""Teams of processes whose numbers are combined."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from weightflip.distributed.layouts import Layout
 
 
 class Team(NamedTuple):
-    """Processes that bring their numbers together.
+    """Processes that combine their numbers in collectives.
 
     Attributes:
-        ranks: Ascending.
-        device_type: Where they talk to each other.
+        ranks: Ranks in the default process group, ascending.
+        device_type: The device type that they communicate with.
     """
 
     ranks: tuple[int, ...]
@@ -29,32 +29,32 @@ class Team(NamedTuple):
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the first of them, which says what all would."""
+        """Whether this process is the first of the team, which reports what all would."""
         return torch.distributed.get_rank() == self.ranks[0]
 
     @property
     def failure(self) -> int:
-        """What a process hands in for a weight that it has given up; see ``tells_of``."""
+        """What a process contributes for a weight that it has given up on; see ``is_reporter``."""
         return len(self.ranks) if self.is_first else 1
 
-    def tells_of(self, failures: float) -> bool:
-        """Whether this process tells of failures on others: the first one does, or the second where the first failed.
+    def is_reporter(self, failures: float) -> bool:
+        """Whether this process reports failures on others: the first does, or the second if the first has failed.
 
         Args:
-            failures: The sum of what was handed in.
+            failures: The sum of ``failure`` over the processes that failed.
         """
         return torch.distributed.get_rank() == self.ranks[failures >= len(self.ranks)]
 
-    def counts(self, layout: Layout) -> bool:
-        """Whether this process's shard is the one that is counted, of several that hold the same."""
+    def is_counted(self, layout: Layout) -> bool:
+        """Whether this process's shard counts, of several processes that hold copies of it."""
         return layout.is_first_copy and self.ranks[0] in layout.ranks
 
 
 def teams(layouts: Sequence[Layout]) -> list[Team]:
-    """Of each weight, the processes to add it up with: as few different teams as there can be.
+    """Return the team that adds up each weight, with as few different teams as possible.
 
-    With tensor parallelism some weights lie on a mesh that is a slice of another's: one collective over the larger one
-    serves both.
+    With tensor parallelism, the mesh of some weights is a slice of the mesh of others. One collective over the larger
+    mesh serves both.
     """
     largest: list[Team] = []
     for candidate in sorted(layouts, key=lambda layout: -len(layout.ranks)):

@@ -1,4 +1,4 @@
-"""What of a tensor lies on this process."""
+"""The part of a tensor that is on this process."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether a tensor may lie on several processes."""
-    # Whoever has a DTensor has imported its module, which takes as long as the half of torch.
+    """Whether a tensor is a DTensor, which may be spread over several processes."""
+    # Without importing the DTensor module, which takes half as long as importing torch: a DTensor has imported it.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 class Identity:
-    """Which tensor object this is, told without holding the tensor.
+    """Identifies a tensor object without keeping the tensor alive.
 
-    Once a tensor is gone its id may be given to another one, on one process and not on another, and then processes
-    would disagree on whether their weights have been replaced. The attribute dictionary of a tensor is its own for as
-    long as either lives, so it is held instead. It holds what was attached to the tensor, and not its data.
+    The id of a deleted tensor may be reused, on one process but not on another, and then processes would disagree on
+    whether their weights have been replaced. So this holds the tensor's attribute dictionary, which belongs to no other
+    tensor while it is alive. It contains what was attached to the tensor, not its data.
     """
 
     __slots__ = ("_attributes",)
@@ -37,30 +37,30 @@ class Identity:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a DTensor; any other tensor as it is."""
+    """Return this process's shard of a DTensor, and any other tensor as it is."""
     if not is_dtensor(tensor):
         return tensor
-    # Not to_local(): under autograd that is a view with a version counter of its own.
+    # Not to_local(): under autograd, that is a view with its own version counter.
     shard: Any = cast(Any, tensor)._local_tensor
     return cast(Tensor, shard.trigger_wait() if hasattr(shard, "trigger_wait") else shard)
 
 
 def local_gradient(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a gradient.
+    """Return this process's part of a gradient.
 
     Raises:
-        ValueError: It does not lie on the processes as its weight does.
+        ValueError: The gradient's placements differ from those of its weight.
     """
     if not is_dtensor(gradient):
         return gradient
     theirs, ours = cast(Any, gradient).placements, getattr(parameter, "placements", None)
     if ours is not None and tuple(theirs) != tuple(ours):
         raise ValueError(
-            f"the gradient lies on the processes as {_text(theirs)}, its weight as {_text(ours)}: updates cannot be "
+            f"the gradient is placed as {_join(theirs)} and its weight as {_join(ours)}, so updates cannot be "
             "counted shard by shard; use metrics=('flips',)"
         )
     return local(gradient)
 
 
-def _text(placements: Iterable[Any]) -> str:
+def _join(placements: Iterable[Any]) -> str:
     return ", ".join(str(placement) for placement in placements)

@@ -1,4 +1,4 @@
-"""Weights to codes: one file a family of formats, found by name through :func:`resolve`."""
+"""Encode weights as codes. Each family of formats has one module; :func:`resolve` finds them by name."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = [
 
 @torch.no_grad()
 def encode(weight: Tensor, format: Any, scale: Tensor | float | None = None) -> Codes:
-    """The codes that a weight has in a format.
+    """Encode a weight in a format.
 
     Args:
-        weight: Floating-point, any shape.
-        format: A quantizer name, a ``torch.dtype`` that there is one format for, a ``FloatFormat`` or ``Quantizer``, or
+        weight: A floating-point tensor of any shape.
+        format: A quantizer name, a ``torch.dtype`` that has exactly one format, a ``FloatFormat`` or ``Quantizer``, or
             a function from a weight to its quantized values.
-        scale: What the weight is divided by before rounding, instead of the format's own rule; a number or a tensor
+        scale: What the weight is divided by before rounding, instead of the format's own rule: a number or a tensor
             that broadcasts to ``weight``. A ``FloatFormat`` without ``scale`` is not scaled.
 
     Returns:
@@ -44,8 +44,8 @@ def encode(weight: Tensor, format: Any, scale: Tensor | float | None = None) -> 
 
     Raises:
         ValueError: Unknown format, or a weight or scale that does not fit it.
-        TypeError: ``weight`` is no dense tensor, ``format`` none of the above, or ``scale`` neither a number nor a
-            tensor.
+        TypeError: ``weight`` is not a dense tensor, ``format`` is none of the above, or ``scale`` is neither a number
+            nor a tensor.
 
     Example:
         >>> from weightflip.formats import E2M1
@@ -58,17 +58,17 @@ def encode(weight: Tensor, format: Any, scale: Tensor | float | None = None) -> 
 
 @torch.no_grad()
 def decode(codes: Codes, format: Any = None) -> Tensor:
-    """The quantized values that codes stand for: the inverse of :func:`encode` on what the format can hold.
+    """Decode codes to quantized values: the inverse of :func:`encode` for numbers that the format can hold.
 
     Args:
-        codes: What ``encode`` gave.
-        format: Only needed for codes that do not know their quantizer, such as ones that you made yourself.
+        codes: The result of ``encode``.
+        format: Only needed for codes without a quantizer, such as those you create yourself.
 
     Returns:
-        The codes' shape; float32, or float64 where the weight or the format needed it.
+        A tensor of the codes' shape: float32, or float64 if the weight or the format needs it.
 
     Raises:
-        TypeError: ``codes`` are none.
+        TypeError: ``codes`` is not a :class:`Codes` object.
         ValueError: The quantizer has no ``decode``, or is not known.
 
     Example:
@@ -78,23 +78,23 @@ def decode(codes: Codes, format: Any = None) -> Tensor:
     """
     if not isinstance(codes, Codes):
         raise TypeError(
-            f"codes are what encode() gives, got {checks.describe(codes)}; put your own together with "
+            f"codes are the result of encode(), got {checks.describe(codes)}; create your own with "
             "Codes(ordinals, scale)"
         )
     if codes.quantizer is None and format is None:
-        raise ValueError("these codes do not know their quantizer; pass its name as format=")
+        raise ValueError("these codes have no quantizer; pass its name as format=")
     quantizer = codes.quantizer if codes.quantizer is not None else resolve(format)
     return adapt(quantizer).decode(codes)
 
 
 @torch.no_grad()
 def quantize(weight: Tensor, format: Any, scale: Tensor | float | None = None) -> Tensor:
-    """The values that a weight takes in a format: encoded and decoded.
+    """Quantize a weight: encode it in a format and decode it.
 
     Arguments and errors are those of :func:`encode`.
 
     Returns:
-        The weight's shape; float32, or float64 where the weight or the format needs it.
+        A tensor of the weight's shape: float32, or float64 if the weight or the format needs it.
 
     Example:
         >>> quantize(torch.tensor([0.1, 0.2, -0.4]), "float8_e4m3")

@@ -1,4 +1,4 @@
-"""Quantizers from what users hand in: the one place that looks whether an object has an attribute."""
+"""Adapt users' objects and functions to quantizers: the one place that checks which attributes an object has."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from weightflip.quantizers.protocol import BaseQuantizer, Codes, Quantizer, Redu
 
 
 def adapt(quantizer: Quantizer | Callable[[Tensor], Tensor]) -> BaseQuantizer:
-    """The same with every answer that :class:`BaseQuantizer` has; what already is one, as it is.
+    """Wrap a quantizer so that it has every attribute of :class:`BaseQuantizer`; one that already is stays as it is.
 
     Args:
         quantizer: An object with ``encode(weight)``, or a function from a weight to its quantized values.
@@ -23,16 +23,16 @@ def adapt(quantizer: Quantizer | Callable[[Tensor], Tensor]) -> BaseQuantizer:
         return quantizer
     if callable(quantizer) and not isinstance(quantizer, Quantizer):
         return FunctionQuantizer(quantizer)
-    return _Adapted(quantizer)
+    return _ObjectQuantizer(quantizer)
 
 
 def quantizer_name(quantizer: Quantizer) -> str:
-    """What a quantizer is called in tables, tags and checkpoints: its ``name``, its ``str``, or that of its class."""
+    """Return a quantizer's name in tables, tags and checkpoints: its ``name``, its ``str()``, or its class name."""
     return adapt(quantizer).name
 
 
-class _Adapted(BaseQuantizer):
-    """An object of a user's. It is asked each time, and only then: its answers may change, and may fail."""
+class _ObjectQuantizer(BaseQuantizer):
+    """Wraps a user's object. Attributes are read each time they are needed, since they may change, and may raise."""
 
     def __init__(self, quantizer: Any) -> None:
         self._quantizer = quantizer
@@ -107,11 +107,11 @@ class _Adapted(BaseQuantizer):
 
 
 class FunctionQuantizer(BaseQuantizer):
-    """Codes of whatever a function from a weight to its quantized values returns: the bits of those values.
+    """Wraps a function from a weight to its quantized values; the codes are the bits of those values.
 
-    The function sees the whole weight, detached; its result is as large as the weight, and the codes are as wide as its
-    dtype. Return bfloat16 where its 8 bits of significand hold the values. Of a weight that is sharded over processes
-    it sees a shard, and only where it has an attribute ``scope`` that allows this: see :class:`Quantizer`.
+    The function gets the whole weight, detached, and returns a tensor of its shape. The codes are as wide as its dtype:
+    return bfloat16 if 8 bits of significand hold the values. The function gets a shard of a sharded weight only if it
+    has an attribute ``scope`` that allows it; see :class:`Quantizer`.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -125,12 +125,12 @@ class FunctionQuantizer(BaseQuantizer):
         if not isinstance(values, Tensor) or values.shape != weight.shape:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
-                f"the function {self.name!r} has to return a tensor of the weight's shape {tuple(weight.shape)}, "
+                f"the function {self.name!r} must return a tensor of the weight's shape {tuple(weight.shape)}, "
                 f"got {got}"
             )
         if not values.is_floating_point() and not values.is_complex():
-            # Integers are ordinals already; uint8, as torch's own quantized tensors have it, needs a sign bit more. A
-            # copy, since a function may hand out a tensor that it writes to later.
+            # Integers are ordinals already. uint8, which torch's quantized tensors use, needs one more bit for the
+            # sign. Copy them, since the function may write to its result later.
             dtype = {torch.bool: torch.int8, torch.uint8: torch.int16}.get(values.dtype, values.dtype)
             return Codes(values.to(dtype, copy=True))
         return self._native.encode(values)

@@ -1,4 +1,4 @@
-"""Block formats: a scale, itself a code, for each 32 (MX) or 16 (NVFP4) neighbours in the last dimension."""
+"""Block formats: one scale, itself a code, per 32 (MX) or 16 (NVFP4) neighbors in the last dimension."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from weightflip.quantizers.registry import register
 ScaleMode: TypeAlias = Literal["floor", "rceil", "ceil", "even"]
 
 MX_NAMES = {block.family: block.element for block in BLOCK_FORMATS.values() if block.rule == "floor"}
-"""The MX formats without options, and their elements."""
+"""Names of the MX formats without options, and their element formats."""
 
 
 class _BlockQuantizer(ElementwiseQuantizer):
-    """What MX and NVFP4 share: ``float32(w)`` times the inverse of a scale, to nearest even, saturating.
+    """Base class of MX and NVFP4: ``float32(w)`` times the inverse of a scale, rounded to nearest even, saturating.
 
-    A block with a NaN has NaN as its scale, and stands for NaN throughout: all its weights get NaN's code.
+    A block that contains NaN has NaN as its scale, and all its weights get NaN's code.
 
     Args:
-        block: The element, the size of a block, and its scale.
+        block: The element format, the size of a block, and its scale.
     """
 
     scope: Scope = "group"
@@ -48,20 +48,20 @@ class _BlockQuantizer(ElementwiseQuantizer):
 
     @abstractmethod
     def scale_of(self, largest: Tensor, of_tensor: Tensor | None = None) -> Tensor:
-        """The scales, from the largest magnitude of each block: float32, in its shape.
+        """Compute the scales from the largest magnitude of each block: float32, in its shape.
 
         Args:
             largest: The largest magnitude of each block, in the weight's dtype.
-            of_tensor: That of the tensor; None for the largest of these.
+            of_tensor: The largest magnitude of the tensor; None to use the maximum of ``largest``.
         """
 
     @abstractmethod
     def applied_scale(self, scale: Tensor | None) -> Tensor:
-        """What the weight is multiplied by: an inverse of the scale, float32."""
+        """Return what the weight is multiplied by: an inverse of the scale, float32."""
 
     @abstractmethod
     def scale_codes(self, scale: Tensor) -> Tensor:
-        """The block scales as the format stores them: ordinals, in the scale's shape."""
+        """Return the block scales as the format stores them: ordinals, in the scale's shape."""
 
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
         factor = self.applied_scale(scale)
@@ -96,18 +96,18 @@ class MXQuantizer(_BlockQuantizer):
     The scale is ``2**e``, stored as E8M0: ``e`` from -127 to 127, or NaN. With ``amax`` the largest magnitude of the
     block, ``max`` the format's largest number and ``max_exponent`` its exponent,
 
-    * ``"floor"`` (OCP): ``e = floor(log2(amax)) - max_exponent``; what is above ``max`` saturates,
+    * ``"floor"`` (OCP): ``e = floor(log2(amax)) - max_exponent``; magnitudes above ``max`` saturate,
     * ``"ceil"``: ``e = ceil(log2(amax)) - max_exponent``,
-    * ``"even"``: as floor, after ``amax`` was rounded (half up) to the format's mantissa bits,
+    * ``"even"``: as ``"floor"``, with ``amax`` first rounded (half up) to the format's mantissa bits,
     * ``"rceil"`` (NVIDIA): ``e = ceil(log2(amax / max))``, in float32, so nothing saturates.
 
     Source: OCP Microscaling Formats 1.0, section 6.3; torchao 0.18, ``to_mx`` in
-    ``torchao/prototype/mx_formats/mx_tensor.py``. Values are ``code * scale``. Below ``2**-126`` torchao computes with
-    another scale than it stores, and so does this: with ``2**-126``, with 1 for ``"rceil"``.
+    ``torchao/prototype/mx_formats/mx_tensor.py``. Values are ``code * scale``. For scales below ``2**-126``, torchao
+    computes with a different scale than it stores, and so does this class: with ``2**-126``, or 1 for ``"rceil"``.
 
     Args:
         format: E4M3, E5M2, E2M3, E3M2 or E2M1.
-        mode: How the scale is found; the value of torchao's ``ScaleCalculationMode``.
+        mode: The rule for the scale; a value of torchao's ``ScaleCalculationMode``.
 
     Raises:
         ValueError: Another format, or an unknown mode.
@@ -125,11 +125,11 @@ class MXQuantizer(_BlockQuantizer):
     def scale_of(self, largest: Tensor, of_tensor: Tensor | None = None) -> Tensor:
         largest = largest.to(torch.float32)
         if self.mode == "rceil":
-            # The logarithm as torchao takes it: in float32 it rounds amax just above a power of two down to it.
+            # As in torchao: in float32, the logarithm rounds amax just above a power of two down to that power.
             exponent = (largest / self.format.max).log2_().ceil_().add_(E8M0.bias)
             codes = exponent.clamp_(0, E8M0.max_code).nan_to_num_(nan=E8M0.nan_code)
         else:
-            # On the bits of float32, whose exponent has the bias of E8M0.
+            # Uses the bits of float32, whose exponent has the same bias as E8M0.
             bits = largest.view(torch.int32)
             if self.mode == "even":
                 bits = bits + (1 << (FP32.mantissa_bits - self.format.mantissa_bits - 1))
@@ -141,13 +141,13 @@ class MXQuantizer(_BlockQuantizer):
 
     def applied_scale(self, scale: Tensor | None) -> Tensor:
         assert scale is not None
-        # Powers of two, so that multiplying by the inverse is exactly dividing.
+        # Scales are powers of two, so multiplying by the inverse is exact.
         if self.mode == "rceil":
             return scale.masked_fill(scale < FP32.smallest_normal, 1.0).reciprocal_()
         return scale.clamp(min=FP32.smallest_normal).reciprocal_()
 
     def scale_codes(self, scale: Tensor) -> Tensor:
-        """Biased exponents of E8M0, uint8: 0 (``2**-127``) to 254, and 255 for NaN."""
+        """Return the biased exponents of E8M0, uint8: 0 (``2**-127``) to 254, and 255 for NaN."""
         return scale.to(torch.float8_e8m0fnu).view(torch.uint8)
 
 
@@ -155,46 +155,47 @@ class NVFP4Quantizer(_BlockQuantizer):
     """NVIDIA's 4-bit floating point: E2M1 in blocks of 16 with an E4M3 scale. ``"nvfp4"``, ``"nvfp4:tensor"``.
 
     The block's scale ``s`` is ``clamp(amax / 6, 2**-6, 448)`` rounded to E4M3. With ``per_tensor_scale``, ``amax / 6``
-    is first divided by ``t = amax of the tensor / (448 * 6)``, and ``s * t`` takes the place of ``s``. All in float32;
-    the weight is multiplied by ``(1 / t) / s``. Source: torchao 0.18, ``nvfp4_quantize`` in
+    is first divided by ``t = amax of the tensor / (448 * 6)``, and ``s * t`` replaces ``s``. All computations are in
+    float32; the weight is multiplied by ``(1 / t) / s``. Source: torchao 0.18, ``nvfp4_quantize`` in
     ``torchao/prototype/mx_formats/nvfp4_tensor.py``.
 
-    The scale of the codes is ``s``, float32; with ``per_tensor_scale`` it is the pair of both levels as one complex
-    number, ``s + t * 1j``, so that each slice of it has all that a slice of the weight needs.
+    The scale of the codes is ``s``, float32. With ``per_tensor_scale`` it is one complex number that holds both levels,
+    ``s + t * 1j``, so that each slice of it is all that a slice of the weight needs.
 
-    As in torchao, a tensor of zeros has no scale with ``per_tensor_scale``: 0 / 0 makes all its values NaN.
+    As in torchao, an all-zero tensor has no scale with ``per_tensor_scale``: 0 / 0 makes all its values NaN.
 
     Args:
-        per_tensor_scale: Two levels, as in NVIDIA's recipe and by default in torchao's QAT; from the weight's own amax.
+        per_tensor_scale: Use two levels, as in NVIDIA's recipe and by default in torchao's QAT, with ``t`` computed
+            from the weight's own amax.
     """
 
     def __init__(self, per_tensor_scale: bool = False) -> None:
         super().__init__(replace(NVFP4, rule="tensor") if per_tensor_scale else NVFP4)
         self.per_tensor_scale = per_tensor_scale
         self.scope = "tensor" if per_tensor_scale else "group"
-        # False for a class with a scale of its own.
+        # False for a subclass that overrides scale().
         is_known = type(self).only_needs_amax
         self.only_needs_amax, self.is_two_level = is_known and not per_tensor_scale, is_known and per_tensor_scale
 
     def statistic(self, weight: Tensor) -> Tensor:
-        """The largest magnitude of the weight: exact in shards."""
+        """Return the largest magnitude of the weight. Exact for shards."""
         return amax(weight, "tensor")
 
     def scale_of(self, largest: Tensor, of_tensor: Tensor | None = None) -> Tensor:
         largest = largest.to(torch.float32)
         per_block = largest / self.format.max
         if not self.per_tensor_scale:
-            return self._rounded(per_block)
+            return self._round_scale(per_block)
         of_tensor = amax(largest, "tensor") if of_tensor is None else of_tensor.to(torch.float32)
         per_tensor = of_tensor / (E4M3.max * self.format.max)
-        per_block = self._rounded(per_block / per_tensor)
+        per_block = self._round_scale(per_block / per_tensor)
         return torch.complex(per_block, per_tensor.expand_as(per_block))
 
     def scale_of_groups(self, largest: Tensor, of_tensors: Tensor) -> Tensor:
         return self.scale_of(largest, of_tensors)
 
     @staticmethod
-    def _rounded(scale: Tensor) -> Tensor:
+    def _round_scale(scale: Tensor) -> Tensor:
         return scale.clamp_(E4M3.smallest_normal, E4M3.max).to(torch.float8_e4m3fn).to(torch.float32)
 
     def applied_scale(self, scale: Tensor | None) -> Tensor:
@@ -207,9 +208,9 @@ class NVFP4Quantizer(_BlockQuantizer):
         return scale.imag * scale.real if self.per_tensor_scale else scale
 
     def scale_codes(self, scale: Tensor) -> Tensor:
-        """Ordinals of the E4M3 block scales, int8: 8 to 126, and 127 for NaN; the tensor's own scale is apart."""
+        """Return the ordinals of the E4M3 block scales, without the tensor's: int8, 8 to 126, and 127 for NaN."""
         per_block = scale.real if self.per_tensor_scale else scale
-        # Positive bit patterns are ordinals.
+        # Bit patterns of positive numbers are ordinals.
         return per_block.abs().to(torch.float8_e4m3fn).view(torch.int8)
 
 

@@ -1,4 +1,4 @@
-"""Float8 as torchao's Float8Linear casts its weight in forward, and its Float8BlockwiseLinear."""
+"""Float8 as torchao's Float8Linear and Float8BlockwiseLinear cast their weights in forward."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from weightflip.quantizers.ordinals import amax, cast_to_float8, ordinals_to_val
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Scope, Scratch, bits_of_scale
 from weightflip.quantizers.registry import register
 
-# torchao.float8.float8_utils.EPS: the smallest amax that it divides by.
+# torchao.float8.float8_utils.EPS: the smallest amax that torchao divides by.
 _EPS = 1e-12
 
 _BLOCK_NAMES = (FLOAT8_E4M3_1X128.name, FLOAT8_E4M3_128X128.name)
 
 
 class _Float8Cast(ElementwiseQuantizer):
-    """Multiplied by a scale ``s``, clamped and cast: values are ``code / s``."""
+    """Multiplies by a scale ``s``, clamps and casts. Values are ``code / s``."""
 
     format: FloatFormat
 
     def code_dtype(self, weight: Tensor) -> torch.dtype:
         return torch.int8
 
-    def _check(self, weight: Tensor) -> None:
+    def _check_dtype(self, weight: Tensor) -> None:
         if not weight.is_floating_point():
             raise ValueError(f"quantizer {self.name!r} casts floating-point weights, got {weight.dtype}")
 
     def scale_of(self, largest: Tensor) -> Tensor:
-        # float64, as torchao divides: 1.0 / float32 differs between eager and compiled code.
+        # In float64, like torchao: 1.0 / float32 differs between eager and compiled code.
         return (self.format.max / largest.to(torch.float64).clamp(min=_EPS)).to(torch.float32)
 
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
@@ -53,11 +53,11 @@ class _Float8Cast(ElementwiseQuantizer):
         if weight.dtype is torch.float32:
             torch.mul(weight, scale, out=values)
         else:
-            # A 0-dim scale would not promote bfloat16: torchao multiplies in float32.
+            # torchao multiplies in float32. A 0-dim scale would not promote bfloat16.
             values.copy_(weight).mul_(scale)
-        # torchao clamps here. |w| <= amax makes |w * s| exceed max by two float32 roundings at the most, far from the
-        # half step at which a cast leaves max, so the clamp never changes the code and its pass is saved.
-        # Only a scale that is NaN (of a NaN weight) or 0 (of an infinite one) makes NaN, and then nothing else but 0.
+        # torchao clamps here. Since |w| <= amax, |w * s| exceeds max by at most two float32 roundings, far less than
+        # the half step at which a cast leaves max. So the clamp never changes a code, and its pass is saved.
+        # Only a scale that is NaN (from a NaN weight) or 0 (from an infinite one) gives NaN, and then only NaN and 0.
         cast_to_float8(values, self.format, out, scratch, has_number=scale > 0)
 
     def encode_under(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
@@ -80,14 +80,14 @@ class _Float8Cast(ElementwiseQuantizer):
 class Float8Quantizer(_Float8Cast):
     """torchao's dynamic float8 weight cast: ``"float8_e4m3"``, ``"float8_e5m2"``, ``":row"``, ``":pow2"``.
 
-    ``s = max / max(amax, 1e-12)``, taken in float64 and stored in float32, with ``pow2`` rounded down to a power of
-    two; the code is that of ``clamp(float32(w) * s, -max, max)``. Source: torchao 0.18,
+    ``s = max / max(amax, 1e-12)``, computed in float64 and stored in float32; ``pow2`` rounds it down to a power of
+    two. The code is that of ``clamp(float32(w) * s, -max, max)``. Source: torchao 0.18,
     ``torchao/float8/float8_utils.py``. The scale of the codes is ``s``: values are ``code / s``.
 
     Args:
         format: E4M3 or E5M2.
-        granularity: ``"tensor"``, or ``"row"`` for one scale over the last dimension: of a linear layer's weight, one
-            per output channel.
+        granularity: ``"tensor"``, or ``"row"`` for one scale over the last dimension: one per output channel of a
+            linear layer's weight.
         round_scales_to_power_of_2: Round ``s`` down, as torchao's rowwise recipes do.
 
     Raises:
@@ -116,8 +116,8 @@ class Float8Quantizer(_Float8Cast):
         )
 
     def statistic(self, weight: Tensor) -> Tensor:
-        """The largest magnitude of the weight, or of each row: exact in shards."""
-        self._check(weight)
+        """Return the largest magnitude of the weight, or of each row. Exact for shards."""
+        self._check_dtype(weight)
         return amax(weight, self.granularity)
 
     def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor:
@@ -131,18 +131,18 @@ class Float8Quantizer(_Float8Cast):
 
 
 class Float8BlockQuantizer(_Float8Cast):
-    """DeepSeek-V3's float8, a scale for each block: ``"float8_e4m3:128x128"``, ``"float8_e4m3:1x128"``, ``":pow2"``.
+    """DeepSeek-V3's float8, one scale per block: ``"float8_e4m3:128x128"``, ``"float8_e4m3:1x128"``, ``":pow2"``.
 
-    ``s = 448 / max(amax, 1e-12)``, taken in float64 and stored in float32, with ``:pow2`` rounded down to a power of
-    two, so that its inverse is the smallest one with which nothing saturates; the code is that of
+    ``s = 448 / max(amax, 1e-12)``, computed in float64 and stored in float32. ``:pow2`` rounds it down to a power of
+    two, so that its inverse is the smallest power with which nothing saturates. The code is that of
     ``clamp(float32(w) * s, -448, 448)``. Source: torchao 0.18, ``torch_blockwise_scale_weight_quant`` and
-    ``torch_blockwise_scale_act_quant_lhs`` in ``torchao/prototype/blockwise_fp8_training/kernels.py``; of the powers of
-    two, DeepGEMM's ``ceil_to_ue8m0``.
+    ``torch_blockwise_scale_act_quant_lhs`` in ``torchao/prototype/blockwise_fp8_training/kernels.py``; for ``:pow2``,
+    DeepGEMM's ``ceil_to_ue8m0``.
 
-    Blocks lie in the last two dimensions. The last ones of a row or a column may be smaller, and have the scale of what
-    is there. ``grouped`` splits rows into groups that no border of a block cuts: of 128 weights, of a whole shorter
-    row, or, where the last block is smaller, of the greatest common divisor. Each group in each row has the scale of
-    its block, ``(..., K // g, 1)``.
+    Blocks span the last two dimensions. The last block of a row or column may be smaller, and its scale is that of its
+    own weights. ``grouped`` splits rows into groups that no block boundary cuts: of 128 weights; of the whole row if it
+    is shorter; or, if the last block is smaller, of the greatest common divisor. Each group in each row has the scale
+    of its block, ``(..., K // g, 1)``.
 
     Args:
         block: One of the ``BLOCK_FORMATS`` of this family.
@@ -167,26 +167,26 @@ class Float8BlockQuantizer(_Float8Cast):
         return columns if 0 < columns < size else math.gcd(columns, size)
 
     def statistic(self, weight: Tensor) -> Tensor:
-        """The largest magnitude of each row in each block, ``(..., R, number of blocks)``."""
-        return self._largest_of_rows(self.grouped(weight))
+        """Return the largest magnitude of each row in each block, ``(..., R, number of blocks)``."""
+        return self._max_of_rows_in_blocks(self.grouped(weight))
 
-    def _largest_of_rows(self, grouped: Tensor) -> Tensor:
-        self._check(grouped)
-        return _largest_of_each(amax(grouped, "row").squeeze(-1), self.block.block_size // grouped.shape[-1], -1)
+    def _max_of_rows_in_blocks(self, grouped: Tensor) -> Tensor:
+        self._check_dtype(grouped)
+        return _max_over_chunks(amax(grouped, "row").squeeze(-1), self.block.block_size // grouped.shape[-1], -1)
 
     def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor:
-        """The scales, one for each group of ``weight``.
+        """Return the scales, one per group of ``weight``.
 
         Args:
-            weight: As ``grouped`` gives it.
-            statistic: Of each row of ``weight`` in each block, the largest magnitude of the whole block.
+            weight: As ``grouped`` returns it.
+            statistic: For each row of ``weight`` in each block, the largest magnitude of the whole block.
         """
         if statistic is not None:
             scale = self.scale_of(statistic)
         elif self.block.rows == 1 or weight.ndim == 2:
-            scale = self.scale_of(self._largest_of_rows(weight))
+            scale = self.scale_of(self._max_of_rows_in_blocks(weight))
         else:
-            of_blocks = self.scale_of(_largest_of_each(self._largest_of_rows(weight), self.block.rows, -2))
+            of_blocks = self.scale_of(_max_over_chunks(self._max_of_rows_in_blocks(weight), self.block.rows, -2))
             scale = of_blocks.repeat_interleave(self.block.rows, -2)[..., : weight.shape[-3], :]
         per_block = self.block.block_size // weight.shape[-1]
         if per_block > 1:
@@ -196,7 +196,7 @@ class Float8BlockQuantizer(_Float8Cast):
     def scale_of(self, largest: Tensor) -> Tensor:
         scale = super().scale_of(largest)
         if self.block.rule == "pow2":
-            # On the bits: a logarithm in float32 takes what is just below a power of two for that power.
+            # Uses the bits: a float32 logarithm would round a number just below a power of two up to that power.
             powers = (scale.view(torch.int32) >> FP32.mantissa_bits << FP32.mantissa_bits).view(torch.float32)
             scale = torch.where(scale.isnan(), scale, powers)
         return scale
@@ -208,15 +208,15 @@ class Float8BlockQuantizer(_Float8Cast):
         return scale
 
     def scale_codes(self, scale: Tensor) -> Tensor:
-        """What is stored beside the codes, ``1 / s``: the bits of float32, int32; of E8M0 with ``:pow2``, uint8."""
+        """Return ``1 / s``, which is stored with the codes: float32 bits as int32; with ``:pow2`` E8M0 as uint8."""
         stored = scale.reciprocal()
         if self.block.scale == E8M0:
             return stored.to(torch.float8_e8m0fnu).view(torch.uint8)
         return bits_of_scale(stored)
 
 
-def _largest_of_each(magnitudes: Tensor, size: int, dim: int) -> Tensor:
-    """The largest of each ``size`` neighbours in a dimension, counted from the end; the last ones may be fewer."""
+def _max_over_chunks(magnitudes: Tensor, size: int, dim: int) -> Tensor:
+    """Return the maximum of each ``size`` neighbors in a negative dimension. The last chunk may be smaller."""
     if size == 1:
         return magnitudes
     blocks = -(-magnitudes.shape[dim] // size)

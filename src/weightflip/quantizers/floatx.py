@@ -1,4 +1,4 @@
-"""Any ExMy format of up to 16 bits, rounded here: to the nearest value, ties to the even code, saturating."""
+"""Any ExMy format of up to 16 bits: rounds to the nearest value, ties to the even code, and saturates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from weightflip.quantizers.ordinals import (
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Scope, Scratch
 from weightflip.quantizers.registry import register
 
-# Formats with a wider exponent are scaled so that their largest number meets 2**512 instead of itself: float64 holds
+# Formats with a wider exponent are scaled so that amax maps to 2**512 instead of their largest number. float64 holds
 # that, and every float32 weight divided by the largest of its tensor is above 2**-277.
 _FLOAT64_EXPONENT = 512
 
@@ -35,21 +35,21 @@ def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
 
 
 class FloatxQuantizer(ElementwiseQuantizer):
-    """An ExMy element with one scale for the tensor, one a row, or none: ``"e3m4"``, ``"e3m4:row"``, ``"e3m4:none"``.
+    """An ExMy format with one scale per tensor, per row, or none: ``"e3m4"``, ``"e3m4:row"``, ``"e3m4:none"``.
 
-    The weight is divided by ``scale = amax / format.max``, so that the largest magnitude meets the largest number, and
-    rounded to nearest even. ``scale`` and the quotient are float32; float64 for float64 weights and for formats of 6
-    and more exponent bits, whose range is too wide for float32.
+    The weight is divided by ``scale = amax / format.max``, so that the largest magnitude maps to the largest number,
+    and rounded to nearest even. ``scale`` and the quotient are float32; float64 for float64 weights and for formats
+    with 6 or more exponent bits, whose range is too wide for float32.
 
     Args:
-        format: The element.
+        format: The element format.
         granularity: What shares a scale.
-        fixed_scale: A scale of the user's own instead, a number or a tensor that broadcasts to the weight.
+        fixed_scale: A user-defined scale instead: a number or a tensor that broadcasts to the weight.
 
     Raises:
         TypeError: A scale that is neither a number nor a tensor.
         ValueError: More than 16 bits, an unknown granularity, or a number as scale that is not positive and finite. The
-            elements of a tensor are not looked at: that would wait for the device.
+            elements of a tensor are not checked, since that would synchronize with the device.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class FloatxQuantizer(ElementwiseQuantizer):
         fixed_scale: Tensor | float | None = None,
     ) -> None:
         if format.bits > 16:
-            raise ValueError(f"ExMy formats have up to 16 bits, got {format}")
+            raise ValueError(f"an ExMy format has up to 16 bits, got {format}")
         if granularity not in get_args(Granularity):
             raise ValueError(f"granularity is one of {get_args(Granularity)}, got {granularity!r}")
         if isinstance(fixed_scale, Real) and not isinstance(fixed_scale, bool):
-            # Also NumPy's numbers. A whole number may be beyond the largest float.
+            # Includes NumPy's numbers. An integer may be too large for a float.
             try:
                 fixed_scale = float(fixed_scale)
             except OverflowError:
@@ -73,11 +73,11 @@ class FloatxQuantizer(ElementwiseQuantizer):
             dtype = str(fixed_scale.dtype).removeprefix("torch.")
             raise TypeError(f"scale= is a number or a torch.Tensor of real numbers, got a {dtype} tensor")
         elif fixed_scale is not None and not isinstance(fixed_scale, Tensor):
-            hint = "; make a tensor of it with torch.tensor(...)" if hasattr(fixed_scale, "__len__") else ""
+            hint = "; convert it with torch.tensor(...)" if hasattr(fixed_scale, "__len__") else ""
             raise TypeError(f"scale= is a number or a torch.Tensor, got {checks.describe(fixed_scale)}{hint}")
         if isinstance(fixed_scale, float) and not 0 < fixed_scale < math.inf:
             raise ValueError(
-                f"scale= is what the weight is divided by and has to be positive and finite, got {fixed_scale}"
+                f"scale= is what the weight is divided by and must be positive and finite, got {fixed_scale}"
             )
         self.format: FloatFormat = format
         self.granularity: Granularity = granularity
@@ -90,7 +90,7 @@ class FloatxQuantizer(ElementwiseQuantizer):
         return ORDINAL_DTYPES[self.format.storage_bits]
 
     def _compute_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
-        # With 6 exponent bits and more, amax / max leaves the normal range of float32 for small weights.
+        # With 6 or more exponent bits, amax / max leaves the normal range of float32 for small weights.
         wide = weight_dtype is torch.float64 or self.format.exponent_bits > 5
         return torch.float64 if wide else torch.float32
 
@@ -98,7 +98,7 @@ class FloatxQuantizer(ElementwiseQuantizer):
     def scope(self) -> Scope | None:  # type: ignore[override]
         if self.fixed_scale is None:
             return "element" if self.granularity == "none" else self.granularity
-        # Which part of many scales belongs to a shard is not known here.
+        # With several scales, it is unknown which of them belong to a shard.
         return "element" if not isinstance(self.fixed_scale, Tensor) or self.fixed_scale.numel() == 1 else None
 
     @property
@@ -106,7 +106,7 @@ class FloatxQuantizer(ElementwiseQuantizer):
         return self.fixed_scale is None
 
     def statistic(self, weight: Tensor) -> Tensor:
-        """The largest magnitude of the weight, or of each row: exact in shards."""
+        """Return the largest magnitude of the weight, or of each row. Exact for shards."""
         return amax(weight, self.granularity)
 
     def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor | None:
@@ -115,7 +115,7 @@ class FloatxQuantizer(ElementwiseQuantizer):
         if self.fixed_scale is not None:
             dtype = self._compute_dtype(weight.dtype)
             scale = torch.as_tensor(self.fixed_scale, dtype=dtype, device=weight.device)
-            # What the user does to a tensor of his own must not reach codes that are kept.
+            # Users may change their tensor later, which must not affect kept codes.
             scale = scale.clone() if isinstance(self.fixed_scale, Tensor) else scale
             if not _broadcasts(scale.shape, weight.shape):
                 raise ValueError(
@@ -128,10 +128,10 @@ class FloatxQuantizer(ElementwiseQuantizer):
 
     def scale_of(self, largest: Tensor) -> Tensor:
         largest = largest.to(self._compute_dtype(largest.dtype))
-        # A tensor there: by a number, or a tensor on the CPU, a GPU divides as by a product with its inverse.
-        meets = largest.new_full((), self.format.value(self.format.max_ordinal, exponent_shift=self._exponent_shift))
-        # The smallest normal number stands in for the scale of an all-zero tensor: 0 / 0 would be NaN.
-        return (largest / meets).clamp_(min=torch.finfo(largest.dtype).tiny)
+        # A tensor on the same device: a GPU divides by a number or a CPU tensor as a product with its inverse.
+        maximum = largest.new_full((), self.format.value(self.format.max_ordinal, exponent_shift=self._exponent_shift))
+        # An all-zero tensor gets the smallest normal number as scale: 0 / 0 would be NaN.
+        return (largest / maximum).clamp_(min=torch.finfo(largest.dtype).tiny)
 
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
         dtype = self._compute_dtype(weight.dtype)

@@ -1,4 +1,4 @@
-"""The bits themselves: stored weights, and casts to a torch dtype."""
+"""Codes that are the stored bits of a weight, or of its cast to a torch dtype."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from weightflip.quantizers.registry import register
 
 
 class NativeQuantizer(ElementwiseQuantizer):
-    """The stored bits: did the weight itself change? ``"native"``.
+    """The stored bits of the weight, to see whether the weight itself changes: ``"native"``.
 
-    For float8, float16, bfloat16, float32 and float64 weights; 1, 2, 4 or 8 bytes of code a weight.
+    For float8, float16, bfloat16, float32 and float64 weights. Codes take 1, 2, 4 or 8 bytes per weight.
     """
 
     name = "native"
@@ -22,10 +22,10 @@ class NativeQuantizer(ElementwiseQuantizer):
     only_needs_amax = True
 
     def stored_dtype(self, weight: Tensor) -> torch.dtype:
-        """The dtype whose bits are the codes.
+        """Return the dtype whose bits are the codes.
 
         Raises:
-            ValueError: There is no ordering of this dtype's bits.
+            ValueError: The dtype is not supported.
         """
         if weight.dtype not in STORED_FORMATS:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED_FORMATS)
@@ -41,7 +41,7 @@ class NativeQuantizer(ElementwiseQuantizer):
 
     def encode(self, weight: Tensor) -> Codes:
         codes = super().encode(weight)
-        # 16-bit codes alone do not tell which 16-bit dtype they are of.
+        # 16-bit codes alone do not reveal whether they are float16 or bfloat16.
         return Codes(codes.ordinals, None, CastQuantizer(self.stored_dtype(weight)))
 
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
@@ -65,7 +65,7 @@ def _format_of_width(bits: int) -> FloatFormat:
     candidates = [format for format in STORED_FORMATS.values() if format.bits == bits]
     if len(candidates) != 1:
         names = " or ".join(format.name for format in candidates)
-        raise ValueError(f"{bits}-bit codes may be {names}: decode with that format instead of 'native'")
+        raise ValueError(f"{bits}-bit codes may be {names}: decode with one of these formats instead of 'native'")
     return candidates[0]
 
 
@@ -76,7 +76,7 @@ def _bits_as_values(ordinals: Tensor, format: FloatFormat) -> Tensor:
 
 
 class CastQuantizer(NativeQuantizer):
-    """A plain cast without a scale: ``"bfloat16"``, ``"float16"``. Overflow becomes infinity, as the cast has it."""
+    """A plain cast without a scale: ``"bfloat16"``, ``"float16"``. Overflow becomes infinity, as in torch's cast."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -92,18 +92,18 @@ class CastQuantizer(NativeQuantizer):
         return _bits_as_values(ordinals, self.format)
 
 
-def _no_options(name: str, options: tuple[str, ...]) -> None:
+def _reject_options(name: str, options: tuple[str, ...]) -> None:
     if options:
         raise ValueError(f"quantizer {name!r} has no options, got {':'.join(options)!r}")
 
 
 @register("native", examples=("native",))
 def _native(name: str, options: tuple[str, ...]) -> ElementwiseQuantizer:
-    _no_options(name, options)
+    _reject_options(name, options)
     return NativeQuantizer()
 
 
 @register("bfloat16|float16", examples=("bfloat16", "float16"))
 def _cast(name: str, options: tuple[str, ...]) -> ElementwiseQuantizer:
-    _no_options(name, options)
+    _reject_options(name, options)
     return CastQuantizer(getattr(torch, name))

@@ -1,4 +1,4 @@
-"""Values to ordinals and back, whichever quantizer asks; and what scales are made from, the largest magnitude."""
+"""Convert values to ordinals and back, and find the largest magnitude, for all quantizers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STORED_FORMATS: dict[torch.dtype, FloatFormat] = {
     torch.float64: FP64,
 }
 ORDINAL_DTYPES = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
-# Tensors, because torch makes one of a Python number at each call. 0-dim ones on the CPU go with tensors of any device.
+# Tensors, because torch creates one from a Python number at each call. 0-dim CPU tensors combine with any device.
 _SIGN_BIT = {
     dtype: torch.tensor(torch.iinfo(dtype).min, dtype=dtype, device="cpu") for dtype in ORDINAL_DTYPES.values()
 }
@@ -32,15 +32,15 @@ TORCH_FLOAT8 = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 
 
 def amax(weight: Tensor, granularity: Granularity) -> Tensor:
-    """Largest magnitude of the weight (0-dim) or of each row (``(..., 1)``), in its dtype; NaN if there is one.
+    """Return the largest magnitude of the weight (0-dim) or of each row (``(..., 1)``), in its dtype; NaN wins.
 
-    aminmax reads the weight once and allocates nothing of its size, which ``weight.abs().max()`` does.
+    aminmax reads the weight once and, unlike ``weight.abs().max()``, allocates nothing of its size.
     """
     by_row = granularity == "row" and weight.ndim > 0
     if weight.numel() == 0:
         return weight.new_zeros((*weight.shape[:-1], 1) if by_row else ())
     if by_row and weight.device.type == "cpu":
-        # There aminmax along a dimension is not vectorized: reading twice takes a third of its time.
+        # On the CPU, aminmax along a dimension is not vectorized: reading twice takes a third of its time.
         low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
     else:
         low, high = torch.aminmax(weight, dim=-1, keepdim=True) if by_row else torch.aminmax(weight)
@@ -50,17 +50,17 @@ def amax(weight: Tensor, granularity: Granularity) -> Tensor:
 def bits_to_ordinals_(bits: Tensor, format: FloatFormat, scratch: Scratch, *, nan_is_positive: bool = False) -> None:
     """Turn IEEE-like bit patterns into ordinals, in place.
 
-    Sign and magnitude become two's complement, -0 becomes 0, every NaN becomes ``format.nan_ordinal``.
+    Sign and magnitude become two's complement, -0 becomes 0, and every NaN becomes ``format.nan_ordinal``.
 
     Args:
         bits: Contiguous int8, int16, int32 or int64, as wide as the format.
-        format: One with NaN.
-        scratch: Where temporaries come from.
-        nan_is_positive: No NaN among the bits has its sign bit set, which saves looking for them.
+        format: A format with NaN.
+        scratch: Provides temporary buffers.
+        nan_is_positive: Whether it is known that no NaN has its sign bit set, which saves searching for them.
     """
     sign = torch.bitwise_and(bits, _SIGN_BIT[bits.dtype], out=scratch("sign", bits, bits.dtype))
-    # For a negative pattern abs() gives 2**(n-1) - magnitude (the sign bit alone stays as it is), and putting the sign
-    # bit back gives -magnitude: three passes instead of shift, mask, xor and subtract.
+    # For a negative pattern abs() gives 2**(n-1) - magnitude (the sign bit alone stays as it is), and restoring the
+    # sign bit gives -magnitude: three passes instead of shift, mask, xor and subtract.
     bits.abs_().bitwise_xor_(sign)
 
     nan = format.nan_ordinal
@@ -68,8 +68,8 @@ def bits_to_ordinals_(bits: Tensor, format: FloatFormat, scratch: Scratch, *, na
         bits.clamp_(-nan, nan)
     if nan_is_positive:
         return
-    # NaN carries a sign, which arithmetic on different machines sets differently: -nan moves onto nan by a subtraction
-    # that wraps. The comparison goes into integers because torch's CPU kernels vectorize it only without a bool result.
+    # The sign of NaN differs between machines, so -nan is mapped to nan, by a subtraction that wraps around. The
+    # comparison writes integers because torch's CPU kernels do not vectorize it with a bool result.
     is_negative_nan = torch.eq(bits, -nan, out=sign)
     width = format.storage_bits
     distance = (-2 * nan) % (1 << width)
@@ -77,7 +77,7 @@ def bits_to_ordinals_(bits: Tensor, format: FloatFormat, scratch: Scratch, *, na
 
 
 def ordinals_to_bits(ordinals: Tensor, format: FloatFormat) -> Tensor:
-    """The inverse of :func:`bits_to_ordinals_`, with +0 for 0 and one positive NaN."""
+    """Invert :func:`bits_to_ordinals_`, with +0 for 0 and a positive NaN."""
     magnitude = ordinals.abs()
     return torch.where(ordinals < 0, magnitude | torch.iinfo(ordinals.dtype).min, magnitude)
 
@@ -85,21 +85,21 @@ def ordinals_to_bits(ordinals: Tensor, format: FloatFormat) -> Tensor:
 def cast_to_float8(
     values: Tensor, format: FloatFormat, out: Tensor, scratch: Scratch, *, has_number: Tensor | None = None
 ) -> None:
-    """Cast float32 values to ordinals of E4M3 or E5M2, through torch's own conversion.
+    """Cast float32 values to ordinals of E4M3 or E5M2, with torch's own conversion.
 
     Args:
-        values: Contiguous float32. Nothing is promised above ``format.max`` by more than rounding: torch before 2.12
-            does not saturate (e4m3 overflows to NaN, e5m2 to infinity), so clamp first what may be larger.
+        values: Contiguous float32. Values that may exceed ``format.max`` by more than rounding must be clamped first:
+            torch before 2.12 does not saturate (e4m3 overflows to NaN, e5m2 to infinity).
         format: E4M3 or E5M2.
         out: int8, contiguous, of the values' shape.
-        scratch: Where temporaries come from.
-        has_number: Where given, bool and broadcastable to the values: where it is False all values are NaN or 0, and
-            nowhere else is one NaN.
+        scratch: Provides temporary buffers.
+        has_number: Bool, broadcastable to the values. If given, all values are NaN or 0 where it is False, and none is
+            NaN elsewhere.
     """
     out.view(TORCH_FLOAT8[format]).copy_(values)
     if has_number is not None:
-        # NaN and 0 lose their signs in one pass; looking for NaN everywhere takes two.
-        # All bits where there is a number. torch.where would copy its constants to a GPU, and wait for that.
+        # Clears the signs of NaN and 0 in one pass; searching for NaN everywhere takes two. The mask keeps all bits
+        # where there is a number. torch.where would copy its constants to a GPU, which synchronizes.
         out.bitwise_and_(has_number.to(torch.int8).neg_().bitwise_or_(_ALL_BUT_SIGN))
     bits_to_ordinals_(out, format, scratch, nan_is_positive=has_number is not None)
 
@@ -109,17 +109,17 @@ def round_to_ordinals(
 ) -> None:
     """Round float32 or float64 values to the nearest number of a format; ties go to the even code.
 
-    Works on the bits. In the normal range the float's own bit pattern, cut to M mantissa bits, is the code but for the
-    bias; adding just under half of what is cut off, plus the last bit kept, rounds to nearest even. In the subnormal
-    range, where numbers are multiples of one quantum, adding a power of two whose last place is that quantum makes the
+    Works on the bits. In the normal range the float's bit pattern, cut to M mantissa bits, is the code up to the bias.
+    Adding just under half of what is cut off, plus the last bit kept, rounds to nearest even. In the subnormal range,
+    where numbers are multiples of one quantum, adding a power of two whose last place is that quantum makes the
     floating-point adder round.
 
     Args:
         values: Contiguous float32 (for formats of up to 7 exponent bits) or float64, overwritten.
-        format: What to round to. Magnitudes above ``format.max``, infinities included, saturate.
-        out: Where the ordinals go, of the values' shape.
-        scratch: Where temporaries come from.
-        exponent_shift: Values come divided by ``2**exponent_shift``.
+        format: The format to round to. Magnitudes above ``format.max``, infinities included, saturate.
+        out: Receives the ordinals; of the values' shape.
+        scratch: Provides temporary buffers.
+        exponent_shift: The values are already divided by ``2**exponent_shift``.
     """
     source, integer = (FP64, torch.int64) if values.dtype is torch.float64 else (FP32, torch.int32)
     cut = source.mantissa_bits - format.mantissa_bits
@@ -136,7 +136,7 @@ def round_to_ordinals(
 
     bits = magnitude.view(integer)
     codes = torch.bitwise_right_shift(bits, cut, out=scratch("codes", values, integer))
-    # Even means an even code: without mantissa bits the last bit kept belongs to the exponent, which the bias moves.
+    # "Even" refers to the code: without mantissa bits, the last bit kept is the exponent's, which the bias shifts.
     codes.sub_(offset).bitwise_and_(1).add_(bits).add_((1 << (cut - 1)) - 1)
     codes.bitwise_right_shift_(cut).sub_(offset)
     if not is_within:
@@ -146,7 +146,8 @@ def round_to_ordinals(
     # The number whose last place is one quantum, 2**(min_exponent - mantissa_bits).
     adder = math.ldexp(1.0, min_exponent + cut)
     if min_exponent < source.min_exponent:
-        # All that float64 holds with full precision is normal in this format; zero and float64 subnormals remain.
+        # Every number that float64 holds with full precision is normal in this format. Zero and float64 subnormals
+        # become 0.
         codes.masked_fill_(torch.lt(magnitude, source.smallest_normal, out=is_subnormal), 0)
     elif format.exponent_bits == 0:
         torch.sub(magnitude.add_(adder).view(integer), _bits_of(adder, source), out=codes)
@@ -165,9 +166,9 @@ def _bits_of(power_of_two: float, source: FloatFormat) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _value_table(format: FloatFormat, exponent_shift: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Value of every ordinal of the storage, from its smallest integer on; NaN where there is no number.
+    """Return the value of every ordinal of the storage dtype, from its smallest integer up; NaN without a number.
 
-    Kept where it is used: to copy it to a device waits for that device.
+    Cached on each device, since copying it there synchronizes.
     """
     half = 1 << (format.storage_bits - 1)
     last = format.max_ordinal if format.inf_ordinal is None else format.inf_ordinal
@@ -178,6 +179,6 @@ def _value_table(format: FloatFormat, exponent_shift: int, dtype: torch.dtype, d
 
 
 def ordinals_to_values(ordinals: Tensor, format: FloatFormat, dtype: torch.dtype, *, exponent_shift: int = 0) -> Tensor:
-    """What the ordinals stand for, divided by ``2**exponent_shift``."""
+    """Return the numbers that ordinals stand for, divided by ``2**exponent_shift``."""
     table = _value_table(format, exponent_shift, dtype, ordinals.device)
     return table[ordinals.long() + (1 << (format.storage_bits - 1))]

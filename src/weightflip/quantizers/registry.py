@@ -1,4 +1,4 @@
-"""How a quantizer gets a name: every module of this folder is imported when the first one is looked up."""
+"""The registry of quantizer names. The first lookup imports every module of this package."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def register(pattern: str, *, examples: tuple[str, ...]) -> Callable[[Factory], 
     """Make a quantizer available by name.
 
     Args:
-        pattern: Regular expression that the name without its ``:options`` matches in full.
-        examples: Names that error messages and docs show, such as ``("e3m4",)``.
+        pattern: Regular expression for the full name without its ``:options``.
+        examples: Names to show in error messages and docs, such as ``("e3m4",)``.
 
     Returns:
-        A decorator for ``factory(name, options)``; the factory raises ValueError for an option that it does not know.
+        A decorator for ``factory(name, options)``. The factory raises ValueError for an unknown option.
     """
 
     def add(factory: Factory) -> Factory:
@@ -42,19 +42,23 @@ def register(pattern: str, *, examples: tuple[str, ...]) -> Callable[[Factory], 
     return add
 
 
-def _load_rooms() -> None:
+def _import_modules() -> None:
     package = importlib.import_module(__package__ or "")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
 
 
-def make(family: str, options: tuple[str, ...]) -> ElementwiseQuantizer | None:
-    """The quantizer of a registered name without its options; None where none is called so.
+def make_quantizer(family: str, options: tuple[str, ...]) -> ElementwiseQuantizer | None:
+    """Make the quantizer of a registered name; None if the name is not registered.
+
+    Args:
+        family: The name without its options.
+        options: The options.
 
     Raises:
-        ValueError: An option that the family does not know.
+        ValueError: The family does not have such an option.
     """
-    _load_rooms()
+    _import_modules()
     for entry in _registry:
         if entry.pattern.fullmatch(family):
             return entry.factory(family, options)
@@ -62,11 +66,11 @@ def make(family: str, options: tuple[str, ...]) -> ElementwiseQuantizer | None:
 
 
 def quantizer_names() -> list[str]:
-    """Example names of every registered family.
+    """Return example names of every registered family.
 
     Example:
         >>> "float8_e4m3" in quantizer_names()
         True
     """
-    _load_rooms()
+    _import_modules()
     return sorted(example for entry in _registry for example in entry.examples)

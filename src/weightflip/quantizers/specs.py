@@ -1,4 +1,4 @@
-"""What people write for a quantizer: a name, a dtype, a format, an object or a function."""
+"""Turn what users pass as a quantizer (a name, dtype, format, object or function) into one."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 
 QuantizerLike: TypeAlias = "str | torch.dtype | FloatFormat | BlockFormat | Quantizer | Callable[[Tensor], Tensor]"
 
-# What others call a format, where exactly one is meant; and where it may be any of several.
+# Other common names of a format, and names that may mean any of several formats.
 _ALIASES = {"float8_e4m3fn": "float8_e4m3", "e4m3fn": "e4m3", "fp16": "float16", "bf16": "bfloat16"}
-_SEVERAL = {
+_AMBIGUOUS = {
     **dict.fromkeys(("fp8", "float8"), ("float8_e4m3", "float8_e5m2")),
     "mxfp8": ("mxfp8_e4m3", "mxfp8_e5m2"),
     "mxfp6": ("mxfp6_e2m3", "mxfp6_e3m2"),
     "fp4": ("mxfp4", "nvfp4"),
     **dict.fromkeys(("fp32", "float32", "fp64", "float64"), ("native",)),
 }
-_OF_DTYPE = {
+_DTYPE_NAMES = {
     torch.float8_e4m3fn: "float8_e4m3",
     torch.float8_e5m2: "float8_e5m2",
     torch.int8: "int8",
@@ -35,17 +35,17 @@ _OF_DTYPE = {
 }
 
 
-def _by_name(name: str) -> ElementwiseQuantizer:
+def _make_by_name(name: str) -> ElementwiseQuantizer:
     family, *options = name.lower().split(":")
-    # What is registered comes first.
+    # A registered name takes precedence over an alias.
     for candidate in (family, _ALIASES.get(family)):
-        found = None if candidate is None else registry.make(candidate, tuple(options))
+        found = None if candidate is None else registry.make_quantizer(candidate, tuple(options))
         if found is not None:
             return found
     known = registry.quantizer_names()
     hint = checks.did_you_mean(family, known)
-    if family in _SEVERAL:
-        hint = f"did you mean {' or '.join(map(repr, _SEVERAL[family]))}? "
+    if family in _AMBIGUOUS:
+        hint = f"did you mean {' or '.join(map(repr, _AMBIGUOUS[family]))}? "
     raise ValueError(
         f"unknown quantizer {name!r}; {hint}Expected one of {', '.join(known)} (and any eXmY of up to 16 bits), "
         "a FloatFormat, an object with encode(weight), or a function from a weight to its quantized values"
@@ -53,33 +53,33 @@ def _by_name(name: str) -> ElementwiseQuantizer:
 
 
 def resolve(spec: Any, scale: Tensor | float | None = None) -> Quantizer:
-    """The quantizer that ``spec`` means.
+    """Return the quantizer that ``spec`` stands for.
 
     Args:
-        spec: A name (``"float8_e4m3:row"``), a ``torch.dtype`` that there is one format for, a ``FloatFormat``
+        spec: A name (``"float8_e4m3:row"``), a ``torch.dtype`` that has exactly one format, a ``FloatFormat``
             (unscaled unless ``scale`` is given), one of the ``BLOCK_FORMATS``, an object with
             ``encode(weight) -> Codes``, or a function from a weight to its quantized values.
-        scale: What the weight is divided by before rounding, a number or a tensor that broadcasts to the weight;
-            instead of the format's own rule. Only for formats with a ``FloatFormat`` element.
+        scale: What the weight is divided by before rounding, instead of the format's own rule: a number or a tensor
+            that broadcasts to the weight. Only for formats with a ``FloatFormat`` element.
 
     Raises:
-        ValueError: An unknown name, option or dtype, or a scale for something that takes none.
-        TypeError: Nothing of the above.
+        ValueError: An unknown name, option or dtype, or a scale for a quantizer that takes none.
+        TypeError: ``spec`` is none of the above.
     """
     if isinstance(spec, torch.dtype):
-        if spec not in _OF_DTYPE:
+        if spec not in _DTYPE_NAMES:
             raise ValueError(
-                f"there is no one format for {spec}; expected {', '.join(map(str, _OF_DTYPE))}, or a name such as "
-                "'e3m4', or 'native' for the bits that are stored"
+                f"no single format belongs to {spec}; expected {', '.join(map(str, _DTYPE_NAMES))}, or a name such as "
+                "'e3m4', or 'native' for the stored bits"
             )
-        spec = _OF_DTYPE[spec]
+        spec = _DTYPE_NAMES[spec]
     if isinstance(spec, str):
-        spec = _by_name(spec)
+        spec = _make_by_name(spec)
     if isinstance(spec, BlockFormat):
         if BLOCK_FORMATS.get(spec.name) != spec:
             known = ", ".join(BLOCK_FORMATS)
-            raise ValueError(f"there is no quantizer for the block format {spec}; expected one of {known}")
-        spec = _by_name(spec.name)
+            raise ValueError(f"no quantizer for the block format {spec}; expected one of {known}")
+        spec = _make_by_name(spec.name)
     if isinstance(spec, FloatFormat):
         return FloatxQuantizer(spec, fixed_scale=scale)
     if isinstance(spec, type):
@@ -90,10 +90,10 @@ def resolve(spec: Any, scale: Tensor | float | None = None) -> Quantizer:
         element = adapt(spec).format
         if isinstance(element, FloatFormat):
             return FloatxQuantizer(element, fixed_scale=scale)
-        raise ValueError(f"quantizer {spec} takes no scale=; leave it out, or name a format such as 'e4m3'")
+        raise ValueError(f"quantizer {spec} does not take scale=; leave it out, or name a format such as 'e4m3'")
     if callable(spec):
         if scale is not None:
-            raise ValueError("a function from a weight to its quantized values takes no scale=; scale inside it")
+            raise ValueError("a function from a weight to its quantized values does not take scale=; scale inside it")
         return adapt(spec)
     raise TypeError(
         "expected a quantizer name such as 'float8_e4m3', a FloatFormat, an object with encode(weight), or a function "

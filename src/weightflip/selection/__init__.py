@@ -1,17 +1,17 @@
-"""Which parameters are tracked, under which name, with which quantizer; and why the others are not."""
+"""Decide which parameters to track, under which names and with which quantizers, and why the others are skipped."""
 
 from weightflip.selection.choice import Sources, owner_types
-from weightflip.selection.names import is_by_place, name_parameters
+from weightflip.selection.names import is_positional, name_parameters
 from weightflip.selection.plan import Plan, make_plan
-from weightflip.selection.rules import Selection, make_groups
+from weightflip.selection.rules import Selection, make_layer_groups
 from weightflip.selection.torchao import quantizes_weights
 
 __all__ = [
     "Plan",
     "Selection",
     "Sources",
-    "is_by_place",
-    "make_groups",
+    "is_positional",
+    "make_layer_groups",
     "make_plan",
     "name_parameters",
     "owner_types",

@@ -1,4 +1,4 @@
-"""How the quantizer of one parameter is found: as named, or by what the model, the optimizer and the dtype say."""
+"""Choose the quantizers of one parameter: those named by the user, or those found in the model, optimizer or dtype."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from torch import Tensor, nn
 from weightflip import distributed
 from weightflip.quantizers import Quantizer, resolve
 from weightflip.quantizers.adapt import adapt, quantizer_name
-from weightflip.selection.flat import check_flat, check_formats_of_flat, flattened
+from weightflip.selection.flat import check_flat, check_formats_for_flat, find_flattened
 from weightflip.selection.rules import Skip, dtype_name
-from weightflip.selection.torchao import inside_subclass, of_module, of_optimizer, of_subclass, torchao_classes
-from weightflip.selection.trial import try_on, why_not
+from weightflip.selection.torchao import (
+    quantizer_of_module,
+    quantizer_of_subclass,
+    quantizers_of_optimizer,
+    torchao_classes,
+    wrap_for_subclass,
+)
+from weightflip.selection.trial import trial_failure_message, try_quantizer
 
 _FLOAT32_DEFAULT = "float8_e4m3"
 _DTYPE_DEFAULTS = {
@@ -29,86 +35,90 @@ _DTYPE_DEFAULTS = {
     torch.float8_e5m2: "native",
 }
 _PLAIN_NOTE = (
-    "Weights that stay in high precision beside torchao's converted layers are not tracked, and not in the model's "
-    "numbers; name a format for those that you want to see, quantizer={'head.*': 'bfloat16', '*': 'auto'}"
+    "Weights that torchao left in high precision while it converted other layers are not tracked, and the model's "
+    "numbers leave them out; to track some of them, name a format: quantizer={'head.*': 'bfloat16', '*': 'auto'}"
 )
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where ``"auto"`` looks for the quantizer of a weight, beside the weight itself.
+    """Where ``"auto"`` looks for the quantizer of a weight, in addition to the weight itself.
 
     Attributes:
-        model: For the module that quantizes the weight.
-        optimizer: One that may quantize the weights itself.
-        known: Name to the quantizers, or the reason for none, that a model said which is not at hand any more.
+        model: Its modules may quantize the weights.
+        optimizer: May quantize the weights itself.
+        remembered: Parameter name to the quantizers, or to the reason for skipping, that came from a model that is no
+            longer available.
     """
 
     model: nn.Module | None = None
     optimizer: Any = None
-    known: Mapping[str, tuple[Quantizer, ...] | str] = field(default_factory=dict)
+    remembered: Mapping[str, tuple[Quantizer, ...] | str] = field(default_factory=dict)
 
 
 class Choices:
-    """Finds the quantizers of an optimizer's parameters.
+    """Chooses the quantizers of an optimizer's parameters.
 
     Args:
         parameters: Name to parameter.
         sources: Where ``"auto"`` looks.
-        strict: Whether each quantizer is tried on its weight.
-        with_plain: Whether weights that torchao leaves in high precision are tracked beside those that it converts.
+        strict: Whether to try each quantizer on its weight.
+        with_plain: Whether to track weights that torchao leaves in high precision alongside those that it converts.
 
     Raises:
-        ValueError: If ``strict``: the model holds none of the parameters.
+        ValueError: If ``strict`` and the model holds none of the parameters.
     """
 
     def __init__(
         self, parameters: Mapping[str, Tensor], sources: Sources, *, strict: bool, with_plain: bool = False
     ) -> None:
         model = sources.model
-        self._known, self._strict, self._with_plain = sources.known, strict, with_plain
-        # Of the model, since the other optimizers of a run may have the converted ones.
+        self._remembered, self._strict, self._with_plain = sources.remembered, strict, with_plain
+        # All of the model's parameters: another optimizer of the run may hold the converted ones.
         self._all = [*parameters.values(), *(model.parameters() if model is not None else ())]
-        self._owners = _owners(model) if model is not None else {}
-        self._of_optimizer = of_optimizer(sources.optimizer)
-        self._flat = flattened(parameters.values(), model)
-        is_strange = bool(parameters) and not any(id(parameter) in self._owners for parameter in parameters.values())
-        if strict and model is not None and is_strange:
+        self._owners = _find_owners(model) if model is not None else {}
+        self._of_optimizer = quantizers_of_optimizer(sources.optimizer)
+        self._flat = find_flattened(parameters.values(), model)
+        holds_none = bool(parameters) and not any(id(parameter) in self._owners for parameter in parameters.values())
+        if strict and model is not None and holds_none:
             raise ValueError(
                 f"model= ({type(model).__name__}) holds none of the optimizer's {len(parameters)} parameters; pass the "
-                "model whose parameters() the optimizer was built with, or none"
+                "model whose parameters() the optimizer was built with, or leave model= out"
             )
 
     def is_flat(self, parameter: Tensor) -> bool:
-        """Whether the parameter has lost its rows."""
+        """Whether the parameter was flattened, so that it no longer has rows."""
         return id(parameter) in self._flat
 
-    def ndim_before(self, parameter: Tensor) -> int | None:
-        """Of a flat parameter, how many dimensions it had."""
+    def original_ndim(self, parameter: Tensor) -> int | None:
+        """Number of dimensions a flat parameter had before it was flattened; None for any other parameter."""
         return self._flat.get(id(parameter))
 
-    def known(self, name: str) -> tuple[Quantizer, ...] | None:
-        """What a model said that is not at hand any more; None for nothing.
+    def recall(self, name: str) -> tuple[Quantizer, ...] | None:
+        """Return the quantizers that a model no longer available gave this parameter; None if there are none.
 
         Raises:
-            Skip: Its reason for no quantizer.
+            Skip: That model gave a reason for skipping the parameter.
         """
-        known = self._known.get(name)
-        if isinstance(known, str):
-            reason = Skip(known)
-            reason.is_of_model = True
+        remembered = self._remembered.get(name)
+        if isinstance(remembered, str):
+            reason = Skip(remembered)
+            reason.is_from_model = True
             raise reason
-        return known
+        return remembered
 
     def choose(self, parameter: Tensor, specs: Sequence[Any]) -> tuple[tuple[Quantizer, ...], list[str]]:
-        """The quantizers of one parameter, and notes.
+        """Choose the quantizers of one parameter.
 
         Args:
-            parameter: One that can be tracked.
+            parameter: A parameter that can be tracked.
             specs: Quantizers, or ``"auto"``.
 
+        Returns:
+            The quantizers, and notes for the user.
+
         Raises:
-            Skip: It is not tracked.
+            Skip: The parameter is not tracked.
         """
         if self.is_flat(parameter):
             check_flat(parameter, [spec for spec in specs if spec != "auto"])
@@ -117,74 +127,74 @@ class Choices:
         for spec in specs:
             is_named, note = spec != "auto", None
             if is_named:
-                quantizer = inside_subclass(parameter, spec)
+                quantizer = wrap_for_subclass(parameter, spec)
             else:
                 quantizer, note = self._detect(parameter, is_alone=len(specs) == 1)
-            # "auto" may come to the same as a name beside it.
+            # "auto" may find the same quantizer that the list also names.
             chosen.setdefault(quantizer_name(quantizer), quantizer)
             notes += [note] if note else []
             _check_shards(parameter, quantizer, is_named=is_named)
             if self._strict:
                 try:
-                    try_on(quantizer, distributed.local(parameter).detach())
+                    try_quantizer(quantizer, distributed.local(parameter).detach())
                 except Exception as error:
-                    # Whatever it is that a format, or a tensor subclass, does not support.
-                    raise Skip(why_not(quantizer, parameter, error), misfit=is_named) from None
+                    # Formats and tensor subclasses raise all kinds of errors for what they do not support.
+                    raise Skip(trial_failure_message(quantizer, parameter, error), is_misfit=is_named) from None
         if self.is_flat(parameter):
             found = [quantizer for quantizer in chosen.values() if not any(quantizer is spec for spec in specs)]
-            check_formats_of_flat(parameter, found, named=False)
+            check_formats_for_flat(parameter, found, named=False)
         return tuple(chosen.values()), notes
 
     def _detect(self, parameter: Tensor, *, is_alone: bool) -> tuple[Quantizer, str | None]:
         owner = self._owners.get(id(parameter))
         try:
-            converted = self._converted(parameter)
+            converted = self._find_conversion(parameter)
             if converted is not None:
                 return converted
             if is_alone and not self._with_plain and self._has_converted:
-                raise _plain()
-            return _default(parameter)
+                raise _skip_unconverted()
+            return _default_quantizer(parameter)
         except Skip as reason:
-            reason.is_of_model = owner is not None
+            reason.is_from_model = owner is not None
             raise
 
-    def _converted(self, parameter: Tensor) -> tuple[Quantizer, str | None] | None:
-        """What torchao, or the optimizer, quantizes it with, and a note; None for a plain weight."""
-        of_optimizer = self._of_optimizer.get(id(parameter))
-        if of_optimizer is not None:
-            return of_optimizer, None
-        return _of_torchao(parameter, self._owners.get(id(parameter)))
+    def _find_conversion(self, parameter: Tensor) -> tuple[Quantizer, str | None] | None:
+        """Return the quantizer that torchao or the optimizer applies, and a note; None for a plain weight."""
+        quantizer = self._of_optimizer.get(id(parameter))
+        if quantizer is not None:
+            return quantizer, None
+        return _torchao_quantizer(parameter, self._owners.get(id(parameter)))
 
     @cached_property
     def _has_converted(self) -> bool:
-        """Whether torchao has converted any weight that is trained: not the frozen base below adapters."""
+        """Whether torchao converted any weight that is trained. The frozen base of adapters does not count."""
         for parameter in self._all:
             with suppress(Skip):
-                if parameter.requires_grad and self._converted(parameter) is not None:
+                if parameter.requires_grad and self._find_conversion(parameter) is not None:
                     return True
         return False
 
 
 def owner_types(parameters: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, str]:
-    """Name to the type of the module that holds the parameter, of those that the model has."""
-    owners = _owners(model) if model is not None else {}
+    """Map the name of each parameter that the model holds to the type of the module that owns it."""
+    owners = _find_owners(model) if model is not None else {}
     return {name: type(owners[id(p)]).__name__ for name, p in parameters.items() if id(p) in owners}
 
 
 def _check_shards(parameter: Tensor, quantizer: Quantizer, *, is_named: bool) -> None:
-    """Raise Skip for a weight that lies on several processes, and whose codes need more than each has of it."""
+    """Raise Skip for a sharded weight whose codes depend on more than one process can provide or exchange."""
     layout = distributed.layout(parameter)
     if layout is None:
         return
     try:
         distributed.span(layout, adapt(quantizer).encoder)
     except ValueError as error:
-        # What lies on other processes is named on all by the same line of a script.
-        raise Skip(str(error), misfit=is_named and layout.shard is not None) from None
+        # All ranks run the same script, so a weight may be named on a rank that holds none of it.
+        raise Skip(str(error), is_misfit=is_named and layout.shard is not None) from None
 
 
-def _owners(model: nn.Module) -> dict[int, nn.Module]:
-    """The module that holds each parameter; of several, the first that belongs to torchao."""
+def _find_owners(model: nn.Module) -> dict[int, nn.Module]:
+    """Map the id of each parameter to the module that owns it; of several, to the first one from torchao."""
     owners: dict[int, nn.Module] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -194,34 +204,34 @@ def _owners(model: nn.Module) -> dict[int, nn.Module]:
     return owners
 
 
-def _plain() -> Skip:
-    reason = Skip("in high precision beside torchao's converted layers")
-    reason.is_elsewhere, reason.note = True, _PLAIN_NOTE
+def _skip_unconverted() -> Skip:
+    reason = Skip("left in high precision by torchao, which converted other layers")
+    reason.is_expected, reason.note = True, _PLAIN_NOTE
     return reason
 
 
-def _of_torchao(parameter: Tensor, owner: nn.Module | None) -> tuple[Quantizer, str | None] | None:
-    """How torchao quantizes a weight, and a note; None if it does not."""
+def _torchao_quantizer(parameter: Tensor, owner: nn.Module | None) -> tuple[Quantizer, str | None] | None:
+    """Return the quantizer that torchao applies to a weight, and a note; None if it applies none."""
     shard = distributed.local(parameter)
     classes = torchao_classes(shard)
     if classes:
-        return of_subclass(shard, classes, owner)
+        return quantizer_of_subclass(shard, classes, owner)
     modules = [] if owner is None else torchao_classes(owner)
     if any(name.endswith("FakeQuantizer") for name in modules):
-        raise Skip(f"a scale or zero point that torchao's {modules[0]} learns, no weight")
+        raise Skip(f"a scale or zero point that torchao's {modules[0]} learns, not a weight")
     if modules and parameter is not getattr(owner, "bias", None):
-        return of_module(owner, modules)
+        return quantizer_of_module(owner, modules)
     return None
 
 
-def _default(parameter: Tensor) -> tuple[Quantizer, str | None]:
-    """What the dtype says, and a note."""
+def _default_quantizer(parameter: Tensor) -> tuple[Quantizer, str | None]:
+    """Return the default quantizer of the parameter's dtype, and a note."""
     default = _DTYPE_DEFAULTS.get(parameter.dtype)
     if default is None:
         raise Skip(f"no default quantizer for dtype {dtype_name(parameter)}; name one in quantizer=")
     if default == _FLOAT32_DEFAULT:
         return resolve(default), (
-            f"Plain {dtype_name(parameter)} weights have no quantizer of their own: they are tracked as {default} "
-            "would see them; quantizer= names another format, exclude= leaves them out"
+            f"Plain {dtype_name(parameter)} weights have no quantizer of their own: they are tracked as if cast to "
+            f"{default}; quantizer= names another format, exclude= leaves them out"
         )
     return resolve(default), None

@@ -1,4 +1,4 @@
-"""Flat parameters and shards of them (FSDP1, DeepSpeed ZeRO-3), which have no rows."""
+"""Flat parameters and their shards (FSDP1, DeepSpeed ZeRO-3), which have no rows."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor, nn
 from weightflip.quantizers import ElementwiseQuantizer, Quantizer
 from weightflip.quantizers.adapt import adapt, quantizer_name
 from weightflip.selection.names import is_partition
-from weightflip.selection.rules import Skip, elsewhere
-from weightflip.selection.trial import try_on, why_not
+from weightflip.selection.rules import Skip, expected_skip
+from weightflip.selection.trial import trial_failure_message, try_quantizer
 
 FLAT_NOTE = (
-    "Flat parameters and shards (FSDP1, DeepSpeed ZeRO-3) have no rows or channels: per-tensor formats only, since a "
-    "scale for each row, group or block would be one of wrong neighbours. A scale serves all layers that are in the "
-    "tensor, and is that of this process's part alone"
+    "Flat parameters and their shards (FSDP1, DeepSpeed ZeRO-3) have no rows or channels. Only per-tensor formats fit: "
+    "a scale per row, group or block would be shared by unrelated weights. One scale covers all layers in the tensor, "
+    "and it is computed from this process's part alone"
 )
 
 
-def flattened(parameters: Iterable[Tensor], model: nn.Module | None) -> dict[int, int]:
-    """How many dimensions the parameters had that have no rows any more, by id; 2 where several are in one."""
+def find_flattened(parameters: Iterable[Tensor], model: nn.Module | None) -> dict[int, int]:
+    """Map the id of each flattened parameter to its original number of dimensions; 2 if it holds several."""
     found = {}
     for parameter in cast(Iterable[Any], parameters):
         if getattr(parameter, "_is_flat_param", False) or is_partition(parameter):
             found[id(parameter)] = 2
         elif hasattr(parameter, "ds_shape"):
-            # ZeRO-3 leaves an empty tensor in the model.
+            # ZeRO-3 leaves empty tensors in the model.
             found[id(parameter)] = len(parameter.ds_shape)
     for module in model.modules() if model is not None else ():
         # FSDP1 with use_orig_params=True: 1-dimensional pieces, cut anywhere, and empty on most ranks.
@@ -41,49 +41,49 @@ def flattened(parameters: Iterable[Tensor], model: nn.Module | None) -> dict[int
 
 
 def check_flat(parameter: Tensor, named: Sequence[Quantizer]) -> None:
-    """What is known of a flat parameter before its data: on each rank the same.
+    """Check what can be checked without the data of a flat parameter, with the same result on each rank.
 
     Raises:
-        Skip: A format asked for by name does not fit; or there is no data here.
+        Skip: A format that the user named does not fit, or this rank has no data.
     """
-    check_formats_of_flat(parameter, named, named=True)
+    check_formats_for_flat(parameter, named, named=True)
     if parameter.numel() == 0:
-        raise elsewhere(
-            "ZeRO-3 keeps it in partitions, which are tracked once DeepSpeed gives them to the optimizer"
+        raise expected_skip(
+            "ZeRO-3 keeps it in partitions, which are tracked once DeepSpeed passes them to the optimizer"
             if hasattr(parameter, "ds_shape")
             else "none of it is on this rank"
         )
 
 
-def check_formats_of_flat(parameter: Tensor, quantizers: Iterable[Quantizer], *, named: bool) -> None:
-    """Only formats without rows, groups and blocks fit a flat parameter.
+def check_formats_for_flat(parameter: Tensor, quantizers: Iterable[Quantizer], *, named: bool) -> None:
+    """Check that no quantizer has a scale per row, group or block, which a flat parameter does not have.
 
     Raises:
-        Skip: One does not fit.
+        Skip: A quantizer does not fit.
     """
     for quantizer in quantizers:
         if not _has_at_most_one_scale(quantizer, parameter, otherwise=named):
             raise Skip(
-                f"it is a flat parameter or a shard of one, without rows or channels, and {quantizer_name(quantizer)} "
-                "has a scale for each row, group or block; name a format with at most one scale a tensor, such as "
+                f"it is a flat parameter or a shard of one, without rows or channels, but {quantizer_name(quantizer)} "
+                "has one scale per row, group or block; name a format with at most one scale per tensor, such as "
                 "'float8_e4m3', 'e3m4' or 'bfloat16'",
-                misfit=named,
+                is_misfit=named,
             )
 
 
 def _has_at_most_one_scale(quantizer: Quantizer, weight: Tensor, *, otherwise: bool) -> bool:
-    """Whether all weights share what scale there is; ``otherwise`` where only the quantizer itself could know."""
+    """Whether the quantizer uses at most one scale per tensor; ``otherwise`` if that cannot be determined."""
     quantizer = adapt(quantizer).encoder
     if not isinstance(quantizer, ElementwiseQuantizer):
         return otherwise
     if quantizer.group is not None:
         return False
     try:
-        # Of a single row, a scale a row and a scale a tensor look alike.
-        scale = try_on(quantizer, torch.ones(2, 2, dtype=weight.dtype, device=weight.device))
+        # Two rows: with a single one, per-row and per-tensor scales look alike.
+        scale = try_quantizer(quantizer, torch.ones(2, 2, dtype=weight.dtype, device=weight.device))
     except ValueError:
-        # A scale of the user's own, for weights of another shape.
+        # A user-defined scale for weights of another shape.
         return False
     except Exception as error:
-        raise Skip(why_not(quantizer, weight, error), misfit=otherwise) from None
+        raise Skip(trial_failure_message(quantizer, weight, error), is_misfit=otherwise) from None
     return scale is None or scale.numel() == 1

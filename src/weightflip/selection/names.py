@@ -1,4 +1,4 @@
-"""What parameters are called."""
+"""Names of parameters."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Put into names by torch.compile, activation checkpointing, FSDP1 and Fabric; not what people call their layers.
+# Added to names by torch.compile, activation checkpointing, FSDP1 and Fabric; not part of the user's names.
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_forward_module.")
-# Called ``module`` in them, as people may call a layer, too.
+# These hold the model as ``module``, a name that users may also give to a layer.
 _DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-_BY_PLACE = re.compile(r"group\d+\.param\d+")
+_POSITIONAL_NAME = re.compile(r"group\d+\.param\d+")
 
 
 def name_parameters(
     param_groups: Sequence[Mapping[str, Any]], model: nn.Module | None, earlier: Sequence[Sequence[str]] = ()
 ) -> dict[str, Tensor]:
-    """Name to parameter, for each parameter of the groups, once.
+    """Map a unique name to each parameter of the param groups.
 
-    Names come from the model; else from the groups' ``param_names``; else from what was at this place before
-    (``earlier``, a list a group); else from the place, as ``group0.param3``. A parameter that the model holds under
-    several names (tied weights) has the first. A partition of ZeRO-3, which takes the place of a group, is called after
-    the first and the last parameter in it, as ``group0.partition0_3``. What wrappers such as DDP put into names is left
-    out.
+    The name comes from the first of these that has one: the model; the param group's ``param_names``; the names used
+    earlier at the same position (``earlier``, one list per param group); the position itself, as in ``group0.param3``.
+    A tied weight, which the model holds under several names, gets the first. A ZeRO-3 partition, which replaces a
+    param group, is named after its first and last parameter, as in ``group0.partition0_3``. Prefixes that wrappers
+    such as DDP add are removed.
     """
-    of_model = _model_names(model) if model is not None else {}
-    of_groups = _group_names(param_groups)
+    model_names = _model_names(model) if model is not None else {}
+    group_names = _group_names(param_groups)
     names: dict[int, str] = {}
     result: dict[str, Tensor] = {}
     for i, group in enumerate(param_groups):
-        given = of_groups[i] or (earlier[i] if i < len(earlier) else ())
+        fallbacks = group_names[i] or (earlier[i] if i < len(earlier) else ())
         for j, parameter in enumerate(group["params"]):
             if id(parameter) in names:
                 continue
-            name = of_model.get(id(parameter)) or (given[j] if j < len(given) else f"group{i}.param{j}")
+            name = model_names.get(id(parameter)) or (fallbacks[j] if j < len(fallbacks) else f"group{i}.param{j}")
             if is_partition(parameter):
                 name = f"group{i}.partition{parameter.ds_id}"
             if name in result:
@@ -45,41 +45,41 @@ def name_parameters(
     return result
 
 
-def is_by_place(name: str) -> bool:
-    """Whether a parameter is called after its place, for want of a name."""
-    return _BY_PLACE.fullmatch(name) is not None
+def is_positional(name: str) -> bool:
+    """Whether a name is a position in the param groups, for lack of a better one."""
+    return _POSITIONAL_NAME.fullmatch(name) is not None
 
 
 def _model_names(model: nn.Module) -> dict[int, str]:
-    inside = {f"{path}.module".lstrip(".") for path, part in model.named_modules() if isinstance(part, _DATA_PARALLEL)}
+    wrapped = {f"{path}.module".lstrip(".") for path, part in model.named_modules() if isinstance(part, _DATA_PARALLEL)}
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters():
-        names.setdefault(id(parameter), _without_wrappers(name, inside))
+        names.setdefault(id(parameter), _strip_wrappers(name, wrapped))
     return names
 
 
-def _without_wrappers(name: str, inside: Container[str]) -> str:
-    """A name without what wrappers put into it.
+def _strip_wrappers(name: str, wrapped: Container[str]) -> str:
+    """Remove what wrappers add to the name of a parameter.
 
     Args:
-        name: Of a parameter.
-        inside: Paths of the modules in a wrapper that calls its own ``module``.
+        name: The name of a parameter.
+        wrapped: Paths of the modules that a wrapper holds as ``module``.
     """
     parts = name.split(".")
-    name = ".".join(part for i, part in enumerate(parts, 1) if ".".join(parts[:i]) not in inside)
+    name = ".".join(part for i, part in enumerate(parts, 1) if ".".join(parts[:i]) not in wrapped)
     for prefix in _WRAPPER_PREFIXES:
         name = name.replace(prefix, "")
     return name
 
 
 def _group_names(param_groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The groups' ``param_names``; where all are inside of one module called ``module``, it is taken for DDP."""
-    names = [[_without_wrappers(name, ()) for name in group.get("param_names") or ()] for group in param_groups]
-    if all(name.startswith("module.") for of_group in names for name in of_group):
-        return [[name.removeprefix("module.") for name in of_group] for of_group in names]
-    return names
+    """Return each group's ``param_names``. If all of them begin with ``module.``, the prefix is taken for DDP's."""
+    groups = [[_strip_wrappers(name, ()) for name in group.get("param_names") or ()] for group in param_groups]
+    if all(name.startswith("module.") for names in groups for name in names):
+        return [[name.removeprefix("module.") for name in names] for names in groups]
+    return groups
 
 
 def is_partition(parameter: Any) -> bool:
-    """Whether DeepSpeed ZeRO-3 made it of parameters, whose own ``ds_id`` are numbers."""
+    """Whether this is a DeepSpeed ZeRO-3 partition: its ``ds_id`` is text, that of a parameter a number."""
     return isinstance(getattr(parameter, "ds_id", None), str)

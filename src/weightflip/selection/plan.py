@@ -1,4 +1,4 @@
-"""Which parameters are tracked, under which name, with which quantizer; and why the others are not."""
+"""Plan which parameters to track, with which quantizers, and why to skip the others."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Plan:
     """What to do with each parameter of an optimizer.
 
     Attributes:
-        tracked: Name to the quantizers it is seen through, one for most.
-        listed: Names that a list of quantizers was given for, even if it came down to one.
+        tracked: Name to quantizers; usually one.
+        listed: Names for which the user gave a list of quantizers, even if only one quantizer is left of it.
         skipped: Name to the reason.
-        skipped_by_model: Names of those whose reason comes from the model.
-        notes: Sentences worth reading.
+        skipped_by_model: The skipped names whose reason comes from the model.
+        notes: Sentences for the user.
     """
 
     tracked: dict[str, tuple[Quantizer, ...]] = field(default_factory=dict)
@@ -36,13 +36,13 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
-    def nothing_to_track(self) -> str:
-        """What there was instead, and why it is left out, if all of it is."""
+    def nothing_to_track_message(self) -> str:
+        """Says that all parameters are skipped, and why."""
         names_of: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             names_of.setdefault(reason, []).append(name)
-        reasons = "; ".join(f"{_some(names)}: {reason}" for reason, names in names_of.items())
-        return f"nothing to track among {len(self.skipped)} parameters ({reasons or 'there are none'})"
+        reasons = "; ".join(f"{_first_few(names)}: {reason}" for reason, names in names_of.items())
+        return f"nothing to track among {len(self.skipped)} parameters ({reasons or 'the optimizer has none'})"
 
 
 def make_plan(
@@ -53,66 +53,66 @@ def make_plan(
     strict: bool = True,
     may_be_empty: bool = False,
 ) -> Plan:
-    """Decide for each parameter whether it is tracked and with which quantizer.
+    """Decide for each parameter whether to track it and with which quantizers.
 
     Args:
         parameters: Name to parameter.
         sources: Where ``"auto"`` looks.
-        selection: What was asked for.
-        strict: Whether a rule that leads nowhere is an error. While training goes on, a parameter that cannot be
-            tracked any more is skipped with its reason instead.
-        may_be_empty: Whether patterns that leave nothing to track are no error, even if ``strict``.
+        selection: The user's selection.
+        strict: Whether a rule that cannot be followed is an error. If not, as during training, a parameter that can no
+            longer be tracked is skipped with its reason.
+        may_be_empty: Whether patterns may leave nothing to track, even if ``strict``.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: An unknown quantizer. If ``strict``: a glob that matches nothing; a model that holds none of the
-            parameters; a weight that does not fit the format named for it; a parameter that is included by its full
+        ValueError: An unknown quantizer. If ``strict``, also: a glob that matches nothing; a model that holds none of
+            the parameters; a weight that does not fit the format named for it; a parameter that is included by its full
             name and cannot be tracked; patterns that leave nothing to track, now or later.
-        TypeError: Something that is no quantizer.
+        TypeError: An object that is not a quantizer.
     """
     rules = Rules(selection)
     if strict:
         rules.check(parameters)
     choices = Choices(parameters, sources, strict=strict, with_plain=bool(rules.include))
-    # Ranks have different shards of FSDP1, and must not come to different ends; ZeRO-3's partitions are yet to come.
+    # With FSDP1 a rank may hold no shard, and all ranks must behave alike; ZeRO-3 partitions do not exist yet.
     may_be_empty |= any(choices.is_flat(p) and not getattr(p, "_is_flat_param", False) for p in parameters.values())
-    plan, noted, unknown = Plan(), dict[str, list[str]](), dict[str, None]()
+    plan, names_by_note, unknown_classes = Plan(), dict[str, list[str]](), dict[str, None]()
     for name, parameter in parameters.items():
         try:
-            rules.check_trackable(name, parameter, choices.ndim_before(parameter))
-            specs = choices.known(name) or rules.specs_of(name)
+            rules.check_trackable(name, parameter, choices.original_ndim(parameter))
+            specs = choices.recall(name) or rules.specs_for(name)
             if choices.is_flat(parameter):
-                noted.setdefault(FLAT_NOTE, []).append(name)
+                names_by_note.setdefault(FLAT_NOTE, []).append(name)
             chosen, notes = choices.choose(parameter, specs)
         except Skip as reason:
-            if strict and (reason.misfit or (name in rules.include and not reason.is_elsewhere)):
-                raise ValueError(f"parameter {name!r} cannot be tracked as asked for: {reason}") from None
+            if strict and (reason.is_misfit or (name in rules.include and not reason.is_expected)):
+                raise ValueError(f"parameter {name!r} cannot be tracked as requested: {reason}") from None
             plan.skipped[name] = str(reason)
-            may_be_empty |= reason.is_elsewhere
-            if reason.is_of_model:
+            may_be_empty |= reason.is_expected
+            if reason.is_from_model:
                 plan.skipped_by_model.add(name)
-            if reason.unknown is not None:
-                unknown[reason.unknown] = None
+            if reason.unknown_class is not None:
+                unknown_classes[reason.unknown_class] = None
             if reason.note is not None:
-                noted.setdefault(reason.note, []).append(name)
+                names_by_note.setdefault(reason.note, []).append(name)
         else:
             plan.tracked[name] = chosen
             if len(specs) > 1:
                 plan.listed.add(name)
             for note in notes:
-                noted.setdefault(note, []).append(name)
-    for cls in unknown if distributed.is_writer() else ():
-        logger.warning("weightflip: torchao's %s is not known yet; its weights are not tracked", cls)
-    # Without patterns of the user's, having nothing is no mistake: an optimizer of biases is a script that runs.
+                names_by_note.setdefault(note, []).append(name)
+    for cls in unknown_classes if distributed.is_writer() else ():
+        logger.warning("weightflip: torchao's %s is not supported yet; its weights are not tracked", cls)
+    # Without patterns, an empty selection is not a mistake: a script whose optimizer holds only biases must run.
     if strict and rules.has_patterns and not plan.tracked and not may_be_empty:
         raise ValueError(
-            f"{plan.nothing_to_track}; expected a floating-point weight with two dimensions that the patterns in "
-            "include=, exclude= and quantizer= leave, or others that include= names"
+            f"{plan.nothing_to_track_message}; expected include=, exclude= and quantizer= to leave at least one "
+            "floating-point weight with two or more dimensions, or include= to name others"
         )
-    return replace(plan, notes=tuple(f"{note} ({_some(names)})" for note, names in noted.items()))
+    return replace(plan, notes=tuple(f"{note} ({_first_few(names)})" for note, names in names_by_note.items()))
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_few(names: Sequence[str]) -> str:
     return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"

@@ -1,4 +1,4 @@
-"""What the user and the parameter itself say: globs over names, and a reason for each weight that is not tracked."""
+"""Rules for selecting parameters: the user's globs over names, and what makes a parameter impossible to track."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ class Skip(Exception):
     """A parameter cannot be tracked; the message says why.
 
     Args:
-        reason: For people.
-        misfit: Whether the user asked for a format that the weight does not fit.
-        unknown: A class of torchao's that weightflip should know and does not; said once in the log.
+        reason: Shown to the user.
+        is_misfit: Whether the user named a format that the weight does not fit.
+        unknown_class: A torchao class that weightflip does not support; logged once.
     """
 
-    is_of_model = False
-    """Whether it is the model that says so, which a copy of an optimizer cannot ask."""
+    is_from_model = False
+    """Whether the reason comes from the model, which a copy of the optimizer does not have."""
 
-    is_elsewhere = False
-    """Whether other processes, or later steps, have the weights: no fault of the call."""
+    is_expected = False
+    """Whether this is not a mistake in the call: other processes hold the weights, or a later step will."""
 
     note: str | None = None
-    """A sentence that is worth reading beside the reason."""
+    """A sentence for the user in addition to the reason."""
 
-    def __init__(self, reason: str, *, misfit: bool = False, unknown: str | None = None) -> None:
+    def __init__(self, reason: str, *, is_misfit: bool = False, unknown_class: str | None = None) -> None:
         super().__init__(reason)
-        self.misfit = misfit
-        self.unknown = unknown
+        self.is_misfit = is_misfit
+        self.unknown_class = unknown_class
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which weights are to be tracked, as what.
+    """Which weights to track, with which quantizers, as the user wrote it.
 
     Attributes:
         quantizer: ``"auto"``, a name, an object, a function, a list of these, or a mapping from globs over names to
-            any of them, of which the first that matches counts.
-        include: Globs over names; None for every floating-point weight that has two dimensions or more, or had them
-            before it was made flat.
+            any of them; the first glob that matches counts.
+        include: Globs over names; None for every floating-point weight that has two or more dimensions, or had them
+            before it was flattened.
         exclude: Globs over names.
     """
 
@@ -58,25 +58,25 @@ class Selection:
 
 
 class Rules:
-    """A selection, resolved.
+    """A selection with its globs and quantizers resolved.
 
     Attributes:
-        include: Globs over names; none for those that need no name.
+        include: Globs over names; empty if the user gave none.
 
     Raises:
         ValueError: An unknown quantizer, or an empty mapping.
-        TypeError: Something that is no quantizer, or no glob.
+        TypeError: An object that is not a quantizer or a glob.
     """
 
     def __init__(self, selection: Selection) -> None:
-        self._quantizers = _resolved(selection.quantizer)
+        self._quantizers = _resolve_rules(selection.quantizer)
         self._is_mapping = isinstance(selection.quantizer, Mapping)
         self.include = globs("include", selection.include)
         self._exclude = globs("exclude", selection.exclude)
 
     @property
     def has_patterns(self) -> bool:
-        """Whether the user wrote any."""
+        """Whether the user gave any globs."""
         return bool(self.include or self._exclude) or self._is_mapping
 
     def check(self, names: Iterable[str]) -> None:
@@ -86,37 +86,42 @@ class Rules:
         check_globs("include", self.include, names)
         check_globs("exclude", self._exclude, names)
 
-    def check_trackable(self, name: str, parameter: Tensor, ndim_before: int | None) -> None:
-        """What the parameter itself and its name say; and its dimensions before it was made flat, if it was.
+    def check_trackable(self, name: str, parameter: Tensor, original_ndim: int | None) -> None:
+        """Check that the globs and the parameter itself allow tracking.
+
+        Args:
+            name: Matched against the globs.
+            parameter: The parameter.
+            original_ndim: Number of dimensions before it was flattened; None if it was not.
 
         Raises:
-            Skip: It is not tracked.
+            Skip: The parameter is not tracked.
         """
-        if _matches(name, self._exclude):
+        if _matches_any(name, self._exclude):
             raise Skip("excluded")
-        if self.include and not _matches(name, self.include):
+        if self.include and not _matches_any(name, self.include):
             raise Skip("not included")
         if nn.parameter.is_lazy(parameter):
-            raise elsewhere("not initialised yet")
-        ndim = parameter.ndim if ndim_before is None else ndim_before
+            raise expected_skip("not initialized yet")
+        ndim = parameter.ndim if original_ndim is None else original_ndim
         if not self.include and ndim < 2:
             raise Skip(f"{ndim}-dimensional (name it in include= to track it)")
         if not parameter.is_floating_point():
             raise Skip(f"dtype {dtype_name(parameter)} is not floating-point")
         if parameter.is_meta:
-            raise elsewhere("on the meta device, without data yet")
-        if parameter.numel() == 0 and ndim_before is None:
+            raise expected_skip("on the meta device, without data yet")
+        if parameter.numel() == 0 and original_ndim is None:
             raise Skip("empty")
         if parameter.layout is not torch.strided:
             raise Skip(f"layout {parameter.layout} is not strided")
         if not parameter.requires_grad:
             raise Skip("frozen (requires_grad=False)")
 
-    def specs_of(self, name: str) -> tuple[Any, ...]:
-        """What the first rule that matches says.
+    def specs_for(self, name: str) -> tuple[Any, ...]:
+        """Return the quantizers of the first glob that matches.
 
         Raises:
-            Skip: None does.
+            Skip: No glob matches.
         """
         for glob, specs in self._quantizers.items():
             if fnmatchcase(name, glob):
@@ -124,8 +129,8 @@ class Rules:
         raise Skip("no pattern in quantizer= matches; add '*' for the rest")
 
 
-def _resolved(quantizer: Any) -> dict[str, tuple[Any, ...]]:
-    """Glob to quantizers, each resolved or "auto"."""
+def _resolve_rules(quantizer: Any) -> dict[str, tuple[Any, ...]]:
+    """Map each glob to its quantizers, resolved or "auto"."""
     rules = dict(quantizer) if isinstance(quantizer, Mapping) else {"*": quantizer}
     if not rules:
         raise ValueError("quantizer= is an empty mapping; expected globs over names, such as {'*': 'auto'}")
@@ -134,10 +139,10 @@ def _resolved(quantizer: Any) -> dict[str, tuple[Any, ...]]:
             raise TypeError(
                 f"quantizer= maps globs over names, such as 'blocks.*', to quantizers; got the key {describe(glob)}"
             )
-    return {glob: _specs(specs) for glob, specs in rules.items()}
+    return {glob: _resolve_specs(specs) for glob, specs in rules.items()}
 
 
-def _specs(specs: Any) -> tuple[Any, ...]:
+def _resolve_specs(specs: Any) -> tuple[Any, ...]:
     found = tuple(
         spec if isinstance(spec, str) and spec == "auto" else resolve(spec)
         for spec in (specs if isinstance(specs, (list, tuple)) else [specs])
@@ -145,12 +150,12 @@ def _specs(specs: Any) -> tuple[Any, ...]:
     names = [spec if isinstance(spec, str) else quantizer_name(spec) for spec in found]
     if not found or len(set(names)) < len(names):
         raise ValueError(
-            f"quantizer= takes a list of different quantizers, got {names}; objects and functions need a name each"
+            f"quantizer= takes a list of different quantizers, got {names}; give each object or function its own name"
         )
     return found
 
 
-def make_groups(
+def make_layer_groups(
     groups: Mapping[str, str | Sequence[str]] | str | None,
     names: Sequence[str],
     types: Mapping[str, str],
@@ -158,18 +163,18 @@ def make_groups(
     tracked: Sequence[str] = (),
     strict: bool = True,
 ) -> dict[str, tuple[str, ...]]:
-    """Name of each group of layers to the parameters in it.
+    """Map the name of each layer group to the names of its parameters.
 
     Args:
-        groups: Name to globs over parameter names; ``"type"`` for a group of each type; ``"blocks"`` for one of each
-            repeated block; None for blocks where more than 30 weights are tracked, else none.
-        names: Of the parameters.
-        types: Name to the type of the module that holds the parameter; what has none is in no group.
-        tracked: Those of the parameters that blocks are found among.
+        groups: Name to globs over parameter names; ``"type"`` for one layer group per module type; ``"blocks"`` for one
+            per repeated model block; None for ``"blocks"`` if more than 30 weights are tracked, else no layer groups.
+        names: Names of the parameters.
+        types: Parameter name to the type of its module. With ``"type"``, a parameter without one is in no layer group.
+        tracked: Names of the tracked parameters, among which model blocks are found.
         strict: Whether a glob that matches nothing is an error.
 
     Returns:
-        The groups, in the order in which they were given, or first met.
+        The layer groups, in the order in which they were given or first found.
 
     Raises:
         ValueError: If ``strict``: a glob that matches nothing, or ``"type"`` without types.
@@ -178,7 +183,7 @@ def make_groups(
         return blocks_of(tracked) if groups or len(tracked) > MANY_LAYERS else {}
     if isinstance(groups, str):
         if strict and not types:
-            raise ValueError("groups='type' looks at the model's modules; pass model=, or globs over parameter names")
+            raise ValueError("groups='type' needs the model's modules; pass model=, or globs over parameter names")
         found: dict[str, tuple[str, ...]] = {}
         for name in names:
             if name in types:
@@ -188,7 +193,7 @@ def make_groups(
     if strict:
         for matching in rules.values():
             check_globs("groups", matching, names)
-    return {group: tuple(name for name in names if _matches(name, matching)) for group, matching in rules.items()}
+    return {group: tuple(name for name in names if _matches_any(name, matching)) for group, matching in rules.items()}
 
 
 def check_globs(option: str, globs: Sequence[str], names: Iterable[str]) -> None:
@@ -200,17 +205,17 @@ def check_globs(option: str, globs: Sequence[str], names: Iterable[str]) -> None
             raise ValueError(f"the pattern {glob!r} in {option}= matches none of the {len(names)} parameters: {shown}")
 
 
-def _matches(name: str, globs: Iterable[str]) -> bool:
+def _matches_any(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def elsewhere(reason: str) -> Skip:
-    """Other processes, or later steps, have the weights."""
+def expected_skip(reason: str) -> Skip:
+    """Return a Skip that is not a mistake in the call: other processes hold the weights, or a later step will."""
     skip = Skip(reason)
-    skip.is_elsewhere = True
+    skip.is_expected = True
     return skip
 
 
 def dtype_name(parameter: Tensor) -> str:
-    """As people write it: ``"float32"``."""
+    """Return the name without the module, such as ``"float32"``."""
     return str(parameter.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Trying a quantizer on a weight before training, so that what fails does so in the call."""
+"""Try a quantizer on a weight before training, so that errors are raised in the user's call."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ from torch import Tensor
 
 from weightflip.quantizers import Codes, ElementwiseQuantizer, Quantizer
 from weightflip.quantizers.adapt import quantizer_name
-from weightflip.quantizers.protocol import fresh
+from weightflip.quantizers.protocol import new_buffer
 from weightflip.selection.rules import dtype_name
 
 _ORDINALS = (torch.int8, torch.int16, torch.int32, torch.int64)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def why_not(quantizer: Quantizer, parameter: Tensor, error: Exception) -> str:
-    """What a trial that failed says."""
+def trial_failure_message(quantizer: Quantizer, parameter: Tensor, error: Exception) -> str:
+    """Explain why a quantizer does not encode a parameter, and what to do."""
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     return (
-        f"{quantizer_name(quantizer)!r} does not encode it, dtype {dtype_name(parameter)}, shape "
-        f"{tuple(parameter.shape)}: {kind}{error}; name another quantizer for it in quantizer=, or leave it "
+        f"{quantizer_name(quantizer)!r} cannot encode it (dtype {dtype_name(parameter)}, shape "
+        f"{tuple(parameter.shape)}): {kind}{error}; name another quantizer for it in quantizer=, or leave it "
         "out with exclude="
     )
 
 
 @torch.no_grad()
-def try_on(quantizer: Quantizer, weight: Tensor) -> Tensor | None:
-    """Find out now what would fail at the first step; random numbers go on from where they were.
+def try_quantizer(quantizer: Quantizer, weight: Tensor) -> Tensor | None:
+    """Encode a weight now to raise the errors that the first step would raise. RNG states are restored.
 
-    A quantizer that goes element by element shows on a row what it does. Any other sees the whole weight, as in each
-    step: it may need all of its shape.
+    An elementwise quantizer is tried on one row. Any other encodes the whole weight, as in each step, since it may
+    depend on the shape.
 
     Returns:
         The scale of the weight.
 
     Raises:
-        Exception: Whatever the quantizer raises, or ValueError for codes that are none.
+        Exception: Whatever the quantizer raises, or ValueError if it does not return valid codes.
     """
-    with _random_numbers_kept(weight.device):
+    with _preserve_rng_state(weight.device):
         if not isinstance(quantizer, ElementwiseQuantizer):
-            # A copy: one that works in place would change the training.
-            given = weight.clone() if type(weight) is Tensor else weight
-            codes = quantizer.encode(given)
+            # On a copy: a quantizer that works in place would change the training.
+            copy = weight.clone() if type(weight) is Tensor else weight
+            codes = quantizer.encode(copy)
             _check_codes(quantizer, codes, weight)
-            if given is not weight and not torch.equal(_bits(given), _bits(weight)):
+            if copy is not weight and not torch.equal(_bits(copy), _bits(weight)):
                 raise ValueError(
-                    f"{quantizer} writes the weight that it is given, which would change the training; "
+                    f"{quantizer} writes to the weight passed to it, which would change the training; "
                     "have it work on a copy, such as weight.clone()"
                 )
             return codes.scale
@@ -63,23 +63,23 @@ def try_on(quantizer: Quantizer, weight: Tensor) -> Tensor | None:
             if scale is not None and scale.ndim:
                 scale_of_piece = scale[(slice(0, 1),) * (scale.ndim - 1)]
             out = torch.empty(piece.shape, dtype=quantizer.code_dtype(weight), device=weight.device)
-            quantizer.encode_into(piece, scale_of_piece, out, fresh)
+            quantizer.encode_into(piece, scale_of_piece, out, new_buffer)
         return scale
 
 
 @contextmanager
-def _random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """What is drawn inside, by a quantizer of the user's, is drawn again afterwards."""
+def _preserve_rng_state(device: torch.device) -> Iterator[None]:
+    """Restore the random states of torch, Python and NumPy afterwards: a user's quantizer may draw numbers."""
     devices = [device] if device.type == "cuda" else []
     numpy = sys.modules.get("numpy")
-    of_python, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
+    python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        random.setstate(of_python)
+        random.setstate(python_state)
         if numpy is not None:
-            numpy.random.set_state(of_numpy)
+            numpy.random.set_state(numpy_state)
 
 
 def _check_codes(quantizer: Quantizer, codes: Any, weight: Tensor) -> None:
@@ -90,11 +90,11 @@ def _check_codes(quantizer: Quantizer, codes: Any, weight: Tensor) -> None:
             else type(codes).__name__
         )
         raise ValueError(
-            f"encode() of {quantizer} has to return Codes with int8, int16, int32 or int64 ordinals of the weight's "
-            f"shape, got {got}"
+            f"encode() of {quantizer} must return Codes with int8, int16, int32 or int64 ordinals of the weight's "
+            f"shape {tuple(weight.shape)}, got {got}"
         )
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """What equals itself, NaN too."""
+    """View a tensor as integers, for which NaN equals itself."""
     return tensor.view(_BITS[tensor.element_size()])

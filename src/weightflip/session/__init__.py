@@ -1,1 +1,1 @@
-"""Around one step: options, which weights are looked at, when counts are written, and what a fault may not do."""
+"""Everything around an optimizer step: options, selecting weights, writing records, containing faults."""

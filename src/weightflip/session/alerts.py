@@ -1,4 +1,4 @@
-"""Rules over the numbers of records: what to tell people when it happens, and not only in a chart."""
+"""Alerts: rules over the values of records, reported as soon as they come true."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from weightflip.records import AlertEvent, FlipRecord, LayerRecord, alert_lines,
 logger = logging.getLogger("weightflip")
 
 _RULE = re.compile(
-    r"\s*(?P<value>\w+)\s*(?:(?P<comparison>[<>]=?)|drops\b)\s*"
+    r"\s*(?P<value>\w+)\s*(?:(?P<comparison>[<>]=?|==)|drops\b)\s*"
     r"(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(?P<percent>%?)"
     r"(?:\s+for\s+(?P<steps>\d+)\s+steps?)?\s*"
 )
@@ -28,29 +28,30 @@ _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": lambda value, bound: value >= bound,
     "<": lambda value, bound: value < bound,
     "<=": lambda value, bound: value <= bound,
+    "==": lambda value, bound: value == bound,
 }
 _NONFINITE = "nonfinite_weights"
 
 
 @dataclass(frozen=True)
 class Alert:
-    """A rule to watch, for each layer and for the model.
+    """A rule to check for each layer and for the model.
 
-    A rule compares a value with a bound (``>``, ``>=``, ``<``, ``<=``), or with the highest value so far (``drops``).
-    With ``for N steps`` it comes true when the condition has held at every record over at least N optimizer steps. It
-    is told once; after a record at which the condition does not hold it can be told again. A record without the value
-    says nothing: no updates have no stall ratio.
+    A rule compares a value with a bound (``>``, ``>=``, ``<``, ``<=``, ``==``), or with its highest value so far
+    (``drops``). With ``for N steps``, it comes true once the condition has held at every record over at least N
+    optimizer steps. It is reported once, and can be reported again after a record at which the condition does not hold.
+    A record without the value is ignored; for example, there is no stall ratio without updates.
 
     Args:
         rule: ``"<value> > <number> [for <N> steps]"`` or ``"<value> drops <number>% [for <N> steps]"``. Numbers may be
-            per cent.
-        layers: Globs over layer names, of which ``"model"`` is one; None for all.
-        callback: Called with each :class:`AlertEvent`, in the training's own thread. If it raises, this is warned about
-            once, it is not called again, and training goes on: to stop a training, have it set a flag.
+            percentages.
+        layers: Globs over layer names, where ``"model"`` stands for the model; None for all.
+        callback: Called with each :class:`AlertEvent`, in the training thread. If it raises, weightflip warns once and
+            does not call it again, and training continues. To stop training, have it set a flag.
 
     Raises:
-        ValueError: ``rule`` cannot be read.
-        TypeError: ``rule`` is no text, ``layers`` no globs, or ``callback`` no function.
+        ValueError: ``rule`` cannot be parsed.
+        TypeError: ``rule`` is not a string, ``layers`` are not globs, or ``callback`` is not callable.
 
     Example:
         >>> import torch
@@ -71,23 +72,23 @@ class Alert:
     layers: str | Sequence[str] | None = None
     callback: Callable[[AlertEvent], object] | None = None
     value: str = field(init=False, repr=False)
-    """The name of the value that is watched."""
+    """The name of the value to check."""
     comparison: str = field(init=False, repr=False)
-    """``">"``, ``">="``, ``"<"``, ``"<="`` or ``"drops"``."""
+    """``">"``, ``">="``, ``"<"``, ``"<="``, ``"=="`` or ``"drops"``."""
     bound: float = field(init=False, repr=False)
-    """What the value is compared with; of a drop, its share of the highest value."""
+    """What the value is compared with; for ``"drops"``, the drop as a fraction of the highest value."""
     steps: int = field(init=False, repr=False)
-    """Optimizer steps over which the condition has to hold."""
+    """The number of optimizer steps over which the condition has to hold."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, str):
-            raise TypeError(f"a rule of alerts= is a text such as {_EXAMPLES}, got {type(self.rule).__name__}")
+            raise TypeError(f"a rule in alerts= is a string such as {_EXAMPLES}, got {type(self.rule).__name__}")
         found = _RULE.fullmatch(self.rule)
         bound = math.nan if found is None else float(found["number"]) / (100 if found["percent"] else 1)
         if found is None or (not found["comparison"] and not (found["percent"] and 0 < bound <= 1)):
             raise ValueError(f"expected a rule such as {_EXAMPLES} in alerts=, got {self.rule!r}")
         if self.callback is not None and not callable(self.callback):
-            raise TypeError(f"callback= is a function of an AlertEvent, got {checks.describe(self.callback)}")
+            raise TypeError(f"callback= takes a function of an AlertEvent, got {checks.describe(self.callback)}")
         if not isinstance(self.layers, str) and self.layers is not None:
             object.__setattr__(self, "layers", checks.globs("layers", self.layers))
         for name, value in {
@@ -108,59 +109,59 @@ class Alert:
         return any(_matches(layer, glob) for glob in self.globs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Alert:
-        # A bound method's object is the user's: a copy of the optimizer calls the same.
+        # The callback may be a bound method of a user's object: a copy of the optimizer calls the same one.
         return self
 
 
 @dataclass
 class _Episode:
-    """How one rule stands with one layer."""
+    """The state of one rule for one layer."""
 
     highest: float = -math.inf
     since: int | None = None
-    is_told: bool = False
+    is_reported: bool = False
 
 
 class AlertWatch:
-    """Looks at each record for rules that come true, and tells the log and the callbacks.
+    """Checks each record against the rules, logs those that come true and calls their callbacks.
 
-    Nothing of it is saved in checkpoints: in a resumed run, times and highest values begin anew.
+    Its state is not saved in checkpoints: in a resumed run, durations and highest values start again.
 
     Args:
-        alerts: Rules, as text or :class:`Alert`.
-        values: The names that values have.
+        alerts: Rules, as strings or :class:`Alert`.
+        values: Names of the available values.
 
     Raises:
-        ValueError: A rule that cannot be read, or about a value that there is not.
-        TypeError: Something else than a rule.
+        ValueError: A rule cannot be parsed, or is about an unknown value.
+        TypeError: An object that is not a rule.
     """
 
     def __init__(self, alerts: Iterable[str | Alert] | None = None, values: Set[str] = frozenset()) -> None:
         self._alerts = [alert if isinstance(alert, Alert) else Alert(alert) for alert in alerts or ()]
         self._episodes: dict[tuple[int, str], _Episode] = {}
-        self._untold: list[str] = []
+        self._pending_warnings: list[str] = []
         known = {*values, _NONFINITE}
         for alert in self._alerts:
             if alert.value not in known:
                 raise ValueError(
-                    f"the rule {alert.rule!r} in alerts= is about {alert.value!r}, which none of the metrics= gives; "
-                    f"{checks.did_you_mean(alert.value, known)}They give {', '.join(sorted(known))}"
+                    f"the rule {alert.rule!r} in alerts= is about {alert.value!r}, which metrics= does not provide; "
+                    f"{checks.did_you_mean(alert.value, known)}Available values: {', '.join(sorted(known))}"
                 )
 
     def __bool__(self) -> bool:
         return bool(self._alerts)
 
     def check_layers(self, layers: Iterable[str]) -> None:
-        """Raise for a rule about layers that there are not.
+        """Check that each glob in the rules matches a layer.
 
         Args:
-            layers: Names of all of them.
+            layers: Names of all layers.
 
         Raises:
-            ValueError: A glob that matches none.
+            ValueError: A glob matches no layer.
         """
         names = ["model", *layers]
-        names += [variant("model", seen_as) for name in names if (seen_as := split_variant(name)[1])]
+        names += [variant("model", quantizer) for name in names if (quantizer := split_variant(name)[1])]
         for alert in self._alerts:
             for glob in alert.globs:
                 if not any(_matches(name, glob) for name in names):
@@ -170,34 +171,34 @@ class AlertWatch:
                     )
 
     def extend(self, other: AlertWatch) -> None:
-        """Watch the rules of another one, too."""
+        """Add the rules of another watch."""
         self._alerts += other._alerts
 
     def check(self, record: FlipRecord) -> list[AlertEvent]:
-        """Look at a record, log what came true, call back.
+        """Check a record, log the rules that came true, and call their callbacks.
 
         Returns:
-            What came true.
+            An event for each rule and layer that came true.
         """
         subjects = {f"model@{quantizer}" if quantizer else "model": model for quantizer, model in record.models.items()}
         subjects.update({layer.name: layer for layer in record.layers})
-        news = {name: _watched(layer) for name, layer in subjects.items()}
+        values_by_layer = {name: _alert_values(layer) for name, layer in subjects.items()}
         events = []
         for index, alert in enumerate(self._alerts):
-            told = [
+            new_events = [
                 event
-                for name, values in news.items()
+                for name, values in values_by_layer.items()
                 if alert.value in values and alert.concerns(name)
-                if (event := self._look(index, name, values[alert.value], record.step)) is not None
+                if (event := self._evaluate(index, name, values[alert.value], record.step)) is not None
             ]
-            if told:
-                events += told
-                for line in alert_lines(told):
+            if new_events:
+                events += new_events
+                for line in alert_lines(new_events):
                     logger.warning("weightflip: %s", line)
-                self._call_back(index, told)
+                self._call_back(index, new_events)
         return events
 
-    def _look(self, index: int, layer: str, value: float, step: int) -> AlertEvent | None:
+    def _evaluate(self, index: int, layer: str, value: float, step: int) -> AlertEvent | None:
         alert, episode = self._alerts[index], self._episodes.setdefault((index, layer), _Episode())
         episode.highest = max(episode.highest, value)
         if alert.comparison == "drops":
@@ -205,12 +206,12 @@ class AlertWatch:
         else:
             holds = _COMPARISONS[alert.comparison](value, alert.bound)
         if not holds:
-            episode.since, episode.is_told = None, False
+            episode.since, episode.is_reported = None, False
             return None
         since = episode.since = step if episode.since is None else episode.since
-        if episode.is_told or step - since < alert.steps:
+        if episode.is_reported or step - since < alert.steps:
             return None
-        episode.is_told = True
+        episode.is_reported = True
         of_highest = f" of {episode.highest:.4g}" if alert.comparison == "drops" else ""
         when = f", since step {since}" if since < step else ""
         message = f"step {step}: {alert.rule}: {printable(layer)} ({value:.4g}{of_highest}{when})"
@@ -225,16 +226,16 @@ class AlertWatch:
                 callback(event)
         except Exception as error:
             self._alerts[index] = replace(self._alerts[index], callback=None)
-            # Later: a warning may be an error, and the other rules have not been watched yet.
-            self._untold.append(
-                f"weightflip: the callback of {self._alerts[index].rule!r} failed and is not called again, training "
-                f"goes on: {type(error).__name__}: {error}"
+            # Warn later: warnings may be configured to raise, and the other rules still have to be checked.
+            self._pending_warnings.append(
+                f"weightflip: the callback of {self._alerts[index].rule!r} failed and will not be called again; "
+                f"training continues: {type(error).__name__}: {error}"
             )
 
     def take_warnings(self) -> list[str]:
-        """What has not been warned about yet."""
-        untold, self._untold = self._untold, []
-        return untold
+        """Return the pending warnings and clear them."""
+        texts, self._pending_warnings = self._pending_warnings, []
+        return texts
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_alerts": [_picklable(alert) for alert in self._alerts]}
@@ -247,11 +248,11 @@ class AlertWatch:
 
 
 def _matches(layer: str, glob: str) -> bool:
-    """Also under the name that it has with any of several quantizers."""
+    """Whether a glob matches a layer's name, with or without the quantizer in it."""
     return fnmatchcase(layer, glob) or fnmatchcase(split_variant(layer)[0], glob)
 
 
-def _watched(layer: LayerRecord) -> dict[str, float]:
+def _alert_values(layer: LayerRecord) -> dict[str, float]:
     counted = {_NONFINITE: float(layer.nonfinite)} if layer.window.weight_steps else {}
     return {**layer.news, **counted}
 

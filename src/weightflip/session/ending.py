@@ -1,4 +1,4 @@
-"""The last record: written also where a script never calls ``close``."""
+"""Write the last record, even if the script never calls ``close``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from weightflip.session.log import Log, Source
 
 
 class Ending:
-    """Writes what was counted last when the owner of a source is collected, or the interpreter exits."""
+    """Writes the last record when the owner of a source is garbage-collected or the interpreter exits."""
 
     def __init__(self, log: Log, source: Source) -> None:
         self._log = log
@@ -19,35 +19,35 @@ class Ending:
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._has_logged = False
 
-    def arrange(self, owner: object) -> None:
-        """See to it, after each step of the owner; a copy that is thrown away before its first one writes nothing."""
+    def register(self, owner: object) -> None:
+        """Register the finalizer, once; called after each step, so that a copy that never steps writes nothing."""
         if self._finalizer is None:
-            self._finalizer = weakref.finalize(owner, self._log.leave, self._source, os.getpid())
-            self._come_before_others()
-            # Asked now, since processes may part before they write.
-            self._log.find_writer()
+            self._finalizer = weakref.finalize(owner, self._log.end_source, self._source, os.getpid())
+            self._run_before_other_exit_handlers()
+            # Remember the answer: the process group may be destroyed before the last record.
+            self._log.is_writer()
 
     def note_record(self) -> None:
-        """A record was written, with which a sink may have arranged for an end of its own."""
+        """Stay ahead of exit handlers that sinks may have registered when they wrote the first record."""
         if not self._has_logged:
             self._has_logged = True
-            self._come_before_others()
+            self._run_before_other_exit_handlers()
 
-    def come(self, *, together: bool) -> None:
-        """End now, and not again."""
-        self._log.leave(self._source, os.getpid(), together=together)
+    def run_now(self, *, together: bool) -> None:
+        """Write the last record now instead of at exit."""
+        self._log.end_source(self._source, os.getpid(), together=together)
         if self._finalizer is not None:
             self._finalizer.detach()
 
-    def _come_before_others(self) -> None:
-        """At exit, what was registered last runs first, and finalizers come where the first of all was made.
+    def _run_before_other_exit_handlers(self) -> None:
+        """Register with atexit again, since handlers run in reverse order of registration.
 
-        So the last record is written before wandb closes its runs, be they begun before the first step or with the
-        first record.
+        All finalizers share one exit handler, registered with the first of them. Without this, wandb could close its
+        runs before the last record is written, whether they started before the first step or with the first record.
         """
         assert self._finalizer is not None
         atexit.register(self._finalizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy arranges for its own.
+        # A copy registers its own finalizer.
         return {**self.__dict__, "_finalizer": None, "_has_logged": False}

@@ -1,4 +1,4 @@
-"""What a fault in tracking may not do: stop a training, or leave other processes waiting."""
+"""Contain faults in tracking: they must not stop training or leave other processes waiting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weightflip.session.weights import Weights
 
 
 class Guard:
-    """Runs the parts of a step: a fault in one is warned about once, and ends tracking."""
+    """Runs the parts of a step. A fault in one of them ends tracking, with one warning."""
 
     def __init__(self, tracker: WeightFlipTracker, weights: Weights, log: Log, source: Source) -> None:
         self._tracker = tracker
@@ -22,49 +22,54 @@ class Guard:
         self._source = source
 
     def run(self, action: Callable[..., None], *args: Any) -> None:
-        """Run something that must not stop a training."""
-        if self._source.is_broken and not self._tracker.is_sharded:
+        """Run an action whose faults must not stop training."""
+        if self._source.is_broken and not self._log.is_sharded:
             return
         try:
             action(*args)
         except Exception as error:
-            self._stop(error)
+            self._stop_tracking(error)
 
     def attempt(self, action: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
-        """Do a part of a step. Where other processes wait for what follows, a fault in it ends tracking only.
+        """Run a part of a step, which a broken tracker without sharded weights skips.
+
+        In a run with sharded weights, a fault ends tracking but does not skip the rest of the step: other processes
+        wait for this one in the parts that follow, or in the record, if this optimizer's steps lead to records.
 
         Returns:
-            Whether it was done.
+            Whether the action succeeded.
         """
+        if self._source.is_broken and not self._tracker.is_sharded:
+            return False
         try:
             action(*args, **kwargs)
         except Exception as error:
-            if not self._tracker.is_sharded:
+            if not self._log.is_sharded:
                 raise
-            self._stop(error)
+            self._stop_tracking(error)
             return False
         return True
 
-    def _stop(self, error: Exception) -> None:
+    def _stop_tracking(self, error: Exception) -> None:
         was_broken, self._source.is_broken = self._source.is_broken, True
         if self._tracker.is_sharded:
-            # Other processes count on, and wait for this one in each step.
+            # The other processes continue to count, and wait for this one in each step.
             self._tracker.abandon()
         else:
             self._tracker.drop_codes()
             self._weights.release()
         if not was_broken:
-            self._log.untold.append(
-                f"weightflip: tracking has stopped, training goes on: {type(error).__name__}: {error}"
+            self._log.pending_warnings.append(
+                f"weightflip: tracking has stopped, training continues: {type(error).__name__}: {error}"
             )
 
 
-def outside_of_graphs(action: Callable[..., None], *args: Any) -> None:
-    """Run something that torch.compile leaves alone."""
+def run_outside_graphs(action: Callable[..., None], *args: Any) -> None:
+    """Run an action outside the graphs of torch.compile."""
     if torch.compiler.is_compiling():
-        # Inside a compiled training step, tracking runs between two graphs: a graph would read a weight's data
-        # pointer and version once, while it is traced. Not a decorator: that imports torch's compiler, which takes
-        # as long as the whole of torch.
+        # A graph would read a weight's data pointer and version only once, while it is traced. So in a compiled
+        # training step, tracking runs between two graphs. This is not a decorator because that imports torch's
+        # compiler, which takes as long as importing torch.
         torch.compiler.disable(action)(*args)  # type: ignore[no-untyped-call]
     else:
         action(*args)

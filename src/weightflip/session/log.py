@@ -1,4 +1,4 @@
-"""From the trackers to the sinks: the records of one optimizer, or of several that are one run."""
+"""Pass records from the trackers to the sinks, for one optimizer or several that form one run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from weightflip import distributed
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import Counts, FlipRecord, RunInfo, printable, split_variant
-from weightflip.selection import make_groups
+from weightflip.selection import make_layer_groups
 from weightflip.session.alerts import AlertWatch
 from weightflip.sinks import SinkGroup
 
@@ -23,18 +23,18 @@ class Source:
     """One optimizer's part of a run.
 
     Args:
-        tracker: Of the optimizer.
-        owner: What lives as long as its steps come.
-        asked_groups: ``groups=``, as it was given.
+        tracker: The optimizer's tracker.
+        owner: An object that lives as long as the optimizer is stepped.
+        requested_groups: ``groups=``, as the user passed it.
 
     Attributes:
         is_broken: Whether a fault has ended its tracking.
     """
 
-    def __init__(self, tracker: WeightFlipTracker, owner: object, asked_groups: object = None) -> None:
+    def __init__(self, tracker: WeightFlipTracker, owner: object, requested_groups: object = None) -> None:
         self.info = RunInfo({}, {})
         self.groups: dict[str, tuple[str, ...]] = {}
-        self.asked_groups = asked_groups
+        self.requested_groups = requested_groups
         self.is_broken = False
         self._tracker: WeightFlipTracker | None = tracker
         self._last = FlipRecord(0, ())
@@ -44,23 +44,24 @@ class Source:
 
     @property
     def is_live(self) -> bool:
-        """Whether steps still come from here: not after its end, and not in a copy of another optimizer's log."""
+        """Whether it can still make steps: not after its end, and not in a copy of another optimizer's log."""
         return self._owner is not None and self._owner() is not None
 
-    def adopt(self, owner: object) -> None:
+    def set_owner(self, owner: object) -> None:
         self._owner = weakref.ref(owner)
 
     def record(self) -> FlipRecord:
-        """What was counted; after the end, the totals of then."""
+        """Return what was counted since the last record; after the end, only the final totals."""
         if self._tracker is not None:
             record = self._tracker.record(may_be_empty=True)
             assert record is not None
             names = {split_variant(layer.name)[0] for layer in record.layers}
-            self._last = replace(record, step=self._first_step + record.step, groups=restricted(self.groups, names))
+            groups = restrict_groups(self.groups, names)
+            self._last = replace(record, step=self._first_step + record.step, groups=groups)
         return self._last
 
     def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
-        """As :meth:`WeightFlipTracker.totals`; after the end, what they were then."""
+        """As :meth:`WeightFlipTracker.totals`; after the end, the final totals."""
         if self._tracker is not None:
             steps, layers = self._tracker.totals()
             return self._first_step + steps, layers
@@ -72,31 +73,31 @@ class Source:
         return self._tracker is not None and self._tracker.is_sharded
 
     def synchronize(self) -> None:
-        """Take part in a record that this process does not write."""
+        """Take part in the collective of a record that this process does not write."""
         if self._tracker is not None:
             self._tracker.synchronize(is_logging_point=True)
 
     def take_warnings(self) -> list[str]:
-        """What the tracker has not warned about yet."""
+        """Return the tracker's pending warnings and clear them."""
         return [] if self._tracker is None else self._tracker.take_warnings()
 
-    def follow(self, sources: Sequence[Source]) -> None:
-        """Count steps on from where optimizers left that have all come to their end."""
+    def continue_from(self, sources: Sequence[Source]) -> None:
+        """Continue the step count of other sources if all of them have ended."""
         if not any(source.is_live for source in sources):
             self._first_step = max((source.record().step for source in sources), default=0)
 
-    def end(self) -> None:
-        """Keep plain numbers, and let tensors go."""
+    def freeze(self) -> None:
+        """Keep the final numbers and release the tensors."""
         with suppress(Exception):
-            # Of a broken device none: the last record stays.
+            # A broken device has no totals; keep those of the last record.
             steps, self._last_totals = self.totals()
             self._last = replace(self._last, step=steps)
         layers = (replace(layer, window=Counts(), nonfinite=0, gauges={}, histograms={}) for layer in self._last.layers)
         self._last = replace(self._last, layers=tuple(layers))
         self._tracker = self._owner = None
 
-    def give_up_names(self, names: Set[str]) -> None:
-        """After the end: another optimizer goes on with these weights."""
+    def drop_names(self, names: Set[str]) -> None:
+        """After the end, drop the weights that another optimizer continues to track."""
         self._last = replace(self._last, layers=tuple(x for x in self._last.layers if x.name not in names))
         self._last_totals = [total for total in self._last_totals if total[0] not in names]
         self.info = replace(self.info, tracked={k: v for k, v in self.info.tracked.items() if k not in names})
@@ -106,59 +107,68 @@ class Source:
 
 
 class Log:
-    """Takes records to the sinks: those of one optimizer, or of several that are one run, as one record."""
+    """Writes records to the sinks. Several optimizers that form one run write one common record.
 
-    def __init__(self, sinks: SinkGroup, *, is_wanted: bool) -> None:
+    Args:
+        sinks: The sinks of this process.
+        has_sinks: Whether the run has sinks, even if this process does not write to them.
+    """
+
+    def __init__(self, sinks: SinkGroup, *, has_sinks: bool) -> None:
         self.sinks = sinks
         self.alerts = AlertWatch()
         self.sources: list[Source] = []
         self.first_step = 0
-        self.untold: list[str] = []
-        self._is_wanted = is_wanted
+        self.pending_warnings: list[str] = []
+        self._has_sinks = has_sinks
         self._is_writer = True
         self._is_writing = False
         self._deferred: list[Callable[[], None]] = []
 
-    def join(self, source: Source) -> None:
-        """Take in an optimizer's part, with the weights that it has now.
+    def add_source(self, source: Source) -> None:
+        """Add an optimizer, or update the weights it tracks.
 
-        If it is new, and all others have come to their end, it goes on from them. Those at their end give up its
-        weights.
+        A new one continues the step count if all others have ended. Ended ones drop the weights that it tracks.
         """
         if source not in self.sources:
-            source.follow(self.sources)
+            source.continue_from(self.sources)
             self.sources.append(source)
         for other in self.sources:
             if other is not source and not other.is_live:
-                other.give_up_names(source.info.tracked.keys())
+                other.drop_names(source.info.tracked.keys())
 
-    def find_writer(self) -> bool:
-        """Whether this process writes: of several, one does. Known from then on, also when they have parted."""
+    def is_writer(self) -> bool:
+        """Whether this process writes records. A False is remembered for when there is no process group any more."""
         self._is_writer = self._is_writer and distributed.is_writer()
         return self._is_writer
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a record needs all processes, because an optimizer of the run has sharded weights."""
+        return any(source.is_sharded for source in self.sources)
+
     def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
-        """Steps of the optimizer that has made most, and the totals of all layers."""
+        """Return the largest step count of any optimizer, and the totals of all layers."""
         parts = [source.totals() for source in self.sources]
         return max((steps for steps, _ in parts), default=0), [layer for _, layers in parts for layer in layers]
 
-    def is_led_by(self, source: Source) -> bool:
-        """Whether this optimizer's steps say when to write: the first one's that is still at work.
+    def is_leader(self, source: Source) -> bool:
+        """Whether records are written at this optimizer's steps: the first one that is live and not broken.
 
-        A broken one leads on where weights are sharded: others, where it is not broken, write at its steps.
+        With sharded weights, a broken one can still lead: on other processes it may not be broken, and they write at
+        its steps.
         """
-        is_sharded = any(candidate.is_sharded for candidate in self.sources)
-        leaders = (it for it in self.sources if it.is_live and (is_sharded or not it.is_broken))
+        leaders = (it for it in self.sources if it.is_live and (self.is_sharded or not it.is_broken))
         return next(leaders, None) is source
 
     def write(self) -> None:
         """Write what was counted since the last record, if anything.
 
-        Where weights are sharded, every process comes here at the same steps, whether it writes or not, and takes part
-        in exactly one collective for each optimizer.
+        With sharded weights, every process calls this at the same steps, whether it writes or not, and takes part in
+        exactly one collective per optimizer.
         """
         if self._is_writing:
-            # A sink or a callback that flushes or closes: what it would have written is being written.
+            # A sink or a callback called flush() or close(); the record is already being written.
             return
         self._is_writing = True
         try:
@@ -167,115 +177,117 @@ class Log:
             self._is_writing = False
             deferred, self._deferred = self._deferred, []
             for action in deferred:
-                self._unless_warned(action)
+                self._run_deferring_warnings(action)
 
     def _write(self) -> None:
-        is_writer = self.find_writer()
-        is_used = bool(self.sinks) or bool(self.alerts)
-        if not any(source.is_sharded for source in self.sources) and not (is_writer and is_used):
+        is_writer = self.is_writer()
+        has_readers = bool(self.sinks) or bool(self.alerts)
+        if not self.is_sharded and not (is_writer and has_readers):
             return
-        is_read = self._is_wanted or bool(self.alerts)
+        needs_records = self._has_sinks or bool(self.alerts)
         records: list[FlipRecord] = []
         faults: list[Exception] = []
         for source in self.sources:
             try:
-                if is_read:
+                if needs_records:
                     records.append(source.record())
                 else:
                     source.synchronize()
             except Exception as error:
-                # The next source has a collective, too. A broken one was warned about, and takes no other with it.
+                # Go on with the next source, which has a collective. A broken one has been warned about already.
                 if not source.is_broken:
                     faults.append(error)
         if faults:
             raise faults[0]
         if records and is_writer:
             merged = FlipRecord.merged(records)
-            if merged.model.window.weight_steps:
-                self._show(merged)
+            if merged.model.is_new:
+                self._send(merged)
 
-    def _show(self, record: FlipRecord) -> None:
+    def _send(self, record: FlipRecord) -> None:
         info = RunInfo.merged([source.info for source in self.sources])
-        asked = [source.asked_groups for source in self.sources]
-        if len(asked) > 1 and all(groups is None or groups == "blocks" for groups in asked):
-            # What repeats shows in the names of all; one optimizer may have a single weight of each block.
+        requested = [source.requested_groups for source in self.sources]
+        if len(requested) > 1 and all(groups is None or groups == "blocks" for groups in requested):
+            # Find repeated model blocks in all names: one optimizer may hold only part of each block.
             names = dict.fromkeys(split_variant(layer.name)[0] for layer in record.layers)
-            groups = make_groups("blocks" if any(asked) else None, (), {}, tracked=list(names))
+            groups = make_layer_groups("blocks" if any(requested) else None, (), {}, tracked=list(names))
             record, info = replace(record, groups=groups), replace(info, groups=groups)
-        self._unless_warned(self.sinks.write, record, info, self.first_step)
+        self._run_deferring_warnings(self.sinks.write, record, info, self.first_step)
         for event in self.alerts.check(record):
-            self._unless_warned(self.sinks.alert, event)
-        self.untold += self.alerts.take_warnings()
+            self._run_deferring_warnings(self.sinks.alert, event)
+        self.pending_warnings += self.alerts.take_warnings()
 
-    def _unless_warned(self, action: Callable[..., None], *args: Any) -> None:
-        """A sink that fails is warned about: where that is an error, it is raised later."""
+    def _run_deferring_warnings(self, action: Callable[..., None], *args: Any) -> None:
+        """Run an action, and keep its warning for later if warnings are configured to raise."""
         try:
             action(*args)
         except Warning as error:
-            self.untold.append(str(error))
+            self.pending_warnings.append(str(error))
 
-    def tell(self) -> None:
-        """Warn of what was found, now that no process waits for this one: a warning may be an error."""
+    def emit_warnings(self) -> None:
+        """Issue the pending warnings. Not while other processes wait: warnings may be configured to raise."""
         if self._is_writing:
             return
-        self.untold[:0] = [text for source in self.sources for text in source.take_warnings()]
-        while self.untold:
-            # Out first: where a warning is an error, the others are for the next time.
-            warnings.warn(printable(self.untold.pop(0)), stacklevel=2)
+        self.pending_warnings[:0] = [text for source in self.sources for text in source.take_warnings()]
+        while self.pending_warnings:
+            # Remove it first: if the warning raises, the others are issued next time.
+            warnings.warn(printable(self.pending_warnings.pop(0)), stacklevel=2)
 
     def flush(self) -> None:
-        """Have on disk what was written; where a sink or a callback asks for it, once the others have the record."""
+        """Flush the sinks. If a sink or callback calls this, the flush waits until all sinks have the record."""
         if self._is_writing:
             self._deferred.append(self.sinks.flush)
             return
         self.sinks.flush()
-        self.tell()
+        self.emit_warnings()
 
     def close(self, *, together: bool = True) -> None:
-        """Write the last record and let the sinks go.
+        """Write the last record and close the sinks.
 
         Args:
-            together: Whether all processes do so now. If not, what a sharded run has counted since its last record is
-                not written: the others would be waited for.
+            together: Whether all processes do so now. If not, a sharded run does not write what it has counted since
+                its last record, since that would wait for the others.
         """
         if self._is_writing:
-            # Not while the record is on its way to the other sinks.
+            # Wait until all sinks have the record.
             self._deferred.append(self.sinks.close)
             return
         self._write_last(together)
         self.sinks.close()
-        self.tell()
+        self.emit_warnings()
 
-    def leave(self, source: Source, process: int, *, together: bool = False) -> None:
-        """The end of one optimizer's part; with the last one, the sinks are closed."""
+    def end_source(self, source: Source, process: int, *, together: bool = False) -> None:
+        """End one optimizer's part. With the last one, close the sinks."""
         if os.getpid() != process:
-            # A forked process that ends: the record, and the threads that write it, are the parent's.
+            # A forked process is ending: the record and the writer threads belong to its parent.
             return
         if self._is_writing:
-            self._deferred.append(partial(self.leave, source, process))
+            self._deferred.append(partial(self.end_source, source, process))
             return
         self._write_last(together)
-        untold = source.take_warnings()
-        source.end()
-        self.untold += untold
+        texts = source.take_warnings()
+        source.freeze()
+        self.pending_warnings += texts
         if not any(source.is_live for source in self.sources):
             self.sinks.close()
-        self.tell()
+        self.emit_warnings()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy that a callback makes.
+        # A callback may make the copy, while a record is being written.
         return {**self.__dict__, "_is_writing": False, "_deferred": []}
 
     def _write_last(self, together: bool) -> None:
-        if not together and any(source.is_sharded for source in self.sources):
+        if not together and self.is_sharded:
             return
         try:
             self.write()
         except Exception as error:
-            self.untold.append(f"weightflip: the last record is lost: {type(error).__name__}: {error}")
+            self.pending_warnings.append(
+                f"weightflip: the last record could not be written: {type(error).__name__}: {error}"
+            )
 
 
-def restricted(groups: Mapping[str, tuple[str, ...]], names: Set[str]) -> dict[str, tuple[str, ...]]:
-    """What of the groups is among these names."""
+def restrict_groups(groups: Mapping[str, tuple[str, ...]], names: Set[str]) -> dict[str, tuple[str, ...]]:
+    """Keep only these names in the layer groups, and drop groups that become empty."""
     found = {group: tuple(name for name in members if name in names) for group, members in groups.items()}
     return {group: members for group, members in found.items() if members}

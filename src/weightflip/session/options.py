@@ -1,4 +1,4 @@
-"""What people ask for: the keyword arguments that both forms of tracking share, checked in one place."""
+"""The keyword arguments that both forms of tracking share, checked in one place."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class TrackingOptions(TypedDict, total=False):
     groups: Mapping[str, str | Sequence[str]] | str | None
     metrics: MetricsLike
     oscillation_ema: float | tuple[float, float] | None
+    sync_every: int | None
     track_every: int
     start_step: int
     end_step: int | None
@@ -36,14 +37,14 @@ class TrackingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """The keyword arguments of :class:`FlipTrackingOptimizer`, which explains them: each of the right type.
+    """The keyword arguments of :class:`FlipTrackingOptimizer`, which documents them, with their types checked.
 
-    Numbers are plain ints, flags bools, globs tuples. What an option means beyond its type is checked by whoever knows:
-    quantizers and globs where there are parameters, metrics and backends by the tracker.
+    Numbers become ints, flags bools, globs tuples. Everything beyond the type is checked where it is used: quantizers
+    and globs against the parameters, metrics and backends by the tracker.
 
     Raises:
-        TypeError: Something of another type.
-        ValueError: A number that makes no sense.
+        TypeError: An option has the wrong type.
+        ValueError: A number is out of range.
     """
 
     quantizer: Any = "auto"
@@ -52,6 +53,7 @@ class Options:
     groups: Mapping[str, str | Sequence[str]] | str | None = None
     metrics: MetricsLike = METRICS
     oscillation_ema: float | tuple[float, float] | None = None
+    sync_every: int | None = None
     track_every: int = 1
     start_step: int = 0
     end_step: int | None = None
@@ -68,16 +70,17 @@ class Options:
         start_step = checks.whole_number("start_step", self.start_step, 0)
         end_step = self.end_step
         checked = {
-            "include": _included(self.include),
+            "include": _check_include(self.include),
             "exclude": None if self.exclude is None else checks.globs("exclude", self.exclude),
-            "groups": _groups(self.groups),
+            "groups": _check_groups(self.groups),
+            "sync_every": None if self.sync_every is None else checks.whole_number("sync_every", self.sync_every, 1),
             "track_every": checks.whole_number("track_every", self.track_every, 1),
             "start_step": start_step,
             "end_step": None if end_step is None else checks.whole_number("end_step", end_step, start_step + 1),
             "log_dir": None if self.log_dir is None else checks.path("log_dir=", self.log_dir),
             "log_every": checks.whole_number("log_every", self.log_every, 1, hint="for no output use sinks=[]"),
-            "layer_values": _layer_values(self.layer_values),
-            "alerts": _rules(self.alerts),
+            "layer_values": _check_layer_values(self.layer_values),
+            "alerts": _check_alerts(self.alerts),
             "low_memory": checks.flag("low_memory", self.low_memory),
             "fresh_snapshots": checks.flag("fresh_snapshots", self.fresh_snapshots),
         }
@@ -86,14 +89,14 @@ class Options:
 
 
 def check_names(caller: str, options: Iterable[str]) -> None:
-    """Refuse keyword arguments that there are not.
+    """Raise for unknown keyword arguments.
 
     Args:
-        caller: Who was called with them.
-        options: Their names.
+        caller: The function or class that was called, for the message.
+        options: Names of the keyword arguments.
 
     Raises:
-        TypeError: One is unknown; with the near one, or all.
+        TypeError: A name is unknown. The message suggests a similar name, or lists all.
     """
     known = [field.name for field in fields(Options)]
     for name in options:
@@ -103,16 +106,16 @@ def check_names(caller: str, options: Iterable[str]) -> None:
             raise TypeError(f"{caller} got an unexpected keyword argument {name!r}; {hint}")
 
 
-def _included(include: Any) -> tuple[str, ...] | None:
+def _check_include(include: Any) -> tuple[str, ...] | None:
     if include is None:
         return None
     globs = checks.globs("include", include)
     if not globs:
-        raise ValueError("include= is empty, so that nothing would be tracked; leave it out to track every weight")
+        raise ValueError("include= is empty, so nothing would be tracked; leave it out to track every weight")
     return globs
 
 
-def _groups(groups: Any) -> Mapping[str, tuple[str, ...]] | str | None:
+def _check_groups(groups: Any) -> Mapping[str, tuple[str, ...]] | str | None:
     if groups is None:
         return None
     if isinstance(groups, str) and groups in ("blocks", "type"):
@@ -125,7 +128,7 @@ def _groups(groups: Any) -> Mapping[str, tuple[str, ...]] | str | None:
     return {group: checks.globs(f"groups[{group!r}]", matching) for group, matching in groups.items()}
 
 
-def _layer_values(values: Any) -> tuple[str, ...] | Literal["all"] | None:
+def _check_layer_values(values: Any) -> tuple[str, ...] | Literal["all"] | None:
     if values is None:
         return None
     if isinstance(values, str) and values == "all":
@@ -137,20 +140,20 @@ def _layer_values(values: Any) -> tuple[str, ...] | Literal["all"] | None:
         or not all(isinstance(name, str) for name in named)
     ):
         raise TypeError(
-            "layer_values= is 'all' or a sequence of names of numbers, such as ('flip_rate', 'stall_ratio'); "
+            "layer_values= is 'all' or a sequence of value names, such as ('flip_rate', 'stall_ratio'); "
             f"got {checks.describe(values)}"
         )
     return tuple(named)
 
 
-def _rules(alerts: Any) -> tuple[Any, ...] | None:
+def _check_alerts(alerts: Any) -> tuple[Any, ...] | None:
     if alerts is None:
         return None
     if isinstance(alerts, (str, Alert)):
         raise TypeError(f"alerts= is a list, got {type(alerts).__name__}; put it in brackets: alerts=[...]")
     if not isinstance(alerts, Iterable) or isinstance(alerts, Mapping):
         raise TypeError(
-            "alerts= is a list of rules, each a text or an Alert; a callback goes into one, as "
-            f"Alert(rule, callback=function); got {checks.describe(alerts)}"
+            "alerts= is a list of rules, each a string or an Alert, got "
+            f"{checks.describe(alerts)}; to add a callback, use Alert(rule, callback=function)"
         )
     return tuple(alerts)

@@ -1,9 +1,10 @@
-"""What happens around the steps of one optimizer: tracking before and after each, and counts in its checkpoints."""
+"""Tracking before and after each step of one optimizer, and its counts in checkpoints."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,22 +13,23 @@ from torch.optim import Optimizer
 
 from weightflip import distributed
 from weightflip.counting import checkpoint, summary
+from weightflip.counting.layer import TrackedWeight
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import RunInfo, printable
 from weightflip.session.ending import Ending
-from weightflip.session.guard import Guard, outside_of_graphs
+from weightflip.session.guard import Guard, run_outside_graphs
 from weightflip.session.log import Log, Source
 from weightflip.session.options import Options
-from weightflip.session.steps import is_phantom, is_real
+from weightflip.session.steps import is_state_initialization, is_training_step
 from weightflip.session.unseen import UnseenSteps
 from weightflip.session.weights import Weights
 
 STATE_KEY = "flip_tracking"
-"""Where the counts are in an optimizer's state dict."""
+"""The key of the counts in an optimizer's state dict."""
 
 
 class Session:
-    """What happens around the steps of one optimizer: which weights, counting, logging."""
+    """Tracks the steps of one optimizer: selects the weights, counts and logs."""
 
     def __init__(
         self,
@@ -45,22 +47,22 @@ class Session:
         self._ending = Ending(log, self.source)
         self._unseen = UnseenSteps(log)
         self._log_every = options.log_every
-        # From the beginning of a step to the end of what all processes do in it.
+        # Until the end of each step: a warning that raises must not keep other processes waiting in a collective.
         self.tracker.holds_warnings = True
         self._calls = 0
         self._saw_capture = False
-        self._start()
+        self._reset()
 
-    def _start(self) -> None:
-        self.tracker.take_weights_from(self.weights.holding)
+    def _reset(self) -> None:
+        self.tracker.take_weights_from(self.weights.holding, self.current_weights)
         self.tracker.take_summary_from(self.summary)
         self._found_inf: Tensor | None = None
-        self._is_step: Tensor | None = None
-        self._is_open = False
+        self._is_training_step: Tensor | None = None
+        self._is_in_step = False
 
     def begin(self, optimizer: Optimizer) -> None:
-        """Wait for steps. Before that nothing is changed outside, so that a call can still be refused."""
-        self.log.join(self.source)
+        """Start waiting for steps. Until then nothing else has been changed, so that the call could still raise."""
+        self.log.add_source(self.source)
         self._unseen.watch(optimizer, self)
 
     @property
@@ -68,120 +70,139 @@ class Session:
         return self.source.info
 
     def summary(self, form: Callable[..., str] = summary.as_text) -> str:
-        """What ``print(tracker)`` shows: all optimizers of the run in one table, and a step that was not seen.
+        """Return what ``print(tracker)`` shows: one table for all optimizers of the run, and a note on missed steps.
 
         Args:
-            form: Of steps, layers and a note.
+            form: Formats steps, layers and a note.
         """
         return form(*self.log.totals(), self._unseen.text)
 
     # ------------------------------------------------------------------ one step
 
-    def before(self, optimizer: Optimizer, has_closure: bool) -> None:
-        """Have the codes at hand."""
-        self._is_open = False
+    def before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
+        """Select the weights and encode them."""
+        self._is_in_step = False
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
-            self._unseen.end()
-            self._leave_out_capture()
+            self._unseen.stop()
+            self._skip_capture()
             return
-        if is_phantom(optimizer):
+        if is_state_initialization(optimizer):
             return
-        self._unseen.end()
+        self._unseen.stop()
         # Objects with __slots__ have no __dict__.
         found_inf = getattr(optimizer, "__dict__", {}).get("found_inf")
         self._found_inf = found_inf if isinstance(found_inf, Tensor) else None
-        # Before what may fail: other processes wait for the end of the step, too.
-        self._is_open = True
+        # Set before anything can fail: other processes also wait for this one at the end of the step.
+        self._is_in_step = True
         attempt = self._guard.attempt
         if self.tracker.is_tracking:
-            are_known = attempt(self.weights.select, optimizer, strict=False)
-            self.weights.expect_others(are_known=are_known)
-            attempt(self.weights.hold, optimizer)
+            self._take_weights(optimizer)
         attempt(self.tracker.before_step, self.weights.tracked)
-        self._is_step = None
+        self._is_training_step = None
         if not has_closure:
-            attempt(self._look_for_step, optimizer)
+            attempt(self._check_first_step, optimizer)
         else:
             self.tracker.forget_gradients()
 
-    def _look_for_step(self, optimizer: Optimizer) -> None:
-        # State is made before the first step. Later, some optimizers without state have a rate of 0, too.
-        if not self._calls:
-            self._is_step = is_real(optimizer, is_sharded=self.tracker.is_sharded)
+    def _take_weights(self, optimizer: Optimizer) -> None:
+        """Select the weights and reference their parameters, with the collectives that this needs."""
+        are_known = self._guard.attempt(self.weights.select, optimizer, strict=False)
+        self.weights.compare_changed_shards(are_known=are_known)
+        self._guard.attempt(self.weights.hold, optimizer)
 
-    def _leave_out_capture(self) -> None:
-        """Do nothing in a step that a CUDA graph records: host code does not run again when the graph is replayed."""
+    @contextmanager
+    def current_weights(self) -> Iterator[Sequence[TrackedWeight]]:
+        """Yield the weights that a step would track now, also before the first step."""
+        optimizer = self.weights.optimizer
+        has_stopped = not self.source.is_live or (self.source.is_broken and not self.tracker.is_sharded)
+        if optimizer is not None and not has_stopped:
+            self._take_weights(optimizer)
+        try:
+            yield self.weights.tracked
+        finally:
+            if not self._is_in_step:
+                self.weights.release()
+
+    def _check_first_step(self, optimizer: Optimizer) -> None:
+        # Optimizer state is initialized before the first step only. Later, an optimizer without state may legitimately
+        # have a learning rate of 0.
+        if not self._calls:
+            self._is_training_step = is_training_step(optimizer, is_sharded=self.tracker.is_sharded)
+
+    def _skip_capture(self) -> None:
+        """Skip a step that is captured in a CUDA graph: host code does not run again when the graph is replayed."""
         if not self._saw_capture:
             self._saw_capture = True
-            # Replays write weights without a trace.
+            # Replays write weights without changing their version counters.
             self.tracker.fresh_snapshots = True
             if not distributed.is_writer():
                 return
-            self.log.untold.append(
-                "weightflip: a step that is captured in a CUDA graph, and its replays, are not tracked; to track them, "
-                "leave optimizer.step() outside the graph"
+            self.log.pending_warnings.append(
+                "weightflip: a step captured in a CUDA graph and its replays are not tracked; to track them, keep "
+                "optimizer.step() outside the graph"
             )
 
-    def after(self) -> None:
-        """Count; at a logging point, write."""
-        # Closed already where a subclass's step calls its parent's, and torch runs the hooks of both.
-        if not self._is_open:
+    def after_step(self) -> None:
+        """Count the step, and write a record at a logging point."""
+        # If a subclass's step calls its parent's, torch runs the hooks of both; the second call does nothing.
+        if not self._is_in_step:
             return
         try:
             self._count()
         finally:
-            self.abort()
+            self.abort_step()
 
-    def abort(self) -> None:
-        """Let go of what is only held in a step: parameters and gradients."""
-        self._is_open = False
+    def abort_step(self) -> None:
+        """Release what is held only during a step: parameters and gradients."""
+        self._is_in_step = False
         self.weights.release()
         self.tracker.forget_gradients()
 
     def _count(self) -> None:
         valid = None if self._found_inf is None else self._found_inf == 0
-        if self._is_step is not None:
-            valid = self._is_step if valid is None else valid & self._is_step.to(valid.device, non_blocking=True)
+        if self._is_training_step is not None:
+            is_training = self._is_training_step
+            valid = is_training if valid is None else valid & is_training.to(valid.device, non_blocking=True)
         self._guard.attempt(self.tracker.after_step, valid)
         self._calls += 1
-        self._ending.arrange(self)
+        self._ending.register(self)
         if self._calls % self._log_every == 0:
-            # A model that was converted meanwhile may have the very same parameters.
-            self.weights.looks_again = not self.source.is_broken
-            if self.log.is_led_by(self.source):
-                self._guard.attempt(self.log.write)
+            # A model may have been converted since, with its parameters unchanged.
+            self.weights.needs_reselection = not self.source.is_broken
+            if self.log.is_leader(self.source):
+                self._guard.run(self.log.write)
                 self._ending.note_record()
 
     # ------------------------------------------------------------------ from outside
 
-    def guarded(self, action: Callable[..., None], *args: Any) -> None:
-        """Run something that must not stop a training: a fault is warned about once, and tracking ends."""
-        outside_of_graphs(self._guard.run, action, *args)
+    def run_guarded(self, action: Callable[..., None], *args: Any) -> None:
+        """Run an action whose faults must not stop training: a fault ends tracking, with one warning."""
+        run_outside_graphs(self._guard.run, action, *args)
 
-    def finish(self) -> None:
-        """The end of a step, and then what there is to warn about."""
-        outside_of_graphs(self._finish)
+    def finish_step(self) -> None:
+        """Finish a step, then issue the pending warnings."""
+        run_outside_graphs(self._finish_step)
 
-    def _finish(self) -> None:
-        self._guard.run(self.after)
-        self.log.tell()
+    def _finish_step(self) -> None:
+        self._guard.run(self.after_step)
+        self.log.emit_warnings()
 
     def flush(self) -> None:
-        self.guarded(self.log.write)
+        self.run_guarded(self.log.write)
         self.log.flush()
 
     def close(self, *, together: bool = True) -> None:
         """Write the last record and close the sinks."""
-        self._unseen.tell()
+        self._unseen.queue_warning()
         self.log.close(together=together)
 
     def end(self, *, together: bool = True) -> None:
-        """Write the last record, and give memory back; the numbers stay."""
-        self._unseen.tell()
-        self._unseen.end(self._unseen.text)
-        self._ending.come(together=together)
+        """Write the last record and free memory. The numbers remain available."""
+        self._unseen.queue_warning()
+        self._unseen.stop(self._unseen.text)
+        self._ending.run_now(together=together)
         self.tracker.drop_codes()
-        self.weights.forget()
+        self.weights.clear()
 
     # ------------------------------------------------------------------ checkpoints and copies
 
@@ -191,19 +212,19 @@ class Session:
         def add() -> None:
             state_dict[STATE_KEY] = self.state_dict()
 
-        self.guarded(add)
-        self.log.tell()
+        self.run_guarded(add)
+        self.log.emit_warnings()
 
     def restore(self, state_dict: Any) -> None:
-        """Go on from what ``save_into`` added. Counts that cannot be read must not stop a run."""
+        """Load what ``save_into`` added. Unreadable counts must not stop a run."""
         try:
             self.load_state_dict(state_dict)
         except Exception as error:
             self.tracker.reset()
             self._calls = 0
             warnings.warn(
-                "weightflip: the counts of this checkpoint cannot be read and start anew, the optimizer's state is "
-                f"loaded: {type(error).__name__}: {printable(str(error))}",
+                "weightflip: the optimizer's state is loaded, but the counts in this checkpoint cannot be read and "
+                f"start from zero: {type(error).__name__}: {printable(str(error))}",
                 stacklevel=3,
             )
 
@@ -223,5 +244,5 @@ class Session:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.source.adopt(self)
-        self._start()
+        self.source.set_owner(self)
+        self._reset()

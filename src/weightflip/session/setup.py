@@ -1,4 +1,4 @@
-"""From options to a session: puts the parts together."""
+"""Assemble a session from the options."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from weightflip.session.tracked import Tracked
 from weightflip.sinks import CompanionSink, SinkGroup, TensorBoardSink, make_sinks
 
 
-def start(optimizer: Optimizer, model: nn.Module | None, options: Options) -> Session:
-    """The session of an optimizer.
+def start_session(optimizer: Optimizer, model: nn.Module | None, options: Options) -> Session:
+    """Create the session of an optimizer.
 
     Args:
-        optimizer: What steps the weights.
-        model: What holds them, for names and quantizers.
-        options: What was asked for.
+        optimizer: The optimizer to track.
+        model: The model that holds its weights, for names and quantizers.
+        options: The user's options.
 
     Raises:
-        TypeError: A sink or an alert is of a type that nobody knows.
+        TypeError: A sink or an alert has an unknown type.
         ValueError: As :class:`~weightflip.FlipTrackingOptimizer`.
         OSError: A sink cannot be written.
         ImportError: The backend is not installed.
@@ -36,6 +36,7 @@ def start(optimizer: Optimizer, model: nn.Module | None, options: Options) -> Se
     tracker = WeightFlipTracker(
         metrics=options.metrics,
         oscillation_ema=options.oscillation_ema,
+        sync_every=options.sync_every,
         track_every=options.track_every,
         start_step=options.start_step,
         end_step=options.end_step,
@@ -49,6 +50,8 @@ def start(optimizer: Optimizer, model: nn.Module | None, options: Options) -> Se
         "track_every": str(options.track_every),
         "log_every": str(options.log_every),
     }
+    if options.sync_every is not None:
+        settings["sync_every"] = str(options.sync_every)
     _check_layer_values(
         options.layer_values, [*tracker.value_names, *(value.name for value in tracker.declared_values)]
     )
@@ -62,32 +65,34 @@ def start(optimizer: Optimizer, model: nn.Module | None, options: Options) -> Se
     return session
 
 
-def _check_layer_values(asked: Any, known: Sequence[str]) -> None:
-    for name in () if asked is None or asked == "all" else asked:
+def _check_layer_values(names: Any, known: Sequence[str]) -> None:
+    for name in () if names is None or names == "all" else names:
         if name not in known:
             raise ValueError(
-                f"unknown number {name!r} in layer_values=; {checks.did_you_mean(name, known)}Expected 'all' or names "
-                f"among {', '.join(sorted(set(known)))}, which grow with metrics="
+                f"unknown value {name!r} in layer_values=; {checks.did_you_mean(name, known)}Expected 'all' or names "
+                f"among {', '.join(sorted(set(known)))}; metrics= adds more"
             )
 
 
 def _make_log(options: Options) -> Log:
     log_dir, sinks = options.log_dir, options.sinks
-    # Other processes do not even look at the place.
+    # Only the writer touches log_dir.
     is_writer = distributed.is_writer()
     if sinks is None:
         if not is_writer:
-            return Log(SinkGroup([]), is_wanted=True)
-        # Its type is checked: a path.
+            return Log(SinkGroup([]), has_sinks=True)
+        # Options has checked that log_dir is a path.
         tensorboard = TensorBoardSink(log_dir, layer_values=options.layer_values)  # type: ignore[arg-type]
-        return Log(SinkGroup([tensorboard, CompanionSink(tensorboard)]), is_wanted=True)
+        return Log(SinkGroup([tensorboard, CompanionSink(tensorboard)]), has_sinks=True)
     if log_dir is not None:
-        raise ValueError("log_dir= says where the default sink writes; with sinks= give SummaryWriter(log_dir) there")
+        raise ValueError(
+            "log_dir= is where the default sink writes, but sinks= replaces it; add SummaryWriter(log_dir) to sinks="
+        )
     if isinstance(sinks, Tracked):
         return sinks._session.log
     if isinstance(sinks, (str, PathLike)) or not isinstance(sinks, Sequence):
         raise TypeError(f"sinks= is a list, got {type(sinks).__name__}; put it in brackets: sinks=[...]")
     if any(isinstance(sink, Tracked) for sink in sinks):
-        raise TypeError("another tracked optimizer stands alone, not in a list: sinks=first")
+        raise TypeError("sinks= takes another tracked optimizer alone, not in a list: sinks=first")
     made = make_sinks(sinks, options.layer_values) if is_writer else []
-    return Log(SinkGroup(made), is_wanted=bool(sinks))
+    return Log(SinkGroup(made), has_sinks=bool(sinks))

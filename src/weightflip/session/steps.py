@@ -1,4 +1,4 @@
-"""The optimizer of a step, and which calls of its step are none of the training: frameworks make its state by one."""
+"""Tell training steps from calls of ``step`` by which frameworks only initialize optimizer state."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from weightflip import distributed
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters, in the order of the groups."""
+    """Return all parameters, in the order of the param groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def reference(optimizer: Optimizer) -> Callable[[], Optimizer | None]:
-    """Does not keep the optimizer alive, if it is of a class that allows that."""
+def weak_reference(optimizer: Optimizer) -> Callable[[], Optimizer | None]:
+    """Return a weak reference to the optimizer, or a strong one if its class does not support weak references."""
     try:
         return weakref.ref(optimizer)
     except TypeError:
@@ -27,13 +27,13 @@ def reference(optimizer: Optimizer) -> Callable[[], Optimizer | None]:
         return lambda: optimizer
 
 
-def is_phantom(optimizer: Optimizer) -> bool:
-    """Whether torch.distributed.checkpoint is about to have the optimizer make its state.
+def is_state_initialization(optimizer: Optimizer) -> bool:
+    """Whether torch.distributed.checkpoint calls ``step`` only to initialize optimizer state.
 
-    A process does so where it has no state, which the others may have. So this has to be known before anything that
-    they take part in, and is seen by who calls; other callers' steps are known by what they are (:func:`is_real`).
+    It does so only on processes without state, so this must be known before any collective. The call stack tells. Such
+    steps by other callers are recognized from their gradients (:func:`is_training_step`).
     """
-    if any("lr" in group for group in optimizer.param_groups) and not _has_zero_rates(optimizer):
+    if any("lr" in group for group in optimizer.param_groups) and not _has_zero_learning_rates(optimizer):
         return False
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
@@ -41,44 +41,44 @@ def is_phantom(optimizer: Optimizer) -> bool:
     return frame.f_back is not None
 
 
-def is_real(optimizer: Optimizer, *, is_sharded: bool) -> Tensor | None:
-    """Find out, without waiting for the device, whether the first step only makes the optimizer's state.
+def is_training_step(optimizer: Optimizer, *, is_sharded: bool) -> Tensor | None:
+    """Whether the first step is a training step, found without a device synchronization.
 
-    Checkpoints of frameworks have it do so by a step with a learning rate of 0 and gradients of 0. Warm-ups begin
-    with such a rate, too, and have other gradients. Where weights are sharded, a process may have nothing but zeros
-    in its shards, or a state where others have none, so that all ask each other; the rate is the same on all.
+    Frameworks initialize optimizer state by a step with learning rates and gradients of 0. Warm-ups also begin with a
+    learning rate of 0, but their gradients are not 0. With sharded weights, a process may hold only zeros, or have
+    state where others have none, so all processes exchange what they see. Learning rates are the same on all.
 
     Args:
-        optimizer: What is about to step.
-        is_sharded: Whether tracking asks the other processes in each step.
+        optimizer: The optimizer about to step.
+        is_sharded: Whether tracking uses a collective in each step.
 
     Returns:
-        Whether this is a step of the training, 0-dim; None if it is for sure.
+        A 0-dim bool tensor; None if it certainly is a training step.
     """
-    if not _has_zero_rates(optimizer):
+    if not _has_zero_learning_rates(optimizer):
         return None
-    every = parameters_of(optimizer)
-    layouts = [layout for p in every if (layout := distributed.layout(p)) is not None and layout.shard is not None]
+    parameters = parameters_of(optimizer)
+    layouts = [layout for p in parameters if (layout := distributed.layout(p)) is not None and layout.shard is not None]
     if not is_sharded:
-        # Sharded parameters that are not tracked (yet): nobody asks, and nobody decides alone.
-        return None if layouts or optimizer.state else _count_updates(every) != 0
+        # Sharded parameters that are not tracked (yet): without a collective, one process cannot decide alone.
+        return None if layouts or optimizer.state else _count_updates(parameters) != 0
     try:
-        flag = torch.ones((), dtype=torch.int64, device="cpu") if optimizer.state else _count_updates(every)
+        flag = torch.ones((), dtype=torch.int64, device="cpu") if optimizer.state else _count_updates(parameters)
     except Exception:
-        # What cannot be looked at counts. The others are asked for in any case.
+        # If the gradients cannot be read, the step counts. The collective must take place in any case.
         flag = torch.ones((), dtype=torch.int64, device="cpu")
-    return distributed.is_any(flag, layouts)
+    return distributed.is_set_on_any(flag, layouts)
 
 
-def _has_zero_rates(optimizer: Optimizer) -> bool:
-    """Whether all learning rates are 0, as far as that is known without waiting for the device."""
+def _has_zero_learning_rates(optimizer: Optimizer) -> bool:
+    """Whether all learning rates are 0. One in a tensor on a device is not read, and counts as nonzero."""
     rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
     return bool(rates) and not any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate for rate in rates)
 
 
 @torch.no_grad()
 def _count_updates(parameters: Sequence[Tensor]) -> Tensor:
-    """How many elements of the gradients are not 0, on this process: 0-dim, on the device of the first."""
+    """Count the nonzero elements of this process's gradients: 0-dim, on the device of the first gradient."""
     counts = []
     for parameter in parameters:
         if parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""What both forms show of the tracking behind them."""
+"""The attributes and methods that both forms of tracking share."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from weightflip.session.session import Session
 
 
 class Tracked:
-    """A tracked optimizer, or the handle of one."""
+    """Base class of the wrapped optimizer and of the handle returned by ``track_flips``."""
 
     _session: Session
 
     @property
     def info(self) -> RunInfo:
-        """What is tracked and how, what is skipped and why; ``print`` shows it."""
+        """What is tracked and how, what is skipped and why. Print it to read it."""
         return self._session.info
 
     @property
     def tracker(self) -> WeightFlipTracker:
-        """The numbers."""
+        """The tracker, which holds the counts."""
         return self._session.tracker
 
     def flush(self) -> None:
-        """Write what was counted since the last record, and have it on disk."""
+        """Write what was counted since the last record, and flush the sinks to disk."""
         self._session.flush()
 
     def close(self) -> None:
-        """Write the last record and close the sinks. Steps go on being counted, and open them again if they log."""
+        """Write the last record and close the sinks. Later steps still count, and the next record reopens the sinks."""
         self._session.close()
 
     def _repr_html_(self) -> str:

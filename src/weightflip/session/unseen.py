@@ -1,4 +1,4 @@
-"""Steps that go past what is tracked: a run that looks as if nothing happened says what did."""
+"""Detect training steps that bypass tracking, and warn about them."""
 
 from __future__ import annotations
 
@@ -12,69 +12,70 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from weightflip.session.log import Log
-from weightflip.session.steps import is_phantom, parameters_of, reference
+from weightflip.session.steps import is_state_initialization, parameters_of, weak_reference
 
-# New initial weights, a loaded checkpoint and a broadcast are one or two writes each; steps soon are more.
-_WRITES_OF_STEPS = 8
+# Initialization, loading a checkpoint and a broadcast write a weight once or twice each; training soon writes more.
+_MIN_TRAINING_WRITES = 8
 
 
-class _Inside:
-    """Whether the optimizer inside was stepped by itself. The hook on it keeps this alive, and nothing else."""
+class _StepDetector:
+    """A step hook that records whether the inner optimizer was stepped directly."""
 
     was_stepped = False
 
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not is_phantom(optimizer):
+        if not is_state_initialization(optimizer):
             self.was_stepped = True
 
 
 class UnseenSteps:
-    """Watches, until the first step is seen, whether there are others.
+    """Watches for training steps that bypass tracking, until the first tracked step.
 
-    A hook on the optimizer tells of its own steps, and the weights' version counters tell of writes by whatever else.
-    Nothing keeps a parameter or the optimizer alive, and weak references to parameters would stop ``Module.to()``.
+    A hook on the optimizer detects its own steps; the version counters of the weights detect writes by anything else.
+    Neither the optimizer nor a parameter is kept alive. Parameters are not referenced at all, since even weak
+    references would make ``Module.to()`` fail.
 
     Args:
-        log: Where the warning goes.
+        log: Receives the warning.
     """
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._start()
+        self._reset()
 
-    def _start(self) -> None:
+    def _reset(self) -> None:
         self._is_watching = False
-        self._has_told = False
-        self._last_text = ""
+        self._has_warned = False
+        self._final_text = ""
         self._optimizer: Callable[[], Optimizer | None] = lambda: None
         self._versions: dict[int, int] = {}
-        self._inside = _Inside()
+        self._detector = _StepDetector()
         self._hook: RemovableHandle | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
     def watch(self, optimizer: Optimizer, owner: object) -> None:
-        """Begin.
+        """Start watching.
 
         Args:
-            optimizer: The one that is tracked.
-            owner: What ends with the run: then it is the last chance to say something.
+            optimizer: The optimizer that is tracked.
+            owner: An object that lives as long as the run. When it is deleted, the warning is issued at the latest.
         """
         self._is_watching = True
-        self._optimizer = reference(optimizer)
+        self._optimizer = weak_reference(optimizer)
         self._versions = _versions(optimizer)
         if hasattr(optimizer, "_optimizer_step_post_hooks"):
-            self._hook = optimizer.register_step_post_hook(self._inside)
-        self._finalizer = weakref.finalize(owner, self._come_to_end, os.getpid())
+            self._hook = optimizer.register_step_post_hook(self._detector)
+        self._finalizer = weakref.finalize(owner, self._on_owner_gone, os.getpid())
 
-    def end(self, text: str = "") -> None:
-        """Watch no more: a step was seen, or none is to come.
+    def stop(self, text: str = "") -> None:
+        """Stop watching: a step was tracked, or none will follow.
 
         Args:
-            text: What there is to say from here on.
+            text: What :attr:`text` returns from now on.
         """
         if not self._is_watching:
             return
-        self._is_watching, self._versions, self._last_text = False, {}, text
+        self._is_watching, self._versions, self._final_text = False, {}, text
         if self._hook is not None:
             self._hook.remove()
         if self._finalizer is not None:
@@ -82,54 +83,54 @@ class UnseenSteps:
 
     @property
     def text(self) -> str:
-        """What happened instead of steps that are seen, and what to do; empty if nothing did."""
+        """What happened instead of tracked steps, and what to do; empty if nothing did."""
         if not self._is_watching:
-            return self._last_text
-        if self._inside.was_stepped:
+            return self._final_text
+        if self._detector.was_stepped:
             return (
-                "no step() was seen, and nothing was counted: step() of the optimizer inside it was called; call "
-                "step() of the FlipTrackingOptimizer, or use track_flips(optimizer, model), which counts the steps of "
-                "an optimizer whoever calls them"
+                "no step() was tracked and nothing was counted: step() of the inner optimizer was called directly; "
+                "call step() of the FlipTrackingOptimizer, or use track_flips(optimizer, model), which counts every "
+                "step of an optimizer, whoever calls it"
             )
         optimizer = self._optimizer()
-        writes = 0 if optimizer is None else self._writes(optimizer)
-        if writes < _WRITES_OF_STEPS:
+        writes = 0 if optimizer is None else self._count_writes(optimizer)
+        if writes < _MIN_TRAINING_WRITES:
             return ""
         return (
-            f"no step() was seen, and nothing was counted: the weights of this {type(optimizer).__name__} were written "
-            f"{writes} times by something else; {_instead_of(optimizer)}"
+            f"no step() was tracked and nothing was counted: the weights of this {type(optimizer).__name__} were "
+            f"written {writes} times by something else; {_suggest_fix(optimizer)}"
         )
 
-    def _writes(self, optimizer: Optimizer) -> int:
-        """How often the weights were written that are still those of the beginning: the most of any one."""
+    def _count_writes(self, optimizer: Optimizer) -> int:
+        """Count the writes since ``watch`` to the weight written most often. Replaced parameters are ignored."""
         now = _versions(optimizer)
         return max((version - self._versions[p] for p, version in now.items() if p in self._versions), default=0)
 
-    def tell(self) -> None:
-        """Have it warned about, once."""
+    def queue_warning(self) -> None:
+        """Add the warning to the log's pending ones, once."""
         text = self.text
-        if text and not self._has_told and self._log.find_writer():
-            self._has_told = True
-            self._log.untold.append(f"weightflip: {text}")
+        if text and not self._has_warned and self._log.is_writer():
+            self._has_warned = True
+            self._log.pending_warnings.append(f"weightflip: {text}")
 
-    def _come_to_end(self, process: int) -> None:
-        # A forked process has seen no step, since its parent goes on.
+    def _on_owner_gone(self, process: int) -> None:
+        # In a forked process, missing steps mean nothing: they are made in its parent.
         if os.getpid() == process:
-            self.tell()
-            self.end()
-            self._log.tell()
+            self.queue_warning()
+            self.stop()
+            self._log.emit_warnings()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Of a copy nobody knows yet whether it is there to be stepped.
+        # Nothing is known of a copy yet: it may not be meant to be stepped.
         return {"_log": self._log}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._start()
+        self._reset()
 
 
 def _versions(optimizer: Optimizer) -> dict[int, int]:
-    """Id of each parameter to its version: not of inference tensors, lazy parameters and others that have none."""
+    """Map the id of each parameter to its version. Inference tensors, lazy parameters and others have none."""
     versions = {}
     for parameter in parameters_of(optimizer):
         with suppress(Exception):
@@ -137,10 +138,10 @@ def _versions(optimizer: Optimizer) -> dict[int, int]:
     return versions
 
 
-def _instead_of(optimizer: Any) -> str:
-    inside = [name for name, value in getattr(optimizer, "__dict__", {}).items() if isinstance(value, Optimizer)]
-    if inside:
+def _suggest_fix(optimizer: Any) -> str:
+    inner = [name for name, value in getattr(optimizer, "__dict__", {}).items() if isinstance(value, Optimizer)]
+    if inner:
         return (
-            f"it holds another optimizer, whose steps are those that count: track_flips(optimizer.{inside[0]}, model)"
+            f"it holds another optimizer that makes the steps; track that one: track_flips(optimizer.{inner[0]}, model)"
         )
-    return "if another optimizer trains them, as one that a framework has made, track that one"
+    return "if another optimizer trains them, such as one created by a framework, track that one"

@@ -1,4 +1,4 @@
-"""Which weights of an optimizer are tracked: selected anew when its parameters change, and held only in a step."""
+"""The tracked weights of an optimizer: selected again when its parameters change, and held only during a step."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from weightflip.selection import (
     Plan,
     Selection,
     Sources,
-    is_by_place,
-    make_groups,
+    is_positional,
+    make_layer_groups,
     make_plan,
     name_parameters,
     owner_types,
 )
-from weightflip.session.log import Log, Source, restricted
+from weightflip.session.log import Log, Source, restrict_groups
 from weightflip.session.options import Options
-from weightflip.session.steps import parameters_of, reference
+from weightflip.session.steps import parameters_of, weak_reference
 
 logger = logging.getLogger("weightflip")
 
@@ -37,12 +37,12 @@ class Weights:
     """The tracked weights of one optimizer.
 
     Args:
-        tracker: What counts them.
-        log: Where the run is written, whose other optimizers may track weights of the same names.
-        source: Where it is kept which weights there are.
-        model: What holds them, for names and quantizers.
-        options: Which are asked for.
-        settings: What else is said of the run.
+        tracker: Counts the flips.
+        log: The log of the run. Its other optimizers may track weights with the same names.
+        source: The optimizer's part of the log; holds the description of the tracked weights.
+        model: The model that holds the weights, for names and quantizers.
+        options: The user's options.
+        settings: More settings to show in the run's description.
     """
 
     def __init__(
@@ -58,58 +58,58 @@ class Weights:
         self._log = log
         self._source = source
         self._model = model
-        # Not the options as a whole: copies and pickles cannot take what is in sinks= and alerts=.
+        # Do not keep options itself: what is in sinks= and alerts= may be impossible to copy or pickle.
         self._selection = Selection(options.quantizer, options.include, options.exclude)
         self._groups = options.groups
         self._settings = dict(settings)
         self._names: list[list[str]] = []
-        self._noted: set[str] = set()
-        self._known: dict[str, tuple[Quantizer, ...] | str] = {}
+        self._logged_notes: set[str] = set()
+        self._remembered: dict[str, tuple[Quantizer, ...] | str] = {}
         self._types: dict[str, str] = {}
-        self._start()
+        self._reset()
 
-    def _start(self) -> None:
+    def _reset(self) -> None:
         self.tracked: list[TrackedWeight] = []
-        """Without their parameters, except in a step."""
-        self.looks_again = True
-        """Whether the next step selects anew where the parameters are the same."""
-        self._places: list[int] = []
+        """The tracked weights. They hold their parameters only during a step."""
+        self.needs_reselection = True
+        """Whether the next step selects again even if the parameters have not changed."""
+        self._positions: list[int] = []
         self._optimizer: Callable[[], Optimizer | None] | None = None
         self._plan = Plan()
-        self._seen: tuple[object, ...] = ()
+        self._signature: tuple[object, ...] = ()
         self._is_selecting = False
         self._shards: tuple[tuple[object, distributed.Layout], ...] = ()
-        self._has_other_shards = self._has_compared = self._is_apart = False
+        self._have_shards_changed = self._has_compared = self._has_diverged = False
 
-    # ------------------------------------------------------------------ which there are
+    # ------------------------------------------------------------------ selection
 
     def select(self, optimizer: Optimizer, *, strict: bool) -> None:
-        """Look at the optimizer's parameters again, if they are not the ones of the last step.
+        """Select the weights again if the optimizer's parameters have changed since the last step.
 
-        They are read from the groups each time: FSDP2 under Accelerate replaces them in place, and users add groups,
-        freeze and unfreeze.
+        They are read from the param groups each time: Accelerate with FSDP2 replaces them in place, and users add
+        param groups, freeze and unfreeze.
         """
-        if self._is_apart:
+        if self._has_diverged:
             return
-        every = parameters_of(optimizer)
-        seen = _described(every)
-        if seen == self._seen and not (self.looks_again or self._is_selecting):
+        parameters = parameters_of(optimizer)
+        signature = _parameter_signature(parameters)
+        if signature == self._signature and not (self.needs_reselection or self._is_selecting):
             return
-        if seen != self._seen:
-            layouts = [distributed.layout(parameter) for parameter in every]
-            shards = tuple((of, lies) for of, lies in zip(seen, layouts, strict=True) if lies is not None)
+        if signature != self._signature:
+            layouts = [distributed.layout(parameter) for parameter in parameters]
+            shards = tuple((one, layout) for one, layout in zip(signature, layouts, strict=True) if layout is not None)
             if shards != self._shards:
-                if self._has_compared and not self._do_others_come(shards):
-                    self._part(seen)
+                if self._has_compared and not self._have_all_changed(shards):
+                    self._diverge(signature)
                     return
-                self._has_other_shards = True
+                self._have_shards_changed = True
             self._shards = shards
-        # Now, and not where all went well: what fails is not tried again on one process alone.
-        self._seen, self.looks_again = seen, False
-        # What is interrupted is.
+        # Set before selecting, not after: a selection that fails is not retried on one process alone.
+        self._signature, self.needs_reselection = signature, False
+        # One that is interrupted is retried.
         self._is_selecting = True
         try:
-            self._select(optimizer, every, strict)
+            self._select(optimizer, parameters, strict)
         except Exception:
             self._is_selecting = False
             raise
@@ -122,7 +122,7 @@ class Weights:
         others = [source for source in self._log.sources if source is not self._source]
         plan = make_plan(
             parameters,
-            Sources(self._model, optimizer, self._known),
+            Sources(self._model, optimizer, self._remembered),
             self._selection,
             strict=strict,
             may_be_empty=bool(others),
@@ -135,102 +135,116 @@ class Weights:
             for name, quantizers in plan.tracked.items()
             for quantizer in quantizers
         ]
-        weights, taken = _shared_out(weights, others, strict)
-        notes = (*plan.notes, *self._note_on_names(weights))
-        self._tell_notes(notes)
+        weights, taken = _exclude_taken(weights, others, strict)
+        notes = (*plan.notes, *self._note_positional_names(weights))
+        self._log_notes(notes)
         if strict and not weights and not others:
-            _say(f"{plan.nothing_to_track}; they are looked at again at the first step, and whenever they change")
-        # Again at the first step: until then a model may still be converted, which leaves its parameters what they are.
-        self.looks_again = strict
-        places = {id(parameter): place for place, parameter in reversed(list(enumerate(every)))}
-        self.tracked, self._places = weights, [places[id(weight.parameter)] for weight in weights]
-        described = _table(weights)
-        self._optimizer = reference(optimizer)
+            _log_from_writer(
+                f"{plan.nothing_to_track_message}; they are checked again at the first step and whenever they change"
+            )
+        # Select again at the first step: until then the model may be converted with its parameters unchanged.
+        self.needs_reselection = strict
+        positions = {id(parameter): position for position, parameter in reversed(list(enumerate(every)))}
+        self.tracked, self._positions = weights, [positions[id(weight.parameter)] for weight in weights]
+        descriptions = _describe_weights(weights)
+        self._optimizer = weak_reference(optimizer)
         self.release()
-        # Kept, because a copy of an optimizer has no model in it.
+        # Remember the types: a copy of an optimizer does not hold the model.
         self._types.update(owner_types(parameters, self._model))
         tracked = list(dict.fromkeys(split_variant(weight.name)[0] for weight in weights))
-        self._source.groups = make_groups(self._groups, list(parameters), self._types, tracked=tracked, strict=strict)
-        groups = restricted(self._source.groups, set(tracked))
+        self._source.groups = make_layer_groups(
+            self._groups, list(parameters), self._types, tracked=tracked, strict=strict
+        )
+        groups = restrict_groups(self._source.groups, set(tracked))
         if strict and self._groups == "blocks" and not groups and not others:
-            _say("groups='blocks' finds no block that repeats, such as layers.0 and layers.1, in the names")
+            _log_from_writer(
+                "groups='blocks' finds no repeated model block, such as layers.0 and layers.1, in the parameter names"
+            )
         skipped = {**plan.skipped, **taken}
-        self._source.info = RunInfo(described, skipped, self._settings, notes, groups, self._tracker.declared_values)
+        self._source.info = RunInfo(descriptions, skipped, self._settings, notes, groups, self._tracker.declared_values)
         if not strict:
-            # Else it is not sure yet that there will be a run; see Session.begin.
-            self._log.join(self._source)
+            # The strict call may still raise; after it, Session.begin adds the source.
+            self._log.add_source(self._source)
 
-    def _note_on_names(self, weights: Sequence[TrackedWeight]) -> tuple[str, ...]:
-        names = [weight.name for weight in weights if is_by_place(split_variant(weight.name)[0])]
+    def _note_positional_names(self, weights: Sequence[TrackedWeight]) -> tuple[str, ...]:
+        names = [weight.name for weight in weights if is_positional(split_variant(weight.name)[0])]
         if self._model is not None or not names:
             return ()
-        such = names[0] + (", ..." if len(names) > 1 else "")
-        return (f"Weights are named by their place in the optimizer's groups; model= gives them their names ({such})",)
+        examples = names[0] + (", ..." if len(names) > 1 else "")
+        return (
+            "Weights are named by their position in the param groups; pass model= to use the model's names "
+            f"({examples})",
+        )
 
-    def _tell_notes(self, notes: Sequence[str]) -> None:
+    def _log_notes(self, notes: Sequence[str]) -> None:
         for note in notes:
-            # Whatever the names behind it: under ZeRO-3 they may be others in each step.
+            # Ignore the names at the end: under ZeRO-3 they may change in each step.
             sentence = note.rpartition(" (")[0]
-            if sentence not in self._noted:
-                self._noted.add(sentence)
-                _say(note)
+            if sentence not in self._logged_notes:
+                self._logged_notes.add(sentence)
+                _log_from_writer(note)
 
-    # ------------------------------------------------------------------ what processes share
+    # ------------------------------------------------------------------ other processes
 
-    def expect_others(self, *, are_known: bool) -> None:
-        """Have the tracker compare the sharded weights with those of the other processes, if they have become others.
+    def compare_changed_shards(self, *, are_known: bool) -> None:
+        """Have the tracker compare the sharded weights with those of the other processes, if they have changed.
 
         Args:
-            are_known: Whether this process could select its own.
+            are_known: Whether this process has successfully selected its own.
         """
-        if self._has_other_shards:
+        if self._have_shards_changed:
             self._tracker.expect_others(are_known=are_known)
-            self._has_other_shards, self._has_compared = False, True
+            self._have_shards_changed, self._has_compared = False, True
 
-    def _do_others_come(self, shards: Sequence[tuple[object, distributed.Layout]]) -> bool:
-        """Whether the sharded parameters have become others on all processes, that are going to compare them."""
+    def _have_all_changed(self, shards: Sequence[tuple[object, distributed.Layout]]) -> bool:
+        """Whether the sharded parameters have changed on all processes, so that all take part in comparing them."""
         layouts = [layout for _, layout in (*self._shards, *shards) if layout.shard is not None]
         try:
-            return distributed.have_all_come(layouts, str([layout.shape for _, layout in self._shards]))
+            return distributed.have_all_arrived(layouts, str([layout.shape for _, layout in self._shards]))
         except Exception:
             return False
 
-    def _part(self, seen: tuple[object, ...]) -> None:
-        """Go on with the weights that all processes know of, without those that are others on this one alone."""
-        self._is_apart = True
-        seconds = int(distributed.collectives.PATIENCE.total_seconds())
-        reason = f"sharded parameters were frozen, added or replaced on this process alone in {seconds} s"
-        self._log.untold.append(
-            f"weightflip: {reason}: what is tracked stays as it was before, without what is another one now; do the "
-            "same to the parameters on all processes"
+    def _diverge(self, signature: tuple[object, ...]) -> None:
+        """Keep the previous selection, without the weights that changed on this process alone."""
+        self._has_diverged = True
+        seconds = int(distributed.collectives.MEETING_TIMEOUT.total_seconds())
+        reason = f"sharded parameters were frozen, added or replaced on this process alone within {seconds} s"
+        self._log.pending_warnings.append(
+            f"weightflip: {reason}: tracking keeps its previous selection, without the changed parameters; make the "
+            "same changes on all processes"
         )
-        if max(self._places, default=0) >= len(seen):
+        if max(self._positions, default=0) >= len(signature):
             self._tracker.abandon()
             return
-        for weight, place in zip(self.tracked, self._places, strict=True):
-            if seen[place] != self._seen[place]:
+        for weight, position in zip(self.tracked, self._positions, strict=True):
+            if signature[position] != self._signature[position]:
                 self._tracker.give_up(weight.name, reason)
-        self._seen, self.looks_again = seen, False
+        self._signature, self.needs_reselection = signature, False
 
-    # ------------------------------------------------------------------ in a step
+    # ------------------------------------------------------------------ holding parameters
 
     def hold(self, optimizer: Optimizer) -> None:
-        """Take the parameters at hand, until ``release``."""
-        every = parameters_of(optimizer)
-        for weight, place in zip(self.tracked, self._places, strict=True):
-            weight.parameter = every[place]
+        """Reference the parameters until ``release``."""
+        parameters = parameters_of(optimizer)
+        for weight, position in zip(self.tracked, self._positions, strict=True):
+            weight.parameter = parameters[position]
 
     def release(self) -> None:
-        """Let go of the parameters: frameworks replace them, and the old ones are a whole model."""
+        """Release the parameters: frameworks replace them, and the old ones take as much memory as a model."""
         for weight in self.tracked:
             weight.release()
 
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer whose parameters were selected last, or None if it no longer exists."""
+        return None if self._optimizer is None else self._optimizer()
+
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Have the parameters at hand between two tracked steps, if they are still those of the last one."""
-        optimizer = None if self._optimizer is None else self._optimizer()
+        """Reference the parameters between two tracked steps, if they have not changed since the last one."""
+        optimizer = self.optimizer
         are_held = any(weight.is_held for weight in self.tracked)
-        if are_held or optimizer is None or _described(parameters_of(optimizer)) != self._seen:
+        if are_held or optimizer is None or _parameter_signature(parameters_of(optimizer)) != self._signature:
             yield
             return
         self.hold(optimizer)
@@ -239,48 +253,48 @@ class Weights:
         finally:
             self.release()
 
-    def forget(self) -> None:
-        """Give memory back, at the end."""
-        self._model, self.tracked, self._places = None, [], []
+    def clear(self) -> None:
+        """Free memory at the end of tracking."""
+        self._model, self.tracked, self._positions = None, [], []
 
     # ------------------------------------------------------------------ copies
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of an optimizer has no model in it: what the model was asked is known from here on.
-        known: dict[str, tuple[Quantizer, ...] | str] = {
+        # A copy of an optimizer does not hold the model, so it remembers what the model determined.
+        remembered: dict[str, tuple[Quantizer, ...] | str] = {
             name: self._plan.skipped[name] for name in self._plan.skipped_by_model
         }
-        known.update({n: q for n, q in self._plan.tracked.items() if (len(q) > 1) == (n in self._plan.listed)})
-        of_process = ("tracked", "_places", "_optimizer", "_seen", "_shards", "_plan")
-        state = {k: v for k, v in self.__dict__.items() if k not in of_process}
-        return {**state, "_model": None, "_known": {**self._known, **known}}
+        remembered.update({n: q for n, q in self._plan.tracked.items() if (len(q) > 1) == (n in self._plan.listed)})
+        not_copied = ("tracked", "_positions", "_optimizer", "_signature", "_shards", "_plan")
+        state = {k: v for k, v in self.__dict__.items() if k not in not_copied}
+        return {**state, "_model": None, "_remembered": {**self._remembered, **remembered}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._start()
+        self._reset()
 
 
-def _shared_out(
+def _exclude_taken(
     weights: Sequence[TrackedWeight], others: Sequence[Source], strict: bool
 ) -> tuple[list[TrackedWeight], dict[str, str]]:
-    """Share weights out among the optimizers of one run.
+    """Exclude the weights that another optimizer of the run already tracks under the same name.
 
     Returns:
-        The weights that no other one tracks; names of the others, with the reason.
+        The remaining weights, and the names of the excluded ones with the reason.
     """
     names = {name for source in others if source.is_live for name in source.info.tracked}
     taken = [weight.name for weight in weights if weight.name in names]
     if strict and taken:
         raise ValueError(
-            f"another optimizer of the same run tracks a weight called {min(taken)!r}; give model= to both, so that "
-            "each weight has its own name, or exclude= it from one"
+            f"another optimizer of the same run already tracks a weight named {min(taken)!r}; pass model= to both, so "
+            "that each weight has its own name, or exclude= it from one"
         )
     left = [weight for weight in weights if weight.name not in names]
-    return left, dict.fromkeys(taken, "another optimizer of this run tracks a weight of this name")
+    return left, dict.fromkeys(taken, "another optimizer of this run tracks a weight with this name")
 
 
-def _table(weights: Sequence[TrackedWeight]) -> dict[str, tuple[str, str, str]]:
-    """Name to shape, dtype and quantizer."""
+def _describe_weights(weights: Sequence[TrackedWeight]) -> dict[str, tuple[str, str, str]]:
+    """Map each name to its shape, dtype and quantizer."""
     return {
         weight.name: (
             "x".join(str(size) for size in weight.parameter.shape) or "scalar",
@@ -291,15 +305,15 @@ def _table(weights: Sequence[TrackedWeight]) -> dict[str, tuple[str, str, str]]:
     }
 
 
-def _say(text: str) -> None:
-    """A line in the log that all processes would have: on the first one alone."""
+def _log_from_writer(text: str) -> None:
+    """Log a line on the writer process only; the others would log the same."""
     if distributed.is_writer():
         logger.warning("weightflip: %s", printable(text))
 
 
-def _described(parameters: Sequence[Tensor]) -> tuple[object, ...]:
-    """What tells whether parameters are those of before. Holds none of them."""
-    # An id can be given again, which processes have to see alike where they share weights; see Identity.
+def _parameter_signature(parameters: Sequence[Tensor]) -> tuple[object, ...]:
+    """Describe parameters without holding them, so that a change can be detected."""
+    # Ids can be reused; Identity detects that on all processes alike, which sharded weights require.
     return tuple(
         (
             id(p) if type(p) is nn.Parameter else distributed.Identity(p),
