@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weightflip import functional, kernels
-from weightflip.counting.layer import Layer, Looks
+from weightflip.counting.layer import CodeState, Layer, Looks
 from weightflip.counting.notices import Notices
 from weightflip.counting.observed import Observation
 from weightflip.counting.schedule import Schedule
@@ -72,6 +72,9 @@ class MetricRunner:
         """
         assert layer.tracked is not None
         assert layer.codes is not None
+        if layer.looks is not None and not layer.looks.before and layer.state is CodeState.KEPT:
+            # Kept codes are of the kind that they were. With many layers it counts that this is all.
+            return
         weight, quantizer = layer.tracked.unwrapped()
         if layer.looks is None or layer.code_kind != _code_kind(layer.codes, quantizer):
             self._open_all(layer, self._of_steps, layer.seen(weight, quantizer), is_shard)

@@ -24,6 +24,17 @@ class Expression:
     operation: str
     operands: tuple[Any, ...] = ()
 
+    def __post_init__(self) -> None:
+        # Kept, since batches of many weights are told apart by expressions.
+        object.__setattr__(self, "_hash", hash((self.operation, self.operands)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined, no-any-return]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process has other hashes.
+        return Expression, (self.operation, self.operands)
+
     def __lt__(self, other: Operand) -> Expression:
         return Expression("<", (self, other))
 
