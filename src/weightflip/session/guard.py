@@ -23,7 +23,7 @@ class Guard:
 
     def run(self, action: Callable[..., None], *args: Any) -> None:
         """Run an action whose faults must not stop training."""
-        if self._source.is_broken and not self._tracker.is_sharded:
+        if self._source.is_broken and not self._log.is_sharded:
             return
         try:
             action(*args)
@@ -31,17 +31,20 @@ class Guard:
             self._stop_tracking(error)
 
     def attempt(self, action: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
-        """Run a part of a step. With sharded weights, a fault ends tracking but does not skip the rest of the step.
+        """Run a part of a step, which a broken tracker without sharded weights skips.
 
-        Other processes wait for this one in the parts that follow.
+        In a run with sharded weights, a fault ends tracking but does not skip the rest of the step: other processes
+        wait for this one in the parts that follow, or in the record, if this optimizer's steps lead to records.
 
         Returns:
             Whether the action succeeded.
         """
+        if self._source.is_broken and not self._tracker.is_sharded:
+            return False
         try:
             action(*args, **kwargs)
         except Exception as error:
-            if not self._tracker.is_sharded:
+            if not self._log.is_sharded:
                 raise
             self._stop_tracking(error)
             return False

@@ -142,6 +142,11 @@ class Log:
         self._is_writer = self._is_writer and distributed.is_writer()
         return self._is_writer
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a record needs all processes, because an optimizer of the run has sharded weights."""
+        return any(source.is_sharded for source in self.sources)
+
     def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
         """Return the largest step count of any optimizer, and the totals of all layers."""
         parts = [source.totals() for source in self.sources]
@@ -153,8 +158,7 @@ class Log:
         With sharded weights, a broken one can still lead: on other processes it may not be broken, and they write at
         its steps.
         """
-        is_sharded = any(candidate.is_sharded for candidate in self.sources)
-        leaders = (it for it in self.sources if it.is_live and (is_sharded or not it.is_broken))
+        leaders = (it for it in self.sources if it.is_live and (self.is_sharded or not it.is_broken))
         return next(leaders, None) is source
 
     def write(self) -> None:
@@ -178,7 +182,7 @@ class Log:
     def _write(self) -> None:
         is_writer = self.is_writer()
         has_readers = bool(self.sinks) or bool(self.alerts)
-        if not any(source.is_sharded for source in self.sources) and not (is_writer and has_readers):
+        if not self.is_sharded and not (is_writer and has_readers):
             return
         needs_records = self._has_sinks or bool(self.alerts)
         records: list[FlipRecord] = []
@@ -273,7 +277,7 @@ class Log:
         return {**self.__dict__, "_is_writing": False, "_deferred": []}
 
     def _write_last(self, together: bool) -> None:
-        if not together and any(source.is_sharded for source in self.sources):
+        if not together and self.is_sharded:
             return
         try:
             self.write()

@@ -170,7 +170,7 @@ class Session:
             # A model may have been converted since, with its parameters unchanged.
             self.weights.needs_reselection = not self.source.is_broken
             if self.log.is_leader(self.source):
-                self._guard.attempt(self.log.write)
+                self._guard.run(self.log.write)
                 self._ending.note_record()
 
     # ------------------------------------------------------------------ from outside
