@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,36 @@ def formats(repeats: int) -> list[Row]:
 
 
 def groups(repeats: int) -> list[Row]:
-    """Each metric group, and all of them."""
-    names = metric_names()
-    cases: dict[str, dict[str, Any]] = {f"flips + {name}": {"metrics": ("flips", name)} for name in names}
-    cases["all groups"] = {"metrics": ("flips", "stalls", *names)}
-    return against_bare("metric groups, 4096 x 4096", Weights(ONE), cases, max(3, repeats // 3))
+    """What each metric group adds to flips and stalls, and all of them that count in each step."""
+    each_step = ("coverage", "oscillation", "scale", "travel")
+    cases = {f"+ {name}": (name,) for name in metric_names()} | {f"+ {', '.join(each_step)}": each_step}
+    some = {f"+ {', '.join(each_step[:3])}": each_step[:3], f"+ {', '.join(each_step)}": each_step}
+    return (
+        on_top("one weight of 4096 x 4096", Weights(ONE), cases, repeats)
+        + on_top("GPT-2 small, 148 tensors", Weights(GPT2), some, max(5, repeats // 2))
+        + on_top("1,000 weights of 64 x 64", Weights(SMALL), some, repeats)
+    )
+
+
+def on_top(name: str, weights: Weights, cases: Mapping[str, Sequence[str]], repeats: int) -> list[Row]:
+    """Metric groups as what they add to flips and stalls, in bare steps: all three in turns."""
+    rows = []
+    for case, metrics in cases.items():
+        bare, default = weights.adamw(), wrapped(weights)
+        observed = wrapped(weights, metrics=("flips", "stalls", *metrics))
+        times = in_turns({"bare": bare.step, "default": default.step, "observed": observed.step}, repeats)
+        extra = times["observed"] - times["default"]
+        rows.append(
+            {
+                "weights": f"metric groups on top of {DEFAULT}, {name}",
+                "case": case,
+                "bare_ms": times["bare"] * 1e3,
+                "tracking_ms": extra * 1e3,
+                "ratio": extra / times["bare"],
+                "persistent_bytes_per_weight": sum(observed.tracker.memory_usage()) / weights.numel_tracked,
+            }
+        )
+    return rows
 
 
 def every(repeats: int) -> list[Row]:
@@ -228,6 +254,11 @@ def machine() -> dict[str, Any]:
 
 
 def show(rows: list[Row]) -> None:
+    for _, of_weights in itertools.groupby(rows, lambda row: row["weights"]):
+        _show(list(of_weights))
+
+
+def _show(rows: list[Row]) -> None:
     print(f"\n{rows[0]['weights']}")
     print(f"  {'':<34}{'bare ms':>9}{'tracking ms':>13}{'ratio':>8}{'/ read':>8}{'bytes/weight':>14}{'peak MiB':>10}")
     for row in rows:

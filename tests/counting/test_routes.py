@@ -60,10 +60,11 @@ def test_who_accepts_what():
         layer = opened(parts, weight(f"{quantizer}", quantizer))
         found = [route.accepts(layer, *layer.tracked.unwrapped()) for route in (parts.batched, parts.elementwise)]
         assert tuple(found) == expected
-    # Metric groups look at each weight by itself.
-    grouped = make("oscillation")
-    layer = opened(grouped, weight("w", "float8_e4m3"))
-    assert not grouped.batched.accepts(layer, *layer.tracked.unwrapped())
+    # Metric groups look at weights that are together, where a kernel counts for them.
+    for backend, expected in (("auto", True), ("eager", False)):
+        grouped = make("oscillation", backend=backend)
+        layer = opened(grouped, weight("w", "float8_e4m3"))
+        assert grouped.batched.accepts(layer, *layer.tracked.unwrapped()) is expected
 
 
 def test_a_fault_is_of_its_layer_alone():

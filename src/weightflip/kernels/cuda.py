@@ -20,7 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from weightflip.kernels.constants import constants
-from weightflip.kernels.runs import Addresses, Kind, ScaleCodes, Scaling, StoredScales, Stretch, upload
+from weightflip.kernels.pointwise import Pointwise
+from weightflip.kernels.runs import (
+    Addresses,
+    Kind,
+    Observed,
+    ScaleCodes,
+    Scaling,
+    StoredScales,
+    Stretch,
+    upload,
+)
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 
@@ -196,6 +206,7 @@ class Run:
     """A :class:`weightflip.kernels.runs.Run` for CUDA devices. Nothing here waits for the device."""
 
     saves_calls = True
+    observes = False
     longest_group = 0
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
@@ -221,9 +232,10 @@ class Run:
         self._updates: tuple[Addresses, int, Tensor] | None = None
 
     @staticmethod
-    def can_do(kind: Kind, *, scaled: bool) -> bool:
+    def can_do(kind: Kind, *, scaled: bool, groups: tuple[Pointwise, ...] = ()) -> bool:
         return (
-            constants(kind.rounding) is not None
+            not groups
+            and constants(kind.rounding) is not None
             and kind.weight in _STORED
             and kind.codes in _CODES
             and (kind.update is None or kind.update in _BITS)
@@ -261,6 +273,7 @@ class Run:
         scale: Tensor | None,
         updates: Addresses | None,
         scale_codes: ScaleCodes | None = None,
+        observed: Observed | None = None,
     ) -> None:
         self._count_into(counts, rows, scale, updates, scale_codes)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import Rounding, ScaleFormula
+from weightflip.kernels.pointwise import Pointwise
 
 Addresses: TypeAlias = "npt.NDArray[np.int64]"
 
@@ -77,6 +78,26 @@ class ScaleCodes(NamedTuple):
     changes: Tensor
 
 
+class Observed(NamedTuple):
+    """What metric groups count in the same pass, and what they keep of each weight.
+
+    Attributes:
+        groups: What each of them does.
+        states: Addresses of the first element of each state, int64 of shape (states, stretches), in the groups' order;
+            laid out as the weight.
+        old_scale: As the scale, of before the step; None where no group looks at it.
+        sums: float64 of shape (any, columns), whose columns are neighbours in memory. Each of the groups' counts is
+            added to a column, and the flips to the next one, in the row of the stretch.
+        columns: int64, the column of each count, in the groups' order.
+    """
+
+    groups: tuple[Pointwise, ...]
+    states: Addresses
+    old_scale: Tensor | None
+    sums: Tensor
+    columns: Addresses
+
+
 class ScaleSteps(NamedTuple):
     """Scales that take at most 256 values and grow with the largest magnitude, as a table by the bits of that.
 
@@ -128,14 +149,17 @@ class Run(Protocol):
     saves_calls: bool
     """Whether a call of torch costs more here than a search in a table for each scale."""
 
+    observes: bool
+    """Whether it can count for metric groups in the same pass."""
+
     longest_group: int
     """Groups or blocks of at most this many weights can be scaled and counted in one pass; 0: there is no such pass."""
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None: ...
 
     @staticmethod
-    def can_do(kind: Kind, *, scaled: bool) -> bool:
-        """Whether there are compiled loops for weights of this kind; compiles them."""
+    def can_do(kind: Kind, *, scaled: bool, groups: tuple[Pointwise, ...] = ()) -> bool:
+        """Whether there are compiled loops for weights of this kind, and what metric groups do; compiles them."""
         ...
 
     @staticmethod
@@ -170,6 +194,7 @@ class Run(Protocol):
         scale: Tensor | None,
         updates: Addresses | None,
         scale_codes: ScaleCodes | None = None,
+        observed: Observed | None = None,
     ) -> None:
         """As :meth:`count_`, but add what is found to rows of a table.
 
@@ -179,6 +204,7 @@ class Run(Protocol):
             scale: As there.
             updates: As there.
             scale_codes: What is stored of the scales, if anything is.
+            observed: What metric groups count, if there are any.
         """
         ...
 
