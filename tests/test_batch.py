@@ -344,7 +344,7 @@ def test_a_fault_of_a_scale_gives_up_its_layers_and_no_others():
         for weight in weights:
             weight.parameter.data[0, 0] *= 2
         if step == 2:
-            with pytest.warns(UserWarning, match="'bad' is not tracked any more, training goes on: RuntimeError: no"):
+            with pytest.warns(UserWarning, match="'bad' is no longer tracked, training continues: RuntimeError: no"):
                 tracker.after_step()
         else:
             tracker.after_step()

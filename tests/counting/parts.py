@@ -1,4 +1,4 @@
-"""The tracker's parts, put together without a tracker."""
+"""The tracker's parts, assembled without a tracker."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def opened(parts: SimpleNamespace, tracked: TrackedWeight):
 
 
 def commit(parts: SimpleNamespace, valid: torch.Tensor | None = None) -> None:
-    """The end of a step."""
+    """Finish a step."""
     parts.layers.prepare(valid)
     parts.schedule.progress = parts.schedule.progress.next(valid)._replace(is_settled=False)
     parts.layers.settle()
