@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from importlib.util import find_spec
@@ -183,3 +184,26 @@ def test_fsdp2_float8(tmp_path: Path) -> None:
     check_table(done.stdout, ["0.weight", "2.weight"], "float8_e4m3")
     check_events(tmp_path / "log", ["0.weight", "2.weight"], steps=30)
     assert (tmp_path / "saved" / ".metadata").is_file()
+
+
+def test_rollout_sync():
+    args = ["--layers=1", "--width=32", "--heads=2", "--context=32", "--pretrain=30", "--steps=32", "--device=cpu"]
+    output = run_example("rollout_sync.py", *args)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
+    assert rows[0] == ["weights", "learning rate", "sync every", "changed", "bits/weight, bound", "bound",
+                       "index + value", "XOR, zstd"]  # fmt: skip
+    cases = [tuple(row[:3]) for row in rows[2:]]
+    rates, syncs = ("1e-06", "1e-05", "1e-04"), ("1", "4", "16")
+    assert cases == list(itertools.product(("float32", "bfloat16"), rates, syncs))
+    changed = {case: float(row[3].rstrip("%")) for case, row in zip(cases, rows[2:], strict=True)}
+    for dtype, lr, every in cases:
+        # Larger steps and longer windows change more.
+        for lower, higher in (*itertools.pairwise(rates), *itertools.pairwise(syncs)):
+            if lower in rates:
+                assert changed[dtype, lower, every] < changed[dtype, higher, every]
+            else:
+                assert changed[dtype, lr, lower] <= changed[dtype, lr, higher]
+    for row in rows[2:]:
+        # The index of 32 bits and the value of 16, and a bound that nothing is below.
+        assert float(row[6].rstrip("%")) == pytest.approx(3 * float(row[3].rstrip("%")), abs=0.06)
+        assert float(row[5].rstrip("%")) <= float(row[7].rstrip("%"))
