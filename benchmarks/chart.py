@@ -1,4 +1,4 @@
-"""The chart of the README: what tracking costs beside the optimizer's step."""
+"""The chart of docs/performance.md: what tracking costs, next to the optimizer's step."""
 
 from __future__ import annotations
 
