@@ -737,7 +737,7 @@ for optimizer in started:
         )
     # Nothing is open yet except the user's own writer.
     (text,) = of_unstarted
-    assert re.search("TensorBoardSink failed .* SummaryWriter .* another process.*make it in this one", text)
+    assert re.search("TensorBoardSink failed .* SummaryWriter .* another process.*create it in this process", text)
     assert (tmp_path / "c.jsonl").read_text().count('"record"') == 3
     for name in ("a", "b"):
         events = EventAccumulator(str(tmp_path / name)).Reload()
