@@ -160,7 +160,7 @@ def damaged_states():
     yield "name a number", lambda s: s["layers"][0].__setitem__(0, 5), "names of a layer and its quantizer"
     yield "ratio of no layer", lambda s: s["ratios"][0].__setitem__(0, "x"), "to belong to a layer in 'layers', got 'x'"
     yield "tensors of no layer", lambda s: s["weights"].update(x={}), "to belong to a layer in 'layers', got 'x'"
-    yield "no tensor", lambda s: s["weights"]["0.weight"]["oscillation"].update(x=5), "tensors, by name"
+    yield "no tensor", lambda s: s["weights"]["0.weight"]["oscillation"].update(x=5), "tensors by name"
     yield "more flips than weights", lambda s: s["layers"][0][3].__setitem__(0, 2**62), "flips between 0 and"
     yield "more stalled than updates", lambda s: s["layers"][0][3].__setitem__(2, 2**62), "stalled between 0 and"
     yield "fewer than at the record", lambda s: s["layers"][0][3].__setitem__(0, 0), "since then of layer '0.weight'"
