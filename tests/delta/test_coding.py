@@ -12,7 +12,7 @@ from conftest import case
 from delta_cases import bits, bound, nudged, random_bits, weights
 
 from weightflip.delta import DeltaError, coding
-from weightflip.delta.bits import STORED, differences, integers, moved
+from weightflip.delta.bits import STORED, add_differences, differences, integers
 
 DTYPES = {name: stored for name, stored in STORED.items() if stored.dtype is not None}
 
@@ -34,7 +34,7 @@ def test_differences_follow_the_order_of_numbers_and_lose_no_bit(width):
         others = every != every[partner]
         old, new = every[others], np.full(others.sum(), every[partner])
         steps = differences(old, new, True)
-        assert np.array_equal(moved(old, steps, True), new)
+        assert np.array_equal(add_differences(old, steps, True), new)
         before, after = values[others], values[partner]
         # Those of one sign are less than half of all apart, so that nothing wraps.
         alike = np.isfinite(before) & np.isfinite(after) & (np.sign(before) * np.sign(after) > 0)

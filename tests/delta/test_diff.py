@@ -137,8 +137,8 @@ def test_sums_and_table(tmp_path, capsys):
     # The largest share first; what is the same is not there.
     assert names == ["c", "a", "gone", "all"]
     assert "\x1b" not in text
-    assert "640 of 4,840 weights have other bits (13 %)." in text
-    assert "1 of 5 tensors are the same." in text
+    assert "640 of 4,840 weights have different bits (13 %)." in text
+    assert "1 of 5 tensors are identical." in text
     size = (tmp_path / "delta.safetensors").stat().st_size
     assert f"The delta takes {size:,} bytes" in text
 
@@ -161,7 +161,7 @@ def test_sums_and_table(tmp_path, capsys):
 def test_nothing_changed(tmp_path, capsys):
     path = save(tmp_path / "old.safetensors", {"a": weights(4, 4)})
     print_diff(diff(path, path))
-    assert capsys.readouterr().out == "0 of 16 weights have other bits.\n1 of 1 tensors are the same.\n"
+    assert capsys.readouterr().out == "0 of 16 weights have different bits.\n1 of 1 tensors are identical.\n"
 
 
 def test_wrong_calls(tmp_path):
@@ -171,6 +171,6 @@ def test_wrong_calls(tmp_path):
     with pytest.raises(TypeError, match="old must be a path"):
         diff({"a": weights(4)}, path)
     with pytest.raises(
-        DeltaError, match=r"none\.safetensors is not there; expected a checkpoint: a \.safetensors file"
+        DeltaError, match=r"none\.safetensors does not exist; expected a checkpoint: a \.safetensors file"
     ):
         diff(tmp_path / "none.safetensors", path)
