@@ -1,4 +1,4 @@
-"""The README's chart: the cost of tracking relative to the optimizer's step."""
+"""The chart of docs/performance.md: the cost of tracking relative to the optimizer's step."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     PYTHONPATH=src python benchmarks/report_cost.py                       # 1,000 layers x 2,000 points
     PYTHONPATH=src python benchmarks/report_cost.py --layers 100 --points 500 --html
 
-The run is created once, below ``--dir``: 1.4 GB. ``jsonl`` is what a path in ``sinks=`` writes, ``beside`` what
+The run is created once, below ``--dir``: 1.4 GB. ``jsonl`` is what a path in ``sinks=`` writes, ``log_dir`` what
 ``log_dir=`` writes, ``events`` the same without the JSONL file next to the event file. Each report runs in its own
 process. The peak resident memory is reported by the operating system.
 """
@@ -30,7 +30,7 @@ from weightflip.records import Counts, FlipRecord, LayerRecord, RunInfo
 from weightflip.sinks import BesideSink, JSONLSink, TensorBoardSink
 from weightflip.sinks.tags import tagged_values
 
-SOURCES = ("jsonl", "beside", "events")
+SOURCES = ("jsonl", "log_dir", "events")
 SIZE, EVERY = 4096, 10
 
 
@@ -98,10 +98,10 @@ def write_run(where: Path, layers: int, points: int) -> None:
     draw = np.random.default_rng(0)
     names = [f"blocks.{at // 8}.part{at % 8}.weight" for at in range(layers)]
     info = RunInfo(dict.fromkeys(names, ("64x64", "float32", "float8_e4m3")), {}, {"optimizer": "AdamW"})
-    with SummaryWriter(str(where / "beside"), filename_suffix=".weightflip") as writer:
+    with SummaryWriter(str(where / "log_dir"), filename_suffix=".weightflip") as writer:
         writer.add_text("weightflip/tracking", info.to_markdown(), 0)
-    (file,) = (where / "beside").glob("*tfevents*")
-    tensorboard = TensorBoardSink(str(where / "beside"))
+    (file,) = (where / "log_dir").glob("*tfevents*")
+    tensorboard = TensorBoardSink(str(where / "log_dir"))
     events, sinks = FastEvents(file), [BesideSink(tensorboard), JSONLSink(str(where / "jsonl" / "flips.jsonl"))]
     for sink in sinks:
         sink.start(info, 0)

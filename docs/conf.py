@@ -6,7 +6,7 @@ from weightflip.version import __version__
 
 project = "weightflip"
 version = release = __version__
-copyright = "the authors of weightflip"
+copyright = "the weightflip maintainers"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 

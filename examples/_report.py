@@ -1,4 +1,4 @@
-"""What both examples print after training: what the quantized weights did, layer by layer, and where to see more."""
+"""What the examples print after training: what the quantized weights did, layer by layer, and where to see more."""
 
 from __future__ import annotations
 

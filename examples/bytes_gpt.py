@@ -113,7 +113,7 @@ def _read(files: list[Path]) -> Tensor:
 
 
 def get_windows(data: Tensor, starts: Tensor, context: int, device: str) -> tuple[Tensor, Tensor]:
-    """Windows of the data, and the same windows one byte further: each byte's target is the next one."""
+    """Windows of the data, and the same windows shifted by one byte: the target of each byte is the next one."""
     windows = torch.stack([data[start : start + context + 1] for start in starts.tolist()]).long().to(device)
     return windows[:, :-1], windows[:, 1:]
 
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> Result:
         optimizer.step()
         scheduler.step()
         if step % 10 == 0:
-            # Now and then only: reading the loss waits for the GPU.
+            # Only now and then: reading the loss synchronizes with the GPU.
             progress.set_postfix(loss=f"{loss.item():.3f}")
     with torch.no_grad():
         last_loss = compute_loss(model, *validation_windows).item()

@@ -79,10 +79,10 @@ def main(argv: list[str] | None = None) -> Result:
     torch.backends.mkldnn.set_flags(False)
     torch.manual_seed(args.seed)
     train, test = load_data(args.seed)
-    # The last, smaller batch is left out: float8 matrix multiplications need multiples of 16 there, too.
+    # The last, smaller batch is left out: float8 matrix multiplications also need multiples of 16 there.
     loader = DataLoader(train, args.batch, shuffle=True, drop_last=True)
 
-    # The head has 10 outputs, no multiple of 16: it stays in high precision, and there is nothing to track in it.
+    # The head has 10 outputs, not a multiple of 16: it stays in high precision, and there is nothing to track in it.
     model = convert_to_float8_training(Classifier(), module_filter_fn=lambda module, name: name != "head")
 
     # The one line that changes. Before, it was
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> Result:
             loss_sum += loss.item()
         losses.append(loss_sum / len(loader))
 
-        # The tracker counts from the start; the difference to the epoch before is what this epoch did.
+        # The tracker counts from the start; subtracting the previous counts gives those of this epoch.
         stalled_before, updates_before = stalled, updates
         stalled = sum(optimizer.tracker.get_stall_counts().values())
         updates = sum(optimizer.tracker.get_update_counts().values())

@@ -51,7 +51,7 @@ def main() -> None:
     images, labels = (images / 16).float().to(device), labels.to(device)
 
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)).to(device)
-    # Weights are cast to float8 before they are gathered, a byte each. gloo gathers no float8: there, after it.
+    # Weights are cast to float8, one byte each, before they are gathered; with gloo, which gathers no float8, after it.
     config = Float8LinearConfig(enable_fsdp_float8_all_gather=device.type == "cuda")
     convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name != "4")
     mesh = init_device_mesh(device.type, (world,))
@@ -67,7 +67,7 @@ def main() -> None:
 
     losses = []
     for step in range(args.steps):
-        # Each process has images of its own.
+        # Each process has its own images.
         at = torch.arange(args.batch, device=device) + (step * world + rank) * args.batch
         at %= len(images)
         loss = F.cross_entropy(model(images[at]), labels[at])
@@ -77,7 +77,7 @@ def main() -> None:
         precompute_float8_dynamic_scale_for_fsdp(model)
         losses.append(loss.detach())
 
-    # On every process: the last numbers are added up, and the first process writes them.
+    # On every process: the last numbers are summed, and the first process writes them.
     optimizer.close()
     if args.checkpoint:
         model_state, optimizer_state = get_state_dict(model, optimizer)

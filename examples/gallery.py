@@ -41,14 +41,14 @@ def stuck(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def oscillating(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Quantization-aware training with 3 bits, and a learning rate that never falls."""
+    """Quantization-aware training with 3 bits, and a constant learning rate."""
     weights = IntxFakeQuantizeConfig(torch.int3, group_size=32, is_symmetric=True)
     quantize_(model, QATConfig(weight_config=weights, step="prepare"), lambda module, name: name in ("input", "hidden"))
     return torch.optim.SGD(model.parameters(), lr=100 * lr, momentum=0.9)
 
 
 def bfloat16(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Weights in bfloat16, updated in place: no float32 copy that adds up what is too small."""
+    """Weights in bfloat16, updated in place: no float32 copy in which small updates accumulate."""
     return torch.optim.AdamW(model.to(torch.bfloat16).parameters(), lr=lr)
 
 
@@ -56,7 +56,7 @@ RUNS = {"healthy": healthy, "stuck": stuck, "oscillating": oscillating, "bfloat1
 
 
 def train(name: str, log_dir: Path, epochs: int, lr: float, seed: int) -> tuple[list[FlipRecord], float]:
-    """One run: a record an epoch, and its accuracy on the test images."""
+    """One run: one record per epoch, and its accuracy on the test images."""
     torch.manual_seed(seed)
     train_data, test_data = load_data(seed)
     model = Classifier()
@@ -91,7 +91,7 @@ def train(name: str, log_dir: Path, epochs: int, lr: float, seed: int) -> tuple[
 
 
 def plot(runs: dict[str, list[FlipRecord]], file: Path) -> None:
-    """A column a run, a row a number, a line a layer."""
+    """One column per run, one row per number, one line per layer."""
     shown = {"flip_rate": "flip rate", "stall_ratio": "stall ratio", "oscillation_ratio": "oscillation ratio"}
     figure, grid = pyplot.subplots(
         len(shown),

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from weightflip import FlipTrackingOptimizer, quantizer_names
 from weightflip.quantizers import registry
+from weightflip.version import __version__
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -173,3 +174,7 @@ def test_tensorboard_page_has_every_tag(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     tags = {tag.replace("/0.weight", "/<layer>") for tag in events.Tags()["scalars"]}
     assert first_column("docs/tensorboard.md", "| tag |") == tags
+
+
+def test_citation_has_the_version():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
