@@ -1,4 +1,4 @@
-"""A metric says once what its numbers are, and they show up wherever numbers do."""
+"""A metric declares its numbers once, and they appear everywhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDE = ("flips", "stalls", "wide")
 
 @register
 class Wide(Metric):
-    """A user's metric: how many flips go further than one code, and how far the weights reach."""
+    """A custom metric: how many flips skip a code, and the range of the weights."""
 
     name = "wide"
     values = (
@@ -159,7 +159,7 @@ def test_runs_of_before_are_read_as_they_were(digits, tmp_path, capsys, monkeypa
 
 
 def test_what_there_is_says_what_it_is():
-    """Each metric of the library: a title, a sentence and a place of its own for each number."""
+    """Each metric of the library has a title, a description and a distinct order for each number."""
     metrics = [metric for metric, _ in make_metrics(dict.fromkeys(metric_names()))]
     metrics = [metric for metric in metrics if type(metric).__module__.startswith("weightflip.metrics.")]
     metrics = [Oscillation(ema=0.01) if metric.name == "oscillation" else metric for metric in metrics]

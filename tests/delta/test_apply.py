@@ -1,4 +1,4 @@
-"""Applying a delta gives the new files back, byte for byte; anything else is refused and leaves nothing."""
+"""Applying a delta recreates the new files byte for byte. Anything else fails and leaves no files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def some_checkpoint(tmp_path, name="old", seed=0):
 
 
 def test_files_of_another_process_come_back_byte_for_byte(tmp_path):
-    """Random bits of every dtype that safetensors can write from torch, -0 and NaN payloads among them."""
+    """Random bits of every dtype that safetensors can write from torch, including -0 and NaN payloads."""
     code = """
 import sys, numpy as np, torch
 from safetensors.torch import save_file
@@ -69,7 +69,7 @@ for path, seed in ((sys.argv[1], 0), (sys.argv[2], 1)):
 
 
 def test_every_kind_of_tensor(tmp_path):
-    """All dtypes, and tensors that are added, removed, reshaped, resized, of another dtype, empty, 0-dim, the same."""
+    """All dtypes, and tensors that are added, removed, reshaped, resized, converted, empty, 0-dim or identical."""
     old = {
         **every_dtype(0),
         "same": weights(10, 3),
@@ -108,7 +108,7 @@ def test_every_kind_of_tensor(tmp_path):
 
 
 def test_several_chunks(tmp_path, monkeypatch):
-    """More than one chunk, of which one is the same, and one that is not whole."""
+    """Several chunks, one of them unchanged and one incomplete."""
     monkeypatch.setattr("weightflip.delta.coding.CHUNK", 1000)
     monkeypatch.setattr("weightflip.delta.container.Manifest.__new__.__defaults__", (1000,))
     old = weights(2750)
@@ -140,7 +140,7 @@ def test_shards_come_back_as_shards_from_any_form_of_the_old_weights(tmp_path):
 
 
 def test_files_of_torch_save(tmp_path):
-    """Nested containers, tied and strided tensors: a safetensors file with the same tensors comes out."""
+    """Nested containers, tied and strided tensors become a safetensors file with the same tensors."""
 
     def saved(name, seed):
         base = weights(12, 10, seed=seed)
@@ -244,7 +244,7 @@ def test_200_random_corruptions_are_refused(tmp_path):
 
 
 def test_what_has_a_right_checksum_and_makes_other_weights_is_refused(tmp_path):
-    """Altered by somebody who knows how the checksum is made: the digests of the new tensors still tell."""
+    """Modified with a correct checksum: the digests of the new tensors still detect it."""
     import xxhash
 
     old, new = some_checkpoint(tmp_path), some_checkpoint(tmp_path, "new", 3)
@@ -323,7 +323,7 @@ def test_a_delta_is_a_safetensors_file_and_never_much_above_the_new_tensors(tmp_
     found = diff(old, new, write=delta)
     assert found.delta_nbytes < second.nbytes + 2000
     assert set(load_file(delta)) == {"data", "digests", "manifest", "checksum"}
-    # The same twice: nothing to send.
+    # Two identical checkpoints: nothing to send.
     shutil.copy(old, new)
     assert diff(old, new, write=delta, force=True).delta_nbytes < 1500
     apply(old, delta, tmp_path / "made.safetensors")

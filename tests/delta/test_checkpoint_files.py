@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be read: each error says what was expected, what came, and what to do."""
+"""Checkpoints that cannot be read: each error says what was expected, what was found, and what to do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class NotPlain:
 def refused(path, message):
     with case(path.name, message), pytest.raises(DeltaError, match=message) as raised:
         open_checkpoint(path)
-    # One line, for people.
+    # A single readable line.
     assert "\n" not in str(raised.value)
 
 

@@ -1,4 +1,4 @@
-"""The commands ``weightflip diff`` and ``weightflip apply``, and what they cost who does not call them."""
+"""The commands ``weightflip diff`` and ``weightflip apply``, and their cost when they are not used."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_missing_package_is_named(paths, tmp_path, monkeypatch, capsys):
 
 
 def test_who_does_not_compare_imports_nothing_of_it():
-    """Neither weightflip itself, nor, of other packages, its program before one of the commands runs."""
+    """Importing weightflip does not import it, and the program imports no optional package before a command runs."""
     code = (
         "import sys, weightflip; before = 'weightflip.delta' in sys.modules; import weightflip.report.cli;"
         "print(before, [name for name in ('zstandard', 'xxhash', 'safetensors', 'rich') if name in sys.modules])"
