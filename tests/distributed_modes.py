@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import time
@@ -30,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightflip import Alert, FlipTrackingOptimizer, distributed, track_flips
 from weightflip.distributed.groups import group_of
+from weightflip.quantizers import resolve
 from weightflip.quantizers.ordinals import STORED_FORMATS, bits_to_ordinals_
 
 STEPS = 8
@@ -241,6 +243,47 @@ def writes(rank: int, world: int) -> dict[str, object]:
         "one": run(fsdp, quantizer=quantizer, before=one_shard, log_every=1)[0],
         "no_gradient_on_one": run(fsdp, quantizer=quantizer, before=zeroed_on_one)[0],
     }
+
+
+def syncs(rank: int, world: int) -> dict[str, object]:
+    """What differs between two syncs, of untracked steps and writes in between too; and on gathered weights."""
+    formats = ["float8_e4m3", "float8_e4m3:row", "mxfp4", "bfloat16"]
+    results = {}
+    for name, options in {"calls": {}, "untracked": {"track_every": 3}, "every": {"sync_every": 2}}.items():
+        sharded = Sharded(fsdp)
+        model = sharded.model
+        optimizer = wrap(adamw(model), model, quantizer=formats, metrics=("flips", "sync"), **options)
+        marks = []
+
+        def mark(marks=marks, model=model, optimizer=optimizer, name=name) -> None:
+            whole = {of: full(p.detach()) for of, p in model.named_parameters()}
+            marks.append({f"{of}@{f}": resolve(f).encode(w) for of, w in whole.items() for f in formats})
+            if name != "every":
+                optimizer.tracker.mark_sync()
+
+        mark()
+        for step in range(6):
+            sharded.set_gradients(step)
+            if name != "every":
+                write_between(step, model)
+            optimizer.step()
+            if step % 2:
+                mark()
+        brute = {}
+        for layer in marks[0]:
+            windows = [(old[layer], new[layer]) for old, new in itertools.pairwise(marks)]
+            changed = sum(int((old.ordinals != new.ordinals).sum()) for old, new in windows)
+            scales = [(o.scale != n.scale).double().mean().item() for o, n in windows if o.scale is not None]
+            brute[layer] = [changed, 3 * windows[0][0].ordinals.numel(), sum(scales) / 3 if scales else None]
+        found = {}
+        record = optimizer.tracker.record()
+        for layer in record.layers:
+            ratios = layer.window.ratios
+            scale = ratios["scale_changed_fraction"]
+            found[layer.name] = [*ratios["changed_fraction"], scale.value if scale.denominator else None]
+        sizes = {of: model.values.get("delta_bits") for of, model in record.models.items()}
+        results[name] = {"found": found, "brute": brute, "sizes": sizes}
+    return results
 
 
 def collectives(rank: int, world: int) -> dict[str, object]:
@@ -1072,6 +1115,7 @@ def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> Non
     }
     if world == 2:
         modes["options"] = lambda: options_of_the_tracker(rank, world)
+        modes["syncs"] = lambda: syncs(rank, world)
         modes["writes"] = lambda: writes(rank, world)
         modes["faults"] = lambda: faults(rank, world)
         modes["faults_of_a_quantizer"] = lambda: faults_of_a_quantizer(rank, world)

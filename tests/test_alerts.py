@@ -42,6 +42,7 @@ def told(rule: str | Alert, series: list[float | None], every: int = 10, name: s
         ("flip_rate < 1e-6 for 1 step", ("flip_rate", "<", 1e-6, 1)),
         ("  flip_rate <= .5  ", ("flip_rate", "<=", 0.5, 0)),
         ("x_2 >= -3", ("x_2", ">=", -3, 0)),
+        ("changed_fraction == 0", ("changed_fraction", "==", 0, 0)),
         ("stable_rank drops 30% for 1000 steps", ("stable_rank", "drops", 0.3, 1000)),
     ],
 )

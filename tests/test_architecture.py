@@ -116,7 +116,7 @@ COUNTING_FLOORS = (
     {"tracker"},
     {"current"},
     {"totals", "batched", "gathered", "display", "stalls", "single"},
-    {"routes", "named", "silent", "sharded", "summary", "course"},
+    {"marks", "routes", "named", "silent", "sharded", "summary", "course"},
     {"metric_runner", "shards", "canary", "nonfinite"},
     {"table"},
     {"layer", "columns", "notices", "schedule", "checkpoint"},

@@ -97,6 +97,17 @@ def test_each_option_counts_what_one_process_does(runs, name):
             assert_close(result[name]["records"], json.loads(json.dumps(expected["records"])))
 
 
+def test_what_differs_between_two_syncs_is_that_of_gathered_weights(runs):
+    first, *others = of_mode(runs, 2, "syncs")
+    for name, result in first.items():
+        assert result["found"].keys() == result["brute"].keys()
+        for layer, expected in result["brute"].items():
+            assert result["found"][layer] == pytest.approx(expected), (name, layer)
+        assert sum(found[0] for found in result["found"].values()) > 0
+        assert all(0 < bits < 16 for bits in result["sizes"].values())
+        assert all(other[name] == result for other in others)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_training_equals_brute_force_on_gathered_weights(runs, world):
     for found in of_mode(runs, world, "training"):

@@ -10,7 +10,7 @@ from conftest import backward, digits_model
 from test_report import Script, read_one, rules, steady
 from torch.utils.tensorboard import SummaryWriter
 
-from weightflip import FlipTrackingOptimizer
+from weightflip import Alert, FlipTrackingOptimizer
 from weightflip.report import Severity, find
 
 
@@ -175,3 +175,48 @@ def test_how_large_a_step_moves_half_of_the_weights(tmp_path):
         optimizer.close()
         moved[name] = 1 - read_one(tmp_path / f"{name}.jsonl").models[""]["stall_ratio"].summary
     assert moved["large"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_empty_deltas(tmp_path):
+    windows = steady(ratios={"changed_fraction": 0.02})
+    assert [*rules(Script(tmp_path / "a.jsonl").write(windows))] == ["healthy"]
+    for at in (4, 11):
+        windows[at] = {name: {"ratios": {"changed_fraction": 0.0}} for name in "abcd"}
+    found = rules(Script(tmp_path / "b.jsonl").write(windows))
+    assert list(found) == ["empty deltas"]
+    empty = found["empty deltas"]
+    assert (empty.severity, empty.layers, empty.step) == (Severity.NOTE, (), 50)
+    assert "at 2 of 20 points with a sync, no weight changed its code (float8_e4m3)" in empty.text
+    assert "the last such point is at step 120" in empty.text
+    # Half of them.
+    for at in range(12, 20):
+        windows[at] = {name: {"ratios": {"changed_fraction": 0.0}} for name in "abcd"}
+    assert rules(Script(tmp_path / "c.jsonl").write(windows))["empty deltas"].severity == Severity.WARNING
+    # A layer by itself, all the time.
+    windows = steady(ratios={"changed_fraction": 0.02})
+    for window in windows:
+        window["c"] = {"ratios": {"changed_fraction": 0.0}}
+    still = rules(Script(tmp_path / "d.jsonl").write(windows))["empty deltas"]
+    assert (still.severity, still.layers) == (Severity.NOTE, ("c",))
+    assert still.text.startswith("The deltas of c are empty at all points with a sync")
+
+
+@pytest.mark.parametrize("sink", ["events", "jsonl"])
+def test_empty_deltas_of_a_training(sink, digits, tmp_path):
+    """Steps too small for 4 bits, and the rule that says so while it trains."""
+    model, told = digits_model(width=64), []
+    with SummaryWriter(tmp_path / "events") as writer:
+        optimizer = FlipTrackingOptimizer(
+            torch.optim.SGD(model.parameters(), lr=1e-9), model, quantizer=["mxfp4", "native"],
+            metrics=("flips", "stalls", "sync"), sync_every=2, log_every=2,
+            alerts=[Alert("changed_fraction == 0", layers="model", callback=told.append)],
+            sinks=[writer if sink == "events" else tmp_path / "jsonl" / "flips.jsonl"],
+        )  # fmt: skip
+        for step in range(10):
+            backward(model, digits, step)
+            optimizer.step()
+        optimizer.close()
+    assert [event.message for event in told] == ["step 2: changed_fraction == 0: model@mxfp4 (0)"]
+    empty = [finding for finding in find([read_one(tmp_path / sink)]) if finding.rule == "empty deltas"]
+    assert [(finding.severity, finding.step) for finding in empty] == [(Severity.WARNING, 2)]
+    assert "at all 5 points with a sync, no weight changed its code (mxfp4)" in empty[0].text

@@ -39,12 +39,32 @@ def test_count_equals_reference(shape, slice_limit):
                 assert torch.equal(codes, new)
 
 
+@pytest.mark.parametrize("shape", [(0,), (), *SHAPES], ids=str)
+def test_keep_equals_reference(shape, slice_limit):
+    scratch = kernels.ScratchPool()
+    for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
+        generator = torch.Generator().manual_seed(1)
+        old, new = codes_of(shape, generator, dtype), codes_of(shape, generator, dtype)
+        for kind, other in {
+            "random": new,
+            "all": old + 1,
+            "none": old,
+            "strided": new.mT if new.ndim > 1 else new,
+        }.items():
+            with case(dtype, kind):
+                codes = old.reshape(other.shape).clone(memory_format=torch.contiguous_format)
+                expected = reference.count(codes, other)[0]
+                assert kernels.keep_(codes, other, scratch) == expected
+                assert torch.equal(codes, other)
+
+
 def test_every_flag_set(slice_limit):
     # 255 and more flags a lane would overflow the bytes that they are added in.
     old, new = torch.zeros(700, 1024, dtype=torch.int8), torch.ones(700, 1024, dtype=torch.int8)
     counts = torch.zeros(3, dtype=torch.int64)
     functional.compare(old, new, torch.ones(700, 1024), counts, kernels.ScratchPool())
     assert counts.tolist() == [716800, 716800, 0]
+    assert kernels.keep_(torch.zeros_like(old), torch.ones_like(old), kernels.ScratchPool()) == 716800
 
 
 def test_scratch_of_an_earlier_weight_does_not_leak(slice_limit):

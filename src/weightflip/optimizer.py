@@ -55,10 +55,12 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             ``"blocks"`` for one group per repeated model block (``layers.3``). None: ``"blocks"`` if more than 30
             weights are tracked. ``{}``: no groups.
         metrics: ``"flips"``, ``"stalls"``, and the groups ``"oscillation"``, ``"coverage"``, ``"scale"``, ``"travel"``,
-            ``"range"``, ``"rank"``. With a mapping, such as ``{"flips": 1, "travel": 10}``, a group runs only at every
-            tenth tracked step.
+            ``"range"``, ``"rank"``, ``"sync"``. With a mapping, such as ``{"flips": 1, "travel": 10}``, a group runs
+            only at every tenth tracked step.
         oscillation_ema: Momentum of the moving average of each weight's oscillation frequency, such as 0.01, or a tuple
             of the momentum and the threshold above which a weight counts as oscillating.
+        sync_every: For the group ``"sync"``: number of steps between two syncs. The weights before the first step are
+            the first sync. None: a sync is where you call ``tracker.mark_sync()``.
         track_every: Track every n-th step.
         start_step: First step to track, counted from 0.
         end_step: First step that is no longer tracked.
@@ -115,6 +117,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
         groups: Mapping[str, str | Sequence[str]] | str | None = None,
         metrics: MetricsLike = METRICS,
         oscillation_ema: float | tuple[float, float] | None = None,
+        sync_every: int | None = None,
         track_every: int = 1,
         start_step: int = 0,
         end_step: int | None = None,
@@ -142,6 +145,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             groups=groups,
             metrics=metrics,
             oscillation_ema=oscillation_ema,
+            sync_every=sync_every,
             track_every=track_every,
             start_step=start_step,
             end_step=end_step,

@@ -333,10 +333,16 @@ class LayerRecord:
 
     @property
     def news(self) -> dict[str, float]:
-        """The part of ``values`` that is new at this logging point: only gauges if the window has no tracked step."""
+        """The part of ``values`` that is new at this logging point: only metric groups' if no step was tracked."""
         if self.window.weight_steps:
             return self.values
-        return {name: value for name, value in self.values.items() if name in self.gauges}
+        groups = {**self.gauges, **self.window.ratios}
+        return {name: value for name, value in self.values.items() if name in groups}
+
+    @property
+    def is_new(self) -> bool:
+        """Whether anything was counted since the last logging point, in tracked steps or at syncs."""
+        return bool(self.window.weight_steps or any(pair.denominator for pair in self.window.ratios.values()))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerRecord:

@@ -290,9 +290,9 @@ class Layer:
 
     def metric_tensors(self) -> dict[str, dict[str, Tensor]]:
         """What groups keep of each weight, by group and name."""
-        if self.metrics is None:
-            return {group: dict(tensors) for group, tensors in self.saved.items()}
-        return {group: metric.tensors for group, metric in self.metrics.items() if metric is not None and metric.state}
+        kept = {group: dict(tensors) for group, tensors in self.saved.items()}
+        is_open = (self.metrics or {}).items()
+        return kept | {group: metric.tensors for group, metric in is_open if metric is not None and metric.state}
 
     def __getstate__(self) -> dict[str, Any]:
         # The stamp is about this process's parameter: a copy encodes its own anew.

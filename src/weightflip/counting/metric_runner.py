@@ -39,10 +39,23 @@ class MetricRunner:
         self._groups, self._schedule, self._notices = groups, schedule, notices
         self._scratch, self._backend = scratch, backend
         self._measured: dict[str, int] = {}
-        self._has_news = False
+        self._of_steps = [group for group in groups if group.metric.uses_steps]
+        self._of_marks = [group for group in groups if group.metric.uses_marks]
+        self.has_news = False
+        """Whether anything was counted since the last logging point."""
 
     def __bool__(self) -> bool:
         return bool(self._groups)
+
+    @property
+    def uses_steps(self) -> bool:
+        """Whether any group runs in steps."""
+        return bool(self._of_steps)
+
+    @property
+    def uses_marks(self) -> bool:
+        """Whether any group runs at marks."""
+        return bool(self._of_marks)
 
     # ------------------------------------------------------------------ in a step
 
@@ -55,16 +68,19 @@ class MetricRunner:
         """
         assert layer.tracked is not None
         seen = layer.seen(*layer.tracked.unwrapped())
-        kind = seen.codes.shape, seen.codes.dtype
-        if layer.metrics is not None and layer.code_kind != kind:
-            # Stored in another dtype now: what was remembered is of other codes.
-            layer.metrics = None
-        if layer.metrics is None:
-            layer.metrics, layer.code_kind = {}, kind
-            for group in self._groups:
-                self._ask(layer, group, self._open, layer, group, seen, is_shard)
+        self._open_all(layer, self._of_steps, seen, is_shard)
         for group, metric in self._due(layer):
             self._ask(layer, group, metric.before, seen)
+
+    def _open_all(self, layer: Layer, groups: Sequence[Group], seen: Weight, is_shard: bool) -> None:
+        """Open those of the groups that are not open yet."""
+        kind = seen.codes.shape, seen.codes.dtype
+        if layer.metrics is None or layer.code_kind != kind:
+            # Stored in another dtype now: what was remembered is of other codes.
+            layer.metrics, layer.code_kind = {}, kind
+        for group in groups:
+            if group.metric.name not in layer.metrics:
+                self._ask(layer, group, self._open, layer, group, seen, is_shard)
 
     def _open(self, layer: Layer, group: Group, seen: Weight, is_shard: bool) -> None:
         assert layer.metrics is not None
@@ -101,10 +117,6 @@ class MetricRunner:
         for group, metric in self._due(layer):
             self._ask(layer, group, metric.after, layer.seen(weight, quantizer), _sums(layer, group))
 
-    def step_is_counted(self) -> None:
-        """There is something to measure at the next logging point."""
-        self._has_news = True
-
     def _due(self, layer: Layer) -> list[tuple[Group, LayerMetric]]:
         """The groups that look at this step, with what they keep of the layer."""
         if not layer.metrics:
@@ -112,9 +124,35 @@ class MetricRunner:
         tracked_steps = self._schedule.tracked_steps
         return [
             (group, metric)
-            for group in self._groups
+            for group in self._of_steps
             if tracked_steps % group.every == 0 and (metric := layer.metrics.get(group.metric.name)) is not None
         ]
+
+    # ------------------------------------------------------------------ at a mark
+
+    def mark(self, layer: Layer, *, is_shard: bool) -> None:
+        """Call the groups that run at marks.
+
+        Args:
+            layer: A layer with its current codes.
+            is_shard: Whether other processes have parts of the same weight.
+        """
+        assert layer.row is not None
+        seen = self._seen(layer)
+        self._open_all(layer, self._of_marks, seen, is_shard)
+        for group in self._of_marks:
+            metric = (layer.metrics or {}).get(group.metric.name)
+            if metric is not None:
+                sums = layer.row.more_total(group.sums).view(-1, 2)
+                self._ask(layer, group, metric.mark, seen, sums, self._scratch)
+        self.has_news = True
+
+    def forget_mark(self, layer: Layer) -> None:
+        """Drop what the groups remember of the last mark: the layer is not part of the current one."""
+        for group in self._of_marks:
+            layer.saved.pop(group.metric.name, None)
+            if layer.metrics and layer.metrics.get(group.metric.name) is not None:
+                del layer.metrics[group.metric.name]
 
     # ------------------------------------------------------------------ at a logging point
 
@@ -133,7 +171,7 @@ class MetricRunner:
             if group.gauges.start < group.bins.stop
             and steps - self._measured.get(group.metric.name, -group.every) >= group.every
         ]
-        has_news, self._has_news = self._has_news, False
+        has_news, self.has_news = self.has_news, False
         return due if has_news else []
 
     def measure(self, layer: Layer, due: Sequence[Group]) -> None:
@@ -143,14 +181,23 @@ class MetricRunner:
             layer: One of the last step.
             due: As ``begin_measure`` has it.
         """
-        assert layer.tracked is not None
         assert layer.row is not None
-        seen = layer.seen(*layer.tracked.unwrapped())
+        seen = self._seen(layer)
         for group in due:
             metric = (layer.metrics or {}).get(group.metric.name)
             if metric is not None:
                 gauges, bins = layer.row.more_total(group.gauges).view(-1, 2), layer.row.more_total(group.bins)
                 self._ask(layer, group, metric.gauge, seen, gauges, bins)
+
+    def _seen(self, layer: Layer) -> Weight:
+        """Return a weight between two steps as the groups see it."""
+        assert layer.tracked is not None
+        weight, quantizer = layer.tracked.unwrapped()
+        if not self.uses_steps and isinstance(quantizer, ElementwiseQuantizer):
+            # The routes that count many layers in one call do not keep scales.
+            encoding = functional.Encoding(quantizer, self._scratch, self._backend, layer.statistic)
+            layer.scale = encoding.scale(quantizer.grouped(weight))
+        return layer.seen(weight, quantizer)
 
     def measured(self, due: Sequence[Group]) -> None:
         """These groups have looked now."""

@@ -34,3 +34,22 @@ class Notices:
         if not self.hold:
             for text in self.take():
                 warnings.warn(text, stacklevel=stacklevel)
+
+
+class Noted:
+    """The public attributes of a tracker that concern its warnings."""
+
+    _notices: Notices
+
+    @property
+    def holds_warnings(self) -> bool:
+        """Whether whoever calls takes the warnings, and gives them when no process waits for this one."""
+        return self._notices.hold
+
+    @holds_warnings.setter
+    def holds_warnings(self, hold: bool) -> None:
+        self._notices.hold = hold
+
+    def take_warnings(self) -> list[str]:
+        """What has not been warned about yet, where ``holds_warnings`` is set."""
+        return self._notices.take()

@@ -98,3 +98,51 @@ class Schedule:
         """Optimizer steps, skipped ones not counted. Waits for the device if any step may have been skipped."""
         skipped = self.progress.skipped
         return self.steps - (0 if skipped is None else int(skipped.item()))
+
+    @property
+    def allows_marks(self) -> bool:
+        """Whether the current step lies between ``start_step`` and ``end_step``, both included."""
+        return self.steps >= self.start_step and (self.end_step is None or self.steps <= self.end_step)
+
+
+class Scheduled:
+    """The public attributes of a tracker that concern its schedule."""
+
+    _schedule: Schedule
+
+    @property
+    def is_tracking(self) -> bool:
+        """Whether the coming step is one that is tracked."""
+        return self._schedule.is_due()
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps so far, skipped ones not counted. Waits for the device if any step may have been skipped."""
+        return self._schedule.completed()
+
+    @property
+    def track_every(self) -> int:
+        """Every how many steps one is tracked."""
+        return self._schedule.track_every
+
+    @track_every.setter
+    def track_every(self, value: int) -> None:
+        self._schedule.track_every = checks.whole_number("track_every", value, 1)
+
+    @property
+    def start_step(self) -> int:
+        """The first step that is tracked."""
+        return self._schedule.start_step
+
+    @start_step.setter
+    def start_step(self, value: int) -> None:
+        self._schedule.start_step = value
+
+    @property
+    def end_step(self) -> int | None:
+        """The step from which on none is tracked."""
+        return self._schedule.end_step
+
+    @end_step.setter
+    def end_step(self, value: int | None) -> None:
+        self._schedule.end_step = value

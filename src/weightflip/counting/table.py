@@ -53,6 +53,11 @@ class LayerTable(Mapping[str, Layer]):
         """The layers, for those who ask so often that it shows."""
         return self._layers
 
+    @property
+    def listed(self) -> list[TrackedWeight]:
+        """The weights passed to the last call of ``follow``."""
+        return self._listed
+
     def put(self, layer: Layer) -> Layer:
         """Take a layer up, in place of one of its name."""
         self._layers[layer.name] = layer

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,12 +21,13 @@ from weightflip.counting.current import CurrentLayers
 from weightflip.counting.display import Displayed
 from weightflip.counting.gathered import GatheredRoute, Heap
 from weightflip.counting.layer import CodeState, Layer, TrackedWeight
+from weightflip.counting.marks import SyncMarks
 from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.named import NamedSnapshots
 from weightflip.counting.nonfinite import count_nonfinite
-from weightflip.counting.notices import Notices
+from weightflip.counting.notices import Noted, Notices
 from weightflip.counting.routes import ElementwiseRoute, WholeWeightRoute
-from weightflip.counting.schedule import Progress, Schedule
+from weightflip.counting.schedule import Progress, Schedule, Scheduled
 from weightflip.counting.shards import Shards
 from weightflip.counting.silent import SilentWrites
 from weightflip.counting.single import SingleProcess
@@ -53,6 +54,8 @@ class MemoryUsage(NamedTuple):
     metrics: int = 0
 
 
+Holding: TypeAlias = Callable[[], AbstractContextManager[None]]
+Taking: TypeAlias = Callable[[], AbstractContextManager[Sequence[TrackedWeight]]]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -73,7 +76,7 @@ def _checked(weights: Any) -> list[TrackedWeight]:
     return found
 
 
-class WeightFlipTracker(Displayed):
+class WeightFlipTracker(Displayed, Scheduled, Noted):
     """Counts how many weights change their quantized code in an optimizer step.
 
     Two ways to use it. By name, one weight at a time: ``snapshot_pre_step``, the optimizer's step,
@@ -88,6 +91,8 @@ class WeightFlipTracker(Displayed):
         oscillation_ema: Momentum of the moving average of each weight's oscillation frequency, or a tuple of it and the
             threshold above which a weight counts as oscillating; see
             :class:`~weightflip.metrics.oscillation.Oscillation`.
+        sync_every: For the group ``"sync"``: number of steps between two syncs. The weights before the first step are
+            the first sync. None: a sync is where ``mark_sync`` is called.
         track_every: Track every n-th step.
         start_step: First step to track, from 0.
         end_step: Track no step from this one on; None for no end.
@@ -119,6 +124,7 @@ class WeightFlipTracker(Displayed):
         *,
         metrics: MetricsLike = METRICS,
         oscillation_ema: float | tuple[float, float] | None = None,
+        sync_every: int | None = None,
         track_every: int = 1,
         start_step: int = 0,
         end_step: int | None = None,
@@ -133,13 +139,15 @@ class WeightFlipTracker(Displayed):
         kernels.check_backend(backend)
         names, self._groups = make_groups(metrics, oscillation_ema)
         self._schedule = Schedule(track_every, start_step, end_step)
+        self._sync_every = sync_every
         self._columns = Columns(self._groups, with_updates="stalls" in names)
         self._notices = Notices()
         self.metrics = tuple(names)
         self.low_memory = checks.flag("low_memory", low_memory)
         self.fresh_snapshots = checks.flag("fresh_snapshots", fresh_snapshots)
         self.backend = backend
-        self._holding: weakref.WeakMethod[Callable[[], AbstractContextManager[None]]] | None = None
+        self._holding: weakref.WeakMethod[Holding] | None = None
+        self._taking: weakref.WeakMethod[Taking] | None = None
         self._show = None
         self.reset()
 
@@ -153,10 +161,12 @@ class WeightFlipTracker(Displayed):
         self._named = NamedSnapshots(self._layers, self._scratch)
         self._totals = Totals(self._columns, self._layers, self._schedule, self._silent)
         self._runner = MetricRunner(self._groups, self._schedule, self._notices, self._scratch, self.backend)
+        self._marks = SyncMarks(self._runner, self._schedule, self._layers, self._notices, self._sync_every)
         alone = (self._layers, self._runner, self._scratch, self.backend, with_updates)
         elementwise = ElementwiseRoute(*alone)
-        self._batched = BatchedRoute(self._layers, elementwise, self.backend, with_updates, is_open=not self._groups)
-        self._gathered = GatheredRoute(elementwise, self._scratch, with_updates, is_open=not self._groups)
+        is_open = not self._runner.uses_steps
+        self._batched = BatchedRoute(self._layers, elementwise, self.backend, with_updates, is_open)
+        self._gathered = GatheredRoute(elementwise, self._scratch, with_updates, is_open)
         routes = (self._batched, self._gathered, elementwise, WholeWeightRoute(*alone))
         self._current = CurrentLayers(self._layers, routes)
         self._shards: Shards = SingleProcess(self._layers, self._columns)
@@ -175,56 +185,6 @@ class WeightFlipTracker(Displayed):
     def declared_values(self) -> tuple[Value, ...]:
         """Those that metric groups give, and how each is shown."""
         return tuple(value for group in self._groups for value in group.metric.declared)
-
-    @property
-    def is_tracking(self) -> bool:
-        """Whether the coming step is one that is tracked."""
-        return self._schedule.is_due()
-
-    @property
-    def step_count(self) -> int:
-        """Optimizer steps so far, skipped ones not counted. Waits for the device if any step may have been skipped."""
-        return self._schedule.completed()
-
-    @property
-    def track_every(self) -> int:
-        """Every how many steps one is tracked."""
-        return self._schedule.track_every
-
-    @track_every.setter
-    def track_every(self, value: int) -> None:
-        self._schedule.track_every = checks.whole_number("track_every", value, 1)
-
-    @property
-    def start_step(self) -> int:
-        """The first step that is tracked."""
-        return self._schedule.start_step
-
-    @start_step.setter
-    def start_step(self, value: int) -> None:
-        self._schedule.start_step = value
-
-    @property
-    def end_step(self) -> int | None:
-        """The step from which on none is tracked."""
-        return self._schedule.end_step
-
-    @end_step.setter
-    def end_step(self, value: int | None) -> None:
-        self._schedule.end_step = value
-
-    @property
-    def holds_warnings(self) -> bool:
-        """Whether whoever calls takes the warnings, and gives them when no process waits for this one."""
-        return self._notices.hold
-
-    @holds_warnings.setter
-    def holds_warnings(self, hold: bool) -> None:
-        self._notices.hold = hold
-
-    def take_warnings(self) -> list[str]:
-        """What has not been warned about yet, where ``holds_warnings`` is set."""
-        return self._notices.take()
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -322,9 +282,11 @@ class WeightFlipTracker(Displayed):
         self._begin(weights)
         self._silent.look(weights)
         self._current.take_up(self._with_codes(weights))
-        if self._runner:
+        if self._runner.uses_steps:
             for layer in self._current:
                 self._runner.before(layer, is_shard=layer.name in self._shards)
+        if self._marks.is_first_due:
+            self._marks.make(self._current, self._shards)
         if "stalls" in self.metrics:
             self._gradients = {layer.name: layer.tracked.parameter.grad for layer in self._current if layer.tracked}
         self._notices.flush()
@@ -341,13 +303,14 @@ class WeightFlipTracker(Displayed):
     def _with_codes(self, weights: Iterable[TrackedWeight]) -> list[Layer]:
         return self._current.with_codes(weights, self._shards, anew=self.fresh_snapshots)
 
-    def take_weights_from(self, holding: Callable[[], AbstractContextManager[None]]) -> None:
-        """Say how to have the weights of ``before_step`` at hand between two steps, where they are released then.
+    def take_weights_from(self, holding: Holding, taking: Taking) -> None:
+        """Set how to reference weights between two steps, if they are released after each step.
 
         Args:
-            holding: A method; its object is not kept alive.
+            holding: References the weights of ``before_step``. A method, as ``taking``; the objects are not kept alive.
+            taking: Yields the weights that a step would track now, for ``mark_sync``.
         """
-        self._holding = weakref.WeakMethod(holding)
+        self._holding, self._taking = weakref.WeakMethod(holding), weakref.WeakMethod(taking)
 
     def take_summary_from(self, show: Callable[..., str]) -> None:
         """Say what ``print(tracker)`` and notebooks show, where the table is one of several optimizers.
@@ -376,6 +339,7 @@ class WeightFlipTracker(Displayed):
         after = self._schedule.progress.next(valid)
         if not self.is_tracking:
             self._schedule.progress, self._in_step = after, False
+            self._mark_if_due()
             return
         try:
             self._count(valid)
@@ -386,11 +350,13 @@ class WeightFlipTracker(Displayed):
             if isinstance(error, Exception):
                 # Other processes go on, and the number of steps says when they need this one.
                 self._schedule.progress, self._in_step = after, False
+                self._mark_if_due()
             raise
         # Up to here the step is not counted, from here on it is.
         self._schedule.progress = after._replace(is_settled=False)
         self._layers.settle()
-        self._runner.step_is_counted()
+        self._runner.has_news = True
+        self._mark_if_due()
         self._keep_codes()
         # Last: what is interrupted before makes the next step take its snapshots anew.
         self._in_step = False
@@ -448,10 +414,10 @@ class WeightFlipTracker(Displayed):
         Where weights are sharded over processes, all of them have to call it: see :meth:`synchronize`.
 
         Args:
-            may_be_empty: Give a record also when no step was tracked since the last one.
+            may_be_empty: Give a record also when nothing was counted since the last one.
 
         Returns:
-            The record; None when no step was tracked since the last one.
+            The record; None when no step was tracked, and no window of ``mark_sync`` ended, since the last one.
         """
         self._layers.settle()
         try:
@@ -460,7 +426,7 @@ class WeightFlipTracker(Displayed):
             self._add_up()
         record = self._totals.close_window(self._shards)
         self._notices.flush()
-        return record if may_be_empty or record.model.window.weight_steps else None
+        return record if may_be_empty or record.model.is_new else None
 
     def _look(self) -> None:
         """Find what is found at logging points."""
@@ -476,14 +442,48 @@ class WeightFlipTracker(Displayed):
             return
         self._runner.measured(due)
         held = [layer.tracked for layer in self._current if layer.tracked is not None and layer.tracked.is_held]
-        for layer in self._with_codes(held):
+        for layer in self._looked_at(held):
             self._runner.measure(layer, due)
+        self._current.leave_out_failed()
+
+    def _looked_at(self, weights: Iterable[TrackedWeight]) -> Iterator[Layer]:
+        """Yield the layers of the weights, each with its current codes, between two steps."""
+        for layer in self._with_codes(weights):
+            yield layer
             if layer.state is CodeState.FRESH:
                 # The next step may be an untracked one, which need not leave a trace.
                 layer.distrust()
             if self.low_memory or self._schedule.is_over():
                 layer.drop_codes()
-        self._current.leave_out_failed()
+
+    # ------------------------------------------------------------------ marks
+
+    @_outside_of_autograd
+    def mark_sync(self) -> None:
+        """Mark that the training publishes its weights now.
+
+        Call it where the training sends its weights to rollout engines. The metric group ``"sync"`` then compares the
+        codes with those at the last mark. The first mark only stores the codes. In a hook of the optimizer's step, the
+        mark is made at the end of that step. There is no device synchronization.
+
+        If weights are sharded over processes, all processes have to call it.
+
+        Raises:
+            ValueError: ``metrics=`` does not have ``"sync"``.
+        """
+        self._marks.request()
+        if not self._in_step:
+            self._mark_if_due()
+
+    def _mark_if_due(self) -> None:
+        if self._marks.take_due():
+            self._layers.settle()
+            taking = None if self._taking is None else self._taking()
+            found = nullcontext(self._layers.listed) if taking is None else taking()
+            with self._marks.guarded(), found as weights:
+                self._begin(list(weights))
+                self._marks.make(self._looked_at(tracked for tracked in weights if tracked.is_held), self._shards)
+            self._notices.flush()
 
     # ------------------------------------------------------------------ many processes
 
@@ -626,4 +626,4 @@ class WeightFlipTracker(Displayed):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_gradients": {}, "_holding": None, "_show": None}
+        return {**self.__dict__, "_gradients": {}, "_holding": None, "_taking": None, "_show": None}

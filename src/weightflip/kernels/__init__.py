@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from weightflip.formats import Rounding
 from weightflip.kernels.backend import check_backend, one_pass, run, run_for
-from weightflip.kernels.eager import count_
+from weightflip.kernels.eager import count_, keep_
 from weightflip.kernels.gathered import Layout, is_small, pack
 from weightflip.kernels.runs import Addresses, Kind, Run, ScaleCodes, Stretch, upload
 from weightflip.kernels.scratch import ScratchPool
@@ -33,6 +33,7 @@ __all__ = [
     "check_backend",
     "count_",
     "is_small",
+    "keep_",
     "one_pass",
     "pack",
     "run",

@@ -60,3 +60,37 @@ def count_(
 
     # The int64 sums hold eight counts each, one a byte.
     counts[:rows].add_(sums.view(torch.uint8).sum((0, 2), dtype=torch.int64))
+
+
+def keep_(codes: Tensor, new: Tensor, scratch: ScratchPool) -> Tensor:
+    """Store the new codes in ``codes``, one slice at a time, and count how many differ. No device synchronization.
+
+    Equal to the flips of :func:`weightflip.kernels.reference.count`.
+
+    Args:
+        codes: Old ordinals; overwritten.
+        new: New ordinals, of the same shape and dtype.
+        scratch: Provides temporaries.
+
+    Returns:
+        0-dim int64.
+    """
+    if codes.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=codes.device)
+    # Smaller slices than above: the new codes are still in the cache when they are stored.
+    limit = max(1, slice_elements(codes) // 4)
+    padded = -(-min(limit, codes.numel()) // _ALIGNMENT) * _ALIGNMENT
+    # Of the codes' dtype: torch does not vectorize comparisons of wider integers with a bool result.
+    flags = scratch.flat("kept", padded, codes.dtype, codes.device)
+    lanes = flags.view(torch.int64).view(_LANES, -1)
+    parts = list(slices(codes, limit))
+    sums = scratch.flat("kept sums", len(parts) * lanes.size(1), torch.int64, codes.device).view(len(parts), -1)
+    for part, index in enumerate(parts):
+        before, after = codes[index], new[index]
+        numel = after.numel()
+        flags[numel:].zero_()
+        torch.ne(before, after, out=flags[:numel].view(after.shape))
+        torch.sum(lanes, dim=0, out=sums[part])
+        before.copy_(after)
+    # Each int64 sum holds several counts, each as wide as a code.
+    return sums.view(torch.uint8 if codes.itemsize == 1 else codes.dtype).sum(dtype=torch.int64)

@@ -130,6 +130,15 @@ class LayerMetric:
             sums: As in ``slice``.
         """
 
+    def mark(self, weight: Weight, sums: Tensor, scratch: ScratchPool) -> None:
+        """At a mark of ``mark_sync`` or ``sync_every=``. Must not synchronize with the device.
+
+        Args:
+            weight: The whole weight.
+            sums: As in ``slice``, but added to the totals at once.
+            scratch: Provides temporaries.
+        """
+
     def gauge(self, weight: Weight, gauges: Tensor, bins: Tensor) -> None:
         """At a logging point.
 
@@ -163,6 +172,10 @@ class Metric(ABC):
     histograms: tuple[Bins, ...] = ()
     every: int = 1
     """Steps, or steps between logging points, from one look to the next, unless the user says otherwise."""
+    uses_steps: bool = True
+    """Whether it has ``before``, ``slice`` or ``after``. If no group does, many weights are counted in one call."""
+    uses_marks: bool = False
+    """Whether it has ``mark``. A group with ``mark`` only is opened at the first mark."""
     of_shards: bool = True
     """Whether the sums over the shards of a weight are those of the whole; else sharded weights have no numbers."""
 

@@ -18,7 +18,7 @@ from weightflip.records import AlertEvent, FlipRecord, LayerRecord, alert_lines,
 logger = logging.getLogger("weightflip")
 
 _RULE = re.compile(
-    r"\s*(?P<value>\w+)\s*(?:(?P<comparison>[<>]=?)|drops\b)\s*"
+    r"\s*(?P<value>\w+)\s*(?:(?P<comparison>[<>]=?|==)|drops\b)\s*"
     r"(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(?P<percent>%?)"
     r"(?:\s+for\s+(?P<steps>\d+)\s+steps?)?\s*"
 )
@@ -28,6 +28,7 @@ _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": lambda value, bound: value >= bound,
     "<": lambda value, bound: value < bound,
     "<=": lambda value, bound: value <= bound,
+    "==": lambda value, bound: value == bound,
 }
 _NONFINITE = "nonfinite_weights"
 
@@ -36,10 +37,10 @@ _NONFINITE = "nonfinite_weights"
 class Alert:
     """A rule to check for each layer and for the model.
 
-    A rule compares a value with a bound (``>``, ``>=``, ``<``, ``<=``), or with its highest value so far (``drops``).
-    With ``for N steps``, it comes true once the condition has held at every record over at least N optimizer steps. It
-    is reported once, and can be reported again after a record at which the condition does not hold. A record without
-    the value is ignored; for example, there is no stall ratio without updates.
+    A rule compares a value with a bound (``>``, ``>=``, ``<``, ``<=``, ``==``), or with its highest value so far
+    (``drops``). With ``for N steps``, it comes true once the condition has held at every record over at least N
+    optimizer steps. It is reported once, and can be reported again after a record at which the condition does not hold.
+    A record without the value is ignored; for example, there is no stall ratio without updates.
 
     Args:
         rule: ``"<value> > <number> [for <N> steps]"`` or ``"<value> drops <number>% [for <N> steps]"``. Numbers may be
@@ -73,7 +74,7 @@ class Alert:
     value: str = field(init=False, repr=False)
     """The name of the value to check."""
     comparison: str = field(init=False, repr=False)
-    """``">"``, ``">="``, ``"<"``, ``"<="`` or ``"drops"``."""
+    """``">"``, ``">="``, ``"<"``, ``"<="``, ``"=="`` or ``"drops"``."""
     bound: float = field(init=False, repr=False)
     """What the value is compared with; for ``"drops"``, the drop as a fraction of the highest value."""
     steps: int = field(init=False, repr=False)

@@ -21,6 +21,7 @@ class TrackingOptions(TypedDict, total=False):
     groups: Mapping[str, str | Sequence[str]] | str | None
     metrics: MetricsLike
     oscillation_ema: float | tuple[float, float] | None
+    sync_every: int | None
     track_every: int
     start_step: int
     end_step: int | None
@@ -52,6 +53,7 @@ class Options:
     groups: Mapping[str, str | Sequence[str]] | str | None = None
     metrics: MetricsLike = METRICS
     oscillation_ema: float | tuple[float, float] | None = None
+    sync_every: int | None = None
     track_every: int = 1
     start_step: int = 0
     end_step: int | None = None
@@ -71,6 +73,7 @@ class Options:
             "include": _check_include(self.include),
             "exclude": None if self.exclude is None else checks.globs("exclude", self.exclude),
             "groups": _check_groups(self.groups),
+            "sync_every": None if self.sync_every is None else checks.whole_number("sync_every", self.sync_every, 1),
             "track_every": checks.whole_number("track_every", self.track_every, 1),
             "start_step": start_step,
             "end_step": None if end_step is None else checks.whole_number("end_step", end_step, start_step + 1),

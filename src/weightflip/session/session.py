@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from weightflip import distributed
 from weightflip.counting import checkpoint, summary
+from weightflip.counting.layer import TrackedWeight
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import RunInfo, printable
 from weightflip.session.ending import Ending
@@ -52,7 +54,7 @@ class Session:
         self._reset()
 
     def _reset(self) -> None:
-        self.tracker.take_weights_from(self.weights.holding)
+        self.tracker.take_weights_from(self.weights.holding, self.current_weights)
         self.tracker.take_summary_from(self.summary)
         self._found_inf: Tensor | None = None
         self._is_training_step: Tensor | None = None
@@ -94,15 +96,32 @@ class Session:
         self._is_in_step = True
         attempt = self._guard.attempt
         if self.tracker.is_tracking:
-            are_known = attempt(self.weights.select, optimizer, strict=False)
-            self.weights.compare_changed_shards(are_known=are_known)
-            attempt(self.weights.hold, optimizer)
+            self._take_weights(optimizer)
         attempt(self.tracker.before_step, self.weights.tracked)
         self._is_training_step = None
         if not has_closure:
             attempt(self._check_first_step, optimizer)
         else:
             self.tracker.forget_gradients()
+
+    def _take_weights(self, optimizer: Optimizer) -> None:
+        """Select the weights and reference their parameters, with the collectives that this needs."""
+        are_known = self._guard.attempt(self.weights.select, optimizer, strict=False)
+        self.weights.compare_changed_shards(are_known=are_known)
+        self._guard.attempt(self.weights.hold, optimizer)
+
+    @contextmanager
+    def current_weights(self) -> Iterator[Sequence[TrackedWeight]]:
+        """Yield the weights that a step would track now, also before the first step."""
+        optimizer = self.weights.optimizer
+        has_stopped = not self.source.is_live or (self.source.is_broken and not self.tracker.is_sharded)
+        if optimizer is not None and not has_stopped:
+            self._take_weights(optimizer)
+        try:
+            yield self.weights.tracked
+        finally:
+            if not self._is_in_step:
+                self.weights.release()
 
     def _check_first_step(self, optimizer: Optimizer) -> None:
         # Optimizer state is initialized before the first step only. Later, an optimizer without state may legitimately

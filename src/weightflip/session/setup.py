@@ -36,6 +36,7 @@ def start_session(optimizer: Optimizer, model: nn.Module | None, options: Option
     tracker = WeightFlipTracker(
         metrics=options.metrics,
         oscillation_ema=options.oscillation_ema,
+        sync_every=options.sync_every,
         track_every=options.track_every,
         start_step=options.start_step,
         end_step=options.end_step,
@@ -49,6 +50,8 @@ def start_session(optimizer: Optimizer, model: nn.Module | None, options: Option
         "track_every": str(options.track_every),
         "log_every": str(options.log_every),
     }
+    if options.sync_every is not None:
+        settings["sync_every"] = str(options.sync_every)
     _check_layer_values(
         options.layer_values, [*tracker.value_names, *(value.name for value in tracker.declared_values)]
     )

@@ -234,10 +234,15 @@ class Weights:
         for weight in self.tracked:
             weight.release()
 
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer whose parameters were selected last, or None if it no longer exists."""
+        return None if self._optimizer is None else self._optimizer()
+
     @contextmanager
     def holding(self) -> Iterator[None]:
         """Reference the parameters between two tracked steps, if they have not changed since the last one."""
-        optimizer = None if self._optimizer is None else self._optimizer()
+        optimizer = self.optimizer
         are_held = any(weight.is_held for weight in self.tracked)
         if are_held or optimizer is None or _parameter_signature(parameters_of(optimizer)) != self._signature:
             yield

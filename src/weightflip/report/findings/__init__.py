@@ -27,6 +27,7 @@ from weightflip.report.findings.resting import find_resting
 from weightflip.report.findings.scale import find_scale_driven
 from weightflip.report.findings.steps import find_small_steps
 from weightflip.report.findings.stuck import find_stuck
+from weightflip.report.findings.syncs import find_empty_deltas
 from weightflip.report.run import Run
 
 __all__ = ["CHECKS", "Check", "Finding", "Severity", "compare", "find", "find_in_run"]
@@ -40,6 +41,7 @@ CHECKS = (
     Check(find_dead, "layers without updates"),
     Check(find_few_gradients),
     Check(find_stuck, "layers that stand still"),
+    Check(find_empty_deltas, "empty deltas", needs=("changed_fraction",)),
     Check(find_behind),
     Check(find_bursts, "bursts of flips"),
     Check(find_oscillating, "oscillation", needs=("oscillation_ratio", "oscillating_fraction")),

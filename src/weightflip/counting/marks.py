@@ -1,0 +1,94 @@
+"""Marks: the moments at which the training publishes its weights, for metric groups that compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from weightflip import checks
+from weightflip.counting.layer import Layer
+from weightflip.counting.metric_runner import MetricRunner
+from weightflip.counting.notices import Notices
+from weightflip.counting.schedule import Schedule
+from weightflip.counting.shards import Shards
+from weightflip.counting.table import LayerTable
+
+
+class SyncMarks:
+    """Knows when a mark is due, and passes the layers to the metric groups.
+
+    Args:
+        runner: The metric groups.
+        schedule: Counts the steps.
+        layers: All layers.
+        notices: Collects warnings.
+        every: Number of steps between two marks. None if the training calls ``mark_sync``.
+
+    Raises:
+        ValueError: ``every`` is given, but no metric group uses marks.
+    """
+
+    def __init__(
+        self, runner: MetricRunner, schedule: Schedule, layers: LayerTable, notices: Notices, every: int | None
+    ) -> None:
+        self._runner, self._schedule, self._layers, self._notices = runner, schedule, layers, notices
+        self._every = None if every is None else checks.whole_number("sync_every", every, 1)
+        self._has_begun = self._is_requested = False
+        if self._every is not None:
+            self._check("sync_every=")
+
+    def _check(self, what: str) -> None:
+        if not self._runner.uses_marks:
+            raise ValueError(f"{what} belongs to the group 'sync', which metrics= does not have; add it to metrics=")
+
+    def request(self) -> None:
+        """Request a mark, to be made as soon as no step is in progress.
+
+        Raises:
+            ValueError: No metric group uses marks.
+        """
+        self._check("mark_sync()")
+        self._is_requested = True
+
+    def take_due(self) -> bool:
+        """Return whether a mark is due now, and clear the request."""
+        is_requested, self._is_requested = self._is_requested, False
+        is_due = is_requested or (self._every is not None and self._schedule.steps % self._every == 0)
+        return is_due and self._schedule.allows_marks
+
+    @property
+    def is_first_due(self) -> bool:
+        """Whether ``sync_every=`` needs a mark before the step that begins: the first step of a run."""
+        is_first = self._every is not None and self._schedule.steps == 0 and not self._has_begun
+        return is_first and self._schedule.allows_marks
+
+    def make(self, layers: Iterable[Layer], shards: Shards) -> None:
+        """Make a mark. Other layers, such as frozen ones, start a new window at the next mark that includes them.
+
+        Args:
+            layers: The layers to mark, each with its current codes.
+            shards: Tells which layers are sharded.
+        """
+        self._has_begun = True
+        marked = set()
+        for layer in layers:
+            self._runner.mark(layer, is_shard=layer.name in shards)
+            marked.add(layer.name)
+        for layer in self._layers.values():
+            if layer.name not in marked:
+                self._runner.forget_mark(layer)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Turn an error into a warning. All layers then start a new window at the next mark."""
+        try:
+            yield
+        except Exception as error:
+            # Some codes may be older than others.
+            self._layers.distrust()
+            for layer in self._layers.values():
+                self._runner.forget_mark(layer)
+            self._notices.add(
+                "a mark of mark_sync() or sync_every= failed, training continues, and the next mark starts a new "
+                f"window: {type(error).__name__}: {error}"
+            )
