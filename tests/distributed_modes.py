@@ -1,4 +1,4 @@
-"""What each process of ``test_distributed.py`` does. Not a test file: processes are spawned with it."""
+"""What each process of ``test_distributed.py`` runs. Not a test file: processes are started with it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FORMATS = [
 
 
 class Net(nn.Module):
-    """An even weight, one whose rows do not divide by 2 or 4, one with a single row, one of three rows."""
+    """Weights whose rows divide evenly, whose rows do not divide by 2 or 4, with a single row, and with three rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Net(nn.Module):
 
 
 def make_net(values=None) -> Net:
-    """Weights of a seed; or 0, 1, 2, ... in each weight, to see which of them a process has."""
+    """Seeded weights; or 0, 1, 2, ... in each weight, to see which elements a process holds."""
     torch.manual_seed(3)
     net = Net()
     if values == "indices":
@@ -76,7 +76,7 @@ def make_net(values=None) -> Net:
 
 
 def full_gradient(name: str, shape: torch.Size, step: int) -> Tensor:
-    """The gradient of the whole weight: a third of it is exactly 0."""
+    """The gradient of the whole weight, a third of which is exactly 0."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + step)
     gradient = torch.randn(shape, generator=generator)
     return gradient * (torch.rand(shape, generator=generator) > 1 / 3)
@@ -87,7 +87,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 class Sharded:
-    """A model, and one of indices sharded by the same code: gradients are cut by these."""
+    """A model, and one of indices sharded by the same code, with which gradients are cut."""
 
     def __init__(self, shard) -> None:
         self.model, indices = make_net(), make_net("indices")
@@ -105,7 +105,7 @@ class Sharded:
             p.grad = gradient
 
     def equals(self, weights: dict[str, Tensor]) -> bool:
-        """Whether this process's part of each weight is that of a run of one process, bit for bit."""
+        """Whether this process's part of each weight equals that of a single-process run, bit for bit."""
         return all(
             torch.equal(local(p.detach()), weights[name].flatten()[self.indices[name]])
             for name, p in self.model.named_parameters()
@@ -128,14 +128,14 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def wrap(inner: torch.optim.Optimizer, model: nn.Module | None = None, **options) -> FlipTrackingOptimizer:
-    """Without a compiled kernel: each process would take seconds to load it."""
+    """Use no compiled kernel, since each process would take seconds to load it."""
     return FlipTrackingOptimizer(inner, model, **{"sinks": [], "backend": "eager", **options})
 
 
 def run(
     shard=lambda model: None, *, steps=range(STEPS), make=adamw, track=FlipTrackingOptimizer, before=None, **options
 ):
-    """Train on gradients cut from those of the whole weights; return what was counted and the part of the weights."""
+    """Train on gradients cut from those of the whole weights; return the counts and this process's weights."""
     sharded = Sharded(shard)
     records = []
     options = {"sinks": [records.append], "log_every": 5, "quantizer": FORMATS, "backend": "eager", **options}
@@ -182,7 +182,7 @@ def fsdp_and_tp(model: nn.Module) -> None:
 
 
 def columns(model: nn.Module) -> None:
-    """FSDP2 by the last dimension, which cuts the rows."""
+    """Shard with FSDP2 by the last dimension, which cuts rows."""
     fully_shard(model.second, mesh=over(dist.get_world_size()), shard_placement_fn=lambda p: Shard(1))
 
 
@@ -190,7 +190,7 @@ SHARDINGS = {"fsdp": fsdp, "hsdp": hsdp, "tp": tensor_parallel, "fsdp_and_tp": f
 
 
 def shardings(rank: int, world: int, weights: dict[str, Tensor]) -> dict[str, object]:
-    """The same trajectory under each sharding."""
+    """Train the same trajectory under each sharding."""
     results = {}
     for name, shard in SHARDINGS.items():
         # Shards of 16 columns cut the blocks of 32.
@@ -202,7 +202,7 @@ def shardings(rank: int, world: int, weights: dict[str, Tensor]) -> dict[str, ob
 
 
 def options_of_the_tracker(rank: int, world: int) -> dict[str, object]:
-    """Every way to take codes before a step."""
+    """Train with every way of encoding before a step."""
     return {name: run(fsdp, quantizer=["float8_e4m3", "int4:g32"], **options)[0] for name, options in OPTIONS.items()}
 
 
@@ -218,7 +218,7 @@ OPTIONS = {
 
 
 def write_between(step: int, model: nn.Module) -> None:
-    """As an exponential average that is swapped in: no flips of the step that follows."""
+    """Write weights as an EMA swap does, which must not count as flips of the next step."""
     if step in (4, 5, 9):
         with torch.no_grad():
             for p in model.parameters():
@@ -226,7 +226,7 @@ def write_between(step: int, model: nn.Module) -> None:
 
 
 def writes(rank: int, world: int) -> dict[str, object]:
-    """Weights written between steps: as DTensors, and one shard on one process alone."""
+    """Write weights between steps: as DTensors, and one shard on one process alone."""
 
     def one_shard(step: int, model: nn.Module) -> None:
         if step == 6 and rank == world - 1:
@@ -287,7 +287,7 @@ def syncs(rank: int, world: int) -> dict[str, object]:
 
 
 def collectives(rank: int, world: int) -> dict[str, object]:
-    """Number and bytes of the collectives in a step, and at a logging point."""
+    """Count the collectives, and their bytes, in a step and at a logging point."""
     results = {}
     for name, shard, quantizer in (
         ("tensorwise", fsdp, "float8_e4m3"),
@@ -313,7 +313,7 @@ def collectives(rank: int, world: int) -> dict[str, object]:
 
 
 class Collectives(TorchDispatchMode):
-    """Sees every collective that is handed to a process group: its name and its elements."""
+    """Records every collective passed to a process group: its name and number of elements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -326,7 +326,7 @@ class Collectives(TorchDispatchMode):
 
 
 def means(rank: int, world: int) -> dict[str, object]:
-    """The absmean of ternary weights, which the order of a sum may move by a bit."""
+    """Compute the absmean of ternary weights, which the order of the sum may change by one bit."""
     found, sharded, optimizer = run(fsdp, quantizer="ternary")
     layers = optimizer.tracker.layers
     found["means"] = {
@@ -339,7 +339,7 @@ def means(rank: int, world: int) -> dict[str, object]:
 
 
 class BruteForce:
-    """Counts on whole weights, gathered from the processes, in float8."""
+    """Counts by brute force on whole weights gathered from the processes, in float8."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = dict(model.named_parameters())
@@ -367,7 +367,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def data_parallel(rank: int, world: int) -> dict[str, object]:
-    """DDP, and ZeroRedundancyOptimizer around and within."""
+    """Train with DDP, and with ZeroRedundancyOptimizer outside and inside the wrapper."""
     results = {}
 
     def zero(model: nn.Module) -> torch.optim.Optimizer:
@@ -401,12 +401,12 @@ def data_parallel(rank: int, world: int) -> dict[str, object]:
 
 
 def training(rank: int, world: int) -> dict[str, object]:
-    """Forward, backward and gradient accumulation under FSDP2; each process has its own data, one comes late."""
+    """Train under FSDP2 with gradient accumulation; each process has its own data, and one is slow."""
     model = make_net()
     for layer in model.children():
         fully_shard(layer)
     fully_shard(model)
-    # On two, by the kernel that users get.
+    # With two processes, use the default kernel.
     optimizer = wrap(adamw(model), model, log_every=3, backend="auto" if world == 2 else "eager")
     brute = BruteForce(model)
     for step in range(6):
@@ -425,7 +425,7 @@ def training(rank: int, world: int) -> dict[str, object]:
 
 
 def torchao_float8(rank: int, world: int) -> dict[str, object]:
-    """Float8Linear with float8 all-gather: codes are those that the shards are cast to."""
+    """Train Float8Linear with float8 all-gather, whose codes are those that the shards are cast to."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training, precompute_float8_dynamic_scale_for_fsdp
 
     results = {}
@@ -452,7 +452,7 @@ def torchao_float8(rank: int, world: int) -> dict[str, object]:
         are_equal = []
         cast_now = cast()
         for step in range(4):
-            # By hand: gloo gathers no float8.
+            # Gathered as bytes, since gloo does not gather float8.
             torch.manual_seed(10 * step + rank)
             for p in model.parameters():
                 p.grad = DTensor.from_local(torch.randn(p.to_local().shape), p.device_mesh, p.placements)
@@ -480,7 +480,7 @@ def _fresh(slot, like, dtype):
 
 
 class FailsOnOne:
-    """A quantizer that breaks on the last process in its sixth call."""
+    """A quantizer that raises on the last process in its sixth call."""
 
     name, scope = "fails", "element"
 
@@ -497,7 +497,7 @@ class FailsOnOne:
 
 
 def faults(rank: int, world: int) -> dict[str, object]:
-    """A layer, or all tracking, fails on one process: no other waits for it."""
+    """Have a layer, or all of tracking, fail on one process, which must not keep others waiting."""
     results = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -535,7 +535,7 @@ def faults(rank: int, world: int) -> dict[str, object]:
         optimizer.close()
         results["tracking"] = {**numbers(optimizer.tracker), "warnings": [str(w.message) for w in caught]}
 
-    # Not the same layers on each process, though they share one mesh.
+    # Different layers on each process, although they share one mesh.
     torch.manual_seed(0)
     mesh = over(world)
     weights = [torch.randn(8, 8 + 8 * rank * i) for i in range(1, 3)]
@@ -553,7 +553,7 @@ def faults(rank: int, world: int) -> dict[str, object]:
 
 
 class Breaks:
-    """bfloat16, until one part of it breaks on the last process."""
+    """bfloat16, until one of its methods raises on the last process."""
 
     scope = "element"
 
@@ -590,7 +590,7 @@ PARTS = {"name": "select", "is_active": "before", "plain": "look", "encode": "co
 
 
 def faults_of_a_quantizer(rank: int, world: int) -> dict[str, object]:
-    """Wherever a quantizer breaks on one process, also where warnings are errors, no process waits."""
+    """Have a quantizer raise in any method on one process, also with warnings as errors: no process may wait."""
     results = {}
     for part in PARTS:
         for action in ("always", "error"):
@@ -599,7 +599,7 @@ def faults_of_a_quantizer(rank: int, world: int) -> dict[str, object]:
             def break_it(step: int, model: nn.Module, quantizer: Breaks = quantizer) -> None:
                 quantizer.is_broken = step >= 3
 
-            # Without a sink the process only takes part in the records of the other.
+            # Without a sink, the process only takes part in the other's records.
             sinks = {"sinks": []} if rank and action == "error" else {}
             results[f"{part}-{action}"] = steps_with_faults(
                 action, quantizer={"first*": quantizer, "*": "float8_e4m3"}, log_every=3, before=break_it, **sinks
@@ -608,7 +608,7 @@ def faults_of_a_quantizer(rank: int, world: int) -> dict[str, object]:
 
 
 def steps_with_faults(action: str, *, shard=fsdp, before=None, at=None, **options) -> dict[str, object]:
-    """Steps that may warn, or raise what they would warn about; all of them are done."""
+    """Take steps that may warn, or raise their warnings; all of them are completed."""
     sharded = Sharded(shard)
     records, texts = [], []
     optimizer = wrap(adamw(sharded.model), sharded.model, **{"sinks": [records.append], **options})
@@ -637,7 +637,7 @@ def steps_with_faults(action: str, *, shard=fsdp, before=None, at=None, **option
 
 
 def faults_of_the_list(rank: int, world: int) -> dict[str, object]:
-    """What is tracked changes, and one process does not find out, or finds something else."""
+    """Change what is tracked, while one process does not notice or selects something else."""
     results = {}
 
     def all_but_three(model: nn.Module) -> torch.optim.Optimizer:
@@ -663,7 +663,7 @@ def faults_of_the_list(rank: int, world: int) -> dict[str, object]:
             optimizer.close()
         results[name] = {**numbers(optimizer.tracker), "warnings": [str(w.message) for w in caught]}
 
-    # Here it is a weight that is not sharded: the others compare nothing.
+    # A weight that is not sharded: the others compare nothing.
     quantizer = Breaks("name")
 
     def freeze(step: int, model: nn.Module) -> None:
@@ -675,7 +675,7 @@ def faults_of_the_list(rank: int, world: int) -> dict[str, object]:
         "always", shard=columns, quantizer={"first*": quantizer, "*": "float8_e4m3"}, log_every=3, before=freeze
     )
 
-    # From some step on, each process has another weight on the mesh of both.
+    # From some step on, the processes have different weights on their common mesh.
     for name, at in (("after_a_record", 4), ("before_any", 2)):
         sharded = Sharded(fsdp)
         model = sharded.model
@@ -694,7 +694,7 @@ def faults_of_the_list(rank: int, world: int) -> dict[str, object]:
 
 
 def faults_of_plain_weights(rank: int, world: int) -> dict[str, object]:
-    """A batch of weights that are not sharded, beside sharded ones, breaks on one process."""
+    """Have a batch of unsharded weights, next to sharded ones, raise on one process."""
     from weightflip.formats import E4M3
     from weightflip.quantizers.float8 import Float8Quantizer
 
@@ -712,7 +712,7 @@ def faults_of_plain_weights(rank: int, world: int) -> dict[str, object]:
 
 
 def faults_of_the_writer(rank: int, world: int) -> dict[str, object]:
-    """A sink, or an alert's callback, raises on the process that has one."""
+    """Have a sink, or an alert's callback, raise on the process that has it."""
 
     def raises(_) -> None:
         raise RuntimeError("broken on purpose")
@@ -730,19 +730,19 @@ READ = {"metrics": ("flips", "stalls", "range"), "log_every": 3}
 
 
 def spoil(step: int, model: nn.Module) -> None:
-    """Some weights become NaN, which the last process has."""
+    """Set some weights of the last process to NaN."""
     if step == 5 and (not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1):
         local(model.first.weight.grad)[-1, :7] = float("nan")
 
 
 def readers(rank: int, world: int) -> dict[str, object]:
-    """What is found at logging points is found on a process without sinks, too."""
+    """Check that a process without sinks also contributes what is measured at logging points."""
     sinks = {"sinks": []} if rank else {}
     return run(fsdp, quantizer="float8_e4m3:row", before=spoil, **READ, **sinks)[0]
 
 
 def several_optimizers(rank: int, world: int) -> dict[str, object]:
-    """Two optimizers of one run; in the first, something breaks at logging points on one process."""
+    """Train with two optimizers of one run; the first raises at logging points on one process."""
     results = {}
     for name in ("whole", "broken"):
         sharded, calls = Sharded(fsdp), []
@@ -806,7 +806,7 @@ def unsharded_leader(rank: int, world: int) -> dict[str, object]:
 
 
 class StateOnOne(torch.optim.SGD):
-    """As an optimizer that keeps what it needs on the process that needs it."""
+    """An optimizer that keeps state only on the processes that need it."""
 
     steps = 0
 
@@ -820,20 +820,20 @@ class StateOnOne(torch.optim.SGD):
 
 
 def phantom_steps(rank: int, world: int) -> dict[str, object]:
-    """Steps at a learning rate of 0, and those that torch.distributed.checkpoint has made, beside each other."""
+    """Combine steps with a learning rate of 0 and steps made by torch.distributed.checkpoint."""
     sharded = Sharded(fsdp)
     model = sharded.model
     optimizer = wrap(StateOnOne(model.parameters(), lr=0.0), model, quantizer="float8_e4m3", log_every=3)
     for step in range(STEPS):
         sharded.set_gradients(step)
         if rank == 1:
-            # All that it has of the gradients is 0.
+            # Its part of the gradients is all 0.
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
         optimizer.param_groups[0]["lr"] = 0.0 if step < 4 else 0.5
         optimizer.step()
     optimizer.zero_grad()
-    # Here only the second process has no state, and makes a step for it. Their states cannot be gathered then.
+    # Only the second process has no state and makes a step to initialize it. The states then cannot be gathered.
     with suppress(KeyError, RuntimeError):
         get_optimizer_state_dict(model, optimizer)
     optimizer.close()
@@ -841,7 +841,7 @@ def phantom_steps(rank: int, world: int) -> dict[str, object]:
 
 
 def frozen_on_one(rank: int, world: int) -> dict[str, object]:
-    """The last process alone freezes a weight, and both freeze another one later."""
+    """Freeze a weight on the last process alone, and later another one on both."""
     patience, distributed.collectives.MEETING_TIMEOUT = distributed.collectives.MEETING_TIMEOUT, timedelta(seconds=1)
 
     def freeze(step: int, model: nn.Module) -> None:
@@ -860,7 +860,7 @@ def frozen_on_one(rank: int, world: int) -> dict[str, object]:
 
 
 def made_states(rank: int, world: int) -> dict[str, object]:
-    """A framework makes the state by a step that is none; and a warm-up begins where one process has only zeros."""
+    """Initialize state by a step that is not training; and start a warm-up in which one process has only zeros."""
     results = {}
     for name in ("framework", "warm-up"):
         for quantizer in ("float8_e4m3", "float8_e4m3:row"):
@@ -883,7 +883,7 @@ def made_states(rank: int, world: int) -> dict[str, object]:
 
 
 def inference(rank: int, world: int) -> dict[str, object]:
-    """Each second step is made in inference mode, which makes tensors that cannot be written to outside of it."""
+    """Make every second step in inference mode, whose tensors cannot be written to outside of it."""
     sharded = Sharded(fsdp)
     inner = torch.optim.SGD(sharded.model.parameters(), lr=0.02)
     optimizer = wrap(inner, sharded.model, quantizer="float8_e4m3", log_every=3)
@@ -898,7 +898,7 @@ def inference(rank: int, world: int) -> dict[str, object]:
 
 
 def late_gradients(rank: int, world: int) -> dict[str, object]:
-    """Gradients that are still on their way when the step begins."""
+    """Start a step while its gradients are still in flight."""
     sharded = Sharded(fsdp)
     model = sharded.model
     optimizer = wrap(adamw(model), model, quantizer="float8_e4m3", log_every=3)
@@ -915,7 +915,7 @@ def late_gradients(rank: int, world: int) -> dict[str, object]:
 
 
 def skipped_steps(rank: int, world: int) -> dict[str, object]:
-    """A gradient scaler skips a step, because of an infinity in one shard."""
+    """Have a gradient scaler skip a step because of an infinity in one shard."""
     sharded = Sharded(fsdp)
     model = sharded.model
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
@@ -933,12 +933,12 @@ def skipped_steps(rank: int, world: int) -> dict[str, object]:
 
 
 def groups(rank: int, world: int) -> dict[str, object]:
-    """Which process group a mesh's weights are added up in."""
+    """Return the process group in which a mesh's weights are added up."""
     mesh = over(2, world // 2, names=("replicate", "shard"))["shard"]
     parameter = nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)], src_data_rank=None))
     layout = distributed.layout(parameter)
     ours, theirs = (group_of((kind, layout.ranks)) for kind in ("cpu", "cuda"))
-    # Of two of the processes; the others have it in their optimizer, and nothing of it.
+    # On two of the processes; the others have it in their optimizer but hold no part of it.
     part = DeviceMesh("cpu", [0, 1])
     of_two = nn.Parameter(distribute_tensor(torch.ones(8, 8), part, [Shard(0)], src_data_rank=None))
     plain = nn.Parameter(torch.ones(8, 8))
@@ -957,7 +957,7 @@ def groups(rank: int, world: int) -> dict[str, object]:
 
 
 def second_world(rank: int, world: int, store: str) -> dict[str, object]:
-    """After another default group has been made, which is when the first one is let go."""
+    """Check what is left after a new default group is created, which is when the old one is released."""
     old = weakref.ref(dist.group.WORLD)
     first, sharded, optimizer = run(fsdp_and_tp, quantizer="float8_e4m3")
     dist.destroy_process_group()
@@ -979,7 +979,7 @@ def second_world(rank: int, world: int, store: str) -> dict[str, object]:
 
 
 def refusals(rank: int, world: int) -> dict[str, str]:
-    """What cannot be exact is refused, in words."""
+    """Refuse what cannot be exact, with an explanation."""
     mesh = over(world)
     weight = torch.arange(8 * 16 * world, dtype=torch.float32).view(8, 16 * world)
 
@@ -1014,7 +1014,7 @@ def refusals(rank: int, world: int) -> dict[str, str]:
 
 
 def on_one_only(rank: int, world: int) -> dict[str, object]:
-    """What one process may do alone without the others: look, copy, drop the optimizer."""
+    """Do on one process alone what does not need the others: read, copy, delete the optimizer."""
     sharded = Sharded(fsdp)
     model = sharded.model
     optimizer = wrap(adamw(model), model, quantizer="float8_e4m3", log_every=4)
@@ -1045,7 +1045,7 @@ def on_one_only(rank: int, world: int) -> dict[str, object]:
 
 
 def writer(rank: int, world: int, folder: Path) -> dict[str, object]:
-    """Only the first process touches the disk."""
+    """Write to disk from the first process only."""
     run(fsdp, quantizer="float8_e4m3", sinks=None, log_dir=folder / "sharded" / str(rank), log_every=5)
     run(quantizer="float8_e4m3", sinks=None, log_dir=folder / "plain" / str(rank), log_every=5)
     run(fsdp, quantizer="float8_e4m3", sinks=[str(folder / f"{rank}.jsonl")], log_every=5)
@@ -1054,7 +1054,7 @@ def writer(rank: int, world: int, folder: Path) -> dict[str, object]:
 
 
 def save(rank: int, world: int, folder: Path) -> None:
-    """Half of the trajectory, with a checkpoint of everything."""
+    """Train the first half of the trajectory, and save a checkpoint of everything."""
     found, sharded, optimizer = run(fsdp, steps=range(STEPS // 2))
     state = {
         "model": sharded.model.state_dict(),
@@ -1069,7 +1069,7 @@ def save(rank: int, world: int, folder: Path) -> None:
 
 
 def resume(shard, folder: Path, weights: dict[str, Tensor]) -> dict[str, object]:
-    """The other half, on any number of processes."""
+    """Train the second half, on any number of processes."""
     sharded = Sharded(shard)
     optimizer = wrap(adamw(sharded.model), sharded.model, quantizer=FORMATS, log_every=5)
     state = {
@@ -1093,7 +1093,7 @@ def connect(rank: int, world: int, store: str) -> None:
 
 
 def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> None:
-    """One process: every mode in turn, results into a file."""
+    """Run every mode in turn in one process, and save the results to a file."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     connect(rank, world, f"{folder}/rendezvous{world}")
@@ -1101,7 +1101,7 @@ def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> Non
     here.mkdir(exist_ok=True)
     modes = {}
     if world == 4:
-        # First, as long as torch's own caches have no mesh of the first world.
+        # First, while torch's own caches do not contain a mesh of the first world.
         modes["second_world"] = lambda: second_world(rank, world, f"{folder}/again{world}")
     modes |= {
         "shardings": lambda: shardings(rank, world, weights),

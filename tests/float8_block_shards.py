@@ -1,4 +1,4 @@
-"""What each process of ``test_float8_block_shards.py`` does. Not a test file: processes are started with it."""
+"""What each process of ``test_float8_block_shards.py`` runs. Not a test file: processes are started with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from weightflip import FlipTrackingOptimizer
 
 STEPS = 4
-# Cut within blocks of 128 rows, or between them; fewer rows than processes; experts, that are cut between and within.
+# Cut inside blocks of 128 rows, or between them; fewer rows than processes; experts that are cut between and inside.
 SHAPES = {
     "inside": (300, 256),
     "between": (512, 128),
@@ -42,12 +42,12 @@ class Net(nn.Module):
 
 
 def whole(name: str, step: int | None = None) -> Tensor:
-    """A weight, or its gradient in a step: a third of it is exactly 0."""
+    """A weight, or its gradient in a step, a third of which is exactly 0."""
     generator = torch.Generator().manual_seed(list(SHAPES).index(name) + 100 * (0 if step is None else step + 1))
     values = torch.randn(SHAPES[name], generator=generator)
     if step is not None:
         return values * 0.05 * (torch.rand(values.shape, generator=generator) > 1 / 3)
-    # Rows of many sizes, so that the largest number of a block is mostly on another process.
+    # Rows of many magnitudes, so that the largest number of a block is usually on another process.
     values *= torch.exp2(torch.randint(-6, 6, (*values.shape[:-1], 1), generator=generator))
     if name == "inside":
         values[140, 3], values[299, 200] = float("nan"), float("inf")
@@ -57,7 +57,7 @@ def whole(name: str, step: int | None = None) -> Tensor:
 def run(
     names: list[str], shard=lambda model: None, before=lambda step, model: None, calls: list | None = None
 ) -> dict[str, object]:
-    """Train on gradients that are cut from those of whole weights; what was counted. ``calls`` gets all collectives."""
+    """Train on gradients cut from those of whole weights; return the counts. ``calls`` receives all collectives."""
     model = Net(names)
     shard(model)
     optimizer = FlipTrackingOptimizer(
@@ -95,7 +95,7 @@ def hsdp(model: nn.Module) -> None:
 
 
 def by(*placements, shape=None):
-    """Every weight of the model by these placements."""
+    """Distribute every weight of the model with these placements."""
 
     def shard(model: nn.Module) -> None:
         mesh = over(*(shape or (dist.get_world_size(),)))
@@ -146,7 +146,7 @@ def connected(rank: int, world: int, folder: Path) -> Iterator[None]:
 
 
 def work(rank: int, world: int, folder: Path) -> None:
-    """One process: every case in turn, results into a file."""
+    """Run every case in turn in one process, and save the results to a file."""
     with connected(rank, world, folder), warnings.catch_warnings():
         warnings.simplefilter("error")
         cases = CASES | (OF_FOUR if world == 4 else {})

@@ -1,4 +1,4 @@
-"""What tests of float8 by blocks share: torchao's casts and its layer, and both formulas in plain words."""
+"""Shared by tests of blockwise float8: torchao's casts and its layer, and both formulas in their simplest form."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NAMES = ["float8_e4m3:1x128", "float8_e4m3:1x128:pow2", "float8_e4m3:128x128", "
 
 
 def of_torchao(module: str, *names: str, **given: Any) -> ModuleType:
-    """Functions and classes of torchao's own source, without the rest of their module: it imports Triton.
+    """Load functions and classes from torchao's source without the rest of their module, which imports Triton.
 
     Args:
         module: Its name.
-        names: What to take, in any order; constants, too.
-        given: What else they need.
+        names: What to load, in any order; may include constants.
+        given: Other names that they need.
     """
     package = importlib.util.find_spec("torchao")
     assert package is not None
@@ -46,7 +46,7 @@ def rows_of(name: str) -> int:
 
 
 def blocks(weight: Tensor, rows: int) -> list[tuple[slice, slice]]:
-    """Where the blocks of a matrix are, smaller ones at its edges included."""
+    """The positions of the blocks of a matrix, including smaller ones at its edges."""
     height, width = weight.shape
     return [
         (slice(i, min(i + rows, height)), slice(j, min(j + 128, width)))
@@ -56,7 +56,7 @@ def blocks(weight: Tensor, rows: int) -> list[tuple[slice, slice]]:
 
 
 def scale_of(block: Tensor, name: str) -> float:
-    """What a block is multiplied by: 448 / amax, or the largest power of two with which nothing is above 448."""
+    """What a block is multiplied by: 448 / amax, or the largest power of two with which nothing exceeds 448."""
     amax = float(block.abs().max())
     if math.isnan(amax):
         return math.nan
@@ -70,12 +70,12 @@ def scale_of(block: Tensor, name: str) -> float:
 
 
 def plain(weight: Tensor, name: str, *, divided: bool = False) -> tuple[Tensor, Tensor]:
-    """Float8 values (as float32) and the number that is multiplied by, for each weight, block by block.
+    """Compute float8 values (as float32) and the factor of each weight, block by block.
 
     Args:
         weight: A matrix.
-        name: Of the quantizer.
-        divided: By ``amax / 448``, instead of multiplying by ``448 / amax``.
+        name: The name of the quantizer.
+        divided: Divide by ``amax / 448`` instead of multiplying by ``448 / amax``.
     """
     values, scales = torch.empty(weight.shape), torch.empty(weight.shape)
     for at in blocks(weight, rows_of(name)):

@@ -1,4 +1,4 @@
-"""What the tracker may ask a quantizer, and the answers of those that say nothing."""
+"""The attributes of quantizers, and the defaults of objects that do not have them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def answers(quantizer):
 
 
 @pytest.mark.parametrize("make", [Sign, Declared, lambda: torch.sign], ids=["object", "derived", "function"])
-def test_what_says_nothing_has_the_defaults(make):
+def test_missing_attributes_have_defaults(make):
     quantizer, weight = adapt(make()), torch.tensor([0.5, -2.0])
     assert answers(quantizer) == SILENT
     assert quantizer.encoder is quantizer
@@ -47,7 +47,7 @@ def test_what_says_nothing_has_the_defaults(make):
         assert answers(copy.deepcopy(quantizer)) == SILENT
 
 
-def test_what_an_object_says_is_asked_anew_each_time():
+def test_attributes_of_an_object_are_read_each_time():
     said = SimpleNamespace(encode=Sign().encode, plain=lambda weight: weight + 1, statistic=torch.amax)
     said.__dict__.update(is_active=1, has_state=[], scope="group", group=4, reduction="mean", encodes=Sign(), name="me")
     quantizer = adapt(said)
@@ -60,7 +60,7 @@ def test_what_an_object_says_is_asked_anew_each_time():
     assert (quantizer.is_active, quantizer.has_state, quantizer.scope) == (False, True, "element")
 
 
-def test_what_is_a_quantizer_stays_as_it_is():
+def test_a_quantizer_is_returned_as_it_is():
     for name in quantizer_names():
         quantizer = resolve(name)
         assert adapt(quantizer) is quantizer
@@ -72,7 +72,7 @@ def test_what_is_a_quantizer_stays_as_it_is():
         )
 
 
-def test_no_kernel_takes_many_weights_of_what_changes_from_step_to_step():
+def test_quantizers_that_change_between_steps_are_not_batched():
     class Switched(FloatxQuantizer):
         @property
         def is_active(self):
@@ -87,7 +87,7 @@ def test_no_kernel_takes_many_weights_of_what_changes_from_step_to_step():
     assert not TrackedWeight("w", nn.Parameter(torch.ones(2, 2)), Sign()).is_batchable
 
 
-def test_what_only_encodes_says_so():
+def test_decoding_without_decode_raises():
     codes = Codes(torch.ones(2, dtype=torch.int8), None, Sign())
     with pytest.raises(ValueError, match=r"Sign.* only encodes: it has no decode\(codes\)"):
         decode(codes)

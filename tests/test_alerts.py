@@ -1,4 +1,4 @@
-"""Rules: read, come true, end, and never stop a training."""
+"""Alert rules: parsing, coming true, ending, and never stopping training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = frozenset({"flip_rate", "stall_ratio", "stable_rank"})
 
 
 def told(rule: str | Alert, series: list[float | None], every: int = 10, name: str = "stall_ratio") -> list[int]:
-    """The steps at which a rule is told, of one layer with these values at steps ``every``, 2 * ``every``, ..."""
+    """The steps at which a rule is reported for a layer with these values at steps ``every``, 2 * ``every``, ..."""
     watch = AlertWatch([rule], NAMES)
     steps = []
     for i, value in enumerate(series, 1):
@@ -46,7 +46,7 @@ def told(rule: str | Alert, series: list[float | None], every: int = 10, name: s
         ("stable_rank drops 30% for 1000 steps", ("stable_rank", "drops", 0.3, 1000)),
     ],
 )
-def test_rules_are_read(rule, expected):
+def test_rules_are_parsed(rule, expected):
     alert = Alert(rule)
     assert (alert.value, alert.comparison, alert.bound, alert.steps) == pytest.approx(expected)
 
@@ -66,7 +66,7 @@ def test_rules_are_read(rule, expected):
         "stall_ratio > 0.9; flip_rate < 1",
     ],
 )
-def test_rules_that_cannot_be_read(rule):
+def test_rules_that_cannot_be_parsed(rule):
     with pytest.raises(ValueError, match=r"expected a rule such as 'stall_ratio > 0\.99 for 200 steps'"):
         Alert(rule)
 
@@ -98,7 +98,7 @@ def test_values_of_metric_groups_can_be_watched(digits):
     assert {event.layer for event in events} == {"model", "0.weight", "2.weight"}
 
 
-def test_once_for_an_episode():
+def test_a_rule_is_reported_once_while_it_holds():
     assert told("stall_ratio > 0.5", [0.4, 0.6, 0.7, 0.5, 0.9, 0.9]) == [20, 50]
 
 
@@ -116,7 +116,7 @@ def test_a_record_without_the_value_says_nothing():
     ]
 
 
-def test_drops_are_against_the_highest_so_far():
+def test_drops_are_relative_to_the_highest_value_so_far():
     series = [1.0, 10.0, 7.1, 7.0, 6.0, 9.0, 20.0, 14.1, 13.9]
     assert told("stable_rank drops 30%", series, name="stable_rank") == [40, 90]
     assert told("stable_rank drops 30% for 10 steps", series, name="stable_rank") == [50]
@@ -138,15 +138,15 @@ def test_layers(digits, layers, expected):
     assert {event.layer for event in events} == expected
 
 
-def test_layers_that_are_seen_through_several_quantizers(digits):
+def test_layers_with_several_quantizers(digits):
     events = []
     alerts = [Alert("flip_rate > 0", ["0.weight", "*@int8"], events.append)]
     train(digits, 10, sinks=[], quantizer=["e3m4", "int8"], alerts=alerts)
     assert [event.layer for event in events] == ["model@int8", "0.weight@e3m4", "0.weight@int8", "2.weight@int8"]
 
 
-def test_everywhere_it_is_told(digits, tmp_path, caplog):
-    """A real training in which the learning rate falls to almost nothing."""
+def test_alerts_reach_the_log_callbacks_and_sinks(digits, tmp_path, caplog):
+    """A real training whose learning rate drops to almost zero."""
     events, records = [], []
     rule = "stall_ratio > 0.999 for 20 steps"
     model = digits_model()
@@ -164,7 +164,7 @@ def test_everywhere_it_is_told(digits, tmp_path, caplog):
             optimizer.step()
     optimizer.close()
 
-    # By hand: from the first record on at which the window's ratio is above it, 20 steps later.
+    # Expected: 20 steps after the first record whose ratio is above the bound.
     since = next(record.step for record in records if record.model.stall_ratio > 0.999)
     first = next(event for event in events if event.layer == "model")
     assert (first.step, first.since, first.rule) == (since + 20, since, rule)
@@ -180,12 +180,12 @@ def test_everywhere_it_is_told(digits, tmp_path, caplog):
     assert logged[0].startswith(f"weightflip: step {first.step}: {rule}: model (1, since step {since})")
 
 
-def test_tensorboard_has_them_as_text(digits, tmp_path):
+def test_tensorboard_shows_alerts_as_text(digits, tmp_path):
     train(digits, 20, log_dir=tmp_path, alerts=["flip_rate > 0", "cumulative_flip_rate > 0 for 10 steps"])[0].close()
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
     found = events.Tensors("weightflip/tracking_alerts/text_summary")
     texts = [event.tensor_proto.string_val[0].decode() for event in found]
-    # TensorBoard shows one text a step.
+    # TensorBoard shows one text per step.
     assert [event.step for event in found] == [10, 20]
     lines = texts[0].splitlines()
     assert [line.split(" (")[0] for line in lines] == [
@@ -194,7 +194,7 @@ def test_tensorboard_has_them_as_text(digits, tmp_path):
     assert texts[1].count("since step 10") == 3
 
 
-def test_many_layers_at_once_are_one_line_of_the_log(caplog):
+def test_many_layers_at_once_share_one_log_line(caplog):
     watch = AlertWatch(["flip_rate > 0"], NAMES)
     counts = Counts(10, 1)
     layers = tuple(LayerRecord(f"fc{i}", 10, counts, counts) for i in range(500))
@@ -237,7 +237,7 @@ def test_a_callback_that_fails_is_warned_about_once(digits):
     assert optimizer.tracker.get_flip_counts() == history[-1][0]
 
 
-def test_with_warnings_as_errors_the_other_rules_are_watched_and_everything_is_told():
+def test_with_warnings_as_errors_all_rules_are_still_checked_and_reported():
     class Taking:
         def __init__(self):
             self.events = []
@@ -275,7 +275,7 @@ def test_with_warnings_as_errors_the_other_rules_are_watched_and_everything_is_t
     assert told == taking.events[2:]
 
 
-def test_a_sink_may_take_alerts_or_not(digits):
+def test_a_sink_may_accept_alerts_or_not(digits):
     class Plain:
         def start(self, info, first_step): ...
 
@@ -302,7 +302,7 @@ def test_a_sink_may_take_alerts_or_not(digits):
     assert [event.layer for event in taking.events] == ["model", "0.weight", "2.weight"]
 
 
-def test_training_is_what_it_was(digits):
+def test_training_is_unchanged(digits):
     results = []
     for alerts in (None, ["flip_rate > 0", "stall_ratio > 0.1 for 5 steps", "flip_rate drops 10%"]):
         model = digits_model()
@@ -343,8 +343,8 @@ def test_copies(digits):
         assert [event.step for event in events] == [20] * expected
 
 
-def test_rules_begin_anew_after_a_checkpoint(digits):
-    """Not saved, and said so: what had held for 10 steps has to hold again."""
+def test_rules_start_again_after_a_checkpoint(digits):
+    """Their state is not saved, as documented: a condition that held for 10 steps has to hold again."""
     events = []
     alerts = [Alert("flip_rate > 0 for 10 steps", "model", events.append)]
     model = digits_model()
@@ -357,7 +357,7 @@ def test_rules_begin_anew_after_a_checkpoint(digits):
     assert [(event.step, event.since) for event in events] == [(30, 20)]
 
 
-def test_the_value_of_a_gauge_that_was_not_looked_at_ends_no_episode():
+def test_a_gauge_that_was_not_measured_does_not_end_an_alert():
     watch = AlertWatch(["stable_rank < 2"], NAMES)
     counts = Counts(10, 1)
     layer = LayerRecord("fc", 10, counts, counts, gauges={"stable_rank": Quotient(1, 1)})

@@ -121,7 +121,7 @@ COUNTING_FLOORS = (
     {"table"},
     {"layer", "columns", "notices", "schedule", "checkpoint"},
     {"batch", "ledger"},
-    {"scale_table"},
+    {"scale_table", "observed"},
 )
 
 

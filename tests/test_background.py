@@ -118,7 +118,7 @@ def test_a_fault_is_warned_about_and_costs_the_others_nothing(tmp_path):
         step()
         optimizer.flush()
 
-    with pytest.warns(UserWarning, match="Broken failed and gets no more records, training goes on: ValueError: no"):
+    with pytest.warns(UserWarning, match="Broken failed and gets no more records, training continues: ValueError: no"):
         step_and_flush()
     step()
     optimizer.close()

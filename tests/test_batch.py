@@ -17,6 +17,7 @@ from weightflip.counting import batch
 from weightflip.counting.layer import TrackedWeight
 from weightflip.formats import FloatFormat
 from weightflip.kernels import cpu
+from weightflip.metrics import LayerMetric, Metric, Value
 from weightflip.quantizers import resolve
 from weightflip.quantizers.block import MX_NAMES, MXQuantizer
 from weightflip.quantizers.floatx import FloatxQuantizer
@@ -233,6 +234,18 @@ def test_a_life_is_counted_as_in_plain_torch(quantizer, options):
     assert live("auto", quantizer, **options) == live_in_plain_torch(quantizer, **options)
 
 
+class Sliced(Metric):
+    name = "sliced"
+    values = (Value("sliced", "rate"),)
+
+    def open(self, name, weight):
+        class Layer(LayerMetric):
+            def slice(self, part, sums):
+                pass
+
+        return Layer()
+
+
 def together(tracker):
     return [member.numel for member in tracker.batches[0].members]
 
@@ -255,10 +268,12 @@ def test_what_goes_together_in_the_tracker():
     assert len(built) == 1
     tracker.drop_codes()
     assert tracker.batches == []
-    grouped = WeightFlipTracker(metrics=("flips", "oscillation"))
-    grouped.before_step(weights)
-    grouped.after_step()
-    assert grouped.batches == []
+    # Groups that have a form for kernels leave weights together; one that has to see slices does not.
+    for groups, expected in ((("oscillation", "coverage", "scale", "travel"), 9), ((Sliced(),), 0)):
+        grouped = WeightFlipTracker(metrics=("flips", *groups))
+        grouped.before_step(weights)
+        grouped.after_step()
+        assert sum(len(batch.members) for batch in grouped.batches) == expected
 
 
 def test_memory_given_out_again_is_not_taken_for_the_weight():
@@ -298,7 +313,7 @@ def test_a_fault_of_a_scale_gives_up_its_layers_and_no_others():
         for weight in weights:
             weight.parameter.data[0, 0] *= 2
         if step == 2:
-            with pytest.warns(UserWarning, match="'bad' is not tracked any more, training goes on: RuntimeError: no"):
+            with pytest.warns(UserWarning, match="'bad' is no longer tracked, training continues: RuntimeError: no"):
                 tracker.after_step()
         else:
             tracker.after_step()

@@ -1,4 +1,4 @@
-"""MX and NVFP4: the codes, scales and values that torchao itself makes, and every number against ml_dtypes."""
+"""MX and NVFP4: codes, scales and values against torchao, and every number against ml_dtypes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NUMPY_ELEMENT = {
     "mxfp4": ml_dtypes.float4_e2m1fn,
     "nvfp4": ml_dtypes.float4_e2m1fn,
 }
-# The exponent of the power of two just below the largest number.
+# The exponent of the largest power of two that is not above the largest number.
 MAX_POW2 = {"mxfp8_e4m3": 8, "mxfp8_e5m2": 15, "mxfp6_e2m3": 2, "mxfp6_e3m2": 4, "mxfp4": 2}
 MANTISSA_BITS = {"mxfp8_e4m3": 3, "mxfp8_e5m2": 2, "mxfp6_e2m3": 3, "mxfp6_e3m2": 2, "mxfp4": 1}
 LARGEST = {"mxfp8_e4m3": 448, "mxfp8_e5m2": 57344, "mxfp6_e2m3": 7.5, "mxfp6_e3m2": 28, "mxfp4": 6}
@@ -75,20 +75,20 @@ def subnormal(*shape: int) -> torch.Tensor:
 
 
 def every_size(*shape: int) -> torch.Tensor:
-    """Blocks from below the smallest float32 up to the largest."""
+    """Blocks of all magnitudes, from below the smallest float32 up to the largest."""
     weight = gaussian(*shape).view(-1, 16).clamp_(-3, 3)
     return (weight * torch.logspace(-46, 38, len(weight)).unsqueeze(1)).view(shape)
 
 
 def one_large(*shape: int) -> torch.Tensor:
-    """Next to it the rest of the block underflows, to subnormal codes and to zero."""
+    """With an outlier, next to which the rest of the block underflows to subnormal codes and zero."""
     weight = gaussian(*shape) * torch.logspace(-9, 0, shape[-1])
     weight.view(-1, 32)[:, 5] = 3.0
     return weight
 
 
 def at_the_edges(*shape: int) -> torch.Tensor:
-    """Largest magnitudes where the scale changes: powers of two, halfway to them, formats' largest; and neighbours."""
+    """Largest magnitudes where the scale changes: powers of two, midpoints, formats' largest; and their neighbors."""
     edges = [1.0, 448.0, 57344.0, 7.5, 28.0, 6.0, 1.75, 1.875, 1.9375, 1.5]
     edges = [np.float32(edge * 2.0**exponent) for exponent in (-120, -9, 0, 1, 30) for edge in edges]
     zero, inf = np.float32(0), np.float32(INF)
@@ -137,14 +137,14 @@ def assert_equals_torchao(weight: torch.Tensor, name: str) -> None:
         assert codes.ordinals.shape == weight.shape
         assert decode(codes).shape == weight.shape
         return
-    # torchao's NVFP4 takes matrices.
+    # torchao's NVFP4 only takes matrices.
     theirs = weight if weight.ndim > 1 else weight.unsqueeze(0)
     ordinals, scale = block_codes(theirs, name)
     np.testing.assert_array_equal(codes.ordinals.numpy(), ordinals.reshape(weight.shape))
     assert codes.scale.shape == (*weight.shape[:-1], weight.shape[-1] // quantizer.group, 1)
     scale_bits = scale.view(torch.uint8).numpy()
     if name in NVFP4:
-        # A NaN has a sign, which is none of the number's.
+        # Ignore the sign of NaN.
         scale_bits = np.where(scale.float().isnan().numpy(), 0x7F, scale_bits)
     scale_bits = scale_bits.reshape(codes.scale.shape)
     np.testing.assert_array_equal(quantizer.scale_codes(codes.scale).numpy(), scale_bits)
@@ -154,7 +154,7 @@ def assert_equals_torchao(weight: torch.Tensor, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_codes_scales_and_values_are_torchaos(name):
+def test_codes_scales_and_values_match_torchao(name):
     for weight, dtype, shape in itertools.product(WEIGHTS, (torch.float32, torch.bfloat16), SHAPES):
         if math.prod(shape) or weight is initial:
             with case(weight.__name__, dtype, shape):
@@ -166,13 +166,13 @@ def test_every_bfloat16_number_as_a_weight(name):
     weight = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     weight = weight[weight.isfinite()].view(-1, 128)
     assert_equals_torchao(weight, name)
-    # In another order, blocks have numbers of all sizes.
+    # Shuffled, so that blocks contain numbers of all magnitudes.
     shuffled = weight.view(-1)[torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(0))]
     assert_equals_torchao(shuffled.view(-1, 128), name)
 
 
 def all_numbers(family: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ordinal and value of every code of an element format, as ml_dtypes has them; NaN and infinities left out."""
+    """Ordinal and value of every finite code of an element format, according to ml_dtypes."""
     sign = SIGN[family]
     bits = np.arange(2 * sign, dtype=np.uint8)
     values = bits.view(NUMPY_ELEMENT[family]).astype(np.float32)
@@ -184,7 +184,7 @@ def all_numbers(family: str) -> tuple[np.ndarray, np.ndarray]:
 def test_every_element_of_mx(name):
     family = name.partition(":")[0]
     ordinals, values = all_numbers(family)
-    # Beside the format's largest power of two, or its largest number, every other number is itself.
+    # In a block with the format's largest power of two, or largest number, every other number stays as it is.
     largest = LARGEST[family] if name.endswith("rceil") else 2.0 ** MAX_POW2[family]
     inside = np.abs(values) <= largest
     weight = torch.full((inside.sum(), 32), float(largest))
@@ -200,7 +200,7 @@ def test_every_element_of_mx(name):
 @pytest.mark.parametrize("name", NVFP4)
 def test_every_element_of_nvfp4(name):
     ordinals, values = all_numbers("nvfp4")
-    # With the largest block scale, 448, both levels give the same: 448 * 6 is where the scale of the tensor is 1.
+    # With the largest block scale, 448, one and two levels agree: an amax of 448 * 6 gives a tensor scale of 1.
     weight = torch.full((len(values), 16), 6.0 * 448)
     weight[:, 7] = torch.from_numpy(values) * 448
     codes = encode(weight, name)
@@ -210,7 +210,7 @@ def test_every_element_of_nvfp4(name):
 
 
 @pytest.mark.parametrize("name", [*MX, "nvfp4"])
-def test_rounding_is_that_of_ml_dtypes(name):
+def test_rounding_matches_ml_dtypes(name):
     family = name.partition(":")[0]
     element = NUMPY_ELEMENT[family]
     _, values = all_numbers(family)
@@ -218,7 +218,7 @@ def test_rounding_is_that_of_ml_dtypes(name):
     middle = (values[1:] + values[:-1]) / 2
     numbers = np.concatenate([middle, np.nextafter(middle, np.float32(-INF)), np.nextafter(middle, np.float32(INF))])
     quantizer = resolve(name)
-    # Everything from a subnormal of the format to beyond its largest number, with ties and their neighbours.
+    # Everything from a subnormal of the format to beyond its largest number, with ties and their neighbors.
     weight = torch.cat([torch.from_numpy(numbers), gaussian(4096) * values.max()])
     weight = weight[: len(weight) // quantizer.group * quantizer.group].view(-1, quantizer.group)
     codes = quantizer.encode(weight)
@@ -229,7 +229,7 @@ def test_rounding_is_that_of_ml_dtypes(name):
 
 
 def exponent_of(amax: np.float32, family: str, mode: str) -> int:
-    """The exponent of an MX scale in exact arithmetic, from the words of the specification."""
+    """The exponent of an MX scale in exact arithmetic, following the specification."""
     exact = Fraction(float(amax))
     if mode == "rceil":
         exact /= Fraction(LARGEST[family])
@@ -245,7 +245,7 @@ def exponent_of(amax: np.float32, family: str, mode: str) -> int:
 
 
 @pytest.mark.parametrize("name", MX)
-def test_mx_scales_are_those_of_the_specification(name):
+def test_mx_scales_follow_the_specification(name):
     family, _, mode = name.partition(":")
     significands = [1, 1.0625, 1.25, 1.5, 1.75, 1.8125, 1.875, 1.90625, 1.9375, 1.96875, 2 - 2**-23]
     amaxes = np.array([np.ldexp(s, e) for s in significands for e in range(-126, 128)], dtype=np.float32)
@@ -255,7 +255,7 @@ def test_mx_scales_are_those_of_the_specification(name):
     scale = quantizer.encode(weight).scale
     expected = np.clip([exponent_of(amax, family, mode) for amax in amaxes], -127, 127)
     np.testing.assert_array_equal(quantizer.scale_codes(scale).flatten().numpy(), expected + 127)
-    # Each of the codes is the number that ml_dtypes reads in it.
+    # ml_dtypes reads the same number from each code.
     stored = (expected + 127).astype(np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
     np.testing.assert_array_equal(scale.flatten().numpy(), stored)
 
@@ -264,7 +264,7 @@ def test_every_scale_code():
     mx, nv, two_level = resolve("mxfp4"), resolve("nvfp4"), resolve("nvfp4:tensor")
     e8m0 = torch.from_numpy(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32))
     assert mx.scale_codes(e8m0).tolist() == list(range(256))
-    # From the smallest normal number on, which torchao does not go below; 127 is NaN.
+    # From the smallest normal number up, torchao's minimum; 127 is NaN.
     bits = np.arange(8, 128, dtype=np.uint8)
     e4m3 = torch.from_numpy(bits.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
     assert nv.scale_codes(e4m3).tolist() == bits.tolist()
@@ -274,11 +274,11 @@ def test_every_scale_code():
     assert nv.scale_codes(nv.encode(weight).scale).flatten().tolist() == bits[:-1].tolist()
 
 
-def test_rceil_takes_the_logarithm_in_float32_as_torchao_does():
+def test_rceil_computes_the_logarithm_in_float32_like_torchao():
     weight = torch.zeros(1, 32)
     weight[0, 0] = float(np.nextafter(np.float32(6 * 2.0**20), np.float32(INF)))
     codes = encode(weight, "mxfp4:rceil")
-    # Exactly it would be 2**21: log2 of a number just above 2**20 is 20 in float32, and the weight saturates.
+    # The exact scale is 2**21, but in float32 log2 of a number just above 2**20 is 20, and the weight saturates.
     assert codes.scale.item() == 2.0**20
     assert codes.ordinals[0, 0] == E2M1.max_ordinal
     assert_equals_torchao(weight, "mxfp4:rceil")
@@ -302,7 +302,7 @@ def test_a_tensor_of_zeros():
     for name in NAMES:
         codes = encode(weight, name)
         if name == "nvfp4:tensor":
-            # 0 / 0 in torchao as well.
+            # 0 / 0, as in torchao.
             assert per_tensor_scale(weight, name) == 0
             assert codes.ordinals.unique().tolist() == [E2M1.nan_ordinal]
             assert decode(codes).isnan().all()
@@ -319,7 +319,7 @@ def test_a_nan_makes_its_block_nan(nan, name):
     clean = quantizer.encode(weight).ordinals
     weight[2, 40] = nan
     codes = quantizer.encode(weight)
-    # The tensor's own scale is of all blocks.
+    # The tensor's scale depends on all blocks.
     affected = torch.full((4, 96), name == "nvfp4:tensor")
     start = 40 // quantizer.group * quantizer.group
     affected[2, start : start + quantizer.group] = True
@@ -342,7 +342,7 @@ def test_an_infinite_weight_saturates(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_scale_that_is_not_the_weights_own(name):
+def test_a_scale_of_another_weight(name):
     quantizer = resolve(name)
     old, new = initial(4, 96), initial(4, 96) * 3
     new[1, 5:8] = torch.tensor([NAN, -NAN, -INF])
@@ -417,7 +417,7 @@ def test_the_compiled_kernel_equals_eager(name):
             assert found[0][1].tolist() == found[1][1].tolist()
             grouped = quantizer.grouped(tensor)
             scale = quantizer.applied_scale(quantizer.scale(grouped))
-            # It did not go to eager because it could not.
+            # It must not have fallen back to eager.
             rounding, old = quantizer.rounding(grouped), quantizer.grouped(old)
             assert runs.OnePass(cpu.Run)(grouped, scale, rounding, old, None, counts)
 
@@ -437,7 +437,7 @@ def test_a_last_dimension_that_does_not_divide(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_integers_are_no_weights(name):
+def test_integer_weights_are_refused(name):
     with pytest.raises(ValueError, match=r"rounds floating-point weights, got torch\.int8"):
         encode(torch.ones(4, 32, dtype=torch.int8), name)
 
@@ -451,7 +451,7 @@ def test_mx_names(name):
     assert str(quantizer) == (family if mode == "floor" else name)
     assert str(resolve(str(quantizer))) == str(quantizer)
     assert str(resolve(family)) == family
-    # What a torchao config has.
+    # The modes of torchao's configs.
     assert str(MXQuantizer(MX_NAMES[family], ScaleCalculationMode(mode).value)) == str(quantizer)
 
 
@@ -491,7 +491,7 @@ def test_other_elements_and_modes():
 
 
 def elements(weight: torch.Tensor, name: str) -> torch.Tensor:
-    """Element values in units of the smallest one, from what torchao dequantizes and the scale that it stored."""
+    """Element values in units of the smallest one, from torchao's dequantized values and stored scales."""
     tensor, group = torchao_tensor(weight, name), resolve(name).group
     scale = tensor.get_hp_scales() if isinstance(tensor, NVFP4Tensor) else tensor.scale.float()
     values = tensor.dequantize(torch.float32).double() / scale.double().repeat_interleave(group, -1)

@@ -1,4 +1,4 @@
-"""Block formats as data: against torchao's constants, and the quantizers that follow them."""
+"""Block formats as data, against torchao's constants, and the quantizers that use them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TABLE = {
 }
 
 
-def test_every_block_format_there_is():
+def test_every_block_format():
     names = [family + option for family, (*_, options) in TABLE.items() for option in options]
     assert list(BLOCK_FORMATS) == names
     for name, format in BLOCK_FORMATS.items():
@@ -45,7 +45,7 @@ def test_every_block_format_there_is():
         assert format.variants[0].rule == format.rules[0]
 
 
-def test_quantizers_follow_them():
+def test_quantizers_follow_the_formats():
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     for name, format in BLOCK_FORMATS.items():
         quantizer = resolve(name)
@@ -55,22 +55,22 @@ def test_quantizers_follow_them():
         assert torch.equal(codes.ordinals, encode(weight, name).ordinals)
         assert codes.ordinals.abs().max() <= format.element.max_ordinal
         assert codes.scale.shape == (256, 256 // format.block_size, 1)
-        # Of the scales as stored, each stands for a number of the scale's format.
+        # Each stored scale is a number of the scale's format.
         scale = quantizer.of_blocks(codes.scale, weight.shape)
         assert scale.numel() * format.rows * format.block_size == weight.numel()
         values = [format.scale.value(code) for code in quantizer.scale_codes(scale).flatten().tolist()]
-        # Float8 is multiplied by a scale, and stored with what it is to be multiplied by afterwards.
+        # Float8 is multiplied by a scale when encoded, and stored with the inverse.
         scale = 1 / scale if name.startswith("float8") else scale.real if scale.is_complex() else scale
         assert values == scale.flatten().tolist()
 
 
-def test_a_scale_of_the_users_own_takes_the_place_of_the_blocks():
+def test_a_user_defined_scale_replaces_the_block_scales():
     weight = torch.tensor([[0.5, 3.0, -14.0] * 32])
     assert torch.equal(encode(weight, MXFP4, scale=2.0).ordinals, encode(weight, "mxfp4", scale=2.0).ordinals)
     assert encode(weight, MXFP4, scale=2.0).ordinals[0, :3].tolist() == [0, 3, -7]
 
 
-def test_bits_a_weight():
+def test_bits_per_weight():
     assert [BLOCK_FORMATS[name].bits for name in TABLE] == [
         *(8.25, 8.25, 6.25, 6.25, 4.25, 4.5),
         *(8 + 32 / 128, 8 + 32 / 128**2),
@@ -89,7 +89,7 @@ def test_every_code_of_e8m0():
             E8M0.value(code)
 
 
-def test_constants_are_torchaos():
+def test_constants_match_torchao():
     pytest.importorskip("torchao")
     from torchao.prototype.mx_formats import constants
     from torchao.prototype.mx_formats.config import ScaleCalculationMode
@@ -115,7 +115,7 @@ def test_constants_are_torchaos():
     assert E4M3.max * E2M1.max == constants.F8E4M3_MAX * constants.F4_E2M1_MAX
 
 
-def test_they_say_what_they_are():
+def test_str():
     assert str(NVFP4) == "nvfp4: e2m1 in blocks of 16, each with an e4m3 scale (amax), 4.5 bits per weight"
     assert str(BLOCK_FORMATS["mxfp4:rceil"]) == (
         "mxfp4:rceil: e2m1 in blocks of 32, each with an e8m0 scale (rceil), 4.25 bits per weight"

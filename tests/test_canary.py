@@ -1,4 +1,4 @@
-"""Writes that leave no trace are noticed now and then, and said once."""
+"""Writes through ``.data`` are detected by sampling, and reported once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(form, digits, steps, writes, **options):
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_writes_in_the_first_steps_are_noticed_and_counts_are_right(form, digits):
+def test_writes_in_the_first_steps_are_detected_and_counts_are_right(form, digits):
     messages, brute, tracker = run(form, digits, 16, range(1, 16))
     assert len(messages) == 1
     assert "'2.weight' was written between two steps" in messages[0]
@@ -46,14 +46,14 @@ def test_writes_in_the_first_steps_are_noticed_and_counts_are_right(form, digits
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("every", [10, 64, 100])
-def test_a_moving_average_that_is_written_back_seldom_is_noticed(form, every, digits):
+def test_a_moving_average_that_is_rarely_written_back_is_detected(form, every, digits):
     messages, brute, tracker = run(form, digits, every + 1, [every])
     assert len(messages) == 1
     brute.check(tracker)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_what_is_not_noticed_is_counted_as_flips_as_documented(form, digits):
+def test_undetected_writes_count_as_flips_as_documented(form, digits):
     messages, brute, tracker = run(form, digits, 26, [25])
     assert messages == []
     assert sum(tracker.get_flip_counts().values()) != sum(brute.flips.values())
@@ -61,13 +61,13 @@ def test_what_is_not_noticed_is_counted_as_flips_as_documented(form, digits):
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("options", [{"fresh_snapshots": True}, {"low_memory": True}], ids=str)
-def test_where_snapshots_are_fresh_there_is_nothing_to_say(form, options, digits):
+def test_with_fresh_snapshots_there_is_no_warning(form, options, digits):
     messages, brute, tracker = run(form, digits, 12, range(1, 12), **options)
     assert messages == []
     brute.check(tracker)
 
 
-def test_writes_that_leave_a_trace_are_no_news(digits):
+def test_writes_that_change_versions_are_not_reported(digits):
     model = digits_model()
     optimizer, tracker = FORMS["wrapper"](torch.optim.AdamW(model.parameters(), lr=1e-3), model)
     brute = BruteForce(model)
@@ -84,7 +84,7 @@ def test_writes_that_leave_a_trace_are_no_news(digits):
     brute.check(tracker)
 
 
-def test_it_looks_often_at_first_and_then_every_thousand_steps():
+def test_samples_are_frequent_at_first_then_every_thousand_steps():
     due = [steps for steps in range(5001) if Canary.is_due(steps)]
     assert [
         *range(17),
@@ -113,7 +113,7 @@ def weights(*shapes: tuple[int, ...]) -> list[TrackedWeight]:
     return [TrackedWeight(f"w{i}", nn.Parameter(torch.ones(shape)), resolve("e3m4")) for i, shape in enumerate(shapes)]
 
 
-def test_each_look_is_at_the_next_weight():
+def test_each_sample_is_from_the_next_weight():
     tracked = weights((4, 4), (3, 3), (2, 2))
     canary, found = Canary(), []
     for steps in range(1, 7):
@@ -126,7 +126,7 @@ def test_each_look_is_at_the_next_weight():
 
 @pytest.mark.parametrize("shape", [(1,), (5000,), (1, 100_000), (300, 700), (40, 30, 20), (2, 3, 4, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn])
-def test_a_sample_is_small_and_comes_from_all_over_the_weight(shape, dtype):
+def test_a_sample_is_small_and_covers_the_weight(shape, dtype):
     weight = TrackedWeight("w", nn.Parameter(torch.ones(shape).to(dtype), requires_grad=False), resolve("native"))
     canary = Canary()
     canary.remember(1, [weight])
@@ -139,7 +139,7 @@ def test_a_sample_is_small_and_comes_from_all_over_the_weight(shape, dtype):
     assert canary.find([weight], lambda weight: True) == "w"
 
 
-def test_a_nan_that_stays_is_no_write():
+def test_an_unchanged_nan_is_not_a_write():
     (weight,) = weights((4, 4))
     weight.parameter.data.fill_(torch.nan)
     canary = Canary()
@@ -147,7 +147,7 @@ def test_a_nan_that_stays_is_no_write():
     assert canary.find([weight], lambda weight: True) is None
 
 
-def test_an_answer_of_a_device_waits_for_the_logging_point():
+def test_results_on_a_device_are_read_at_the_logging_point():
     canary = Canary()
     canary.pending = [("a", torch.tensor(0)), ("b", torch.tensor(1))]
     assert canary.answered([0, 1]) == "b"

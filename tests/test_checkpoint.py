@@ -1,4 +1,4 @@
-"""Saved here, loaded in another process: counts and TensorBoard steps are those of a run that never stopped."""
+"""Saved here, loaded in another process: counts and TensorBoard steps equal those of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_resume_in_a_new_process(digits, tmp_path):
     run(model, first, digits, 0, SAVED_AT)
     checkpoint = tmp_path / "checkpoint.pt"
     torch.save({"model": model.state_dict(), "optimizer": first.state_dict()}, checkpoint)
-    # The first run went on after the checkpoint before it died: those records must not show.
+    # The first run continued after the checkpoint before it died; those records must not show.
     run(model, first, digits, SAVED_AT, SAVED_AT + 7)
     first.close()
 
@@ -112,7 +112,7 @@ def test_bare_and_wrapped_checkpoints_load_each_other(digits, tmp_path, name):
             assert optimizer.tracker.step_count == (12 if before is wrap else 7)
 
 
-def test_loading_leaves_the_callers_state_alone(digits):
+def test_loading_does_not_change_the_callers_state(digits):
     model = digits_model()
     optimizer = tracked(model, sinks=[])
     run(model, optimizer, digits, 0, 3)
@@ -122,7 +122,7 @@ def test_loading_leaves_the_callers_state_alone(digits):
 
 
 def damaged_states():
-    """What became of a tracker's state, with what is said about it."""
+    """Ways in which a tracker's state may be damaged, with the expected messages."""
     huge = 10**400
     cells = {
         "text": "5",
@@ -145,7 +145,7 @@ def damaged_states():
         yield f"layers are {what}", lambda s, v=value: s.update(layers=v if v != [1] else 5), "a list as 'layers'"
         yield f"ratios are {what}", lambda s, v=value: s.update(ratios=v if v != [1] else 5), "a list as 'ratios'"
         yield f"remembered is {what}", lambda s, v=value: s.update(weights=v), "a dictionary as 'weights'"
-        yield f"version {what}", lambda s, v=value: s.update(version=v), "of version 1 returned, got version"
+        yield f"version {what}", lambda s, v=value: s.update(version=v), "of version 1, got version"
     for what in ("text", "a boolean", "of 400 digits", "none", "a list"):
         value = cells[what]
         yield f"ratio {what}", lambda s, v=value: s["ratios"][0].__setitem__(3, v), "numbers of float64"
@@ -157,7 +157,7 @@ def damaged_states():
     yield "ratio too short", lambda s: s["ratios"][0].pop(), "a list of 6 entries as a ratio, got 5"
     yield "layer twice", lambda s: s["layers"].append(s["layers"][0]), "each layer once"
     yield "ratio twice", lambda s: s["ratios"].append(s["ratios"][0]), "each ratio of a layer once"
-    yield "name a number", lambda s: s["layers"][0].__setitem__(0, 5), "names of a layer and of its quantizer"
+    yield "name a number", lambda s: s["layers"][0].__setitem__(0, 5), "names of a layer and its quantizer"
     yield "ratio of no layer", lambda s: s["ratios"][0].__setitem__(0, "x"), "of a layer in 'layers', got 'x'"
     yield "tensors of no layer", lambda s: s["weights"].update(x={}), "of a layer in 'layers', got 'x'"
     yield "no tensor", lambda s: s["weights"]["0.weight"]["oscillation"].update(x=5), "tensors, by name"
@@ -168,7 +168,7 @@ def damaged_states():
         yield f"no {key}", lambda s, k=key: s.pop(k), f"a dictionary without ['{key}']"
 
 
-def test_damaged_counts_are_refused_and_an_optimizer_starts_anew(digits):
+def test_damaged_counts_are_refused_and_an_optimizer_starts_from_zero(digits):
     records = []
     options = {"metrics": ("flips", "stalls", "oscillation"), "sinks": [records.append], "quantizer": "int8"}
     model = digits_model()
@@ -194,7 +194,7 @@ def test_damaged_counts_are_refused_and_an_optimizer_starts_anew(digits):
         assert str(raised.value).startswith("expected "), what
         assert ", got " in str(raised.value), what
         assert len(str(raised.value)) < 300, what
-        # What was there is left alone.
+        # The existing state is unchanged.
         assert_same(tracker.state_dict()["layers"], state["flip_tracking"]["tracker"]["layers"])
 
     for bad in (5, None, [], "text", {}, {"tracker": 5, "calls": 3}, {"tracker": state["flip_tracking"]["tracker"]}):
@@ -209,14 +209,14 @@ def test_damaged_counts_are_refused_and_an_optimizer_starts_anew(digits):
 
 
 def check_starts_anew(digits, state, options, counts, message):
-    """One warning; then training as it would have been, and counts from zero, also where there were some before."""
+    """Expect one warning, unchanged training, and counts from zero, even if there were some before."""
     model = digits_model()
     optimizer = tracked(model, **options)
     run(model, optimizer, digits, 0, 2)
     model.load_state_dict(digits_model().state_dict())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        # Torch takes over the tensors as they are.
+        # Torch takes the tensors as they are.
         optimizer.load_state_dict(copy.deepcopy(state))
         run(model, optimizer, digits, 6, 9)
     (warning,) = caught
@@ -226,8 +226,8 @@ def check_starts_anew(digits, state, options, counts, message):
     assert optimizer.tracker.get_flip_counts() == counts
 
 
-def test_what_is_no_state_at_all_is_said_in_plain_words():
-    expected = "expected what WeightFlipTracker.state_dict() returned, a dictionary, got 5"
+def test_other_objects_are_refused():
+    expected = "expected the dictionary that WeightFlipTracker.state_dict() returns, got 5"
     with pytest.raises(TypeError, match=f"^{re.escape(expected)}$"):
         WeightFlipTracker().load_state_dict(5)
 

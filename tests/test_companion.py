@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from weightflip import FlipRecord, FlipTrackingOptimizer
 from weightflip.metrics.oscillation import Oscillation
 from weightflip.report import read_runs
-from weightflip.report.events import span
+from weightflip.report.events import find_span
 from weightflip.sinks import CompanionSink, JSONLSink, TensorBoardSink
 
 METRICS = ("flips", "stalls", "oscillation", "travel", "range")
@@ -123,7 +123,7 @@ def test_resumed_runs_go_on_and_trainings_at_once_stay_apart(digits, tmp_path):
     for run, optimizer in zip(runs, both, strict=True):
         flips = optimizer.tracker.get_flip_counts()
         assert {n: layer.get("flip_rate").numerators.sum() for n, layer in run.layers.items()} == flips
-        assert "wrote to this directory at once" in run.notes[-1]
+        assert "wrote to this directory at the same time" in run.notes[-1]
 
 
 def test_where_it_does_not_reach_as_far_the_event_files_are_read(digits, tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_where_an_event_file_begins_and_ends(tmp_path, first_step):
     (path,) = events(tmp_path)
     points = EventAccumulator(str(path)).Reload().Scalars("flips/rate")
     whole = path.read_bytes()
-    assert span(path) == (points[0].wall_time, points[-1].wall_time, first_step)
+    assert find_span(path) == (points[0].wall_time, points[-1].wall_time, first_step)
     # A file that is still written, or that a kill cut.
     path.write_bytes(whole[: whole.rindex(b"flips/rate") + 5])
-    assert span(path) == (points[0].wall_time, points[-2].wall_time, first_step)
+    assert find_span(path) == (points[0].wall_time, points[-2].wall_time, first_step)

@@ -184,6 +184,6 @@ def test_mistakes_in_a_declaration_raise_at_once():
 
 def test_values_survive_json():
     info = RunInfo({}, {}, values=(*Wide.values, Value("plain")))
-    from weightflip.report.lines import info_of
+    from weightflip.report.lines import parse_info
 
-    assert info_of(json.loads(json.dumps(info.to_dict()))) == info
+    assert parse_info(json.loads(json.dumps(info.to_dict()))) == info

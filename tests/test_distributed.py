@@ -1,4 +1,4 @@
-"""Real processes, gloo, on the CPU: the same numbers on one process and on many.
+"""Real processes, gloo on the CPU: the same numbers on one process and on several.
 
 What each process does is in ``distributed_modes.py``. All modes run in two spawns, of 4 and of 2 processes.
 """
@@ -17,7 +17,7 @@ from test_sinks import scalars
 
 COUNTS = ("flips", "updates", "stalled")
 
-# Forked from one process that has imported what all of them need: by itself each would take seconds for that.
+# Forked from a process that has imported what all of them need, which would take each of them seconds.
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 IMPORTS = ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.optim"]
 IMPORTS += ["torch.distributed.tensor.parallel", "torchao.float8"]
@@ -25,7 +25,7 @@ IMPORTS += ["torch.distributed.tensor.parallel", "torchao.float8"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> SimpleNamespace:
-    """What one process counts, and what each of 4 and of 2 processes returns from each mode."""
+    """The counts of one process, and what each of 4 and of 2 processes returns from each mode."""
     folder = tmp_path_factory.mktemp("distributed")
     one, sharded, _ = modes.run()
     weights = {name: p.detach() for name, p in sharded.model.named_parameters()}
@@ -38,7 +38,7 @@ def runs(tmp_path_factory) -> SimpleNamespace:
 
 
 def of_mode(runs, world: int, mode: str) -> list:
-    """What each process has returned, once all of them have."""
+    """Wait for all processes and return their results."""
     found = [result[mode] for result in runs.results[world]]
     for result in found:
         assert "error" not in result, result["error"]
@@ -51,7 +51,7 @@ def assert_counts(found: dict, expected: dict) -> None:
 
 
 def assert_close(found, expected) -> None:
-    """Equal, but for the last bits of sums of floating-point numbers."""
+    """Equal up to the last bits of floating-point sums."""
     if isinstance(expected, (list, dict)):
         assert type(found) is type(expected)
         assert len(found) == len(expected)
@@ -64,7 +64,7 @@ def assert_close(found, expected) -> None:
 
 
 def only(numbers: dict, formats: list[str]) -> dict:
-    """Of these formats."""
+    """Restrict the counts to these formats."""
     return {key: {n: v for n, v in numbers[key].items() if n.split("@")[1] in formats} for key in COUNTS}
 
 
@@ -72,7 +72,7 @@ SHARDINGS = [(world, name) for world in (2, 4) for name in modes.SHARDINGS]
 
 
 @pytest.mark.parametrize(("world", "name"), SHARDINGS, ids=str)
-def test_each_sharding_counts_what_one_process_does(runs, world, name):
+def test_counts_under_each_sharding_equal_those_of_one_process(runs, world, name):
     for found in (result[name] for result in of_mode(runs, world, "shardings")):
         assert found["is_equal"], "the trajectories differ, so that nothing is shown"
         assert_counts(found, only(runs.one, found["formats"]))
@@ -81,7 +81,7 @@ def test_each_sharding_counts_what_one_process_does(runs, world, name):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_records_are_those_of_one_process(runs, world):
+def test_records_equal_those_of_one_process(runs, world):
     first, *others = (result["fsdp"] for result in of_mode(runs, world, "shardings"))
     assert first["records"] == json.loads(json.dumps(runs.one["records"]))
     assert not any(other["records"] for other in others)
@@ -89,7 +89,7 @@ def test_records_are_those_of_one_process(runs, world):
 
 
 @pytest.mark.parametrize("name", modes.OPTIONS)
-def test_each_option_counts_what_one_process_does(runs, name):
+def test_counts_with_each_option_equal_those_of_one_process(runs, name):
     expected, _, _ = modes.run(quantizer=["float8_e4m3", "int4:g32"], **modes.OPTIONS[name])
     for rank, result in enumerate(of_mode(runs, 2, "options")):
         assert_counts(result[name], expected)
@@ -119,7 +119,7 @@ def test_training_equals_brute_force_on_gathered_weights(runs, world):
 def test_the_mean_of_ternary_weights(runs, world):
     first, *others = of_mode(runs, world, "means")
     for name, exact in first["exact"].items():
-        # The float64 mean, rounded once: on any number of processes the same.
+        # The float64 mean, rounded once, is the same on any number of processes.
         assert first["means"][name] == pytest.approx(exact, rel=2**-24)
     assert all(other["means"] == first["means"] for other in others)
     assert first["flips"] == of_mode(runs, 6 - world, "means")[0]["flips"]
@@ -128,10 +128,10 @@ def test_the_mean_of_ternary_weights(runs, world):
 @pytest.mark.parametrize("world", [2, 4])
 def test_number_and_size_of_collectives(runs, world):
     layers, columns = 5, 7
-    # A number for each layer, and whether it counts.
+    # One number per layer, and a flag whether it counts.
     table = ["allreduce_", 2 * layers]
     agreement, sums = ["allreduce_", 2], ["allreduce_", layers * (columns + 1)]
-    # The first step takes codes before it, too. Steps 1 and 3 are logging points. The last entry: get_... and print.
+    # The first step also encodes before it. Steps 1 and 3 are logging points. Last entry: get_... and print.
     steps = [[agreement, table, table], [table, sums], [table], [table, sums], []]
     for result in of_mode(runs, world, "collectives"):
         assert result["tensorwise"] == steps
@@ -143,12 +143,12 @@ def test_number_and_size_of_collectives(runs, world):
         assert result["several"][1:] == [[several, sums_of_four], [several], [several, sums_of_four], []]
         assert result["by_row"] == [[agreement], [sums_of_four], [], [sums_of_four], []]
 
-        # A number for each of the 128 rows; only this layer is sharded.
+        # One number for each of the 128 rows; only this layer is sharded.
         rows, sums_of_one = ["allreduce_", 128 + 1], ["allreduce_", columns + 1]
         assert result["cut_rows"][1:] == [[rows, sums_of_one], [rows], [rows, sums_of_one], []]
 
 
-def test_writes_on_all_processes_are_no_flips(runs):
+def test_writes_on_all_processes_are_not_flips(runs):
     expected, _, _ = modes.run(quantizer=["float8_e4m3", "float8_e4m3:row"], before=modes.write_between)
     untouched, _, _ = modes.run(quantizer=["float8_e4m3", "float8_e4m3:row"])
     assert expected["flips"] != untouched["flips"]
@@ -156,7 +156,7 @@ def test_writes_on_all_processes_are_no_flips(runs):
         assert_counts(result["all"], expected)
 
 
-def test_a_write_to_one_shard_is_a_step_that_is_not_counted(runs):
+def test_the_step_after_a_write_to_one_shard_is_not_counted(runs):
     def write_a_half(step, model):
         if step == 6:
             with torch.no_grad():
@@ -174,7 +174,7 @@ def test_a_write_to_one_shard_is_a_step_that_is_not_counted(runs):
                 assert layer["window"] == of_one["window"]
 
 
-def test_a_process_without_a_gradient_holds_nobody_up(runs):
+def test_a_process_without_a_gradient_keeps_no_other_waiting(runs):
     expected, _, _ = modes.run(quantizer=["float8_e4m3", "float8_e4m3:row"])
     first, second = (result["no_gradient_on_one"] for result in of_mode(runs, 2, "writes"))
     for key in COUNTS:
@@ -199,7 +199,7 @@ def test_ddp_and_zero_count_each_weight_once(runs, world):
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("name", ["dynamic", "precomputed"])
-def test_codes_are_those_of_torchaos_float8_all_gather(runs, name, world):
+def test_codes_match_torchaos_float8_all_gather(runs, name, world):
     pytest.importorskip("torchao")
     for result in of_mode(runs, world, "torchao"):
         assert all(result[name]["are_equal"])
@@ -209,7 +209,7 @@ def test_codes_are_those_of_torchaos_float8_all_gather(runs, name, world):
 
 
 @pytest.mark.parametrize("name", ["layer", "statistic", "tracking"])
-def test_a_fault_on_one_process_holds_nobody_up(runs, name):
+def test_a_fault_on_one_process_keeps_no_other_waiting(runs, name):
     first, second = (result[name] for result in of_mode(runs, 2, "faults"))
     broken, other = (first, second) if name == "statistic" else (second, first)
     assert first["flips"] == second["flips"]
@@ -220,7 +220,7 @@ def test_a_fault_on_one_process_holds_nobody_up(runs, name):
         return
     assert any("broken on purpose" in text for text in broken["warnings"])
     (text,) = other["warnings"]
-    assert "'first.weight' is not tracked any more" in text
+    assert "'first.weight' is no longer tracked" in text
     assert "not on another process" in text
     # Nothing else is lost.
     expected, _, _ = modes.run(quantizer="float8_e4m3")
@@ -234,8 +234,8 @@ OTHERS = ("second.weight", "uneven.weight", "three.weight", "single.weight")
 
 @pytest.mark.parametrize("action", ["always", "error"])
 @pytest.mark.parametrize("part", modes.PARTS)
-def test_a_quantizer_that_breaks_on_one_process(runs, part, action):
-    """Also where warnings are errors: they are raised once no process waits any more."""
+def test_a_quantizer_that_raises_on_one_process(runs, part, action):
+    """Also with warnings as errors, which are raised when no process is waiting any more."""
     first, second = (result[f"{part}-{action}"] for result in of_mode(runs, 2, "faults_of_a_quantizer"))
     for key in (*COUNTS, "steps"):
         assert first[key] == second[key]
@@ -243,7 +243,7 @@ def test_a_quantizer_that_breaks_on_one_process(runs, part, action):
     assert "broken on purpose" in second["warnings"][0]
     assert len(second["warnings"]) == 1
     assert all("not on another process" in text for text in first["warnings"])
-    # What was counted until the record after step 3, in which all was well.
+    # Counts up to the record after step 3, before the fault.
     expected, _, _ = modes.run(quantizer=BROKEN, log_every=3)
     assert first["records"][0] == json.loads(json.dumps(expected["records"][0]))
     at_3 = flips_at(runs, 3, BROKEN)
@@ -256,7 +256,7 @@ def test_a_quantizer_that_breaks_on_one_process(runs, part, action):
             assert first["flips"][layer] == expected["flips"][layer]
 
 
-def test_what_is_tracked_changes_and_one_process_does_not_know(runs):
+def test_one_process_does_not_notice_that_tracked_weights_change(runs):
     first, second = (result["fails"] for result in of_mode(runs, 2, "faults_of_the_list"))
     assert first["flips"] == second["flips"] == flips_at(runs, 3, BROKEN, left_out="three.weight")
     assert [text for text in second["warnings"] if "broken on purpose" in text]
@@ -264,7 +264,7 @@ def test_what_is_tracked_changes_and_one_process_does_not_know(runs):
     assert all("do not track the same weights" in text for text in first["warnings"])
 
 
-def test_a_plain_weight_is_frozen_and_one_process_does_not_know(runs):
+def test_one_process_does_not_notice_that_a_plain_weight_is_frozen(runs):
     first, second = (result["plain"] for result in of_mode(runs, 2, "faults_of_the_list"))
     at_3 = flips_at(runs, 3, BROKEN)
     assert first["flips"]["second.weight"] == second["flips"]["second.weight"] == at_3["second.weight"]
@@ -273,7 +273,7 @@ def test_a_plain_weight_is_frozen_and_one_process_does_not_know(runs):
     assert first["flips"]["first.weight"] > at_3["first.weight"]
 
 
-def test_a_weight_that_comes_later(runs):
+def test_a_weight_that_is_added_later(runs):
     found = [result["goes_well"] for result in of_mode(runs, 2, "faults_of_the_list")]
     expected, _, _ = modes.run(quantizer=BROKEN)
     for result in found:
@@ -285,21 +285,21 @@ def test_a_weight_that_comes_later(runs):
 
 
 @pytest.mark.parametrize("name", ["after_a_record", "before_any"])
-def test_weights_that_differ_later_keep_what_all_have_counted(runs, name):
+def test_weights_that_differ_later_keep_their_common_counts(runs, name):
     expected = flips_at(runs, 3, "float8_e4m3") if name == "after_a_record" else dict.fromkeys(range(5), 0)
     for rank, result in enumerate(result[name] for result in of_mode(runs, 2, "faults_of_the_list")):
         assert list(result["flips"].values()) == list(expected.values())
-        # What all find out the first one says.
+        # The first process reports what all find out.
         assert sum("do not track the same weights" in text for text in result["warnings"]) == (0 if rank else 6)
 
 
 def flips_at(runs, step: int, quantizer, left_out: str = "") -> dict[str, int]:
-    """What one process had counted after so many steps."""
+    """The counts of one process after this many steps."""
     expected, _, _ = modes.run(quantizer=quantizer, steps=range(step))
     return {name: count for name, count in expected["flips"].items() if name != left_out}
 
 
-def test_a_batch_of_plain_weights_breaks_on_one_process(runs):
+def test_a_batch_of_plain_weights_raises_on_one_process(runs):
     pytest.importorskip("numba")
     first, second = of_mode(runs, 2, "faults_of_plain_weights")
     expected, _, _ = modes.run(quantizer="float8_e4m3")
@@ -313,7 +313,7 @@ def test_a_batch_of_plain_weights_breaks_on_one_process(runs):
 
 @pytest.mark.parametrize("action", ["always", "error"])
 @pytest.mark.parametrize("kind", ["sink", "alert"])
-def test_a_writer_that_fails_holds_nobody_up(runs, kind, action):
+def test_a_writer_that_fails_keeps_no_other_waiting(runs, kind, action):
     first, second = (result[f"{kind}-{action}"] for result in of_mode(runs, 2, "faults_of_the_writer"))
     expected, _, _ = modes.run(quantizer="float8_e4m3", log_every=3)
     for result in (first, second):
@@ -323,11 +323,11 @@ def test_a_writer_that_fails_holds_nobody_up(runs, kind, action):
     assert "broken on purpose" in first["warnings"][0]
     assert second["warnings"] == []
     if kind == "alert":
-        # The sink is another one, and gets all records.
+        # The other sink gets all records.
         assert first["records"] == json.loads(json.dumps(expected["records"]))
 
 
-def test_a_process_without_sinks_looks_at_its_weights_for_those_with(runs):
+def test_a_process_without_sinks_contributes_its_weights(runs):
     expected, _, _ = modes.run(quantizer="float8_e4m3:row", before=modes.spoil, **modes.READ)
     first, second = of_mode(runs, 2, "readers")
     assert_counts(first, expected)
@@ -337,10 +337,10 @@ def test_a_process_without_sinks_looks_at_its_weights_for_those_with(runs):
     assert nonfinite == [7, 0, 0, 0, 0]
 
 
-def test_several_optimizers_are_one_run(runs):
+def test_several_optimizers_form_one_run(runs):
     expected, _, _ = modes.run(quantizer=BROKEN, log_every=3)
     first, second = of_mode(runs, 2, "several_optimizers")
-    # Three tensorwise weights in the second, which steps first, one in the first; then what each has counted.
+    # Three tensorwise weights in the second, which steps first, and one in the first; then the counts of each.
     step, sums = [["allreduce_", 6], ["allreduce_", 2]], [["allreduce_", 16], ["allreduce_", 24]]
     for result in (first, second):
         assert_counts(result["whole"], expected)
@@ -367,8 +367,8 @@ def test_no_process_waits_for_a_broken_leader_without_sharded_weights(runs):
     assert first["flips"] == second["flips"] == expected["flips"]
 
 
-def test_no_process_waits_for_another_to_know_a_phantom_step(runs):
-    """With a state on the first process only, and gradients of 0 on the second only."""
+def test_no_process_waits_in_a_step_that_initializes_state(runs):
+    """Only the first process has state, and only the second has gradients of 0."""
     first, second = of_mode(runs, 2, "phantom_steps")
     assert first["steps"] == second["steps"] == modes.STEPS
     assert [first["inner_steps"], second["inner_steps"]] == [modes.STEPS, modes.STEPS + 1]
@@ -389,12 +389,12 @@ def test_a_weight_that_one_process_freezes_alone_is_given_up(runs, quantizer):
         for layer in ("first.weight", "second.weight", "uneven.weight"):
             assert result["flips"][layer] == expected["flips"][layer]
         texts = "\n".join(result["warnings"])
-        assert "'three.weight' is not tracked any more" in texts
+        assert "'three.weight' is no longer tracked" in texts
         assert ("make the same changes on all processes" in texts) or rank == 0
 
 
 @pytest.mark.parametrize("quantizer", ["float8_e4m3", "float8_e4m3:row"])
-def test_all_processes_agree_whether_a_step_only_makes_state(runs, quantizer):
+def test_all_processes_agree_whether_a_step_only_initializes_state(runs, quantizer):
     def one_more(model):
         optimizer = adamw_with_state(model)
         assert len(optimizer.state) == 5
@@ -434,7 +434,7 @@ def test_steps_in_inference_mode(runs):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_gradients_that_are_still_on_their_way(runs, world):
+def test_in_flight_gradients(runs, world):
     expected, _, _ = modes.run(quantizer="float8_e4m3")
     for result in of_mode(runs, world, "late_gradients"):
         assert result["were_late"]
@@ -442,7 +442,7 @@ def test_gradients_that_are_still_on_their_way(runs, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_a_step_that_a_gradient_scaler_skips_is_none(runs, world):
+def test_a_step_skipped_by_a_gradient_scaler_does_not_count(runs, world):
     def fused(model):
         return torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)
 
@@ -452,13 +452,13 @@ def test_a_step_that_a_gradient_scaler_skips_is_none(runs, world):
         assert result["steps"] == modes.STEPS - 1
 
 
-def test_a_mesh_is_added_up_in_its_own_group(runs):
+def test_weights_of_a_mesh_are_added_up_in_its_process_group(runs):
     for result in of_mode(runs, 4, "groups"):
         assert result["is_of_mesh"]
         assert result["is_another"]
 
 
-def test_a_process_outside_of_the_mesh_of_a_weight_leaves_it_out(runs):
+def test_a_process_outside_the_mesh_of_a_weight_skips_it(runs):
     for rank, result in enumerate(of_mode(runs, 4, "groups")):
         if rank < 2:
             assert result["updates"] == {"group0.param0": 64, "group0.param1": 64}
@@ -467,24 +467,24 @@ def test_a_process_outside_of_the_mesh_of_a_weight_leaves_it_out(runs):
             assert "and this is not one of them" in result["skipped"]["group0.param0"]
 
 
-def test_process_groups_are_let_go_with_the_default_group(runs):
+def test_process_groups_are_released_with_the_default_group(runs):
     expected, _, _ = modes.run(quantizer="float8_e4m3")
     for result in of_mode(runs, 4, "second_world"):
         assert result["is_gone"]
-        # Of a step in between.
+        # From a step in between.
         assert "call close() before torch.distributed.destroy_process_group()" in result["warnings"][0]
         assert_counts(result["first"], expected)
         assert_counts(result["second"], expected)
 
 
-def test_processes_with_other_layers_on_one_mesh_are_refused(runs):
+def test_processes_with_different_layers_on_one_mesh_are_refused(runs):
     for rank, result in enumerate(of_mode(runs, 2, "faults")):
         assert result["stages"]["flips"] == {}
         assert all("do not track the same weights" in text for text in result["stages"]["warnings"])
         assert len(result["stages"]["warnings"]) == (0 if rank else 2)
 
 
-def test_what_cannot_be_exact_is_refused_in_words(runs):
+def test_what_cannot_be_exact_is_refused(runs):
     for found in of_mode(runs, 2, "refusals"):
         assert "cut the groups of 32 neighbors" in found["cut_block"]
         assert "[0, 16, 32]" in found["cut_block"]
@@ -494,17 +494,17 @@ def test_what_cannot_be_exact_is_refused_in_words(runs):
         assert found["whole_block"] == found["function_with_scope"] == found["replicated_function"] == ""
 
 
-def test_one_process_may_look_alone(runs):
+def test_one_process_may_read_alone(runs):
     first, second = (result["seen"] for result in of_mode(runs, 2, "on_one_only"))
     assert len(first) == 2
     assert first[1:] == second
-    # As of the last logging point, which the text says.
+    # The numbers of the last logging point, as the text says.
     assert first[0].startswith("after step 4\n")
     expected, _, _ = modes.run(quantizer="float8_e4m3", steps=range(4))
     assert second == [expected["flips"]]
 
 
-def test_only_the_first_process_touches_the_disk(runs):
+def test_only_the_first_process_writes_to_disk(runs):
     here = runs.folder / "2"
     (first, _) = of_mode(runs, 2, "writer")
     for kind in ("sharded", "plain"):
@@ -517,7 +517,7 @@ def test_only_the_first_process_touches_the_disk(runs):
     assert not (here / "1.jsonl").exists()
 
 
-def test_a_run_of_four_goes_on_with_two_and_with_one(runs):
+def test_a_run_of_four_processes_resumes_on_two_and_on_one(runs):
     saved = of_mode(runs, 4, "save")[0]
     alone = modes.resume(lambda model: None, runs.folder, runs.weights)
     for found in (*of_mode(runs, 2, "resume"), alone):

@@ -432,7 +432,8 @@ def test_parameters_converted_after_construction(convert, form, digits):
     if next(model.parameters()).dtype is torch.bfloat16:
         # Another format from here on.
         before = dict.fromkeys(before, 0)
-        with pytest.warns(UserWarning, match=r"was tracked as float8_e4m3 and is native now; its counts start anew"):
+        message = "was tracked as float8_e4m3 and is native now; its counts start from zero"
+        with pytest.warns(UserWarning, match=message):
             optimizer.step()
     else:
         optimizer.step()

@@ -24,7 +24,7 @@ def test_few_weights_with_a_gradient(tmp_path):
     assert list(found) == ["few gradients"]
     few = found["few gradients"]
     assert (few.severity, few.layers) == (Severity.WARNING, ("a",))
-    assert few.text.startswith("1 of 8,192 weights of a had a gradient in a step of the last quarter (0.01 %). ")
+    assert few.text.startswith("1 of 8,192 weights of a had a gradient per step in the last quarter (0.01 %). ")
     # As an embedding: a note. More than that, or none at all: something else.
     for share, expected in ((0.005, ["few gradients"]), (0.02, ["healthy"]), (0.0, ["dead"])):
         for window in windows:
@@ -50,7 +50,7 @@ def test_few_weights_with_a_gradient_in_a_training(digits, tmp_path):
             optimizer.step()
         optimizer.close()
     text = rules(read_one(tmp_path / "jsonl"))["few gradients"].text
-    assert text.startswith("1 of 3,072 weights of 0.weight had a gradient in a step of the last quarter (0.03 %)")
+    assert text.startswith("1 of 3,072 weights of 0.weight had a gradient per step in the last quarter (0.03 %)")
     # Event files of runs that have no updated_fraction do not tell.
     from_events = rules(read_one(tmp_path / "events")).get("few gradients")
     assert from_events is None or from_events.text == text
@@ -63,7 +63,7 @@ def test_resting_weights(tmp_path):
     found = rules(Script(tmp_path / "a.jsonl").write(windows))
     assert list(found) == ["resting"]
     assert (found["resting"].severity, found["resting"].layers) == (Severity.NOTE, ("c",))
-    assert found["resting"].text.startswith("c rests: in the last quarter the quantized weights of c travelled 5.0 %")
+    assert found["resting"].text.startswith("c rests: in the last quarter, the quantized weights of c travelled 5.0 %")
     # Those that have no flip are stuck; and the sentence would be wrong if the last quarter were another.
     for at, window in enumerate(windows):
         window["c"] = {"flip": 0.0, "ratios": {"travel_ratio": 0.0}}
@@ -112,7 +112,7 @@ def test_a_share_at_the_ends_of_the_format_that_grows(tmp_path):
     found = rules(Script(tmp_path / "a.jsonl").write(windows))
     assert list(found) == ["saturating"]
     assert (found["saturating"].severity, found["saturating"].layers) == (Severity.WARNING, ("a",))
-    assert "of a, from 0.20 % at step 10 to 2.1 % at the end" in found["saturating"].text
+    assert "for a, from 0.20 % at step 10 to 2.1 % at the end" in found["saturating"].text
     assert [*rules(Script(tmp_path / "b.jsonl", quantizer="int4").write(windows))] == ["healthy"]
 
 
@@ -129,8 +129,8 @@ def test_flips_that_are_nearly_all_the_scales(tmp_path):
         ("scale-driven", Severity.WARNING, ("a",)),
         ("scale-driven", Severity.NOTE, ("b",)),
     ]
-    assert found[0].text.startswith("Nearly all flips of a come from a moving scale: in the last quarter only 3.0 %")
-    assert found[1].text.startswith("Most flips of b come from a moving scale: in the last quarter only 30 %")
+    assert found[0].text.startswith("Nearly all flips of a come from a changing scale: in the last quarter, only 3.0 %")
+    assert found[1].text.startswith("Most flips of b come from a changing scale: in the last quarter, only 30 %")
 
 
 def test_steps_below_the_distance_of_two_codes(tmp_path):
@@ -138,8 +138,10 @@ def test_steps_below_the_distance_of_two_codes(tmp_path):
     found = rules(Script(tmp_path / "a.jsonl", "bfloat16", "native").write(windows))
     small = found["small steps"]
     assert (small.severity, small.layers) == (Severity.WARNING, ("a", "b", "c"))
-    assert small.text.startswith("The steps of 3 of 4 layers (a, b and c) are small beside the distance of two codes")
-    assert "in the last quarter 2.0 % of their updates moved a weight" in small.text
+    assert small.text.startswith(
+        "The steps of 3 of 4 layers (a, b and c) are small compared with the distance between codes"
+    )
+    assert "in the last quarter, 2.0 % of their updates moved a weight" in small.text
     assert "Steps at least 25 times as large would move half of them" in small.text
     # Finer weights add such updates up: nothing to say, unless hardly anything came of it in the whole run.
     assert [*rules(Script(tmp_path / "b.jsonl").write(windows))] == ["healthy"]

@@ -1,4 +1,4 @@
-"""Parameters without rows or channels: FSDP1's flat parameters and shards, DeepSpeed ZeRO-3's partitions."""
+"""Parameters without rows or channels: flat parameters and shards of FSDP1, partitions of DeepSpeed ZeRO-3."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WIDTH = 47
 
 
 class Flats(BruteForce):
-    """Brute force over the tensors of an optimizer, whatever they are, under the names that are expected of them."""
+    """Brute force over the tensors of an optimizer, whatever they are, under their expected names."""
 
     def __init__(self, parameters: dict[str, Tensor], values: Callable[[Tensor], Tensor] = float8_values) -> None:
         super().__init__(nn.Module(), values)
@@ -41,7 +41,7 @@ class Flats(BruteForce):
 
 
 class Lines(logging.Handler):
-    """The warnings that weightflip logs."""
+    """Collects the warnings that weightflip logs."""
 
     def __enter__(self) -> list[str]:
         self.lines: list[str] = []
@@ -56,7 +56,7 @@ class Lines(logging.Handler):
 
 
 def fsdp(*, use_orig_params: bool, dtype: torch.dtype = torch.float32, strategy: str = "FULL_SHARD") -> nn.Module:
-    """Each linear layer in an FSDP1 module of its own."""
+    """Wrap each linear layer in its own FSDP1 module."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
     model = digits_model(width=WIDTH).to(dtype)
@@ -71,7 +71,7 @@ def fsdp(*, use_orig_params: bool, dtype: torch.dtype = torch.float32, strategy:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> list[Tensor]:
-    """Each rank has its own part of each batch."""
+    """Train on this rank's part of each batch."""
     images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
     rank, dtype = torch.distributed.get_rank(), next(model.parameters()).dtype
     losses = []
@@ -86,7 +86,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) ->
 
 
 def bare_and_tracked(form: str, expected: Callable[[nn.Module], dict[str, Tensor]], values=float8_values, **options):
-    """Train twice; compare; return the tracked model, what tracked it, and what was logged."""
+    """Train bare and tracked and compare; return the tracked model, what tracked it, and what was logged."""
     results = []
     for is_tracked in (False, True):
         model = fsdp(**options)
@@ -105,7 +105,7 @@ def bare_and_tracked(form: str, expected: Callable[[nn.Module], dict[str, Tensor
     return model, optimizer, tracker, lines
 
 
-# ------------------------------------------------------------------ what two processes do, each on its own shards
+# ------------------------------------------------------------------ scenarios for two processes
 
 
 def flat_parameters_are_counted() -> None:
@@ -121,12 +121,12 @@ def flat_parameters_are_counted() -> None:
             }
             numbers = torch.tensor([layer.weights for layer in tracker.record().layers])
             torch.distributed.all_reduce(numbers)
-            # One weight too many is FSDP's padding of the first layer.
+            # The extra weight is FSDP's padding of the first layer.
             assert numbers.tolist() == [64 * WIDTH + WIDTH + 1, WIDTH * 10 + 10]
 
 
 def of_first_process() -> int:
-    """How often this process says what all of them would."""
+    """How often this process logs what all of them would: only the first does."""
     return int(torch.distributed.get_rank() == 0)
 
 
@@ -187,7 +187,7 @@ def formats_by_row_group_or_block_raise() -> None:
     for use_orig_params in (False, True):
         model = fsdp(use_orig_params=use_orig_params)
         for quantizer in BY_ROW_GROUP_OR_BLOCK:
-            # On every rank, or the others would wait: also where the shards are empty.
+            # Must raise on every rank, even if its shards are empty, or the other ranks would wait.
             for parameters in (model.parameters(), model[2].parameters()):
                 with pytest.raises(ValueError, match=r"without rows or channels, but .* name a format"):
                     FlipTrackingOptimizer(torch.optim.SGD(parameters, lr=0.1), model, quantizer=quantizer, sinks=[])
@@ -236,7 +236,7 @@ SCENARIOS = (
 
 def in_process(rank: int, world_size: int, folder: str, scenarios: tuple[Callable[[], None], ...]) -> None:
     torch.set_num_threads(1)
-    # Of FSDP: NO_SHARD is deprecated, and PyTorch renames collectives. weightflip's own warnings are errors.
+    # FSDP warns that NO_SHARD is deprecated and collectives are renamed. Only weightflip's warnings are errors.
     warnings.filterwarnings("error", message="weightflip")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     failures = {}
@@ -253,7 +253,7 @@ def in_process(rank: int, world_size: int, folder: str, scenarios: tuple[Callabl
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[dict[str, str]]:
-    """What failed, in each of two processes."""
+    """Run the scenarios in two processes, and return the failures of each."""
     folder = str(tmp_path_factory.mktemp("gloo"))
     mp.spawn(in_process, (2, folder, SCENARIOS), nprocs=2)
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
@@ -270,12 +270,12 @@ def test_fsdp1(two_processes, scenario):
 
 
 def zero3(rank: int, folder: str, form: str, has_groups: bool, has_empty_model: bool) -> None:
-    """Train a DeepSpeed engine twice, bare and tracked; compare."""
+    """Train a DeepSpeed engine bare and tracked, and compare."""
     os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     import deepspeed
 
     torch.set_num_threads(1)
-    # Its shared-memory collectives are C++ that it would compile now, for minutes.
+    # Its shared-memory collectives are C++ code that would now be compiled for minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
@@ -317,7 +317,7 @@ def zero3(rank: int, folder: str, form: str, has_groups: bool, has_empty_model: 
 
 
 class Partitions(Flats):
-    """Those that an optimizer has at the time: DeepSpeed gives it one after the other."""
+    """The parameters that the optimizer currently has: DeepSpeed passes it one after the other."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__({})
@@ -362,8 +362,8 @@ def marked(tensor: Tensor, **attributes: object) -> Tensor:
     return tensor
 
 
-def test_what_zero3_marks_its_tensors_with():
-    """Without DeepSpeed at hand: the attributes that 0.19 gives to the model's placeholders and to its partitions."""
+def test_zero3_tensors_are_recognized_by_their_attributes():
+    """Without DeepSpeed: the attributes that 0.19 sets on the model's placeholders and on its partitions."""
     model = digits_model()
     for i, parameter in enumerate(model.parameters()):
         marked(parameter, ds_id=i, ds_shape=parameter.shape).data = torch.empty(0)

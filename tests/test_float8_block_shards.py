@@ -1,4 +1,4 @@
-"""Blocks of 128 x 128 on several processes, gloo on the CPU: the same numbers on one process and on many."""
+"""Blocks of 128 x 128 on several processes, gloo on the CPU: the same numbers on one process and on several."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.multiprocessing
 
 from weightflip.distributed import Layout, span
 
-# Forked from one process that has imported what all of them need.
+# Forked from a process that has imported what all of them need.
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 IMPORTS = ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.optim"]
 IMPORTS += ["torch.distributed.tensor.parallel", "weightflip"]
@@ -21,7 +21,7 @@ IMPORTS += ["torch.distributed.tensor.parallel", "weightflip"]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[int, list]:
-    """What each of 2 and of 4 processes returns."""
+    """The results of each of 2 and of 4 processes."""
     folder, found = tmp_path_factory.mktemp("shards"), {}
     multiprocessing.set_forkserver_preload(IMPORTS)
     for world in (2, 4):
@@ -36,7 +36,7 @@ def on_one_process(layers: tuple[str, ...], *before) -> dict:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_counts_are_those_of_one_process(results, world):
+def test_counts_equal_those_of_one_process(results, world):
     names = [*shards.CASES, *(shards.OF_FOUR if world == 4 else ())]
     for name in names:
         layers, _, *before = (shards.CASES | shards.OF_FOUR)[name]
@@ -51,8 +51,8 @@ def test_counts_are_those_of_one_process(results, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_one_collective_a_step_with_a_number_for_each_block_that_is_cut(results, world):
-    # 3 x 2 blocks of one weight and 1 x 2 of another, and whether each counts; in two of the formats.
+def test_one_collective_per_step_with_a_number_per_cut_block(results, world):
+    # 3 x 2 blocks of one weight, 1 x 2 of another, and a flag for each weight; in two of the formats.
     table = ["allreduce_", 2 * (6 + 1 + 2 + 1)]
     for result in results[world]:
         first, second, third, last = result["calls"]
@@ -75,7 +75,7 @@ def test_one_collective_a_step_with_a_number_for_each_block_that_is_cut(results,
         ((1, 128), {0, 300}, {0, 100, 200}, ValueError),
     ],
 )
-def test_what_processes_have_to_tell_each_other(tile, rows, columns, expected):
+def test_over_what_statistics_are_combined(tile, rows, columns, expected):
     lies = Layout(
         shape=(300, 200),
         ranks=(0, 1),

@@ -1,4 +1,4 @@
-"""Float8 with a scale for each block of 1 x 128 or 128 x 128: torchao's own casts, and the formula block by block."""
+"""Float8 with one scale per block of 1 x 128 or 128 x 128, against torchao's casts and the formula block by block."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from weightflip.quantizers import resolve
 
 DTYPES = (torch.float32, torch.bfloat16)
 KERNELS = "torchao.prototype.blockwise_fp8_training.kernels"
-# No multiples of 128; the last ones in one direction only; less than a block; a prime number of columns.
+# Not multiples of 128; smaller last blocks in one direction only; less than a block; a prime number of columns.
 CUT = [(300, 200), (129, 256), (256, 129), (1, 130), (97, 77), (130, 128), (128, 640), (5, 1)]
 
 
 def random_blocks(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """Of many sizes, with zeros, outliers and a few numbers at which a power of two is decided."""
+    """Weights of many magnitudes, with zeros, outliers and a few numbers at which a power of two changes."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     weight *= torch.exp2(torch.randint(-12, 8, (rows, 1), generator=generator))
@@ -42,7 +42,7 @@ def torchao_cast(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
 # 10,000 blocks of 1 x 128; as many of 128 x 128 would be 164 million weights.
 @pytest.mark.parametrize(("name", "shape"), [(NAMES[0], (1250, 1024)), (NAMES[2], (1024, 1024))], ids=NAMES[::2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_codes_and_scales_are_torchaos(name, shape, dtype):
+def test_codes_and_scales_match_torchao(name, shape, dtype):
     weight = random_blocks(*shape).to(dtype)
     theirs, stored = torchao_cast(weight, name)
     codes = encode(weight, name)
@@ -53,7 +53,7 @@ def test_codes_and_scales_are_torchaos(name, shape, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_codes_are_those_of_the_formula_in_whole_and_in_cut_blocks(name):
+def test_codes_match_the_formula_in_whole_and_partial_blocks(name):
     for shape, dtype in itertools.product([(256, 384), *CUT], DTYPES):
         with case(shape, dtype):
             weight = random_blocks(*shape, seed=shape[0]).to(dtype)
@@ -64,7 +64,7 @@ def test_codes_are_those_of_the_formula_in_whole_and_in_cut_blocks(name):
             quantizer = resolve(name)
             of_blocks = quantizer.of_blocks(codes.scale, weight.shape).flatten().tolist()
             assert of_blocks == [float(scales[at][0, 0]) for at in blocks(weight, rows_of(name))]
-            # Padded with zeros, as vLLM does it, the codes are the same.
+            # Padding with zeros, as vLLM does, gives the same codes.
             height, width = (-(-size // 128) * 128 for size in shape)
             padded = torch.zeros(height, width, dtype=dtype)
             padded[: shape[0], : shape[1]] = weight
@@ -72,7 +72,7 @@ def test_codes_are_those_of_the_formula_in_whole_and_in_cut_blocks(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_who_divides_by_the_scale_gets_the_same_codes_but_for_ties(name):
+def test_dividing_by_the_scale_gives_the_same_codes_except_for_ties(name):
     weight = random_blocks(384, 640, seed=3)
     values, divided = values_of(encode(weight, name).ordinals), plain(weight, name, divided=True)[0]
     others = values != divided
@@ -80,7 +80,7 @@ def test_who_divides_by_the_scale_gets_the_same_codes_but_for_ties(name):
         assert not others.any()
     else:
         assert others.float().mean() < 2e-5
-        # A neighbour, at the most 1/8 away.
+        # A neighboring code, at most 1/8 away.
         assert ((values - divided).abs() <= values.abs() / 8)[others].all()
 
 
@@ -104,7 +104,7 @@ def test_nan_and_infinity_stay_in_their_block(name):
     codes = encode(weight, name)
     values = values_of(codes.ordinals)
     expected, scales = plain(weight, name)
-    # Of an infinite weight the scale is 0, and so is everything beside it.
+    # An infinite weight gives a scale of 0, and everything else in its block becomes 0.
     assert torch.equal(values.nan_to_num(nan=-1.0), expected.nan_to_num(nan=-1.0))
     assert values.isnan().sum() == rows_of(name) * 128 + 1
     assert torch.equal(values == 0, expected == 0)
@@ -145,7 +145,7 @@ def test_names():
 
 
 def blockwise_linear(**changes: int) -> nn.Linear:
-    """The real layer; only the question for an H100, which forward needs and detection does not, is answered here."""
+    """The real layer, with only its check for an H100 replaced, which forward needs and detection does not."""
     pytest.importorskip("torchao")
     module = of_torchao(
         "torchao.prototype.blockwise_fp8_training.linear", "Float8BlockwiseLinear", is_sm_at_least_90=lambda: True
@@ -155,7 +155,7 @@ def blockwise_linear(**changes: int) -> nn.Linear:
     return layer
 
 
-def test_torchaos_layer_is_found():
+def test_torchaos_layer_is_detected():
     model = nn.Sequential(blockwise_linear(), nn.Linear(384, 8))
     plan = plan_of(model)
     assert str(plan.tracked["0.weight"]) == "float8_e4m3:128x128"
@@ -196,7 +196,7 @@ def test_the_compiled_kernel_counts_each_weight_in_one_pass(name):
     ids=["batched", "alone", "eager"],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_counts_are_brute_force(name, backend, metrics):
+def test_counts_equal_brute_force(name, backend, metrics):
     shapes = [(256, 256), (200, 300), (64, 40), (130, 128)]
     parameters = [nn.Parameter(random_blocks(*shape, seed=i) * 0.01) for i, shape in enumerate(shapes)]
     parameters[1] = nn.Parameter(parameters[1].detach().bfloat16())
@@ -210,7 +210,7 @@ def test_counts_are_brute_force(name, backend, metrics):
             gradient = p.detach().float() * 0.05 * torch.randn(p.shape, generator=generator)
             p.grad = (gradient * (torch.rand(p.shape, generator=generator) < 0.4)).to(p.dtype)
             if step == 2:
-                # Enough for another power of two.
+                # Enough for a different power of two.
                 p.grad[:, :128] = p.detach()[:, :128] * 0.7
         before = [(plain(p.detach(), name), p.grad != 0) for p in parameters]
         optimizer.step()

@@ -1,4 +1,4 @@
-"""The codes of a Float8Linear weight are the float8 bits that torchao itself casts in forward."""
+"""The codes of a Float8Linear weight equal the float8 bits of torchao's own cast in forward."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def outliers(rows: int, columns: int) -> torch.Tensor:
 
 
 def mixed_rows(rows: int, columns: int) -> torch.Tensor:
-    """Rows of every size, one of zeros, one of negative zeros, one of subnormal numbers."""
+    """Rows of every magnitude, one of zeros, one of negative zeros, one of subnormal numbers."""
     weight = gaussian(rows, columns) * torch.logspace(-12, 6, rows).unsqueeze(1)
     weight[0], weight[rows // 2], weight[-1] = 0.0, -0.0, weight[-1] * 1e-45
     return weight
@@ -92,7 +92,7 @@ def subnormal(rows: int, columns: int) -> torch.Tensor:
 
 
 def underflowing(rows: int, columns: int) -> torch.Tensor:
-    """Float8 subnormals and zeros beside one large weight."""
+    """Float8 subnormals and zeros next to one large weight."""
     weight = gaussian(rows, columns) * torch.logspace(-9, 0, columns)
     weight[0, 0] = 3.0
     return weight
@@ -119,7 +119,7 @@ WEIGHTS = [initial, outliers, mixed_rows, subnormal, underflowing, zeros, with_n
 
 @pytest.fixture
 def weight_casts(monkeypatch):
-    """What torchao casts its weights to, in the order of the layers."""
+    """Records what torchao casts its weights to, in the order of the layers."""
     casts = []
     cast = float8_linear.hp_tensor_to_float8_dynamic
 
@@ -142,7 +142,7 @@ def float8_model(shapes, weight, dtype, config) -> nn.Sequential:
     return convert_to_float8_training(model, config=config)
 
 
-def assert_codes_are_torchaos(model, casts, columns, dtype) -> None:
+def assert_codes_match_torchao(model, casts, columns, dtype) -> None:
     tracked = plan_of(model).tracked
     with torch.no_grad():
         model(torch.ones(16, columns, dtype=dtype))
@@ -154,7 +154,7 @@ def assert_codes_are_torchaos(model, casts, columns, dtype) -> None:
         expected_scale = cast._scale.t() if cast._scale.ndim else cast._scale
         torch.testing.assert_close(codes.scale, expected_scale, rtol=0, atol=0, equal_nan=True)
         if dtype is torch.float32:
-            # Elsewhere torchao divides in the weight's own precision.
+            # Otherwise torchao divides in the weight's own precision.
             values = cast.to_original_precision().t()
             torch.testing.assert_close(decode(codes, quantizer), values, rtol=0, atol=0, equal_nan=True)
 
@@ -162,9 +162,9 @@ def assert_codes_are_torchaos(model, casts, columns, dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("config", CONFIGS)
-def test_codes_are_the_bits_of_forward(config, weight, dtype, weight_casts):
+def test_codes_equal_the_bits_of_forward(config, weight, dtype, weight_casts):
     model = float8_model([(32, 16), (48, 32)], weight, dtype, CONFIGS[config]())
-    assert_codes_are_torchaos(model, weight_casts, 16, dtype)
+    assert_codes_match_torchao(model, weight_casts, 16, dtype)
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (16, 1), (7, 5), (33, 31), (3, 100)])
@@ -174,7 +174,7 @@ def test_odd_shapes(recipe, emulate, shape, weight_casts):
     config = Float8LinearConfig.from_recipe_name(recipe)
     object.__setattr__(config, "emulate", emulate)
     model = float8_model([shape], initial, torch.float32, config)
-    assert_codes_are_torchaos(model, weight_casts, shape[1], torch.float32)
+    assert_codes_match_torchao(model, weight_casts, shape[1], torch.float32)
 
 
 def test_codes_follow_training(weight_casts):
@@ -183,7 +183,7 @@ def test_codes_follow_training(weight_casts):
     seen = []
     for seed in range(3):
         weight_casts.clear()
-        assert_codes_are_torchaos(model, weight_casts, 16, torch.float32)
+        assert_codes_match_torchao(model, weight_casts, 16, torch.float32)
         seen.append(float8_ordinals(weight_casts[0]._data))
         model(gaussian(16, 16, seed=seed)).square().sum().backward()
         optimizer.step()
@@ -193,12 +193,12 @@ def test_codes_follow_training(weight_casts):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_the_recipe_is_named_as_people_write_it(config):
+def test_the_recipe_has_the_name_that_users_write(config):
     tracked = plan_of(float8_model([(32, 16)], initial, torch.float32, CONFIGS[config]())).tracked
     assert {name: str(quantizer) for name, quantizer in tracked.items()} == {"0.weight": NAMES[config]}
 
 
-def test_layers_that_torchao_leaves_alone_are_not_cast_its_way():
+def test_unconverted_layers_are_not_tracked_as_torchaos():
     model = nn.Sequential(nn.Linear(16, 16, dtype=torch.bfloat16), nn.Linear(16, 16, dtype=torch.bfloat16))
     model = convert_to_float8_training(model, module_filter_fn=lambda module, name: name == "1")
     plan = plan_of(model)
@@ -271,9 +271,9 @@ def test_random_weights(weight_dtype, dtype, by_row, pow2):
         assert codes.ordinals.unique().numel() > 50  # not all zeros or saturated
 
 
-# Where the largest weight gives a scale just beside a power of two, rounding it down jumps by a factor of 2.
+# If the largest weight gives a scale close to a power of two, rounding it down jumps by a factor of 2.
 @all_recipes
-def test_scales_beside_a_power_of_two(dtype, by_row, pow2):
+def test_scales_close_to_a_power_of_two(dtype, by_row, pow2):
     for exponent in (-40, -10, 0, 7, 30):
         edge = np.float32(torch.finfo(dtype).max * 2.0**exponent)
         for amax in (np.nextafter(edge, np.float32(0)), edge, np.nextafter(edge, np.float32(np.inf))):
@@ -284,7 +284,7 @@ def test_scales_beside_a_power_of_two(dtype, by_row, pow2):
 
 @all_recipes
 def test_tiny_and_huge_weights(dtype, by_row, pow2):
-    # From 1e-12 down torchao divides by 1e-12: small weights no longer fill the format.
+    # Below 1e-12 torchao divides by 1e-12: small weights no longer use the format's full range.
     for amax in (1e-11, 1e-12, 1e-13, 1e-15, 1e-20, 1e-38, 1e-44, 0.0, 1e10, 1e30, 5e37):
         assert_equals_torchao(gaussian(8, 16) * amax, dtype, by_row, pow2)
 
@@ -304,7 +304,7 @@ def test_strides_do_not_matter(dtype, by_row, pow2):
 
 
 @all_recipes
-def test_the_name_means_the_recipe(dtype, by_row, pow2):
+def test_names_select_the_recipe(dtype, by_row, pow2):
     weight = gaussian(16, 32) * torch.logspace(-1, 1, 16).unsqueeze(1)
     name = f"float8_{FORMATS[dtype].name}" + (":row" if by_row else "") + (":pow2" if pow2 else "")
     codes, (scale, data) = encode(weight, name), torchao_cast(weight, dtype, by_row, pow2)
@@ -314,7 +314,7 @@ def test_the_name_means_the_recipe(dtype, by_row, pow2):
         assert torch.equal(encode(decode(codes, name), name).ordinals, codes.ordinals)
 
 
-def test_other_formats_are_no_float8():
+def test_other_formats_are_refused():
     from weightflip.formats import E3M4
 
     with pytest.raises(ValueError, match="float8 is E4M3 or E5M2, got e3m4"):

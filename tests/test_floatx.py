@@ -1,4 +1,4 @@
-"""Rounding to ExMy formats, against a nearest-even search that knows nothing of bit tricks."""
+"""Rounding to ExMy formats, against a nearest-even search that uses no bit tricks."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from weightflip.quantizers import resolve
 from weightflip.quantizers.floatx import FloatxQuantizer
 
 SPLITS = {bits: [(e, bits - 1 - e) for e in range(bits)] for bits in (4, 6, 8, 12, 16)}
-# Formats of up to 10 exponent bits are exact in float64, and so are the midpoints between their numbers.
+# Formats with up to 10 exponent bits are exact in float64, and so are the midpoints between their numbers.
 IN_FLOAT64 = [split for splits in SPLITS.values() for split in splits if split[0] <= 10]
 BEYOND_FLOAT64 = [split for splits in SPLITS.values() for split in splits if split[0] > 10]
 IN_FLOAT32 = [split for split in IN_FLOAT64 if split[0] <= 7]
 
 
 def hard_cases(split: tuple[int, int], dtype: type[np.floating]) -> np.ndarray:
-    """Every number and midpoint, their neighbours one ulp away, overflows and specials; both signs."""
+    """Every number and midpoint, their neighbors one ulp away, overflows and special values, with both signs."""
     values, mids = half_values(split), midpoints(split)
     overflow = values[-1] * np.array([1.001, 1.1, 1.5, 2.0, 1e3])
     with np.errstate(over="ignore"):
         exact = np.concatenate([values, mids, overflow]).astype(dtype)
     info = np.finfo(dtype)
     specials = np.array([0.0, np.inf, np.nan, info.smallest_subnormal, info.tiny, info.max], dtype=dtype)
-    neighbours = [np.nextafter(exact, dtype(towards)) for towards in (-np.inf, np.inf)]
-    half = np.concatenate([exact, *neighbours, specials])
+    neighbors = [np.nextafter(exact, dtype(towards)) for towards in (-np.inf, np.inf)]
+    half = np.concatenate([exact, *neighbors, specials])
     return np.concatenate([half, -half])
 
 
@@ -63,7 +63,7 @@ def as_int(ordinals: torch.Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("split", SPLITS[4] + SPLITS[8], ids=split_name)
-def test_the_array_oracle_is_the_exact_search(split):
+def test_the_array_oracle_equals_the_exact_search(split):
     x = np.concatenate([hard_cases(split, np.float64), random_values(split, np.float64, 100)])
     x = x[np.isfinite(x)]
     assert nearest_array(x, split).tolist() == [nearest(Fraction(float(v)), split) for v in x]
@@ -75,7 +75,7 @@ def test_float32_weights(split):
     assert_ordinals(encode(torch.from_numpy(weight), exmy(split_name(split))), nearest_array(weight, split))
 
 
-# Neighbours one float64 ulp off a midpoint catch a detour through float32, which would round twice.
+# Neighbors one float64 ulp off a midpoint detect a detour through float32, which would round twice.
 @pytest.mark.parametrize("split", IN_FLOAT64, ids=split_name)
 def test_float64_weights(split):
     weight = np.concatenate([hard_cases(split, np.float64), random_values(split, np.float64)])
@@ -141,7 +141,7 @@ def test_zeros_infinities_and_nan(fmt):
 
 
 def float8_ordinals(bits: np.ndarray, last: int) -> np.ndarray:
-    """Sign and magnitude to ordinals; patterns above ``last`` are NaN, whose ordinal is the first of them."""
+    """Convert sign and magnitude to ordinals; patterns above ``last`` are NaN, with the first of them as ordinal."""
     magnitude = (bits & 0x7F).astype(np.int64)
     return np.where(magnitude > last, last + 1, np.where(bits >= 0x80, -magnitude, magnitude))
 
@@ -172,7 +172,7 @@ def test_agrees_with_ml_dtypes(twin, split):
     dtype = np.dtype(np.float16 if twin == "float16" else getattr(ml_dtypes, twin))
     source = np.float64 if twin == "float16" else np.float32
     weight = np.concatenate([hard_cases(split, source), random_values(split, source)])
-    # Above the largest number they overflow each in its own way; here everything saturates.
+    # Above the largest number each overflows differently; here everything saturates.
     weight = weight[np.abs(weight) <= half_values(split)[-1]]
     cast = weight.astype(dtype)
     bits = cast.view({1: np.uint8, 2: np.uint16}[dtype.itemsize]).astype(np.int64)
@@ -224,7 +224,7 @@ SCALED = SPLITS[4] + SPLITS[6] + SPLITS[8] + [(2, 9), (5, 10), (8, 7)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("split", SCALED, ids=split_name)
 def test_scaled(split, dtype):
-    # Rows of different size, so that one scale for all is not one a row.
+    # Rows of different magnitude, so that one scale per tensor differs from one per row.
     weight = (gaussian(24, 40) * torch.logspace(-2, 1, 24).unsqueeze(1)).to(dtype)
     for option, by_row in (("", False), (":row", True)):
         codes = encode(weight, split_name(split) + option)
@@ -270,7 +270,7 @@ def test_wide_formats_scaled(name, dtype):
 
 @pytest.mark.parametrize("name", ["e8m7", "e11m4", "e12m3:row", "e15m0", "e15m0:none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_are_their_float32_selves(name, dtype):
+def test_half_precision_weights_equal_their_float32_copies(name, dtype):
     weight = gaussian(12, 20).to(dtype)
     codes, expected = encode(weight, name), encode(weight.float(), name)
     assert torch.equal(codes.ordinals, expected.ordinals)
@@ -279,7 +279,7 @@ def test_half_precision_weights_are_their_float32_selves(name, dtype):
 
 @pytest.mark.parametrize("factor", [2.0**-100, 2.0**100], ids=["tiny", "huge"])
 @pytest.mark.parametrize("name", [*map(split_name, SPLITS[8]), "e2m1", "e3m4:row", "e8m7", "e11m4", "e15m0"])
-def test_codes_do_not_depend_on_the_size_of_the_weights(name, factor):
+def test_codes_do_not_depend_on_the_magnitude_of_the_weights(name, factor):
     weight = gaussian(16, 32)
     weight[weight.abs() < 2**-20] = 0.0  # else the small ones leave float32's normal range
     codes, scaled = encode(weight, name), encode(weight * factor, name)
@@ -295,7 +295,7 @@ def test_tiny_and_huge_weights_keep_their_precision(name, amax):
     mantissa_bits = int(name.partition(":")[0].partition("m")[2])
     error = (quantize(weight, name).double() - weight.double()).abs()
     largest = weight.abs().amax(-1, keepdim=True) if ":row" in name else weight.abs().max()
-    # Half a place of the largest number bounds the error of all.
+    # Half a unit in the last place of the largest number bounds all errors.
     assert (error <= largest * 2.0 ** -(mantissa_bits + 1) * 1.01).all()
 
 
@@ -309,13 +309,13 @@ def test_zero_weights(name, dtype):
     assert torch.equal(decode(codes, name), torch.zeros(3, 4, dtype=decode(codes, name).dtype))
 
 
-def test_a_zero_row_beside_others():
+def test_a_zero_row_among_others():
     weight = torch.tensor([[0.0, 0.0], [1.0, -0.5]])
     assert encode(weight, "e3m4:row").ordinals.tolist() == [[0, 0], [127, -111]]
 
 
 @pytest.mark.parametrize("name", ["e3m4", "e4m3", "e11m4"])
-def test_scaled_nan_spoils_what_shares_the_scale(name):
+def test_nan_makes_everything_with_the_same_scale_nan(name):
     weight = torch.tensor([[1.0, math.nan], [1.0, -1.0]])
     nan = exmy(name).nan_ordinal
     assert (encode(weight, name).ordinals == nan).all()
@@ -372,7 +372,7 @@ def test_strides_do_not_matter(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", FORMS)
-def test_the_weight_is_left_alone(name, dtype):
+def test_the_weight_is_not_changed(name, dtype):
     weight = gaussian(6, 8).to(dtype)
     before = weight.clone()
     encode(weight, name)
@@ -381,7 +381,7 @@ def test_the_weight_is_left_alone(name, dtype):
 
 
 class DirtyBuffers:
-    """One buffer a slot and dtype, full of leftovers, as a slice finds it after another."""
+    """One buffer per slot and dtype, full of old contents, as a slice finds it after another."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
@@ -439,7 +439,7 @@ def test_fixed_scale_replaces_the_scale_of_a_name(name):
     "name", ["e3m4", "e3m4:row", "e11m4", "e15m0:row", "float8_e4m3", "float8_e5m2:row", "bfloat16"]
 )
 def test_decode_inverts_encode_with_a_fixed_scale(name):
-    # All of these numbers are in all of these formats, before and after the division.
+    # All of these formats contain all of these numbers, before and after the division.
     weight = torch.tensor([[0.5, -1.0], [0.0, 2.0]])
     codes = encode(weight, name, scale=2.0)
     assert torch.equal(decode(codes, name).float(), weight)
@@ -464,20 +464,20 @@ def test_code_width_follows_the_format():
 
 
 @pytest.mark.parametrize("scale", [0, 0.0, -1.0, math.nan, math.inf])
-def test_scale_has_to_be_positive(scale):
+def test_scale_must_be_positive(scale):
     with pytest.raises(ValueError, match="divided by and must be positive and finite, got"):
         encode(torch.ones(2, 2), E3M4, scale=scale)
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1), (2, 3), (1, 2, 2)])
-def test_scale_has_to_broadcast_to_the_weight(shape):
+def test_scale_must_broadcast_to_the_weight(shape):
     with pytest.raises(ValueError, match=r"scale of shape .* does not broadcast to a weight of shape \(2, 2\)"):
         encode(torch.ones(2, 2), E3M4, scale=torch.ones(shape))
 
 
 @pytest.mark.parametrize("spec", ["e3m4", "e3m4:row", E3M4, "float8_e4m3", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
-def test_weights_have_to_be_floating_point(spec, dtype):
+def test_weights_must_be_floating_point(spec, dtype):
     with pytest.raises(ValueError, match=f"floating-point weights, got {dtype}"):
         encode(torch.ones(2, 2, dtype=dtype), spec)
 

@@ -18,7 +18,7 @@ import weightflip
 from weightflip.records import FlipRecord, RunInfo
 from weightflip.report import ReportError, cli, live, read_runs
 from weightflip.report.follow import follow
-from weightflip.report.read import size_of
+from weightflip.report.read import total_size
 from weightflip.sinks import JSONLSink, TensorBoardSink
 
 
@@ -70,7 +70,7 @@ def test_follow_reads_again_what_has_grown(tmp_path, kind):
 
 def test_a_mistake_is_no_run_that_has_not_begun(tmp_path):
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ReportError, match=r"neither a \.jsonl file"):
+    with pytest.raises(ReportError, match=r"expected a directory, a \.jsonl file"):
         next(follow([str(tmp_path / "notes.txt")]))
 
 
@@ -86,9 +86,9 @@ def test_the_last_report_stays_on_a_terminal(tmp_path):
     text = out.getvalue()
     assert "no points yet" in text
     assert "up to step 90" in text
-    assert "up to step 120. Ctrl+C ends" in text
+    assert "up to step 120. Press Ctrl+C to stop" in text
     # What was drawn is taken away, and the last one is printed below.
-    last = text[text.rindex("Ctrl+C ends") :]
+    last = text[text.rindex("Press Ctrl+C to stop") :]
     assert "\x1b[2K" in last
     assert last.count("Nothing stands out up to step 120") == 2
     # In a pipe: one below the other.
@@ -108,7 +108,7 @@ def test_follow_as_a_program(tmp_path):
         first = process.stdout.readline()
         deadline = time.monotonic() + 120
         lines = [first]
-        while "Left out" not in (line := process.stdout.readline()) and "Means of" not in line:
+        while "Columns that do not fit" not in (line := process.stdout.readline()) and "Means over" not in line:
             assert time.monotonic() < deadline
             lines.append(line)
         script.write()
@@ -131,7 +131,7 @@ def test_version_and_wrong_calls(capsys):
         assert ended.value.code == code
     out, errors = capsys.readouterr()
     assert out == f"weightflip {weightflip.__version__}\n"
-    assert "write --html and --csv without it" in errors
+    assert "use --html and --csv without it" in errors
     done = subprocess.run([sys.executable, "-m", "weightflip", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == out
 
@@ -142,21 +142,21 @@ def test_progress_comes_to_the_size_of_the_files(tmp_path, monkeypatch, kind):
     for _ in range(50):
         growing.write()
     growing.sink.close()
-    size = size_of([tmp_path])
+    size = total_size([tmp_path])
     assert size == sum(file.stat().st_size for file in tmp_path.iterdir())
     done = []
     read_runs([tmp_path], progress=done.append)
     assert sum(done) == pytest.approx(size, rel=0.05)
     # A bar on a terminal, and nothing of it stays.
-    monkeypatch.setattr(live, "_MUCH", 100)
+    monkeypatch.setattr(live, "_LARGE", 100)
     out = io.StringIO()
-    with live.reading([tmp_path], Console(file=out, force_terminal=True, width=80)) as progress:
+    with live.progress_bar([tmp_path], Console(file=out, force_terminal=True, width=80)) as progress:
         progress(size)
     assert "reading" in out.getvalue()
     assert "100%" in out.getvalue() or "kB" in out.getvalue() or "bytes" in out.getvalue()
     assert out.getvalue().endswith("\x1b[2K")
     out = io.StringIO()
-    with live.reading([tmp_path], Console(file=out)) as progress:
+    with live.progress_bar([tmp_path], Console(file=out)) as progress:
         progress(size)
     assert out.getvalue() == ""
     assert read_one(tmp_path).end == 500

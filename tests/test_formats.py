@@ -1,4 +1,4 @@
-"""Every number of every small format, against closed forms written here and against ml_dtypes."""
+"""Every number of every small format, against closed forms in this file and ml_dtypes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPLITS_BY_WIDTH = {bits: [(e, bits - 1 - e) for e in range(bits)] for bits in (4
 SMALL_SPLITS = SPLITS_BY_WIDTH[4] + SPLITS_BY_WIDTH[6] + SPLITS_BY_WIDTH[8]
 ALL_SPLITS = SMALL_SPLITS + SPLITS_BY_WIDTH[12] + SPLITS_BY_WIDTH[16]
 
-# Magnitudes that are no finite numbers, counted from the top; every other split is finite.
+# Number of magnitudes, from the top, that are not finite numbers. All other splits are finite.
 SPECIAL_CODES = {(4, 3): 1, (5, 2): 4, (8, 7): 128, (5, 10): 1024}
 
 
@@ -26,7 +26,7 @@ def split_name(split: tuple[int, int]) -> str:
 
 
 def number(exponent_bits: int, mantissa_bits: int, magnitude: int) -> Fraction:
-    """The textbook reading of a bit pattern: fixed point without exponent bits, IEEE 754 with them."""
+    """The textbook value of a bit pattern: fixed point without exponent bits, IEEE 754 with them."""
     fraction = Fraction(magnitude % 2**mantissa_bits, 2**mantissa_bits)
     if exponent_bits == 0:
         return fraction
@@ -38,7 +38,7 @@ def number(exponent_bits: int, mantissa_bits: int, magnitude: int) -> Fraction:
 
 
 def finite_codes(split: tuple[int, int]) -> int:
-    """How many non-negative codes are finite numbers."""
+    """The number of non-negative codes that are finite numbers."""
     return 2 ** sum(split) - SPECIAL_CODES.get(split, 0)
 
 
@@ -92,13 +92,13 @@ def test_properties(split):
             assert Fraction(fmt.smallest_normal) == number(*split, 2**mantissa_bits)
 
 
-def test_one_exponent_bit_is_fixed_point_too():
-    # Bias 0: the subnormal half runs to 2, the normal half on to 4, in equal steps.
+def test_one_exponent_bit_is_also_fixed_point():
+    # Bias 0: the subnormal half reaches 2, the normal half continues to 4, in equal steps.
     assert formats.E1M2.values[7:] == (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5)
 
 
 @pytest.mark.parametrize("split", ALL_SPLITS, ids=split_name)
-def test_nan_ordinal_fits_the_storage_and_is_no_number(split):
+def test_nan_ordinal_fits_the_storage_and_is_not_a_number(split):
     fmt = exmy(split_name(split))
     half = 2 ** (fmt.storage_bits - 1)
     assert -half <= fmt.nan_ordinal < half
@@ -109,7 +109,7 @@ def test_nan_ordinal_fits_the_storage_and_is_no_number(split):
 
 @pytest.mark.parametrize(
     ("name", "nan"),
-    # The first NaN pattern of the hardware formats; wrapped where a finite format leaves no pattern free.
+    # The first NaN pattern of the hardware formats; wrapped around if a finite format leaves no pattern free.
     [
         ("e4m3", 0x7F),
         ("e5m2", 0x7D),
@@ -149,7 +149,7 @@ def test_every_bit_pattern_agrees_with_ml_dtypes(twin, fmt, storage):
     got = np.array([fmt.value(int(k)) for k in patterns[~is_nan]])
     np.testing.assert_array_equal(got, expected[~is_nan])
     assert len(got) == fmt.max_ordinal + (2 if fmt.has_inf else 1)
-    # The sign bit and nothing else makes the negative half.
+    # Only the sign bit distinguishes the negative half.
     negative = (patterns[~is_nan] | storage(1 << (fmt.bits - 1))).view(dtype).astype(np.float64)
     np.testing.assert_array_equal([fmt.value(-int(k)) for k in patterns[~is_nan]], negative)
 
@@ -183,7 +183,7 @@ def test_beyond_float64(name):
     assert fmt.max == math.inf
     assert fmt.smallest_subnormal == 0.0
     assert fmt.smallest_normal == 0.0
-    # The middle of the exponent range is ordinary.
+    # The middle of the exponent range behaves normally.
     one = (2 ** (fmt.exponent_bits - 1) - 1) << fmt.mantissa_bits
     assert fmt.value(one) == 1.0
 
@@ -203,7 +203,7 @@ def test_no_value_outside_the_format(fmt):
 
 
 @pytest.mark.parametrize("split", SMALL_SPLITS + SPLITS_BY_WIDTH[16], ids=split_name)
-def test_the_module_names_every_split(split):
+def test_the_module_has_a_name_for_every_split(split):
     assert getattr(formats, split_name(split).upper()) == exmy(split_name(split))
 
 
@@ -218,7 +218,7 @@ def test_exmy_gives_the_hardware_formats():
 @pytest.mark.parametrize(
     "name", ["", "e4", "m3", "e4m", "em3", "4m3", "e4m3fn", "e-1m3", " e4m3", "float8_e4m3", "e4.0m3"]
 )
-def test_exmy_rejects_what_is_no_name(name):
+def test_exmy_rejects_invalid_names(name):
     with pytest.raises(ValueError, match="expected a format such as") as error:
         exmy(name)
     assert repr(name) in str(error.value)
@@ -300,7 +300,7 @@ def test_table_rows_read_back(split):
             "e0m3: 4 bits = 1 sign + 0 exponent + 3 mantissa, bias 0, every code is a number, "
             "largest 0.875, smallest 0.125",
         ),
-        # What float64 cannot say is written as a product, never as inf or 0.
+        # Numbers beyond float64 are written as a product, never as inf or 0.
         (
             formats.E12M3,
             "e12m3: 16 bits = 1 sign + 12 exponent + 3 mantissa, bias 2047, every code is a number, "
@@ -317,7 +317,7 @@ def test_str(fmt, text):
     assert str(fmt) == text
 
 
-def test_specials_that_leave_no_number_are_refused():
+def test_special_codes_that_leave_no_number_are_refused():
     with pytest.raises(ValueError, match="leave no code for positive numbers"):
         FloatFormat("fixed point with infinities", 0, 7, 0, has_inf=True, has_nan=True)
     with pytest.raises(ValueError, match="leave no code for positive numbers"):

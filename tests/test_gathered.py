@@ -125,7 +125,7 @@ def train(**options):
     return [*model.state_dict().values(), torch.get_rng_state()], optimizer
 
 
-def test_training_is_what_it_was(on_a_device):
+def test_training_is_unchanged(on_a_device):
     formats = {"0.*": "float8_e4m3", "2.weight": "mxfp4", "*": "e3m4"}
     bare, (tracked, optimizer) = train()[0], train(quantizer=formats)
     assert all(torch.equal(a, b) for a, b in zip(bare, tracked, strict=True))
@@ -216,7 +216,7 @@ def test_a_fault_is_of_its_layer_and_of_no_other(on_a_device):
     for at in range(4):
         broken.is_broken = at > 1
         if at == 2:
-            with pytest.warns(UserWarning, match="'bad' is not tracked any more, training goes on: RuntimeError: no"):
+            with pytest.warns(UserWarning, match="'bad' is no longer tracked, training continues: RuntimeError: no"):
                 step(tracker, weights)
         else:
             step(tracker, weights)

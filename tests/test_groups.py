@@ -1,4 +1,4 @@
-"""Groups of layers: by globs, by type of module; sums that brute force gives."""
+"""Layer groups by globs, module type and model block, compared with brute force."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from weightflip import FlipTrackingOptimizer, track_flips
 
 
 class Mixed(nn.Module):
-    """An embedding, a convolution and linear layers with names as in a transformer."""
+    """An embedding, a convolution and linear layers, named as in a transformer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ BY_TYPE = {
 }
 
 
-def test_sums_are_those_of_brute_force():
+def test_totals_equal_brute_force():
     groups = {"attention": "*.attn.*", "blocks": ["*.attn.*", "*.mlp.*"], "rest": ["embed.*", "conv.*", "token"]}
     model, optimizer, records = make(groups=groups)
     brute = BruteForce(model)
@@ -77,7 +77,7 @@ def test_sums_are_those_of_brute_force():
 
 
 @pytest.mark.parametrize("form", ["wrapper", "hooks"])
-def test_by_type_of_the_module(form):
+def test_groups_by_module_type(form):
     model, records = Mixed(), []
     inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
     options = {"sinks": [records.append], "log_every": 1, "groups": "type"}
@@ -89,7 +89,7 @@ def test_by_type_of_the_module(form):
     assert f"group Linear: {', '.join(BY_TYPE['Linear'])}" in str(tracked.info)
 
 
-def test_none_by_default():
+def test_no_groups_by_default():
     model, optimizer, records = make()
     steps(model, optimizer, 1)
     assert records[0].groups == optimizer.info.groups == {}
@@ -105,7 +105,7 @@ BLOCKS = {
 }
 
 
-def test_blocks_when_asked_for():
+def test_groups_by_block():
     model, optimizer, records = make(groups="blocks")
     steps(model, optimizer, 1)
     assert records[0].groups == optimizer.info.groups == BLOCKS
@@ -132,13 +132,13 @@ def step_with_ones(model, *optimizers):
 
 
 @pytest.mark.parametrize("blocks", [14, 15])
-def test_blocks_by_default_of_many_layers(blocks):
+def test_many_layers_are_grouped_by_block_by_default(blocks):
     model, records = Deep(blocks), []
     optimizer = FlipTrackingOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[records.append], log_every=1
     )
     step_with_ones(model, optimizer)
-    # 29 layers are shown one by one, 31 by block.
+    # 29 layers are not grouped, 31 are grouped by block.
     expected = [] if blocks == 14 else [*(f"blocks.{i}" for i in range(15)), "head"]
     assert list(records[0].groups) == list(optimizer.info.groups) == expected
     none = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[], groups={})
@@ -153,7 +153,7 @@ def test_no_block_repeats(caplog):
 
 
 @pytest.mark.parametrize("groups", [None, "blocks", {"b": "*.b.*"}])
-def test_optimizers_of_one_run_have_the_blocks_of_all(groups):
+def test_blocks_span_all_optimizers_of_a_run(groups):
     model, records = Deep(16), []
     of_each = [[p for n, p in model.named_parameters() if f".{part}.weight" in n] for part in "ab"]
     options = {} if groups is None else {"groups": groups}
@@ -169,7 +169,7 @@ def test_optimizers_of_one_run_have_the_blocks_of_all(groups):
         assert records[-1].groups == {f"blocks.{i}": tuple(f"blocks.{i}.{x}.weight" for x in "ab") for i in range(16)}
 
 
-def test_what_is_not_tracked_is_in_no_group():
+def test_untracked_weights_are_in_no_group():
     model, optimizer, records = make(groups={"norms": "*.norm.*", "attention": "*.attn.*"})
     model.blocks[1]["attn"].weight.requires_grad_(False)
     steps(model, optimizer, 1)
@@ -195,12 +195,12 @@ def test_mistakes_raise_at_construction(groups, error, message):
         make(groups=groups)
 
 
-def test_types_need_a_model():
+def test_module_types_need_a_model():
     with pytest.raises(ValueError, match="groups='type' needs the model's modules; pass model="):
         FlipTrackingOptimizer(torch.optim.SGD(Mixed().parameters(), lr=1), sinks=[], groups="type")
 
 
-def test_globs_need_none():
+def test_globs_do_not_need_a_model():
     model, records = digits_model(), []
     optimizer = FlipTrackingOptimizer(
         torch.optim.SGD(model.named_parameters(), lr=0.1),
@@ -214,7 +214,7 @@ def test_globs_need_none():
     assert records[0].groups == {"first": ("0.weight",)}
 
 
-def test_layers_that_come_later_join():
+def test_layers_added_later_join_their_group():
     model, optimizer, records = make(groups="type")
     more = nn.Linear(8, 8)
     model.add_module("head", more)
@@ -224,7 +224,7 @@ def test_layers_that_come_later_join():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
-def test_copies_know_the_types_without_a_model(tmp_path, duplicate):
+def test_copies_remember_module_types_without_a_model(tmp_path, duplicate):
     model = Mixed()
     optimizer = FlipTrackingOptimizer(
         torch.optim.AdamW(model.parameters(), lr=1e-2), model, sinks=[tmp_path / "flips.jsonl"], groups="type"
@@ -238,7 +238,7 @@ def test_copies_know_the_types_without_a_model(tmp_path, duplicate):
     assert twin.info.groups == BY_TYPE
 
 
-def test_optimizers_of_one_run_have_common_groups(digits):
+def test_optimizers_of_a_run_share_groups(digits):
     model, records = digits_model(), []
     options = {"groups": "type"}
     first = FlipTrackingOptimizer(
@@ -254,7 +254,7 @@ def test_optimizers_of_one_run_have_common_groups(digits):
     assert linear.total == records[-1].model.total
 
 
-def test_training_is_what_it_was(digits):
+def test_training_is_unchanged(digits):
     results = []
     for groups in (None, "type"):
         model = digits_model()

@@ -1,4 +1,4 @@
-"""Integer, ternary and binary codes: torchao's own, ml_dtypes' range, and brute force in plain words."""
+"""Integer, ternary and binary codes, against torchao, ml_dtypes' range and simple brute force."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def outliers(shape) -> torch.Tensor:
 
 
 def mixed(shape) -> torch.Tensor:
-    """Rows of every size, some zeros of both signs, some subnormal numbers."""
+    """Rows of every magnitude, some zeros of both signs, some subnormal numbers."""
     weight = gaussian(*shape) * torch.logspace(-12, 6, shape[0]).view(-1, *[1] * (len(shape) - 1))
     weight.view(-1)[::3] = 0.0
     weight.view(-1)[::7] = -0.0
@@ -50,7 +50,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("bits", BITS)
-def test_rows_are_torchaos(bits, kind, dtype):
+def test_rows_match_torchao(bits, kind, dtype):
     for shape in SHAPES:
         weight = WEIGHTS[kind](shape).to(dtype)
         if not weight.isfinite().all():
@@ -66,7 +66,7 @@ def test_rows_are_torchaos(bits, kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", [4, 8, 32])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_groups_are_torchaos(bits, group, dtype):
+def test_groups_match_torchao(bits, group, dtype):
     for kind in WEIGHTS:
         for shape in [(1, 32), (33, 96), (2, 3, 64)]:
             weight = WEIGHTS[kind](shape).to(dtype)
@@ -79,7 +79,7 @@ def test_groups_are_torchaos(bits, group, dtype):
 @pytest.mark.parametrize("bits", BITS)
 def test_every_code_is_reached_and_stands_for_its_number(bits):
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    # The amax that gives a scale of exactly 1; all codes, and the points half way between them.
+    # The amax that gives a scale of exactly 1; all codes, and the midpoints between them.
     amax = (high - low) / 2
     halves = torch.arange(2 * low + 1, 2 * high + 2, dtype=torch.float32) / 2
     codes = encode(torch.cat([halves, torch.tensor([amax, -amax])]), f"int{bits}")
@@ -150,7 +150,7 @@ def test_ternary_by_brute_force(kind, dtype):
         assert torch.equal(decode(codes), codes.ordinals * codes.scale)
 
 
-def test_ternary_is_torchaos_bitnet():
+def test_ternary_matches_torchaos_bitnet():
     bitnet = pytest.importorskip("torchao.prototype.quantized_training.bitnet")
     for dtype in (torch.float32, torch.bfloat16):
         for kind in WEIGHTS:
@@ -216,7 +216,7 @@ def test_other_widths_are_unknown(name):
         IntegerQuantizer(int(name[3:]))
 
 
-def test_a_group_of_nothing():
+def test_an_empty_group():
     with pytest.raises(ValueError, match="group= is at least 1"):
         IntegerQuantizer(4, 0)
 
@@ -227,7 +227,7 @@ def test_a_weight_that_does_not_divide_into_groups():
 
 
 @pytest.mark.parametrize("name", ["int8", "ternary", "binary"])
-def test_integers_are_no_weights(name):
+def test_integer_weights_are_refused(name):
     with pytest.raises(ValueError, match=f"quantizer '{name}' rounds floating-point weights"):
         encode(torch.ones(2, 2, dtype=torch.int32), name)
 
@@ -235,7 +235,7 @@ def test_integers_are_no_weights(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["int8", "int4", "int4:g32", "ternary", "binary"])
 def test_the_tracker_counts_what_brute_force_counts(name, dtype):
-    # Larger than a slice, and with rows that no slice size divides.
+    # Larger than a slice, with rows that no slice size divides.
     parameter = torch.nn.Parameter((gaussian(1100, 1056) * 0.02).to(dtype))
     optimizer = FlipTrackingOptimizer(torch.optim.SGD([parameter], lr=1.0), quantizer=name, sinks=[])
     expected = 0

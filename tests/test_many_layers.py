@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from weightflip import FlipRecord, FlipTrackingOptimizer, RunInfo
 from weightflip.records import Counts, Histogram, LayerRecord
 from weightflip.report import read_runs
-from weightflip.report.many import overview_of
+from weightflip.report.many import make_overview
 from weightflip.sinks import TensorBoardSink
 
 PARTS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
@@ -376,11 +376,11 @@ class TestReport:
         layers = [row for row in rows if row.startswith("layers.") and row.endswith(".weight")]
         assert "layers.7.mlp.down.weight" in layers
         assert len(layers) <= 24
-        assert "more layers: --html and --csv have all" in out
+        assert "more layers: use --html or --csv for all" in out
 
     def test_block_rows_are_sums(self, run_dir):
         (run,) = read_runs([run_dir / "a"])
-        overview = overview_of(run, [])
+        overview = make_overview(run, [])
         assert [block.name for block in overview.blocks] == ["embed", *(f"layers.{i}" for i in range(24)), "head"]
         names = [f"layers.3.{part}.weight" for part in PARTS]
         assert sorted(overview.members["layers.3"]) == sorted(names)
@@ -409,4 +409,4 @@ def test_runs_without_blocks_or_with_few_layers_have_a_row_for_each_layer(tmp_pa
     for names in (NAMES[:30], tuple(f"{i}.weight" for i in range(40))):
         write(tmp_path / str(len(names)), [FlipRecord(1, layers_of(even_rates(0, names)))], layer_values="all")
         (run,) = read_runs([tmp_path / str(len(names))])
-        assert overview_of(run, []) is None
+        assert make_overview(run, []) is None

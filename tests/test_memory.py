@@ -157,7 +157,7 @@ def test_a_fault_gives_codes_and_gradients_back(form, metrics):
     owned = Owned()
     step(model, inner, tracked)
     broken.is_due = True
-    with pytest.warns(UserWarning, match="is not tracked any more"):
+    with pytest.warns(UserWarning, match="is no longer tracked"):
         step(model, inner, tracked)
     assert tracked.tracker.memory_usage()[:1] + tracked.tracker.memory_usage()[3:] == (0, 0)
     step(model, inner, tracked)

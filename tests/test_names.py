@@ -1,4 +1,4 @@
-"""What layers are called, in wrappers and without a model."""
+"""Names of layers, inside wrappers and without a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from weightflip.selection import name_parameters
 
 
 class Net(nn.Module):
-    """Has a layer that is called as the one inside DDP is."""
+    """Has a layer named ``module``, like the attribute of DDP that holds the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def test_wrappers_leave_no_trace_in_names(data_parallel):
         model = wrap(Net())
         found = list(name_parameters([{"params": list(model.parameters())}], model))
         assert [name.removeprefix("net.") for name in found] == NAMES, how
-        # Of a network without a layer that is called module: where the model is not at hand, all names tell alike.
+        # Without the model, a prefix "module." that all param_names share is taken for that of a wrapper.
         model = wrap(nn.Sequential(nn.Linear(4, 4)))
         named = [(name.removeprefix("net."), parameter) for name, parameter in model.named_parameters()]
         found = name_parameters(torch.optim.SGD(named).param_groups, None)
@@ -67,7 +67,7 @@ def test_fabric_leaves_no_trace_in_names(data_parallel):
         assert list(name_parameters([{"params": list(model.parameters())}], model)) == NAMES
 
 
-def test_names_that_model_would_make_better_are_said_once(caplog):
+def test_positional_names_are_logged_once(caplog):
     caplog.set_level(logging.WARNING, "weightflip")
     model = Net()
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), sinks=[])

@@ -1,4 +1,4 @@
-"""Codes that are a dtype's own bits: stored weights, casts, and the values that functions return."""
+"""Codes that are the bits of a dtype: stored weights, casts, and values that functions return."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def all_bits(integer: torch.dtype) -> torch.Tensor:
 
 
 def assert_ordinals_follow_values(ordinals: torch.Tensor, values: torch.Tensor, nan_ordinal: int) -> None:
-    """Same order, equal exactly where the values are equal, and one code for NaN that no number has."""
+    """Codes have the order of the values, are equal exactly if the values are, and have a single code for NaN."""
     codes, numbers = ordinals.long().numpy(), values.double().numpy()
     is_nan = np.isnan(numbers)
     assert is_nan.any()
@@ -56,7 +56,7 @@ def test_every_bit_pattern(dtype, integer, fmt):
     bits_to_ordinals_(ordinals, fmt, ScratchPool())
 
     assert_ordinals_follow_values(ordinals, values, fmt.nan_ordinal)
-    # An ordinal counts the numbers from zero on, so there are no gaps.
+    # Ordinals count the numbers from zero, so there are no gaps.
     finite = values.isfinite()
     assert (ordinals[finite].min(), ordinals[finite].max()) == (-fmt.max_ordinal, fmt.max_ordinal)
     assert ordinals[finite].unique().numel() == 2 * fmt.max_ordinal + 1
@@ -83,7 +83,7 @@ def test_native_reads_every_bit_pattern(dtype, integer, fmt):
 def test_bit_patterns_of_wide_floats(dtype, integer, fmt):
     rng = np.random.default_rng(0)
     bits = torch.from_numpy(rng.integers(-(2**63), 2**63, 50_000)).view(integer)
-    # Neighbours, both zeros, and NaN at both ends of its patterns, quiet and signalling, with both signs.
+    # Neighbors, both zeros, and NaN at both ends of its patterns, quiet and signaling, with both signs.
     exponent = FP32.inf_ordinal if integer is torch.int32 else FP64.inf_ordinal
     ends = [0, 1, 2, exponent - 1, exponent, exponent + 1, torch.iinfo(integer).max]
     minimum = torch.iinfo(integer).min
@@ -128,14 +128,14 @@ def test_native_decodes_wide_floats(dtype, integer, fmt):
 
 
 @pytest.mark.parametrize("integer", [torch.int8, torch.int16])
-def test_native_does_not_guess_which_format_narrow_codes_are_in(integer):
+def test_native_does_not_guess_the_format_of_narrow_codes(integer):
     with pytest.raises(ValueError, match=r"codes may be .* or .*: decode with one of these formats"):
         decode(Codes(torch.zeros(2, dtype=integer)), "native")
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 @pytest.mark.parametrize("source", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_casts_are_torchs(name, source):
+def test_casts_match_torch(name, source):
     dtype = getattr(torch, name)
     rng = np.random.default_rng(0)
     weight = torch.from_numpy(rng.integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32)).to(source)
@@ -149,7 +149,7 @@ def test_casts_are_torchs(name, source):
 
     values = decode(codes, name)
     assert values.dtype is torch.float32
-    # -0 has the code of 0, so compare numbers; overflow is infinite, as in the cast.
+    # -0 has the code of 0, so compare numbers. Overflow is infinite, as in the cast.
     assert torch.equal(values.nan_to_num(nan=0.5), weight.to(dtype).float().nan_to_num(nan=0.5))
     assert torch.equal(values.isnan(), weight.isnan())
     assert torch.equal(quantize(weight, name).nan_to_num(), values.nan_to_num())
@@ -159,7 +159,7 @@ def test_casts_overflow_to_infinity():
     assert decode(encode(torch.tensor([1e6, -1e6]), "float16"), "float16").tolist() == [math.inf, -math.inf]
 
 
-def test_cast_ordinals_are_those_of_the_stored_weight():
+def test_cast_ordinals_equal_those_of_the_stored_weight():
     weight = gaussian(50, 50)
     assert torch.equal(encode(weight, "bfloat16").ordinals, encode(weight.bfloat16(), "native").ordinals)
     assert torch.equal(encode(weight, "float16").ordinals, encode(weight.half(), "native").ordinals)
@@ -201,7 +201,7 @@ def test_a_function_may_reuse_its_result(dtype):
     assert before.all()
 
 
-def test_a_function_sees_no_graph():
+def test_a_function_gets_a_detached_weight():
     weight = torch.nn.Parameter(torch.ones(2, 2))
     seen = []
     encode(weight, lambda w: seen.append((w.requires_grad, torch.is_grad_enabled())) or w)
@@ -219,7 +219,7 @@ def test_a_function_sees_no_graph():
         (lambda w: None, "NoneType"),
     ],
 )
-def test_a_function_has_to_return_a_tensor_of_the_weights_shape(result, got):
+def test_a_function_must_return_a_tensor_of_the_weights_shape(result, got):
     def rounded(weight):
         return result(weight)
 
@@ -228,7 +228,7 @@ def test_a_function_has_to_return_a_tensor_of_the_weights_shape(result, got):
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3", "float8_e5m2", "float8_e4m3:row", "float8_e5m2:row:pow2"])
-def test_float8_nan_and_infinity_have_one_code_whatever_their_sign(name):
+def test_the_sign_of_float8_nan_is_ignored(name):
     nan, inf = float("nan"), float("inf")
     special = E4M3.nan_ordinal if "e4m3" in name else E5M2.nan_ordinal
     weight = torch.tensor([[nan, -nan, 1.0, -1.0]])
@@ -241,7 +241,7 @@ def test_float8_nan_and_infinity_have_one_code_whatever_their_sign(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fnuz])
-def test_a_function_has_to_return_something_with_an_order(dtype):
+def test_a_function_must_return_values_with_an_order(dtype):
     with pytest.raises(ValueError, match=f"got {dtype}$"):
         encode(torch.ones(2, 2), lambda w: w.to(dtype))
 

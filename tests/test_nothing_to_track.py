@@ -1,4 +1,4 @@
-"""Optimizers with nothing to track, or nothing yet: a script that runs without weightflip runs with it."""
+"""Optimizers with nothing to track, or nothing yet: a script that runs without weightflip also runs with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def lines(caplog) -> list[str]:
 
 
 @each_form
-def test_an_optimizer_of_biases_says_once_that_there_is_nothing(form, digits, caplog):
+def test_an_optimizer_of_biases_logs_once_that_nothing_is_tracked(form, digits, caplog):
     model = digits_model()
     optimizer, tracker = form(torch.optim.SGD([model[0].bias, model[2].bias], lr=0.1), model)
     (line,) = lines(caplog)
@@ -34,7 +34,7 @@ def test_an_optimizer_of_biases_says_once_that_there_is_nothing(form, digits, ca
 
 
 @each_form
-def test_weights_that_are_added_to_biases_are_tracked(form, digits):
+def test_weights_added_to_biases_are_tracked(form, digits):
     model = digits_model()
     optimizer, tracker = form(torch.optim.SGD([model[0].bias], lr=0.1), model)
     brute = BruteForce(model)
@@ -62,8 +62,8 @@ def test_a_group_without_parameters(form, digits):
 
 
 @each_form
-def test_one_optimizer_a_parameter_stepped_in_backward(form, digits):
-    """Each by itself, not as parts of one run."""
+def test_one_optimizer_per_parameter_stepped_in_backward(form, digits):
+    """Each one is tracked on its own, not as part of a common run."""
     model, bare = digits_model(), digits_model()
     found = {name: form(torch.optim.SGD([p], lr=0.1), model) for name, p in model.named_parameters()}
     steps = {id(p): found[name][0].step for name, p in model.named_parameters()}
@@ -82,7 +82,7 @@ def test_one_optimizer_a_parameter_stepped_in_backward(form, digits):
 
 
 def materialized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """As Accelerate does for FSDP2: others in the model, and in the groups."""
+    """Replace the parameters in the model and the param groups, as Accelerate does for FSDP2."""
     real = digits_model()
     new: Iterator[nn.Parameter] = iter(real.parameters())
     for module in model:

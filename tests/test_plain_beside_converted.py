@@ -1,4 +1,4 @@
-"""Weights that stay in high precision beside torchao's layers are not among those whose codes are counted."""
+"""Weights that torchao leaves in high precision alongside converted layers are not counted."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sgd(parameters):
     [(float8(), "3.weight"), (float8(torch.bfloat16), "3.weight"), (qat(), "0.weight")],
     ids=["float8", "float8 of bfloat16", "qat"],
 )
-def test_the_rest_is_left_out_with_a_line_in_the_log(model, plain, caplog):
+def test_unconverted_weights_are_skipped_with_a_log_line(model, plain, caplog):
     caplog.set_level(logging.WARNING, "weightflip")
     optimizer = FlipTrackingOptimizer(sgd(model.parameters()), model, sinks=[])
     assert plain not in optimizer.info.tracked
@@ -51,14 +51,14 @@ def test_the_rest_is_left_out_with_a_line_in_the_log(model, plain, caplog):
     assert "quantizer=" in message
     assert message.removeprefix("weightflip: ") in optimizer.info.notes
 
-    # A copy has no model to ask.
+    # A copy does not hold the model.
     twin = copy.deepcopy(optimizer)
     twin.step()
     assert twin.info.tracked == optimizer.info.tracked
     assert twin.info.skipped[plain] == REASON
 
 
-def test_the_models_sum_is_that_of_the_converted_layers():
+def test_the_model_total_covers_only_converted_layers():
     model = float8()
     optimizer = FlipTrackingOptimizer(sgd(model.parameters()), model, sinks=[])
     flips = 0
@@ -75,7 +75,7 @@ def test_the_models_sum_is_that_of_the_converted_layers():
     assert flips > 0
 
 
-def test_who_asks_for_them_gets_them():
+def test_unconverted_weights_can_be_requested():
     model = float8()
     for options in (
         {"quantizer": {"3.*": "bfloat16", "*": "auto"}},
@@ -86,7 +86,7 @@ def test_who_asks_for_them_gets_them():
         assert any(name.startswith("3.weight") for name in optimizer.info.tracked), options
 
 
-def test_another_optimizer_that_has_nothing_else():
+def test_an_optimizer_with_only_unconverted_weights():
     model = float8()
     first = FlipTrackingOptimizer(sgd([model[0].weight, model[2].weight]), model, sinks=[])
     second = track_flips(sgd(model[3].parameters()), model, sinks=first)
@@ -97,8 +97,8 @@ def test_another_optimizer_that_has_nothing_else():
         assert alone.info.skipped["3.weight"] == REASON
 
 
-def test_frozen_layers_are_not_what_is_trained():
-    """As in LoRA: a converted base that stands still, and adapters in high precision."""
+def test_frozen_converted_layers_do_not_count_as_converted():
+    """As in LoRA: a frozen, converted base and adapters in high precision."""
     model = float8()
     for layer in (model[0], model[2]):
         layer.weight.requires_grad_(False)

@@ -15,6 +15,7 @@ from weightflip import FlipTrackingOptimizer, kernels
 from weightflip.formats import IntegerRounding
 from weightflip.kernels import backend, cpu, items, proof
 from weightflip.kernels.constants import Lanes
+from weightflip.kernels.pointwise import NEW, NEW_UNDER_OLD_SCALE, OLD, Pointwise, differ, state, where
 from weightflip.kernels.runs import Kind
 from weightflip.quantizers import resolve
 
@@ -68,6 +69,87 @@ def test_the_kernel_passes(quantizer):
             question = question_of(quantizer, dtype, with_updates)
             assert cpu.Run.can_do(question.kind, scaled=question.finds_scale)
             assert proof.find_fault(cpu.Run, question) is None
+
+
+# What the metric groups do, and an expression of every operation.
+LAST, KEPT = state("directions", torch.int8), state("kept", torch.float32)
+UP = NEW > OLD
+GROUPS = {
+    "oscillation": Pointwise((UP & (LAST < 0),), ((LAST, where(UP, 1, where(NEW < OLD, -1, LAST))),)),
+    "coverage": Pointwise((), ((state("bits"), state("bits") | (OLD ^ NEW)),)),
+    "scale": Pointwise((differ(NEW_UNDER_OLD_SCALE, OLD),)),
+    "every operation": Pointwise(
+        (~UP | differ(KEPT, 0.0), (KEPT > 0.1) ^ (LAST > 0)),
+        (
+            (LAST, (LAST + 1) * LAST - (LAST & 1)),
+            (KEPT, where(~UP, KEPT * 0.99 + 0.01, KEPT - 0.5)),
+            (state("code"), where(UP, ~NEW, state("code"))),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("quantizer", ["float8_e4m3", "e3m4:row", "e2m9", "mxfp4", "int8", "bfloat16", "native"])
+def test_the_kernel_passes_with_metric_groups(quantizer):
+    for groups in (tuple(GROUPS.values())[:3], tuple(GROUPS.values())[3:]):
+        for dtype, with_updates in ((torch.float32, True), (torch.bfloat16, False)):
+            question = question_of(quantizer, dtype, with_updates)._replace(groups=groups)
+            assert cpu.Run.can_do(question.kind, scaled=question.finds_scale, groups=groups)
+            assert proof.find_fault(cpu.Run, question) is None
+
+
+class LosesAState(cpu.Run):
+    def count_into_(self, counts, rows, scale, updates, scale_codes=None, observed=None):
+        super().count_into_(counts, rows, scale, updates, scale_codes, observed)
+        if observed is not None and len(observed.states):
+            ctypes.c_int8.from_address(int(observed.states[0, -1])).value ^= 1
+
+
+class MiscountsForAGroup(cpu.Run):
+    def count_into_(self, counts, rows, scale, updates, scale_codes=None, observed=None):
+        super().count_into_(counts, rows, scale, updates, scale_codes, observed)
+        if observed is not None and observed.sums.numel():
+            observed.sums[-1, 0] += 1
+
+
+class TakesTheNewScaleForTheOld(cpu.Run):
+    def count_into_(self, counts, rows, scale, updates, scale_codes=None, observed=None):
+        if observed is not None:
+            observed = observed._replace(old_scale=scale)
+        super().count_into_(counts, rows, scale, updates, scale_codes, observed)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group", "fault"),
+    [
+        (LosesAState, "oscillation", "1 states of metric groups are others"),
+        (LosesAState, "coverage", "1 states of metric groups are others"),
+        (MiscountsForAGroup, "oscillation", "metric groups count "),
+        (TakesTheNewScaleForTheOld, "scale", "metric groups count "),
+    ],
+)
+def test_a_kernel_that_is_wrong_for_groups_is_found_out(kernel, group, fault):
+    question = question_of("float8_e4m3:row")._replace(groups=(GROUPS[group],))
+    assert cpu.Run.can_do(question.kind, scaled=True, groups=question.groups)
+    assert fault in proof.find_fault(kernel, question)
+
+
+@pytest.mark.parametrize("kernel", [LosesAState, MiscountsForAGroup])
+def test_groups_of_a_broken_kernel_see_slices_and_training_goes_on(kernel, monkeypatch, caplog):
+    metrics = ("flips", "stalls", "oscillation", "coverage", "scale")
+    expected, _ = train("eager", metrics=metrics)
+    take_instead(monkeypatch, kernel)
+    found, _ = train("auto", metrics=metrics)
+    assert found == expected
+    assert "not used, plain torch counts instead" in caplog.text
+
+
+def test_what_kernels_cannot_compile_is_left_to_slices():
+    question = question_of("float8_e4m3")
+    too_many = (Pointwise((UP,) * 9),)
+    assert not cpu.Run.can_do(question.kind, scaled=True, groups=too_many)
+    with pytest.warns(UserWarning, match="operands of one type"):
+        assert not cpu.Run.can_do(question.kind, scaled=True, groups=(Pointwise((KEPT < LAST,)),))
 
 
 def test_the_kernel_passes_where_subnormal_numbers_are_flushed():
@@ -145,12 +227,12 @@ FAULTS = {
 }
 
 
-def train(backend_name: str, quantizer: str = "float8_e4m3"):
+def train(backend_name: str, quantizer: str = "float8_e4m3", **options):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(40, 32, generator=generator)) for _ in range(3)]
     weights.append(torch.nn.Parameter(torch.randn(32, 40, generator=generator).T))
     optimizer = FlipTrackingOptimizer(
-        torch.optim.SGD(weights, lr=0.05), quantizer=quantizer, backend=backend_name, sinks=[]
+        torch.optim.SGD(weights, lr=0.05), quantizer=quantizer, backend=backend_name, sinks=[], **options
     )
     for _ in range(3):
         for weight in weights:

@@ -1,4 +1,4 @@
-"""Quantizers by name: what people write, and what they are told when it is not one."""
+"""Quantizers by name, and the messages for names that do not exist."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Sign:
 
 @pytest.fixture
 def registry(monkeypatch):
-    """A registry of its own, so that what a test registers is gone after it."""
+    """A temporary registry, so that what a test registers is removed afterwards."""
     monkeypatch.setattr(names, "_registry", list(names._registry))
     return names._registry
 
@@ -80,7 +80,7 @@ def test_native_and_cast_names():
     "name",
     ["float8_e4m3", "float8_e5m2:row:pow2", "e3m4", "e3m4:row", "e3m4:none", "e15m0", "native", "bfloat16", "float16"],
 )
-def test_a_quantizer_says_its_own_name(name):
+def test_a_quantizer_has_the_name_that_selects_it(name):
     assert str(resolve(name)) == name
     assert str(resolve(str(resolve(name)))) == name
 
@@ -111,7 +111,7 @@ def test_unknown_names_with_a_hint(name, meant):
 
 
 @pytest.mark.parametrize("name", ["", "quarter", "xyzzy:row", "auto!"])
-def test_unknown_names_without_one(name):
+def test_unknown_names_without_a_hint(name):
     with pytest.raises(ValueError, match=f"^unknown quantizer '{name}'; Expected one of") as error:
         resolve(name)
     assert "did you mean" not in str(error.value)
@@ -155,7 +155,7 @@ def test_a_class_instead_of_an_instance(cls):
 
 
 @pytest.mark.parametrize("spec", [None, 8, 4.3, ["e4m3"], torch.zeros(2), torch.strided])
-def test_what_is_no_quantizer(spec):
+def test_objects_that_are_not_quantizers(spec):
     with pytest.raises(TypeError, match=f"expected a quantizer name .*, got {type(spec).__name__}$"):
         resolve(spec)
 
@@ -172,7 +172,7 @@ def test_objects_and_functions():
 
 
 @pytest.mark.parametrize("spec", ["native", Sign(), NativeQuantizer()], ids=str)
-def test_scale_for_a_quantizer_that_takes_none(spec):
+def test_scale_for_a_quantizer_that_does_not_take_one(spec):
     with pytest.raises(ValueError, match=f"^quantizer {spec} does not take scale="):
         resolve(spec, 0.5)
 
@@ -202,18 +202,18 @@ def test_register(registry):
     assert isinstance(resolve("sign"), Sign)
     assert encode(torch.tensor([-1.5, 2.0]), "SIGN7:a:b").ordinals.tolist() == [-1, 1]
     assert calls == [("sign", ()), ("sign7", ("a", "b"))]
-    # The pattern has to match in full.
+    # The pattern must match the full name.
     with pytest.raises(ValueError, match="unknown quantizer 'sign7x'; did you mean 'sign'"):
         resolve("sign7x")
     with pytest.raises(ValueError, match="unknown quantizer 'asign'"):
         resolve("asign")
 
 
-def test_what_a_test_registers_is_gone_after_it():
+def test_what_a_test_registers_is_removed_afterwards():
     assert "sign" not in quantizer_names()
 
 
-def test_a_new_file_in_the_folder_is_found(registry, monkeypatch, tmp_path):
+def test_a_new_file_in_the_package_is_found(registry, monkeypatch, tmp_path):
     (tmp_path / "halves.py").write_text(
         "from weightflip.quantizers.registry import register\n"
         "from weightflip.quantizers.native import CastQuantizer\n"
@@ -232,7 +232,7 @@ def test_a_new_file_in_the_folder_is_found(registry, monkeypatch, tmp_path):
         vars(package).pop("halves", None)
 
 
-def test_every_module_of_the_folder_is_loaded_at_the_first_name():
+def test_every_module_of_the_package_is_imported_at_the_first_lookup():
     script = """
 import json, sys
 from weightflip.quantizers import resolve
@@ -248,7 +248,7 @@ print(json.dumps([name for name in sys.modules if name.split(".")[0] in ("weight
     assert not {name for name in loaded if not name.startswith("weightflip")}
 
 
-def test_loading_twice_registers_once():
+def test_importing_twice_registers_once():
     quantizer_names()
     before = list(names._registry)
     quantizer_names()
@@ -256,7 +256,7 @@ def test_loading_twice_registers_once():
     assert names._registry == before
 
 
-def test_elementwise_quantizers_say_the_code_dtype_before_they_encode():
+def test_elementwise_quantizers_know_the_code_dtype_before_encoding():
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     for name in quantizer_names():
         quantizer = resolve(name)

@@ -134,10 +134,10 @@ def test_runs_below_a_directory_are_named_by_their_path(digits, tmp_path):
 def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(ReportError, match="no such file or directory"):
         read_runs([tmp_path / "nothing"])
-    with pytest.raises(ReportError, match=r"Looked for \.jsonl files .* event files"):
+    with pytest.raises(ReportError, match=r"Expected \.jsonl files .* event files"):
         read_runs([tmp_path])
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ReportError, match=r"neither a \.jsonl file nor an event file"):
+    with pytest.raises(ReportError, match=r"expected a directory, a \.jsonl file or an event file"):
         read_runs([tmp_path / "notes.txt"])
     # A run that has only just begun.
     (tmp_path / "flips.jsonl").write_text('{"info": {"tracked": {"a": ["2x2", "float32", "e4m3"]}}, "first_step": 0}\n')
@@ -242,7 +242,7 @@ def test_of_a_long_file_windows_are_added_up(digits, tmp_path, monkeypatch):
     part = read_one(tmp_path)
     assert len(part.steps) == 7
     assert part.end == whole.end
-    assert "60 points, 7 of them read" in part.notes[0]
+    assert "7 of 60 points read" in part.notes[0]
     for name, series in whole.layers["0.weight"].values.items():
         fewer = part.layers["0.weight"].get(name)
         assert fewer.values[-1] == series.values[-1] or not series.gauge
@@ -273,7 +273,7 @@ class Script:
         for at, window in enumerate(windows):
             sink.write(FlipRecord((at + 1) * self.every, tuple(self.layer(n, **row) for n, row in window.items())))
         for alert in alerts:
-            sink._line({"alert": alert})
+            sink._append_line({"alert": alert})
         sink.close()
         return read_one(self.path)
 
@@ -325,12 +325,12 @@ def test_stuck(tmp_path):
     stuck = found["stuck"]
     assert stuck.severity == Severity.WARNING
     assert (stuck.layers, stuck.step) == (("b",), 80)
-    assert "no update of b has moved a weight to another code since step 80 (float8_e4m3)" in stuck.text
+    assert "in b, no update has moved a weight to another code since step 80 (float8_e4m3)" in stuck.text
     assert "The float32 weights may still move" in stuck.text
 
     native = rules(Script(tmp_path / "b.jsonl", "bfloat16", "native").write(windows))["stuck"]
     assert native.severity == Severity.SERIOUS
-    assert "swallows these updates for good" in native.text
+    assert "updates are permanently lost to rounding" in native.text
 
     # One single flip in the last quarter, and the sentence would be wrong.
     windows[-2]["b"] = {"flip": 0.0001}
@@ -342,7 +342,7 @@ def test_stuck_at_the_end_of_a_decayed_learning_rate_is_but_a_note(tmp_path):
     stuck = rules(Script(tmp_path / "a.jsonl").write(windows))["stuck"]
     assert stuck.severity == Severity.NOTE
     assert "all 4 layers" in stuck.text
-    assert "Has the learning rate come to 0?" in stuck.text
+    assert "Check whether the learning rate has reached 0" in stuck.text
 
 
 def test_dead(tmp_path):
@@ -370,7 +370,10 @@ def test_nearly_still(tmp_path):
         window["d"] = {"flip": 0.005}
     found = rules(Script(tmp_path / "a.jsonl").write(windows))
     assert list(found) == ["nearly still"]
-    assert "0.50 % of the updates of d changed a code, 20 % in the other layers" in found["nearly still"].text
+    assert (
+        "0.50 % of the updates of d changed a code, compared with 20 % in the other layers"
+        in found["nearly still"].text
+    )
 
 
 def test_non_finite_weights_hide_what_follows_from_them(tmp_path):
@@ -395,10 +398,10 @@ def test_oscillation(tmp_path):
         window["c"] = {"flip": 0.3, "ratios": {"oscillation_ratio": 0.4}, "gauges": {"oscillating_fraction": 0.5}}
     found = rules(Script(tmp_path / "a.jsonl").write(windows))
     assert found["oscillating"].layers == ("a",)
-    assert "95.0 % of its flips took back the flip before, 6.0 % of its weights flipped in a step" in (
+    assert "95.0 % of its flips reversed the previous flip, 6.0 % of its weights flipped per step" in (
         found["oscillating"].text
     )
-    assert "12 flips a weight since the start left 75 % of them on their first code" in found["oscillating"].text
+    assert "12 flips per weight since the start left 75 % of them on their first code" in found["oscillating"].text
 
 
 def test_burst(tmp_path):
@@ -407,7 +410,10 @@ def test_burst(tmp_path):
     found = rules(Script(tmp_path / "a.jsonl").write(windows))
     assert list(found) == ["burst"]
     assert found["burst"].layers == ("a",)
-    assert "between step 110 and 120: its weights flipped 1.50 times each, 0.20 times" in found["burst"].text
+    assert (
+        "between steps 110 and 120: its weights flipped 1.50 times each, compared with 0.20 times"
+        in found["burst"].text
+    )
     # A warmup and a learning rate that falls at once are no bursts.
     steps = [{"a": {"flip": 0.5 if at < 10 else 0.02}, "b": {"flip": 0.05 * at / 20}} for at in range(20)]
     assert [*rules(Script(tmp_path / "b.jsonl").write(steps))] == ["healthy"]
@@ -438,7 +444,7 @@ def test_range_scale_and_rank(tmp_path):
 def test_alerts_are_shown(tmp_path):
     alerts = [{"step": step, "layer": "a", "rule": "stall", "message": "stall ratio above 0.99"} for step in (50, 60)]
     found = rules(Script(tmp_path / "a.jsonl").write(steady(), alerts))
-    assert found["alert"].text == "Alert at step 50 for a: stall ratio above 0.99 (and 1 times more, last at step 60)"
+    assert found["alert"].text == "Alert at step 50 for a: stall ratio above 0.99 (and 1 more time, last at step 60)"
 
 
 def test_the_worst_comes_first(tmp_path):
@@ -450,9 +456,9 @@ def test_the_worst_comes_first(tmp_path):
     run = Script(tmp_path / "a.jsonl").write(windows)
     findings = find([run])
     assert [finding.rule for finding in findings] == ["non-finite", "stuck", "burst"]
-    from weightflip.report.table import ranked
+    from weightflip.report.table import rank_layers
 
-    assert [layer.name for layer in ranked(run, findings)] == ["c", "a", "d", "b"]
+    assert [layer.name for layer in rank_layers(run, findings)] == ["c", "a", "d", "b"]
 
 
 def test_what_differs_between_runs(tmp_path):
@@ -468,20 +474,26 @@ def test_what_differs_between_runs(tmp_path):
     full = run("full", 0.997, "float32", "native")
     (found,) = comparison(pure, full)
     assert found.severity == Severity.SERIOUS
-    assert "In pure/flips.jsonl (stored bfloat16 weights) 97.0 % of the updates left the stored weight as it was" in (
+    assert "In pure/flips.jsonl (stored bfloat16 weights), 97.0 % of the updates left the stored weight unchanged" in (
         found.text
     )
-    assert "in full/flips.jsonl (stored float32 weights) 0.30 %" in found.text
+    assert "compared with 0.30 % in full/flips.jsonl (stored float32 weights)" in found.text
 
     # The same grid, but only one of them loses what rounding swallows.
     (found,) = comparison(run("as bfloat16", 0.1, "float32", "bfloat16"), pure)
-    assert "In pure/flips.jsonl 97.0 % of the updates changed no code, in as bfloat16/flips.jsonl 90 %" in found.text
-    assert "as bfloat16/flips.jsonl keeps such updates in its float32 weights" in found.text
-    assert "pure/flips.jsonl stores no finer copy and loses them" in found.text
+    assert (
+        "In pure/flips.jsonl, 97.0 % of the updates changed no code, compared with 90 % in as bfloat16/flips.jsonl"
+        in found.text
+    )
+    assert "as bfloat16/flips.jsonl accumulates these updates in its float32 weights" in found.text
+    assert "pure/flips.jsonl keeps no higher-precision copy and loses them" in found.text
 
     # One format, one dtype.
     (found,) = comparison(run("slow", 0.01), run("fast", 0.4))
-    assert "In slow/flips.jsonl 99.0 % of the updates changed no code, in fast/flips.jsonl 60 %" in found.text
+    assert (
+        "In slow/flips.jsonl, 99.0 % of the updates changed no code, compared with 60 % in fast/flips.jsonl"
+        in found.text
+    )
     assert "lose" not in found.text
     (found,) = comparison(run("one", 0.2), run("two", 0.21))
     assert found.severity == Severity.INFO
@@ -573,7 +585,7 @@ def test_terminal(two_runs, capsys, monkeypatch):
     assert "Nothing stands out up to step 60" in out
     both = run_cli(capsys, two_runs)
     assert "single: float8_e4m3" in both
-    assert "formats: Of the 3 formats that see this training, bfloat16 swallows the fewest updates" in both
+    assert "formats: Among the 3 formats tracked in this training, bfloat16 has the fewest stalled updates" in both
 
 
 @pytest.mark.parametrize("width", [30, 50, 80])
@@ -583,7 +595,7 @@ def test_a_narrow_terminal_leaves_out_columns_not_names(two_runs, capsys, monkey
         out = run_cli(capsys, path)
         assert max(map(len, out.splitlines())) <= width
         assert "flip rate" in out
-        assert "Left out in this width" in " ".join(out.split())
+        assert "Columns that do not fit" in " ".join(out.split())
 
 
 def test_csv_is_every_record(two_runs, capsys, tmp_path, monkeypatch):
@@ -671,12 +683,14 @@ def test_html_of_much_data_stays_small(tmp_path):
     Script(tmp_path / "flips.jsonl", every=1).write([{name: {"flip": 0.1} for name in layers}] * 300)
     run = read_one(tmp_path)
     from weightflip.report.html import write_html
-    from weightflip.report.html.bins import binned, edges_of
+    from weightflip.report.html.bins import bin_edges, bin_series
 
-    edges = edges_of(run)
+    edges = bin_edges(run)
     assert len(edges) == 241
     series = run.layers[layers[0]].get("stall_ratio")
-    counts = binned(series, edges) * binned(type(series)(series.steps, series.denominators, series.denominators), edges)
+    counts = bin_series(series, edges) * bin_series(
+        type(series)(series.steps, series.denominators, series.denominators), edges
+    )
     assert counts == pytest.approx([0.9] * 240)
     write_html([run], find([run]), tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size < 600_000

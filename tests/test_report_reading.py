@@ -59,7 +59,7 @@ def test_points_that_are_not_finite_are_left_out_and_said(tmp_path):
     run = read_one(tmp_path)
     assert run.layers["a"].get("flip_rate").values.tolist() == [0.5, 0.25]
     assert run.layers["a"].get("flip_rate").summary == pytest.approx((0.5 + 2 * 0.25) / 3, rel=0.2)
-    assert run.notes == ("4 points left out that are not finite",)
+    assert run.notes == ("4 non-finite points skipped",)
 
 
 def test_writers_at_once_are_kept_apart_and_resumed_ones_are_one(tmp_path):
@@ -78,7 +78,7 @@ def test_writers_at_once_are_kept_apart_and_resumed_ones_are_one(tmp_path):
     assert [run.name for run in runs] == ["writer 1", "writer 2"]
     assert [set(run.layers["a"].get("flip_rate").values.tolist()) for run in runs] == [{0.25}, {0.75}]
     assert all(run.steps.tolist() == [1, 2, 3, 4, 5] for run in runs)
-    assert all("one of 2 trainings that wrote to this directory at once" in run.notes[-1] for run in runs)
+    assert all("one of 2 trainings that wrote to this directory at the same time" in run.notes[-1] for run in runs)
 
     resumed = tmp_path / "resumed"
     for suffix, steps in ((".a", (1, 2, 3)), (".b", (3, 4))):
@@ -101,12 +101,12 @@ def test_two_writers_of_one_jsonl_file_are_kept_apart(digits, tmp_path):
         alone = read_one(tmp_path / f"{name}.jsonl")
         for layer, other in zip(run.layers.values(), alone.layers.values(), strict=True):
             assert layer.get("flip_rate").numerators.tolist() == other.get("flip_rate").numerators.tolist()
-        assert "one of 2 trainings that wrote to this file at once" in run.notes[-1]
+        assert "one of 2 trainings that wrote to this file at the same time" in run.notes[-1]
     assert [run.name for run in runs] == ["writer 1", "writer 2"]
     # Files of earlier versions do not say who wrote a line.
     mixed.write_text("\n".join(line[: line.index(', "writer"')] + "}" for line in lines) + "\n")
     (note,) = read_one(mixed).notes
-    assert "steps go back 4 times without a new beginning" in note
+    assert "steps go back 4 times without a restart" in note
     # One after the other is one training, resumed or begun anew.
     mixed.write_text("\n".join([*a[:3], *b]) + "\n")
     run = read_one(mixed)
@@ -145,8 +145,8 @@ def test_damaged_lines_are_counted_and_left_out(digits, tmp_path):
     path.write_bytes(b"\n".join([lines[0], *ODD, *lines[1:], b"", b'{"later": "kind"}']) + b"\n")
     (run,) = look_at(path, tmp_path / "report.html")
     assert run.notes == (
-        f"{len(ODD)} damaged lines left out: torn, where the training was killed or is still writing, or changed "
-        "afterwards",
+        f"{len(ODD)} damaged lines skipped: incomplete, because the training was killed or is still writing, or "
+        "modified afterwards",
     )
     assert run.steps.tolist() == whole.steps.tolist()
     for cell in (b'"5"', b"1" + b"0" * 400, b"-5", b"true", b"2.5", b"NaN", b"[]", b"null"):
@@ -156,7 +156,7 @@ def test_damaged_lines_are_counted_and_left_out(digits, tmp_path):
             path.write_bytes(b"\n".join([*lines[:2], broken, *lines[3:]]) + b"\n")
             run = read_one(path)
             assert run.steps.tolist() == [10, 30, 40], (key, cell)
-            assert run.notes[0].startswith("1 damaged line left out"), (key, cell)
+            assert run.notes[0].startswith("1 damaged line skipped"), (key, cell)
 
 
 def test_no_mutation_of_a_file_ends_a_report(tmp_path):

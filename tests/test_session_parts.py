@@ -1,4 +1,4 @@
-"""The parts of a session, each alone: what is a step, what a fault may do, which weights there are."""
+"""The parts of a session, each on its own: training steps, faults, the tracked weights, the last record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from weightflip.sinks import SinkGroup, make_sinks
 
 
 class Owner:
-    """What steps, for a source to belong to."""
+    """Owns a source, as an optimizer does."""
 
 
 def parts(model, **options):
@@ -38,7 +38,7 @@ def parts(model, **options):
         (0.1, 0.0, False, None),
     ],
 )
-def test_a_first_step_without_rate_and_gradient_is_none(rate, gradient, has_state, expected):
+def test_a_first_step_without_learning_rate_and_gradients_is_not_a_training_step(rate, gradient, has_state, expected):
     weight = nn.Parameter(torch.ones(2, 2))
     optimizer = torch.optim.SGD([weight], lr=rate, momentum=0.9)
     if has_state:
@@ -50,7 +50,7 @@ def test_a_first_step_without_rate_and_gradient_is_none(rate, gradient, has_stat
     assert not is_state_initialization(optimizer)
 
 
-def test_a_fault_ends_tracking_once_and_gives_memory_back():
+def test_a_fault_ends_tracking_once_and_frees_memory():
     model = nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     _, tracker, log, source, weights = parts(model)
@@ -66,7 +66,7 @@ def test_a_fault_ends_tracking_once_and_gives_memory_back():
     ]
 
 
-def test_weights_are_selected_anew_when_the_parameters_are_others():
+def test_weights_are_selected_again_when_parameters_change():
     model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3))
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
     _, _, log, source, weights = parts(model)
@@ -86,7 +86,7 @@ def test_weights_are_selected_anew_when_the_parameters_are_others():
     assert weights.tracked is not tracked
 
 
-def test_parameters_are_held_only_inside():
+def test_parameters_are_held_only_during_a_step():
     model = nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     *_, weights = parts(model)
@@ -98,7 +98,7 @@ def test_parameters_are_held_only_inside():
     assert not weight.is_held
 
 
-def test_a_copy_of_the_weights_remembers_what_the_model_was_asked():
+def test_a_copy_remembers_what_the_model_determined():
     model = nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     *_, weights = parts(model)
@@ -109,7 +109,7 @@ def test_a_copy_of_the_weights_remembers_what_the_model_was_asked():
     assert [weight.name for weight in twin.tracked] == ["weight"]
 
 
-def test_the_last_record_is_written_when_the_owner_goes():
+def test_the_last_record_is_written_when_the_owner_is_deleted():
     model, records = nn.Linear(4, 2), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     owner, tracker, log, source, weights = parts(model, sinks=[records.append])

@@ -1,4 +1,4 @@
-"""MX and NVFP4 as torchao trains with them: found by themselves, codes as torchao casts them in forward."""
+"""MX and NVFP4 as torchao trains with them: detected automatically, with the codes of torchao's forward."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ KINDS = {
 
 
 def name_of(kind: str) -> str:
-    """As people write it: floor is what has no option."""
+    """The name that users write: floor is the default and needs no option."""
     return kind.removeprefix("training ").removesuffix(":floor")
 
 
@@ -79,7 +79,7 @@ def master(weight: Tensor) -> Tensor:
 
 @pytest.fixture
 def casts(monkeypatch):
-    """(scale, elements) of every cast to MX that torchao makes of a tensor of the weight's shape."""
+    """Records (scale, elements) of every cast to MX that torchao makes of a tensor of the weight's shape."""
     found: list[tuple[Tensor, Tensor]] = []
     original = mx_tensor.to_mx
 
@@ -98,7 +98,7 @@ def casts(monkeypatch):
 
 
 def as_integers(elements: Tensor, kind: str) -> Tensor:
-    """Sign and magnitude, packed two a byte for 4 bits, to signed integers."""
+    """Convert sign and magnitude, packed two per byte for 4 bits, to signed integers."""
     bits = elements.to(torch.int16)
     width = 8
     if "mxfp4" in kind:
@@ -119,7 +119,7 @@ def in_forward(model: nn.Module, casts) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_codes_are_those_of_forward(kind, dtype, casts):
+def test_codes_equal_those_of_forward(kind, dtype, casts):
     model = layers(kind, dtype)
     scale, elements = in_forward(model, casts)
     plan = plan_of(model)
@@ -133,7 +133,7 @@ def test_codes_are_those_of_forward(kind, dtype, casts):
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("kind", ["mxfp4:rceil", "mxfp8_e5m2:even", "training mxfp8_e4m3:rceil"])
-def test_counts_are_brute_force_and_training_is_untouched(kind, form, casts):
+def test_counts_equal_brute_force_and_training_is_unchanged(kind, form, casts):
     def run(tracked):
         model = layers(kind)
         inner = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -166,8 +166,8 @@ def test_counts_are_brute_force_and_training_is_untouched(kind, form, casts):
 
 @pytest.mark.parametrize("per_tensor", [False, True], ids=["one level", "two levels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nvfp4_qat_is_found(dtype, per_tensor):
-    # Its forward needs a GPU of the Blackwell generation: the cast is called as forward calls it.
+def test_nvfp4_qat_is_detected(dtype, per_tensor):
+    # Its forward needs a Blackwell GPU, so the test calls the cast as forward would.
     model = nn.Sequential(nn.Linear(COLUMNS, ROWS, bias=False).to(dtype))
     with torch.no_grad():
         model[0].weight.copy_(initial())
@@ -183,7 +183,7 @@ def test_nvfp4_qat_is_found(dtype, per_tensor):
     assert torch.equal(quantizer.scale_codes(codes.scale).flatten(), expected.scale.view(torch.int8).flatten())
 
 
-def test_the_config_of_inference_leads_to_the_mode_of_training():
+def test_the_inference_config_gives_the_mode_of_training():
     model = nn.Sequential(nn.Linear(COLUMNS, ROWS))
     base = MXDynamicActivationMXWeightConfig(activation_dtype=torch.float8_e4m3fn, weight_dtype=torch.float8_e4m3fn)
     quantize_(model, QATConfig(base, step="prepare"))
@@ -191,7 +191,7 @@ def test_the_config_of_inference_leads_to_the_mode_of_training():
     assert str(quantizer) == f"mxfp8_e4m3:{model[0].weight_config.scaling_mode.value}"
 
 
-def test_what_is_not_known_is_skipped_and_an_error_when_named():
+def test_unsupported_weights_are_skipped_and_raise_if_named():
     config = MXFakeQuantizeConfig(dtype=torch.float8_e4m3fn, block_size=64, kernel_preference=KernelPreference.EMULATED)
     model = nn.Sequential(nn.Linear(COLUMNS, ROWS), nn.Linear(ROWS, 16))
     quantize_(

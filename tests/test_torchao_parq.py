@@ -56,7 +56,7 @@ def train(model, optimizer, before=lambda: None, after=lambda: None, steps=20):
 
 
 def levels(parameter, state):
-    """The index of each quantized value among the levels of its row, block or tensor; None before there are any."""
+    """The index of each quantized value among the levels of its row, block or tensor; None before levels exist."""
     if "quants" not in state.get(parameter, {}):
         return None
     quants = state[parameter]["quants"].view(-1, state[parameter]["quants"].shape[-1])
@@ -69,7 +69,7 @@ def levels(parameter, state):
 @pytest.mark.parametrize("warmup_steps", [0, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_counts_are_brute_force_and_training_is_untouched(quantizer, layout, warmup_steps):
+def test_counts_equal_brute_force_and_training_is_unchanged(quantizer, layout, warmup_steps):
     bare, bare_optimizer = built(QUANTIZERS[quantizer], layout, warmup_steps)
     model, inner = built(QUANTIZERS[quantizer], layout, warmup_steps)
     optimizer = FlipTrackingOptimizer(inner, model, sinks=[])
@@ -95,12 +95,12 @@ def test_counts_are_brute_force_and_training_is_untouched(quantizer, layout, war
     counts = optimizer.tracker.get_flip_counts()
     assert {name: counts[name] for name in weights} == flips
     assert flips["0.weight"] > 0
-    # The step that makes the first levels is the baseline.
+    # The step that computes the first levels is the baseline.
     first = next(layer for layer in optimizer.tracker.record().layers if layer.name == "0.weight")
     assert first.total.weight_steps == (20 - warmup_steps - 1) * model[0].weight.numel()
 
 
-def test_levels_that_all_move_are_no_flips():
+def test_moving_all_levels_causes_no_flips():
     model, inner = built(warmup_steps=0)
     optimizer = FlipTrackingOptimizer(inner, model, sinks=[])
     train(model, optimizer, steps=2)
@@ -113,7 +113,7 @@ def test_levels_that_all_move_are_no_flips():
     assert torch.equal(quantizer.encode(model[0].weight.detach()).ordinals, before)
 
 
-def test_soft_quantization_has_the_nearest_level():
+def test_soft_quantization_uses_the_nearest_level():
     model, inner = built(prox=lambda: ProxPARQ(anneal_start=0, anneal_end=30), warmup_steps=0)
     optimizer = FlipTrackingOptimizer(inner, model, sinks=[])
     train(model, optimizer, steps=5)

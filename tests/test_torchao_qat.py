@@ -1,4 +1,4 @@
-"""Quantization-aware training with torchao: codes are those that its fake quantizers compute in forward."""
+"""Quantization-aware training with torchao: codes equal those that its fake quantizers compute in forward."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def outliers() -> torch.Tensor:
 
 
 def mixed() -> torch.Tensor:
-    """Rows of every size, zeros of both signs, subnormal numbers, rows that are all positive or all negative."""
+    """Rows of every magnitude, zeros of both signs, subnormal numbers, all-positive and all-negative rows."""
     weight = gaussian(ROWS, COLUMNS) * torch.logspace(-12, 6, ROWS).unsqueeze(1)
     weight[:, ::5], weight[:, 1::7], weight[3] = 0.0, -0.0, weight[3] * 1e-35
     weight[5], weight[6] = weight[5].abs(), -weight[6].abs()
@@ -68,7 +68,7 @@ def intx(dtype, **options):
     return QATConfig(weight_config=IntxFakeQuantizeConfig(dtype, **options))
 
 
-# Name: configuration, what weightflip calls it.
+# Name: configuration, weightflip's name.
 INTX = {
     "int4 groups": (lambda: intx(torch.int4, group_size=32), "qat_int4:g32"),
     "int8 groups": (lambda: intx(torch.int8, group_size=16), "qat_int8:g16"),
@@ -165,14 +165,14 @@ def codes_and_forward(model, name):
 
 
 def spread(tensor, codes):
-    """One number a group, for each weight."""
+    """Expand one number per group to one per weight."""
     return tensor.float().reshape(-1, 1).expand(-1, codes.ordinals.numel() // tensor.numel()).reshape(ROWS, COLUMNS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("config", INTX)
-def test_integers_are_those_of_forward(config, weight, dtype):
+def test_integers_equal_those_of_forward(config, weight, dtype):
     make, name = INTX[config]
     codes, values, fake_quantizer = codes_and_forward(prepared(make(), weight, dtype), name)
     # After forward the fake quantizer holds its scale and zero point.
@@ -190,7 +190,7 @@ def test_integers_are_those_of_forward(config, weight, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_a_floating_zero_point_leaves_the_stored_integer(weight, dtype):
+def test_with_a_floating_zero_point_the_code_is_the_stored_integer(weight, dtype):
     make, name = SLIDING["uint4 tinygemm"]
     codes, values, fake_quantizer = codes_and_forward(prepared(make(), weight, dtype), name)
     scale, zero_point = fake_quantizer.scale, fake_quantizer.zero_point
@@ -204,7 +204,7 @@ def test_a_floating_zero_point_leaves_the_stored_integer(weight, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_int4_weight_only_is_what_forward_computes(weight, dtype):
+def test_int4_weight_only_equals_forward(weight, dtype):
     make, name = SLIDING["int4 weight only"]
     model = prepared(make(), weight, dtype)
     codes, values, _ = codes_and_forward(model, name)
@@ -217,7 +217,7 @@ def test_int4_weight_only_is_what_forward_computes(weight, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_int4_after_float8_is_what_forward_computes(weight, dtype):
+def test_int4_after_float8_equals_forward(weight, dtype):
     make, name = INT4_FLOAT8["float8 activations, int4"]
     codes, values, _ = codes_and_forward(prepared(make(), weight, dtype), name)
     assert torch.equal((codes.ordinals * spread(codes.scale, codes)).to(dtype), values)
@@ -225,7 +225,7 @@ def test_int4_after_float8_is_what_forward_computes(weight, dtype):
 
 
 @pytest.mark.parametrize("config", ["int4 groups", "int8 rows", "uint4 asymmetric", "uint8 asymmetric rows", "8da4w"])
-def test_nan_is_a_code_of_its_own(config):
+def test_nan_has_its_own_code(config):
     def with_nan():
         weight = initial()
         weight[2, 3] = math.nan
@@ -239,11 +239,11 @@ def test_nan_is_a_code_of_its_own(config):
     assert torch.equal(codes.ordinals[3:], plain.ordinals[3:])
 
 
-def test_a_zero_point_that_moves_is_no_flip_of_the_numbers_that_stay():
+def test_a_moving_zero_point_does_not_flip_unchanged_numbers():
     model = prepared(intx(torch.int8, granularity="per_token", is_symmetric=False))
     layer = model[0]
     with torch.no_grad():
-        # Multiples of 0.1 in 255 steps: scale 0.1. Then all is as it was, but the range is shifted by one step.
+        # Multiples of 0.1 in 255 steps: scale 0.1. Afterwards only the range is shifted by one step.
         layer.weight.copy_((torch.arange(COLUMNS) % 14 - 5).expand(ROWS, COLUMNS) * 0.1)
         layer.weight[:, 0], layer.weight[:, 1] = -0.6, 24.9
         (quantizer,) = plan_of(model).tracked.values()
@@ -321,7 +321,7 @@ TRAINED = [key for key in INTX if "bf16" not in key]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", TRAINED)
-def test_counts_are_brute_force_and_training_is_untouched(config, dtype):
+def test_counts_equal_brute_force_and_training_is_unchanged(config, dtype):
     make, name = INTX[config]
     bare = net(make(), dtype)
     bare_optimizer = torch.optim.AdamW(bare.parameters(), lr=3e-3)
@@ -350,7 +350,7 @@ def test_counts_are_brute_force_and_training_is_untouched(config, dtype):
 
 
 def steps(layer):
-    """What forward makes of a weight, in whole steps of its grid, by hand."""
+    """Forward's result for a weight, in integer steps of its grid, computed from the formula."""
     fake_quantizer, weight = copy.deepcopy(layer.weight_fake_quantizer), layer.weight.detach()
     values, config = fake_quantizer(weight), fake_quantizer.config
     if isinstance(config, Float8FakeQuantizeConfig):
@@ -396,7 +396,7 @@ def test_counts_of_other_grids(config):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("config", FLOAT8)
-def test_float8_bits_are_torchaos_cast(config, weight, dtype):
+def test_float8_bits_equal_torchaos_cast(config, weight, dtype):
     make, name = FLOAT8[config]
     codes, values, fake_quantizer = codes_and_forward(prepared(make(), weight, dtype), name)
     config = fake_quantizer.config
@@ -423,7 +423,7 @@ def test_a_row_of_zeros_is_nan_as_in_forward():
     assert (codes.ordinals[4] == 127).all()
 
 
-def test_disabled_layers_are_not_counted_and_come_back_with_a_baseline():
+def test_disabled_layers_are_not_counted_and_resume_with_a_baseline():
     config = INTX["int4 groups"][0]
     model = net(config())
     optimizer = FlipTrackingOptimizer(
@@ -488,7 +488,7 @@ def test_learned_ranges(is_symmetric):
     flips, old = dict.fromkeys(["first.weight", "second.weight"], 0), {}
 
     def whole(layer):
-        """The rounded quotient, clamped, from the parameters as they are."""
+        """The rounded quotient, clamped, from the current parameters."""
         fake_quantizer = layer.weight_fake_quantizer
         scale, zero = (x.detach().float().reshape(-1, 1) for x in (fake_quantizer.scale, fake_quantizer.zero_point))
         ratio = (layer.weight.detach().reshape(scale.numel(), -1) * (1 / scale)).round()
@@ -502,7 +502,7 @@ def test_learned_ranges(is_symmetric):
             flips[key] += int((whole(layers[key]) != old[key]).sum())
 
     def drift(step):
-        # Between two steps: no flip of the next one.
+        # Between two steps, so not a flip of the next one.
         with torch.no_grad():
             for network in (bare, model):
                 network.first.weight_fake_quantizer.scale.mul_(1.01)
@@ -515,7 +515,7 @@ def test_learned_ranges(is_symmetric):
     assert all(flips.values())
 
 
-def test_ranges_that_were_never_initialised_are_skipped_with_the_reason():
+def test_uninitialized_ranges_are_skipped_with_the_reason():
     model = net(intx(torch.int4, group_size=16, is_dynamic=False, range_learning=True))
     assert (
         "initialize_fake_quantizers"
@@ -527,7 +527,7 @@ def test_ranges_that_were_never_initialised_are_skipped_with_the_reason():
         plan_of(model, include="first.weight")
 
 
-def test_a_scale_kept_from_the_first_forward_is_not_made_by_tracking():
+def test_tracking_does_not_initialize_a_scale_kept_from_the_first_forward():
     model = prepared(intx(torch.int4, group_size=32, is_dynamic=False))
     layer = model[0]
     codes, values, _ = codes_and_forward(model, "qat_int4:g32")
@@ -546,14 +546,14 @@ def test_hooks_on_a_fake_quantizer_are_not_called():
     assert not calls
 
 
-def test_activations_alone():
+def test_activations_only():
     model = nn.Sequential(nn.Linear(COLUMNS, ROWS))
     activation = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
     quantize_(model, QATConfig(activation_config=activation))
     assert "leaves the weight in high precision" in plan_of(model, may_be_empty=True).skipped["0.weight"]
 
 
-def test_a_bias_is_no_weight():
+def test_a_bias_is_not_tracked():
     plan = plan_of(prepared(INTX["int4 groups"][0]()), include="*")
     assert str(plan.tracked["0.bias"]) == "float8_e4m3"
 
@@ -565,7 +565,7 @@ def test_a_bias_is_no_weight():
         (lambda: Int4WeightOnlyQATQuantizer(groupsize=32), torch.bfloat16, "qat_uint4:g32:asymmetric"),
     ],
 )
-def test_the_older_quantizers(quantizer, dtype, name):
+def test_older_quantizers(quantizer, dtype, name):
     model = nn.Sequential(nn.Linear(1024, 16, bias=False, dtype=dtype))
     model = quantizer().prepare(model)
     (found,) = plan_of(model).tracked.values()
@@ -574,7 +574,7 @@ def test_the_older_quantizers(quantizer, dtype, name):
     assert codes.ordinals.unique().numel() == 16
 
 
-def test_an_unknown_fake_quantizer_is_skipped_and_said_once(caplog):
+def test_an_unknown_fake_quantizer_is_skipped_and_logged_once(caplog):
     class Ours(type(prepared(INTX["int4 groups"][0]())[0].weight_fake_quantizer).__mro__[1]):
         enabled = True
 
@@ -587,7 +587,7 @@ def test_an_unknown_fake_quantizer_is_skipped_and_said_once(caplog):
     assert str(plan_of(model, quantizer="int4:g32").tracked["first.weight"]) == "int4:g32"
 
 
-def test_copies_of_an_optimizer_go_on():
+def test_copies_of_an_optimizer_continue():
     model = net(INTX["int4 groups"][0]())
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), model, sinks=[])
     train(model, optimizer, 2)
@@ -599,7 +599,7 @@ def test_copies_of_an_optimizer_go_on():
 
 
 class Mixed(nn.Module):
-    """What a model that was converted in parts looks like."""
+    """A model that was converted in parts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -619,7 +619,7 @@ class Mixed(nn.Module):
         return self.head(x) + self.tied(x)
 
 
-def test_a_mixed_model_is_seen_part_by_part():
+def test_each_part_of_a_mixed_model_has_its_quantizer():
     from torchao.float8 import convert_to_float8_training
 
     model = Mixed()
@@ -648,7 +648,7 @@ def test_a_mixed_model_is_seen_part_by_part():
     assert "first.weight" not in note
 
     def embedded():
-        """The integers of the embedding, from what torchao's own fake quantizer gives."""
+        """The integers of the embedding, from torchao's own fake quantizer."""
         fake_quantizer = model.embedding.weight_fake_quantizer
         values = fake_quantizer(model.embedding.weight.detach()).view(32, -1, 32)
         return (values / fake_quantizer.scale.view(32, -1, 1)).round().view(32, 64)
@@ -670,7 +670,7 @@ def test_a_mixed_model_is_seen_part_by_part():
     assert rows == {name: [quantizer, sizes.get(name, "4,096")] for name, quantizer in expected.items()}
 
 
-def test_a_model_prepared_in_the_middle_is_seen_at_the_next_logging_point():
+def test_a_model_prepared_during_training_is_noticed_at_the_next_logging_point():
     model = nn.Sequential(nn.Linear(64, 32, bias=False))
     optimizer = FlipTrackingOptimizer(
         torch.optim.AdamW(model.parameters(), lr=1e-2), model, log_every=2, sinks=[lambda record: None]
@@ -692,7 +692,7 @@ def test_a_model_prepared_in_the_middle_is_seen_at_the_next_logging_point():
     assert updates > 0
 
 
-def test_a_copy_leaves_out_what_the_model_said_to():
+def test_a_copy_skips_what_the_model_skipped():
     model = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Linear(32, 64, bias=False))
     activations = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
     quantize_(
@@ -708,7 +708,7 @@ def test_a_copy_leaves_out_what_the_model_said_to():
     assert (twin.info.tracked, twin.info.skipped) == (optimizer.info.tracked, optimizer.info.skipped)
 
 
-def test_scales_of_rows_are_no_group_scales():
+def test_row_scales_are_not_group_scales():
     model = nn.Sequential(nn.Linear(64, 32, bias=False))
     quantize_(model, QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int8, "per_channel"), step="prepare"))
     optimizer = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, sinks=[])

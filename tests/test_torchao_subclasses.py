@@ -1,4 +1,4 @@
-"""Parameters that are torchao's tensor subclasses: the master copy is encoded as training casts it, codes are read."""
+"""Torchao's tensor subclasses: master copies are encoded as training casts them, stored codes are read."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def outliers() -> torch.Tensor:
 
 
 def mixed() -> torch.Tensor:
-    """Rows of every size, zeros of both signs, a row of zeros, subnormal numbers."""
+    """Rows of every magnitude, zeros of both signs, a row of zeros, subnormal numbers."""
     weight = gaussian(ROWS, COLUMNS) * torch.logspace(-12, 6, ROWS).unsqueeze(1)
     weight[:, ::5], weight[:, 1::7], weight[3], weight[4] = 0.0, -0.0, weight[3] * 1e-35, 0.0
     return weight
@@ -97,7 +97,7 @@ def layers(convert, weight=initial, dtype=torch.float32):
 
 @pytest.fixture
 def casts(monkeypatch):
-    """What torchao casts its weights to in forward, in the order of the layers: float8 bits or integers."""
+    """Records what torchao casts its weights to in forward, in the order of the layers: float8 bits or integers."""
     found = []
     float8, ternary, int8 = (
         float8_linear.hp_tensor_to_float8_dynamic,
@@ -140,7 +140,7 @@ def as_integers(data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("kind", MASTERS)
-def test_codes_are_those_of_forward(kind, weight, dtype, casts):
+def test_codes_equal_those_of_forward(kind, weight, dtype, casts):
     convert, name = MASTERS[kind]
     model = layers(convert, weight, dtype)
     plan = plan_of(model)
@@ -189,11 +189,11 @@ def train(model, optimizer, steps=20, before=None, after=None):
 
 
 def stored_or_cast(model, casts):
-    """The codes of both layers: what is stored, or what a forward casts."""
+    """The codes of both layers: stored, or cast in forward."""
     if hasattr(model[0].weight, "int_data"):
         return [as_integers(model[i].weight.int_data.clone()) for i in (0, 2)]
     if type(model[0].weight).__name__ == "Int8MixedPrecisionTrainingLinearWeight":
-        # torchao 0.18 never comes to the cast that this one is for.
+        # torchao 0.18 never reaches the cast that this class is for.
         return [as_integers(quantize_int8_rowwise(model[i].weight._data)[0]) for i in (0, 2)]
     casts.clear()
     with torch.no_grad():
@@ -210,14 +210,14 @@ STORED = {"int8 stored": (quantized(int8_weight_only_quantized_training), "store
 @pytest.mark.parametrize("form", ["wrapper", "hooks"])
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("kind", [*MASTERS, *STORED])
-def test_counts_are_brute_force_and_training_is_untouched(kind, make, form, casts):
+def test_counts_equal_brute_force_and_training_is_unchanged(kind, make, form, casts):
     convert, name = {**MASTERS, **STORED}[kind]
     options = {"lr": 0.05} if make is torch.optim.SGD else {"lr": 3e-3}
     if kind in STORED and make is torch.optim.AdamW:
         make = _AdamW
 
     def run(model, optimizer):
-        """20 steps, and the flips and updates in them, by cloning everything."""
+        """Train 20 steps and count flips and updates by cloning everything."""
         flips, updates, old = [0, 0], 0, []
 
         def before():
@@ -256,7 +256,7 @@ def test_counts_are_brute_force_and_training_is_untouched(kind, make, form, cast
 
 
 @pytest.mark.parametrize("kind", [*MASTERS, *STORED])
-def test_non_finite_weights_are_seen(kind):
+def test_non_finite_weights_are_counted(kind):
     convert, _ = {**MASTERS, **STORED}[kind]
     model = layers(convert)
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, sinks=[])
@@ -270,7 +270,7 @@ def test_non_finite_weights_are_seen(kind):
     assert optimizer.tracker.record().layers[0].nonfinite == (COLUMNS if kind in STORED else 1)
 
 
-def test_a_write_between_two_steps_is_no_flip():
+def test_a_write_between_two_steps_is_not_a_flip():
     for convert, _ in {**MASTERS, **STORED}.values():
         model = layers(convert)
         optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, sinks=[])
@@ -281,7 +281,7 @@ def test_a_write_between_two_steps_is_no_flip():
         before = plan_of(model).tracked["0.weight"].encode(model[0].weight.detach()).ordinals.clone()
         train(model, optimizer, 1)
         after = plan_of(model).tracked["0.weight"].encode(model[0].weight.detach()).ordinals
-        # Even a step of size 0 rounds int8 weights anew.
+        # Even a step of size 0 rounds int8 weights again.
         assert optimizer.tracker.get_flip_counts()["0.weight"] - first == int((before != after).sum())
 
 
@@ -298,7 +298,7 @@ def test_stored_codes_of_other_subclasses_are_read():
         torch.testing.assert_close(values, weight.dequantize())
 
 
-def test_a_format_of_ones_own_looks_at_the_master_copy():
+def test_a_named_format_encodes_the_master_copy():
     for kind, (convert, _) in MASTERS.items():
         model = layers(convert)
         optimizer = FlipTrackingOptimizer(
@@ -309,7 +309,7 @@ def test_a_format_of_ones_own_looks_at_the_master_copy():
         assert optimizer.tracker.get_flip_counts()["0.weight"] > 0, kind
 
 
-def test_codes_without_a_master_copy_take_no_other_format():
+def test_stored_codes_without_a_master_copy_refuse_other_formats():
     model = layers(STORED["int8 stored"][0])
     with pytest.raises(
         ValueError, match=r"'0.weight' cannot be tracked as requested: .*no high-precision copy that e3m4"
@@ -317,7 +317,7 @@ def test_codes_without_a_master_copy_take_no_other_format():
         FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, quantizer="e3m4", sinks=[])
 
 
-def test_int8_training_that_leaves_forward_alone_is_skipped():
+def test_int8_training_without_quantized_forward_is_skipped():
     for module_swap in (False, True):
         config = Int8MixedPrecisionTrainingConfig(output=False, module_swap=module_swap)
         plan = plan_of(layers(quantized(lambda: config)), may_be_empty=True)  # noqa: B023
@@ -340,7 +340,7 @@ def test_experts_are_skipped_with_the_reason():
 
 
 class Unknown(TorchAOBaseTensor):
-    """As torchao's own classes are made, from a module that calls itself torchao's."""
+    """Built like torchao's own classes, in a module named like torchao's."""
 
     def __new__(cls, data):
         return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype)
@@ -352,7 +352,7 @@ class Unknown(TorchAOBaseTensor):
 Unknown.implements(torch.ops.aten.detach.default)(lambda func, types, args, kwargs: args[0])
 
 
-def test_an_unknown_subclass_is_skipped_and_said_once(caplog):
+def test_an_unknown_subclass_is_skipped_and_logged_once(caplog):
     model = nn.Module()
     model.a, model.b = (nn.Parameter(Unknown(torch.ones(4, 4))) for _ in range(2))
     model.c = nn.Linear(4, 4)
@@ -366,7 +366,7 @@ def test_an_unknown_subclass_is_skipped_and_said_once(caplog):
         plan_of(model, quantizer={"a": "e3m4", "*": "auto"})
 
 
-def test_a_torchao_without_a_name_says_which_versions_have_it(monkeypatch):
+def test_a_name_missing_from_torchao_raises_with_the_version_that_has_it(monkeypatch):
     from torchao.prototype.quantized_training import int8
 
     weight = layers(MASTERS["int8 mixed precision"][0])[0].weight.detach()
@@ -378,9 +378,9 @@ def test_a_torchao_without_a_name_says_which_versions_have_it(monkeypatch):
         quantizer.encode(weight)
 
 
-# torch cannot copy the others: a deep copy of the bare model raises.
+# torch cannot copy the other kinds: a deep copy of the bare model raises.
 @pytest.mark.parametrize("kind", [*(kind for kind in MASTERS if "wise" not in kind), *STORED])
-def test_copies_of_an_optimizer_go_on(kind):
+def test_copies_of_an_optimizer_continue(kind):
     convert, name = {**MASTERS, **STORED}[kind]
     model = layers(convert)
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), model, sinks=[])
@@ -393,9 +393,9 @@ def test_copies_of_an_optimizer_go_on(kind):
     assert all(after[layer] > before[layer] for layer in before)
 
 
-# The module form has a plain parameter, in which a write through .data leaves no trace.
+# The module form has an ordinary parameter, in which writes through .data cannot be detected.
 @pytest.mark.parametrize("kind", [*(kind for kind in MASTERS if not kind.endswith("module")), *STORED])
-def test_writes_to_the_master_copy_are_no_flips(kind):
+def test_writes_to_the_master_copy_are_not_flips(kind):
     convert, _ = {**MASTERS, **STORED}[kind]
     model = layers(convert)
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, sinks=[])

@@ -1,4 +1,4 @@
-"""The tracker on its own: the seed-style calls, the step calls, edge cases, checkpoints."""
+"""The tracker on its own: calls by name, calls per step, edge cases, checkpoints."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_scale_divides():
     assert tracker.compute_flips_post_step("a", w + 50, E3M4, scale=10.0) == 2
 
 
-def test_seed_calls_raise_what_helps():
+def test_seed_calls_raise_helpful_errors():
     tracker = WeightFlipTracker()
     with pytest.raises(KeyError, match="No pre-step snapshot for 'x'"):
         tracker.compute_flips_post_step("x", torch.ones(2), E5M2)
@@ -157,7 +157,7 @@ def step(tracker, weights, change=lambda p: None, valid=None):
     tracker.after_step(valid)
 
 
-def test_nan_to_nan_is_no_flip_and_is_reported():
+def test_nan_to_nan_is_not_a_flip_and_is_reported():
     weight = weight_of([[1.0, 2.0, NAN, NAN]])
     tracker = WeightFlipTracker()
     step(tracker, [weight], lambda p: p.copy_(torch.tensor([[1.0, NAN, -NAN, INF]])))
@@ -176,7 +176,7 @@ def test_no_gradient_counts_flips_and_no_updates():
     assert math.isnan(record.model.stall_ratio)
 
 
-def test_a_write_between_steps_is_no_flip():
+def test_a_write_between_steps_is_not_a_flip():
     weight = weight_of([[1.0, 2.0]])
     tracker = WeightFlipTracker()
     step(tracker, [weight])
@@ -211,7 +211,7 @@ def test_data_writes_need_fresh_snapshots():
     for fresh in (False, True):
         weight = weight_of([[1.0, 2.0]])
         tracker = WeightFlipTracker(fresh_snapshots=fresh)
-        # So many that a look for such writes is not due.
+        # A step at which no sample is due.
         for _ in range(25):
             step(tracker, [weight])
         weight.parameter.data.mul_(2)
@@ -238,7 +238,7 @@ def test_all_ways_to_keep_codes_count_the_same(options, quantizer):
 @pytest.mark.parametrize(
     ("quantizer", "width"), [("float8_e4m3", 1), ("e3m4:row", 1), ("e4m7", 2), ("bfloat16", 2), ("native", 4)]
 )
-def test_codes_take_the_bytes_that_the_docs_say(quantizer, width):
+def test_codes_take_the_documented_bytes(quantizer, width):
     weight = weight_of(torch.randn(100, 40).tolist(), quantizer)
     for low_memory, expected in ((False, 4000 * width), (True, 0)):
         tracker = WeightFlipTracker(low_memory=low_memory)
@@ -301,12 +301,12 @@ def test_skipped_steps_count_nothing():
     assert record.layers[0].window.updates == 4
 
 
-def test_schedule_tracks_the_steps_it_says():
+def test_schedule():
     weight = weight_of([[1.0]], "native")
     tracker = WeightFlipTracker(track_every=3, start_step=2, end_step=9)
     tracked = []
     for _ in range(12):
-        # Through .data: as fused optimizers, it moves no version counter.
+        # Through .data: like fused optimizers, it changes no version counter.
         tracker.before_step([weight])
         weight.parameter.data.add_(1)
         tracker.after_step()
@@ -331,7 +331,7 @@ def test_records_are_windows_and_totals():
     assert frozen.cumulative_flip_rate == 2 / 2
     assert moving.flip_rate == 1.0
     assert moving.cumulative_flip_rate == 8 / 4
-    # The sum of all layers, also of one that is not tracked any more.
+    # The sum of all layers, including one that is no longer tracked.
     assert second.model.flip_rate == 1.0
     assert second.model.cumulative_flip_rate == 10 / 6
     assert (first.step, second.step) == (2, 3)
@@ -422,7 +422,7 @@ def test_a_failing_layer_is_dropped_with_one_warning():
     tracker = WeightFlipTracker()
     step(tracker, [good, bad], lambda p: p.mul_(2))
     with pytest.warns(
-        UserWarning, match=r"'bad' is not tracked any more, training goes on: RuntimeError: no codes today"
+        UserWarning, match=r"'bad' is no longer tracked, training continues: RuntimeError: no codes today"
     ):
         step(tracker, [good, bad], lambda p: p.mul_(2))
     with warnings.catch_warnings():
@@ -481,7 +481,7 @@ def test_state_dict_is_plain_and_continues(tmp_path):
     assert second.get_flip_counts() == whole.get_flip_counts()
 
 
-def test_load_state_dict_refuses_what_is_none():
+def test_load_state_dict_refuses_other_objects():
     with pytest.raises(ValueError, match="without"):
         WeightFlipTracker().load_state_dict({"steps": 3})
     state = WeightFlipTracker().state_dict()
@@ -489,7 +489,7 @@ def test_load_state_dict_refuses_what_is_none():
         WeightFlipTracker().load_state_dict({**state, "version": 2})
 
 
-def test_a_layer_of_another_size_starts_anew():
+def test_a_layer_of_another_size_starts_from_zero():
     tracker = WeightFlipTracker()
     step(tracker, [weight_of([[1.0, 2.0]])], lambda p: p.mul_(2))
     with pytest.warns(UserWarning, match="'w' had 2 weights and has 3 now"):
@@ -525,7 +525,7 @@ def test_without_stalls_no_gradient_is_read():
 # ---------------------------------------------------------------------- predicting
 
 
-def test_bit_stall_detector_predicts_what_happens():
+def test_bit_stall_detector_predictions_come_true():
     torch.manual_seed(0)
     weight = torch.randn(100, 20).bfloat16()
     update = (torch.randn(100, 20) * 0.01 * (torch.rand(100, 20) < 0.7)).bfloat16()
@@ -544,7 +544,7 @@ def test_bit_stall_detector_predicts_what_happens():
 
 
 class Switched:
-    """The sign, of weights that are quantized only now and then, with an offset that is not the weight's."""
+    """The sign of weights that are quantized only at times, with an offset that does not depend on the weight."""
 
     def __init__(self, **state):
         self.is_active, self.offset = True, 0.0
@@ -588,7 +588,7 @@ def test_codes_that_depend_on_more_than_the_weight_are_not_kept(has_state):
 AWAY_FROM_0 = torch.linspace(1, 2, 256).view(8, 32).tolist()
 
 
-def test_what_inference_mode_makes_can_be_written_to_later():
+def test_tensors_from_inference_mode_can_be_written_to_later():
     weight = weight_of(AWAY_FROM_0, "float8_e4m3")
     inside, outside = WeightFlipTracker(metrics=("flips", "coverage")), WeightFlipTracker()
     with warnings.catch_warnings():
@@ -596,13 +596,13 @@ def test_what_inference_mode_makes_can_be_written_to_later():
         for turn in range(3):
             step(outside, [weight], lambda p: p.neg_())
             with torch.inference_mode():
-                # Evaluation in the middle of a training, which flushes; and a training without gradients.
+                # Evaluation during training, which flushes; and training without gradients.
                 outside.record()
                 step(inside, [weight], lambda p: p.neg_())
             assert inside.record().model.total.flips == outside.get_flip_counts()["w"] == 256 * (turn + 1)
 
 
-def test_a_weight_that_was_away_comes_back_with_a_baseline():
+def test_a_weight_that_returns_starts_with_a_baseline():
     weights = [weight_of(AWAY_FROM_0, "float8_e4m3", name=name) for name in "ab"]
     tracker = WeightFlipTracker()
     step(tracker, weights, lambda p: p.neg_())
@@ -611,7 +611,7 @@ def test_a_weight_that_was_away_comes_back_with_a_baseline():
     step(tracker, weights, lambda p: p.neg_())
     gc.collect()
     assert held() is None
-    # As a fused kernel, or a write through .data, leaves it: without a trace.
+    # Like a fused kernel, or a write through .data: the version counter does not change.
     away.parameter.data.neg_()
     step(tracker, [*weights, away], lambda p: p)
     step(tracker, [*weights, away], lambda p: p.neg_())
@@ -643,7 +643,7 @@ def test_an_interrupted_count_leaves_a_baseline():
     assert tracker.get_flip_counts() == {"w": 256, "interrupted": 256}
 
 
-# ---------------------------------------------------------------------- the same memory, seen in another way
+# ---------------------------------------------------------------------- the same memory, viewed differently
 
 
 def _transpose(parameter):
@@ -661,7 +661,7 @@ def _next_row(parameter):
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("quantizer", ["e3m4", "float8_e4m3:row", "mxfp4", "native", "int8"])
 @pytest.mark.parametrize("change", [_transpose, _other_dtype_of_the_same_memory, _next_row])
-def test_the_same_memory_seen_in_another_way_is_a_baseline(change, quantizer, backend):
+def test_the_same_memory_viewed_differently_is_a_baseline(change, quantizer, backend):
     memory = torch.randn(33, 32, generator=torch.Generator().manual_seed(0))
     if change is _other_dtype_of_the_same_memory:
         memory = memory.to(torch.bfloat16)

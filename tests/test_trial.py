@@ -1,4 +1,4 @@
-"""What would fail at the first step raises at construction, and the trial leaves no trace."""
+"""Errors of the first step are raised at construction, and the trial has no side effects."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wrap(weight, quantizer):
 
 
 def test_every_quantizer_and_dtype():
-    """It raises at construction where encode() does, and only there."""
+    """Construction raises if and only if encode() does."""
     refused = set()
     for name, dtype in itertools.product([*quantizer_names(), "e2m1:none", "e3m4:row", "int4:g32"], DTYPES):
         weight = torch.linspace(-1, 1, 256).view(4, 64).to(dtype)
@@ -65,7 +65,7 @@ class Drawing:
 
 
 @pytest.mark.parametrize("quantizer", [drawing, Drawing(), "e3m4"])
-def test_no_random_numbers_are_used_up(quantizer):
+def test_rng_states_are_restored(quantizer):
     weight = torch.randn(4, 64)
 
     def draws():
@@ -81,7 +81,7 @@ def test_no_random_numbers_are_used_up(quantizer):
     assert draws() == expected
 
 
-def test_what_fails_says_its_kind():
+def test_the_message_names_the_type_of_the_error():
     def broken(weight):
         raise KeyError("table")
 
@@ -90,7 +90,7 @@ def test_what_fails_says_its_kind():
 
 
 @pytest.mark.parametrize("writes", [torch.Tensor.mul_, lambda w, x: w.data.mul_(x)], ids=["traced", "through .data"])
-def test_a_quantizer_that_writes_its_weight_is_refused(writes):
+def test_a_quantizer_that_writes_to_its_weight_is_refused(writes):
     def in_place(weight):
         writes(weight, 0.5)
         return weight.sign()

@@ -1,4 +1,4 @@
-"""A run whose steps go past what is tracked says so: when it is printed, when it is closed, and at the end."""
+"""A run whose steps bypass tracking says so when it is printed, when it is closed, and at exit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 6
 
 
 class SAM(torch.optim.Optimizer):
-    """Sharpness-aware minimization as it is passed around: two calls of its own instead of ``step``."""
+    """Sharpness-aware minimization as in common implementations: two methods instead of ``step``."""
 
     def __init__(self, params, base_optimizer, rho=0.05, **kwargs):
         super().__init__(params, {"rho": rho, **kwargs})
@@ -99,7 +99,7 @@ SILENCES = {
 
 
 @pytest.mark.parametrize("how", SILENCES)
-def test_steps_that_go_past_are_said(how):
+def test_steps_that_bypass_tracking_are_reported(how):
     form, make, run, words = SILENCES[how]
     model = nn.Linear(8, 4)
     inner = make(model)
@@ -124,7 +124,7 @@ def test_steps_that_go_past_are_said(how):
         gc.collect()
 
 
-def test_the_optimizer_inside_sam_is_the_one_to_track():
+def test_tracking_the_optimizer_inside_sam_works():
     model = nn.Linear(8, 4)
     optimizer = sam(model)
     brute = watched(optimizer.base_optimizer, model)
@@ -136,8 +136,8 @@ def test_the_optimizer_inside_sam_is_the_one_to_track():
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_a_run_that_is_seen_says_nothing(form):
-    """Nor does one that never begins: a loaded checkpoint, or new initial weights, are no steps."""
+def test_a_tracked_run_reports_nothing(form):
+    """Nor does one that never starts: loading a checkpoint or initializing weights is not a step."""
     model = nn.Linear(8, 4)
     inner = sgd(model)
     with warnings.catch_warnings():
@@ -155,7 +155,7 @@ def test_a_run_that_is_seen_says_nothing(form):
         gc.collect()
 
 
-def test_copies_are_not_watched():
+def test_copies_do_not_warn():
     model = nn.Linear(8, 4)
     optimizer = FlipTrackingOptimizer(sgd(model), model, quantizer="e3m4", sinks=[])
     for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
@@ -173,13 +173,13 @@ def test_watching_keeps_nothing_alive():
     del optimizer
     assert tracker() is None
     assert not inner._optimizer_step_post_hooks
-    # Module.to() refuses tensors that have weak references.
+    # Module.to() fails for tensors that have weak references.
     FlipTrackingOptimizer(inner, model, sinks=[])
     model.to(torch.float64)
 
 
 @pytest.mark.parametrize("run", [inner_steps, of_another])
-def test_a_function_that_ends_without_close_says_so(run):
+def test_a_function_that_ends_without_close_warns(run):
     def main():
         model = nn.Linear(8, 4)
         optimizer = FlipTrackingOptimizer(sgd(model), model, sinks=[])
@@ -203,7 +203,7 @@ for _ in range(6):
 """
 
 
-def test_the_end_of_a_script_says_so(tmp_path):
+def test_the_end_of_a_script_warns(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, cwd=tmp_path, timeout=120
     )

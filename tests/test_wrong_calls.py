@@ -1,4 +1,4 @@
-"""Wrong calls are answered in plain words, and near misses are understood."""
+"""Wrong calls raise understandable errors, and near misses are accepted."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def before(weights):
 
 
 class Odd:
-    """Neither text nor number."""
+    """Neither a string nor a number."""
 
 
-# The options of both forms, and what is said.
+# Wrong options of both forms, and the errors.
 OPTIONS = [
     ({"include": []}, ValueError, r"include= is empty, so nothing would be tracked; leave it out"),
     ({"include": 5}, TypeError, r"include= must be a glob over names or a sequence of globs.*got int 5"),
@@ -256,8 +256,8 @@ def test_whole_numbers_of_any_type():
     assert wrapped(oscillation_ema=np.float32(0.5), metrics=["flips", "oscillation"]).tracker is not None
 
 
-def test_globs_that_can_be_read_once_only():
-    """The parameters are looked at more than once."""
+def test_globs_from_an_iterator():
+    """Globs are matched more than once, so an iterator must be kept."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     optimizer = FlipTrackingOptimizer(
         torch.optim.SGD(model.parameters(), 0.1),

@@ -1,4 +1,4 @@
-"""The tracker's parts, put together without a tracker."""
+"""The tracker's parts, assembled without a tracker."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make(*metrics: str, backend: str = "auto") -> SimpleNamespace:
     parts.runner = MetricRunner(groups, parts.schedule, parts.notices, parts.scratch, backend)
     alone = (parts.layers, parts.runner, parts.scratch, backend, True)
     parts.elementwise, parts.whole = ElementwiseRoute(*alone), WholeWeightRoute(*alone)
-    parts.batched = BatchedRoute(parts.layers, parts.elementwise, backend, True, is_open=not groups)
+    parts.batched = BatchedRoute(parts.layers, parts.elementwise, parts.runner, backend, True)
     parts.current = CurrentLayers(parts.layers, (parts.batched, parts.elementwise, parts.whole))
     parts.silent = SilentWrites(parts.layers, parts.notices)
     parts.totals = Totals(parts.columns, parts.layers, parts.schedule, parts.silent)
@@ -53,7 +53,7 @@ def opened(parts: SimpleNamespace, tracked: TrackedWeight):
 
 
 def commit(parts: SimpleNamespace, valid: torch.Tensor | None = None) -> None:
-    """The end of a step."""
+    """Finish a step."""
     parts.layers.prepare(valid)
     parts.schedule.progress = parts.schedule.progress.next(valid)._replace(is_settled=False)
     parts.layers.settle()

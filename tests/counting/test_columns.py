@@ -1,4 +1,4 @@
-"""What a counter row means."""
+"""The meaning of the columns in a row of counters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def columns(*metrics: str) -> Columns:
     return Columns(make_groups(("flips", *metrics), None)[1])
 
 
-def test_counts_add_up_and_what_is_found_at_logging_points_does_not():
+def test_counts_add_up_and_gauges_do_not():
     plain = columns()
     before, now = [1, 2, 3, 4, 5, 6, 7], [10, 20, 30, 40, 50, 60, 70]
-    # The fifth is the number of non-finite weights.
+    # The fifth column is the number of non-finite weights, a gauge.
     assert plain.add(before, now) == [11, 22, 33, 44, 50, 66, 77]
     assert plain.since(before, now) == [9, 18, 27, 36, 50, 54, 63]
     assert plain.without_gauges(now) == [10, 20, 30, 40, 0, 60, 70]
@@ -24,7 +24,7 @@ def test_counts_add_up_and_what_is_found_at_logging_points_does_not():
     assert (counts.scale_steps, counts.scale_changes) == (60, 70)
 
 
-def test_a_group_has_its_own_columns_by_name():
+def test_each_metric_group_has_its_own_columns():
     found = columns("oscillation", "range")
     assert len(found) == 7 + found.more
     row = found.zeros()

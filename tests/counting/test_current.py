@@ -1,4 +1,4 @@
-"""The layers of a step: each has its codes, and the route that made them counts them."""
+"""The layers of a step: each has codes, and the route that encoded a layer also counts it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def codes(tracked):
     return tracked.quantizer.encode(tracked.plain()).ordinals
 
 
-def test_codes_are_made_anew_only_where_they_have_to_be():
+def test_weights_are_encoded_again_only_if_necessary():
     parts, weights = make(), [weight("a", "float8_e4m3"), weight("bb", "ternary")]
     step(parts, weights)
     assert begin(parts, weights) == [("a", CodeState.KEPT), ("bb", CodeState.KEPT)]
@@ -58,7 +58,7 @@ def test_codes_are_made_anew_only_where_they_have_to_be():
     assert begin(parts, weights) == [("a", CodeState.KEPT), ("bb", CodeState.FRESH)]
 
 
-def test_the_others_go_on_without_one_that_fails():
+def test_other_layers_continue_without_one_that_fails():
     parts, weights = make(), [weight("a", "float8_e4m3"), weight("bb", "ternary")]
     step(parts, weights)
     parts.layers.fail("a", ValueError("it broke"))
@@ -67,7 +67,7 @@ def test_the_others_go_on_without_one_that_fails():
     assert [layer.name for layer in parts.current.with_codes(weights, parts.shards, anew=False)] == ["bb"]
 
 
-def test_a_copy_has_no_step():
+def test_a_copy_holds_no_step():
     parts, weights = make(), [weight("a", "float8_e4m3")]
     begin(parts, weights)
     assert parts.current

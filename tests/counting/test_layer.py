@@ -1,4 +1,4 @@
-"""What is known of a layer's codes, and of the weight they are of."""
+"""The state of a layer's codes, and of the weight they belong to."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _view_in_another_dtype(p):
         (_view_in_another_dtype, False),
     ],
 )
-def test_the_same_memory_unwritten(change, is_in_place):
+def test_unwritten_memory_is_recognized(change, is_in_place):
     parameter = torch.nn.Parameter(torch.ones(8, 8), requires_grad=False)
     stamp = Stamp.of(parameter, parameter)
     version = parameter._version

@@ -1,4 +1,4 @@
-"""Non-finite weights are counted exactly, also where a quick look says that there are none."""
+"""Non-finite weights are counted exactly, with and without the fast check for finite weights."""
 
 from __future__ import annotations
 

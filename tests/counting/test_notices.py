@@ -1,4 +1,4 @@
-"""Warnings that wait."""
+"""Deferred warnings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from weightflip.counting.notices import Notices
 
 
-def test_everything_is_said_once_when_told():
+def test_flush_issues_each_warning_once():
     notices = Notices()
     notices.add("one")
     notices.add("two")
@@ -18,7 +18,7 @@ def test_everything_is_said_once_when_told():
     assert [str(warning.message) for warning in caught] == ["weightflip: one", "weightflip: two"]
 
 
-def test_what_is_held_is_taken():
+def test_held_warnings_are_taken_by_the_owner():
     notices = Notices()
     notices.hold = True
     notices.add("one")

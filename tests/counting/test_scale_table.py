@@ -1,4 +1,4 @@
-"""Scales that are looked up are those of the format's own rule, for every magnitude there is."""
+"""Scales from the lookup table equal those of the format's rule, for every magnitude."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def made_for(quantizer, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("quantizer", RULES, ids=str)
-def test_a_table_says_what_the_rule_says(quantizer):
+def test_a_table_equals_the_rule(quantizer):
     quantizer = resolve(quantizer)
-    # Magnitudes in no step with those that the table was tried with: 300,000 of all sizes, infinity, NaN.
+    # Other magnitudes than those with which the table was verified: 300,000 of all sizes, infinity, NaN.
     bits = torch.arange(0, 1 << 31, 7001, dtype=torch.int64).to(torch.int32)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         table = made_for(quantizer, dtype)
@@ -49,5 +49,5 @@ class Raises(NVFP4Quantizer):
 
 
 @pytest.mark.parametrize("quantizer", [resolve("int4:g32"), UpAndDown(), Raises()], ids=["wide", "falls", "raises"])
-def test_what_no_table_says(quantizer):
+def test_rules_without_a_table(quantizer):
     assert made_for(quantizer) is None

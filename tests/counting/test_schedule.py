@@ -1,4 +1,4 @@
-"""Which steps count."""
+"""Which steps are tracked."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def test_which_steps_are_due(options, due):
     assert found == due
 
 
-def test_a_step_that_was_none_is_not_completed():
+def test_a_skipped_step_does_not_count():
     schedule = Schedule()
     for valid in (None, torch.tensor(True), torch.tensor(False), None, torch.tensor(False)):
         schedule.progress = schedule.progress.next(valid)
     assert (schedule.steps, schedule.completed()) == (5, 3)
 
 
-def test_numbers_that_make_no_sense():
+def test_invalid_numbers():
     with pytest.raises(ValueError, match="track_every= must be an integer of at least 1, got True"):
         Schedule(True)
     with pytest.raises(ValueError, match="end_step= must be an integer of at least 4, got 3"):
@@ -47,11 +47,11 @@ def test_numbers_that_make_no_sense():
 
 
 @pytest.mark.parametrize("made", [Schedule, WeightFlipTracker])
-def test_numbers_that_make_no_sense_later_on(made):
+def test_invalid_numbers_set_later(made):
     schedule = made(start_step=3, end_step=5)
     with pytest.raises(ValueError, match="end_step= must be an integer of at least 4, got 3"):
         schedule.end_step = 3
-    with pytest.raises(ValueError, match="start_step= is below end_step=5, got 5; set end_step first"):
+    with pytest.raises(ValueError, match="start_step= must be below end_step=5, got 5; set end_step first"):
         schedule.start_step = 5
     with pytest.raises(ValueError, match="start_step= must be an integer of at least 0, got -1"):
         schedule.start_step = -1

@@ -1,4 +1,4 @@
-"""A run on one process enters no line of sharding code."""
+"""A run on one process does not run any sharding code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHARDING = {str(path) for path in (*(ROOT / "distributed").glob("*.py"), ROOT / 
 
 
 def entered(action) -> set[str]:
-    """Functions of sharding code that run meanwhile."""
+    """Record the functions of sharding code that are called."""
     found = set()
 
     def trace(frame, event, arg):
@@ -54,18 +54,18 @@ def life(weights):
     return run
 
 
-def test_an_unsharded_run_enters_no_line_of_it():
+def test_an_unsharded_run_calls_no_sharding_code():
     weights = [weight("a", "float8_e4m3"), weight("bb", "ternary"), weight("ccc", "native")]
     assert entered(life(weights)) == set()
 
 
-def test_of_a_subclass_it_asks_what_it_is_and_no_more():
+def test_a_tensor_subclass_is_only_checked_for_dtensor():
     tracked = weight("a", "float8_e4m3")
     tracked.parameter = torch.randn(8, 64).as_subclass(Subclass)
     assert entered(life([tracked])) == {"is_dtensor"}
 
 
-def test_it_is_not_even_loaded():
+def test_sharding_code_is_not_imported():
     code = """
 import sys, torch, weightflip
 weight = torch.nn.Parameter(torch.ones(4, 4))

@@ -1,4 +1,4 @@
-"""``print(tracker)`` of a large model: blocks and layers that stand out, never a row for each of 170 layers."""
+"""``print(tracker)`` of a large model: model blocks and layers that stand out instead of 170 rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def layers(blocks=24, odd=("layers.7.down.weight",), suffix=""):
     return found
 
 
-def test_blocks_come_first_and_then_what_stands_out():
+def test_blocks_come_first_then_layers_that_stand_out():
     rows = layers()
     lines = as_text(100, rows).splitlines()
     assert len(lines) == 1 + 1 + 25 + 1 + 1 + 2 + 2
@@ -35,7 +35,7 @@ def test_blocks_come_first_and_then_what_stands_out():
     assert lines[-1] == "each layer: get_flip_rates(), get_stall_ratios()"
 
 
-def test_thirty_layers_have_a_row_each():
+def test_thirty_layers_have_one_row_each():
     lines = as_text(5, layers(4)).splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == [name for name, *_ in layers(4)]
 

@@ -11,7 +11,7 @@ from weightflip.counting.named import NamedSnapshots
 from weightflip.counting.totals import parse
 
 
-def test_a_step_is_in_the_totals_once_it_is_settled_and_only_if_it_was_one():
+def test_a_step_is_in_the_totals_once_settled_unless_skipped():
     parts = make()
     layer = opened(parts, weight("w", "e3m4"))
     for valid, expected in ((None, 3), (torch.tensor(False), 3), (torch.tensor(True), 6)):
@@ -22,7 +22,7 @@ def test_a_step_is_in_the_totals_once_it_is_settled_and_only_if_it_was_one():
     assert parts.totals.rows()[0] == 2
 
 
-def test_an_interrupt_while_totals_are_put_in_place_is_finished_later():
+def test_totals_interrupted_while_put_in_place_are_completed_later():
     parts = make()
     layer = opened(parts, weight("w", "e3m4"))
     layer.row.step[WEIGHT_STEPS] = 3
@@ -33,14 +33,14 @@ def test_an_interrupt_while_totals_are_put_in_place_is_finished_later():
     assert parts.schedule.progress.is_settled
 
 
-def test_another_weight_of_the_name_starts_anew_with_its_window():
+def test_another_weight_with_the_same_name_starts_from_zero():
     parts = make()
     layer = opened(parts, weight("w", "e3m4"))
     layer.row.step[WEIGHT_STEPS] = 512
     commit(parts)
     assert parts.totals.close_window(parts.shards).model.window.weight_steps == 512
     layer = opened(parts, weight("w", "e3m4", (4, 4)))
-    assert "'w' had 512 weights and has 16 now; its counts start anew" in parts.notices.take()[0]
+    assert "'w' had 512 weights and has 16 now; its counts start from zero" in parts.notices.take()[0]
     parts.layers.begin_step()
     layer.row.step[WEIGHT_STEPS] = 16
     commit(parts)
@@ -48,7 +48,7 @@ def test_another_weight_of_the_name_starts_anew_with_its_window():
     assert (found.window.weight_steps, found.total.weight_steps, found.weights) == (16, 16, 16)
 
 
-def test_what_goes_into_a_checkpoint_comes_out_of_it():
+def test_checkpoint_round_trip():
     parts, other = make(), make()
     opened(parts, weight("w", "e3m4")).row.step[WEIGHT_STEPS] = 512
     commit(parts)
@@ -61,7 +61,7 @@ def test_what_goes_into_a_checkpoint_comes_out_of_it():
         parse({}, other.columns, set())
 
 
-def test_weights_that_are_gone_have_no_codes():
+def test_removed_weights_have_no_codes():
     parts = make()
     weights = [weight(name, "e3m4") for name in ("a", "bb")]
     layers = [opened(parts, tracked) for tracked in weights]

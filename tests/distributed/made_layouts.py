@@ -1,12 +1,12 @@
-"""Layouts as they could be, without processes."""
+"""Layouts built by hand, without processes."""
 
 from __future__ import annotations
 
 from weightflip.distributed import Layout
 
 
-def layout(shape=(8, 64), **given) -> Layout:
-    usual = {
+def layout(shape=(8, 64), **overrides) -> Layout:
+    defaults = {
         "shape": shape,
         "ranks": (0, 1),
         "device_type": "cpu",
@@ -17,4 +17,4 @@ def layout(shape=(8, 64), **given) -> Layout:
         "borders": frozenset({0, 64}),
         "is_partial": False,
     }
-    return Layout(**{**usual, **given})
+    return Layout(**{**defaults, **overrides})

@@ -1,4 +1,4 @@
-"""How a weight lies on several processes."""
+"""Layouts of weights over several processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from weightflip.distributed.layouts import chunk_borders, layout
 
 
-def test_a_weight_that_is_all_here_has_none():
+def test_an_ordinary_tensor_has_no_layout():
     assert layout(torch.nn.Parameter(torch.ones(2, 2))) is None
 
 

@@ -1,4 +1,4 @@
-"""Meetings in the store of the default group, which may outlive the group."""
+"""Meetings of processes in the default group's store, which may outlive the group."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from made_layouts import layout
 from weightflip.distributed import collectives, have_all_arrived
 
 
-def test_a_meeting_leaves_nothing_that_a_later_group_takes_for_its_own(monkeypatch):
+def test_a_meeting_leaves_no_keys_that_a_later_group_would_misread(monkeypatch):
     monkeypatch.setattr(collectives, "MEETING_TIMEOUT", timedelta(milliseconds=20))
     store = dist.HashStore()
     for _ in range(2):
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         try:
             before = store.num_keys()
-            assert have_all_arrived([layout(ranks=(0,))], "one that comes")
+            assert have_all_arrived([layout(ranks=(0,))], "one that arrives")
             assert store.num_keys() == before
-            # The second time, those that have come are as many as the team has: one of each group.
-            assert not have_all_arrived([layout(ranks=(0, 1))], "one that comes and one that does not")
+            # Without a reset, two arrivals would have been counted the second time, one from each group.
+            assert not have_all_arrived([layout(ranks=(0, 1))], "one that arrives and one that does not")
         finally:
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Whether there are other processes, and the process groups to talk to them in."""
+"""Process groups, and which process writes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import pytest
 from weightflip.distributed.groups import group_of, is_available, is_writer
 
 
-def test_without_processes_there_is_one_that_writes():
+def test_without_torch_distributed_this_process_writes():
     assert not is_available()
     assert is_writer()
 
 
-def test_without_processes_there_is_no_group():
+def test_without_torch_distributed_there_is_no_group():
     with pytest.raises(RuntimeError, match=r"there is no process group any more; call close\(\) before"):
         group_of(("cpu", (0, 1)))

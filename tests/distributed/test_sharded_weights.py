@@ -1,4 +1,4 @@
-"""The sharded weights of one optimizer: in a process group of one process, which has all of the shards."""
+"""The sharded weights of one optimizer, in a process group of one process that holds all shards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def update(weights: ShardedWeights, *tracked, compare=False) -> bool:
     return weights.update(tracked, quantizer_name, compare=compare, is_membership_unknown=False)
 
 
-def test_what_lies_whole_on_each_process_is_none(mesh):
+def test_unsharded_and_replicated_weights_are_not_sharded(mesh):
     weights = ShardedWeights()
     quantizer = adapt(resolve("float8_e4m3"))
     plain, replicated = nn.Parameter(torch.ones(8, 64)), weight(mesh, Replicate())
@@ -41,7 +41,7 @@ def test_what_lies_whole_on_each_process_is_none(mesh):
     assert weights.tables == []
 
 
-def test_weights_are_compared_when_they_become_others(mesh):
+def test_weights_are_compared_when_they_change(mesh):
     weights, first, second = ShardedWeights(), weight(mesh), weight(mesh)
     scaled, cast = adapt(resolve("float8_e4m3")), adapt(resolve("bfloat16"))
     assert update(weights, ("first", first, scaled))
@@ -49,14 +49,14 @@ def test_weights_are_compared_when_they_become_others(mesh):
     assert update(weights, ("first", first, scaled), compare=True)
     assert update(weights, ("first", first, scaled), ("second", second, cast))
     assert list(weights) == ["first", "second"]
-    # Of a cast nothing has to be known of the whole weight.
+    # A cast needs no statistic of the whole weight.
     assert [names for _, names in weights.tables] == [["first"]]
     ((team, members),) = weights.teams
     assert team == ((0,), "cpu")
     assert [member.weights for member in members] == [8 * 64, 8 * 64]
 
 
-def test_one_that_is_not_tracked_any_more_stays_in_the_sums(mesh):
+def test_a_weight_that_is_no_longer_tracked_remains_in_the_sums(mesh):
     weights, first, second = ShardedWeights(), weight(mesh), weight(mesh)
     quantizer = adapt(resolve("float8_e4m3"))
     update(weights, ("first", first, quantizer), ("second", second, quantizer))
@@ -65,7 +65,7 @@ def test_one_that_is_not_tracked_any_more_stays_in_the_sums(mesh):
     assert [names for _, names in weights.tables] == [["second"]]
 
 
-def test_one_that_cannot_be_encoded_in_parts_is_refused_with_the_reason(mesh):
+def test_a_weight_that_cannot_be_encoded_by_shards_is_refused_with_the_reason(mesh):
     weights, first, second = ShardedWeights(), weight(mesh), weight(mesh)
     silent = SimpleNamespace(encode=lambda weight: None)
     update(weights, ("first", first, adapt(silent)), ("second", second, adapt(resolve("float8_e4m3"))))

@@ -1,4 +1,4 @@
-"""What has to be known of a whole weight before its shards can be encoded."""
+"""Statistics of whole weights that are needed before their shards can be encoded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from weightflip.distributed.teams import Team
         ("element", None, {0, 32, 64}, None),
         ("group", 32, {0, 32, 64}, None),
         ("group", 32, {0, 48, 64}, ValueError),
-        # A group that is not whole is another's fault: the format refuses such a shape by itself.
+        # Incomplete groups are not checked here: the format itself refuses such a shape.
         ("group", 48, {0, 64}, None),
         ("row", None, {0, 64}, None),
         ("row", None, {0, 32, 64}, "row"),
@@ -27,7 +27,7 @@ from weightflip.distributed.teams import Team
         (None, None, {0, 64}, ValueError),
     ],
 )
-def test_what_processes_have_to_tell_each_other(scope, group, borders, expected):
+def test_over_what_statistics_are_combined(scope, group, borders, expected):
     quantizer = SimpleNamespace(scope=scope, group=group, has_statistic=True)
     lies = layout(borders=frozenset(borders))
     if expected is ValueError:
@@ -38,7 +38,7 @@ def test_what_processes_have_to_tell_each_other(scope, group, borders, expected)
 
 
 def test_a_maximum_keeps_nan(monkeypatch):
-    """Integer maxima of the bits: as torch's maximum, which some backends' floating-point maximum is not."""
+    """An integer maximum of the bits equals torch's maximum, unlike the floating-point maximum of some backends."""
     nan, inf = float("nan"), float("inf")
     shards = torch.tensor([[1.0, -nan, inf, 0.0, 3.0], [2.0, 5.0, nan, 0.0, inf]])
     statistics = [Statistic(layout(), "tensor", "max") for _ in range(5)]

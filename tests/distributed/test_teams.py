@@ -1,4 +1,4 @@
-"""Which processes add up their numbers with each other."""
+"""Teams of processes whose numbers are combined."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def test_teams_are_the_largest_meshes():
     two_d, dp, other = layout(ranks=(0, 1, 2, 3)), layout(ranks=(1, 3)), layout(ranks=(4, 5))
     found = teams([dp, two_d, other])
     assert [team.ranks for team in found] == [(0, 1, 2, 3), (0, 1, 2, 3), (4, 5)]
-    # Of the slices of a mesh that hold the same, the one with the first process counts.
+    # Of the mesh slices that hold the same weight, the one with the first process counts.
     assert not found[0].is_counted(dp)
     assert found[0].is_counted(layout(ranks=(0, 2)))
     assert not found[0].is_counted(layout(ranks=(0, 2), is_first_copy=False))

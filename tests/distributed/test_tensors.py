@@ -1,4 +1,4 @@
-"""What of a tensor lies on this process."""
+"""The part of a tensor that is on this process."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from weightflip.distributed.tensors import Identity, is_dtensor, local, local_gradient
 
 
-def test_a_tensor_that_is_all_here_is_itself():
+def test_an_ordinary_tensor_is_returned_as_it_is():
     weight, gradient = torch.nn.Parameter(torch.ones(2, 2)), torch.ones(2, 2)
     assert not is_dtensor(weight)
     assert local(weight) is weight
     assert local_gradient(gradient, weight) is gradient
 
 
-def test_an_identity_is_that_of_one_tensor_and_does_not_hold_it():
+def test_an_identity_belongs_to_one_tensor_and_does_not_hold_it():
     one, equal = torch.ones(4), torch.ones(4)
     known = Identity(one)
     assert known == Identity(one)
@@ -26,5 +26,5 @@ def test_an_identity_is_that_of_one_tensor_and_does_not_hold_it():
     held = weakref.ref(one)
     del one
     assert held() is None
-    # The memory of the tensor may be used again, and its id with it.
+    # The memory of the tensor, and with it its id, may be reused.
     assert all(known != Identity(torch.ones(4)) for _ in range(100))

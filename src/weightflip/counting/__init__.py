@@ -1,1 +1,1 @@
-"""Codes to counts: the tracker and its parts, one file each."""
+"""Count flips from codes: the tracker and its parts, one module each."""

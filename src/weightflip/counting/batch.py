@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from weightflip import functional, kernels
+from weightflip.counting.observed import Due, HeldScale, Observation, Observations, Place
 from weightflip.counting.scale_table import ScaleTable, table_of
 
 # A run's elements: so many that starting its threads does not show (2M took a third longer), and so few that the
@@ -50,6 +51,9 @@ class Member:
         rounding: Its rounding of this weight.
         group: How many neighbours share a scale; 0 where there is none.
         run: What counts it.
+        scale_shape: Shape of the quantizer's scale.
+        places: Where that scale is held, in parts, for metric groups.
+        observations: What metric groups do with it; None where a kernel cannot do that.
     """
 
     address: int
@@ -61,6 +65,32 @@ class Member:
     rounding: kernels.Rounding
     group: int
     run: type[kernels.Run]
+    scale_shape: tuple[int, ...]
+    places: list[Place] = field(default_factory=list)
+    observations: tuple[Observation, ...] | None = ()
+
+    @property
+    def scale(self) -> Tensor | None:
+        """What its codes were made with, as the quantizer gives it, where that was kept."""
+        parts = [part for place in self.places if (part := place.scale) is not None]
+        if not parts:
+            return None
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.scale_shape)
+
+    def hold(self, scale: Tensor | None) -> None:
+        """Take the scale that its codes were made with elsewhere."""
+        self.places = [] if scale is None else [Place(HeldScale(scale.reshape(-1)), 0, scale.numel())]
+
+    def can_be_observed(self, groups: tuple[kernels.Pointwise, ...], backend: str, *, with_updates: bool) -> bool:
+        """Whether its kernel was shown to do what these metric groups do with each weight."""
+        kind = kernels.Kind(
+            self.dtype, self.dtype if with_updates else None, self.codes.dtype, self.rounding, self.codes.device
+        )
+        eager, is_scaled = functional.in_plain_torch(self.quantizer), self.group != 0
+        return (
+            kernels.run_for(backend, kind, takes_scale=is_scaled, finds_scale=False, eager=eager, groups=groups)
+            is not None
+        )
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -113,14 +143,28 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
         if not kernels.run_for(backend, kind, takes_scale=is_scaled, finds_scale=is_scaled, eager=eager):
             return None
     scale_codes, group = None, 0
+    scale_shape: tuple[int, ...] = ()
     if quantizer.group is not None:
         scale_codes = quantizer.scale_codes(weight.new_ones((), dtype=torch.float32))
         scale_codes, group = scale_codes.new_zeros((*grouped.shape[:-1], 1)), grouped.shape[-1]
+        scale_shape = scale_codes.shape
     elif quantizer.scope == "row":
         group = weight.shape[-1] if weight.ndim else 1
+        scale_shape = (*weight.shape[:-1], 1) if weight.ndim else ()
     elif quantizer.scope == "tensor":
         group = weight.numel()
-    return Member(weight.data_ptr(), weight.numel(), weight.dtype, codes, scale_codes, quantizer, rounding, group, run)
+    return Member(
+        weight.data_ptr(),
+        weight.numel(),
+        weight.dtype,
+        codes,
+        scale_codes,
+        quantizer,
+        rounding,
+        group,
+        run,
+        tuple(scale_shape),
+    )
 
 
 class Counted(NamedTuple):
@@ -146,10 +190,17 @@ class Batch:
         lasts: Whether this goes on from step to step. Then the scale codes of its members are moved into one piece of
             memory, which no other such batch of the same members may do as long as this one is used.
         rows: Where each member is counted, in the tables of :meth:`advance`; None: in the order of the members.
+        keeps_scales: Whether members have the scales that their codes were made with, for metric groups.
     """
 
     def __init__(
-        self, members: Sequence[Member], *, with_updates: bool, lasts: bool = True, rows: Sequence[int] | None = None
+        self,
+        members: Sequence[Member],
+        *,
+        with_updates: bool,
+        lasts: bool = True,
+        rows: Sequence[int] | None = None,
+        keeps_scales: bool = False,
     ) -> None:
         self.members = list(members)
         rows = range(len(self.members)) if rows is None else rows
@@ -158,23 +209,48 @@ class Batch:
         room = _ELEMENTS_PER_RUN if self._device.type == "cpu" else sys.maxsize
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, member in enumerate(self.members):
-            kinds.setdefault(member.kind, []).append(index)
+            kind = member.kind, tuple(observation.kind for observation in member.observations or ())
+            kinds.setdefault(kind, []).append(index)
         self._groups: list[tuple[list[int], list[_Part]]] = []
         for indices in kinds.values():
-            parts = [_Part(run, self.members, rows, with_updates) for run in _runs(indices, self.members, room)]
+            parts = [
+                _Part(run, self.members, rows, with_updates=with_updates, keeps_scales=keeps_scales)
+                for run in _runs(indices, self.members, room)
+            ]
             if lasts:
                 _lay_end_to_end(
                     [m.scale_codes for m in (self.members[i] for i in indices) if m.scale_codes is not None], parts
                 )
             self._groups.append((indices, parts))
+        self._keeps_scales, self._lasts = keeps_scales, lasts
+        if lasts:
+            self.take_scales()
 
-    def advance(self, updates: Sequence[int], into: tuple[Tensor, Tensor] | None = None) -> Counted:
+    def take_scales(self) -> None:
+        """Go on from the scales that members have now, and have them find those of each step here."""
+        if not self._keeps_scales:
+            return
+        parts = [part for _, parts in self._groups for part in parts]
+        for part in parts:
+            part.take_scale(self.members)
+        self._hand_out_scales(parts)
+
+    def _hand_out_scales(self, parts: Sequence[_Part]) -> None:
+        for member in self.members:
+            member.places = []
+        for part in parts:
+            part.hand_out_scale(self.members)
+
+    def advance(
+        self, updates: Sequence[int], into: tuple[Tensor, Tensor] | None = None, due: Due | None = None
+    ) -> Counted:
         """Encode all weights anew, count what changed against their codes, and keep the new codes there.
 
         Args:
             updates: Addresses of the gradients, laid out as the weights and of their dtypes; 0 for one without.
                 Not looked at where updates are not counted.
             into: Tables to add to, as in :class:`Counted`; None for new ones, with a row for each member.
+            due: The metric groups that look, of those that members name; None for none.
         """
         if into is None:
             table = torch.zeros(len(self.members), 4, dtype=torch.int64, device=self._device)
@@ -185,9 +261,11 @@ class Batch:
         for indices, parts in self._groups:
             try:
                 for part in parts:
-                    part.advance(addresses, counts, scale_changes)
+                    part.advance(addresses, counts, scale_changes, due)
             except Exception as error:
                 failed += [(index, error) for index in indices]
+        if self._keeps_scales and not self._lasts:
+            self._hand_out_scales([part for _, parts in self._groups for part in parts])
         return Counted(counts, scale_changes, failed)
 
 
@@ -225,7 +303,13 @@ class _Part:
     """A run, and how it lies in the members."""
 
     def __init__(
-        self, pieces: Sequence[_Piece], members: Sequence[Member], rows: Sequence[int], with_updates: bool
+        self,
+        pieces: Sequence[_Piece],
+        members: Sequence[Member],
+        rows: Sequence[int],
+        *,
+        with_updates: bool,
+        keeps_scales: bool,
     ) -> None:
         first = members[pieces[0].member]
         self.quantizer, self.dtype = first.quantizer, first.dtype
@@ -258,22 +342,60 @@ class _Part:
         ]
         self.scale_codes_in_one: Tensor | None = None
         self.table: ScaleTable | None = None
-        if self.scale_codes and first.run.saves_calls:
+        self.held = HeldScale() if keeps_scales else None
+        # Of each piece: its first scale, and how many it has.
+        self.scales_of_pieces = [
+            (piece.first // member.group, -(-piece.numel // member.group))
+            for piece, member in ((p, members[p.member]) for p in pieces)
+            if member.group
+        ]
+        self.observations = Observations([(members[piece.member].observations or (), piece.first) for piece in pieces])
+        if self.scale_codes and first.run.saves_calls and not keeps_scales:
             self.table = table_of(first.quantizer, first.rounding, first.dtype, first.codes.device)
 
-    def advance(self, updates: kernels.Addresses | None, counts: Tensor, scale_changes: Tensor) -> None:
+    def take_scale(self, members: Sequence[Member]) -> None:
+        """Go on from the scales of the members."""
+        assert self.held is not None
+        scales = [members[member].scale for member in self.members] if self.is_scaled else []
+        found = [
+            scale.reshape(-1)[first : first + number]
+            for scale, (first, number) in zip(scales, self.scales_of_pieces, strict=True)
+            if scale is not None
+        ]
+        self.held = HeldScale()
+        if found and len(found) == len(scales):
+            self.held.scale = torch.cat(found)
+            self.held.applied = self.quantizer.applied_scale(self.held.scale)
+
+    def hand_out_scale(self, members: Sequence[Member]) -> None:
+        """Have members find the scales of each step here."""
+        assert self.held is not None
+        at = 0
+        for member, (_, number) in zip(self.members, self.scales_of_pieces, strict=False):
+            members[member].places.append(Place(self.held, at, number))
+            at += number
+
+    def advance(
+        self, updates: kernels.Addresses | None, counts: Tensor, scale_changes: Tensor, due: Due | None = None
+    ) -> None:
         addresses = None
         if updates is not None:
             of_pieces = updates[self.members]
             addresses = np.where(of_pieces == 0, 0, of_pieces + self.offsets)
+        old_factors = None if self.held is None else self.held.applied
         factors, new = self._scales()
+        observed = None if due is None else self.observations.of(due)
+        if observed is not None:
+            if factors is not None and old_factors is None:
+                raise RuntimeError("expected the scales of before the step, and there are none")
+            observed = observed._replace(old_scale=old_factors)
         if new is None:
-            self.run.count_into_(counts, self.rows_there, factors, addresses)
+            self.run.count_into_(counts, self.rows_there, factors, addresses, observed=observed)
             return
         in_one = self.scale_codes_in_one
         stored = torch.cat(self.scale_codes) if in_one is None else in_one
         codes = kernels.ScaleCodes(new, stored, scale_changes)
-        self.run.count_into_(counts, self.rows_there, factors, addresses, codes)
+        self.run.count_into_(counts, self.rows_there, factors, addresses, codes, observed)
         if in_one is None:
             torch._foreach_copy_(self.scale_codes, torch.split(stored, [codes.numel() for codes in self.scale_codes]))
 
@@ -285,7 +407,10 @@ class _Part:
         if self.table is not None:
             return self.table.look_up(largest)
         scale = self.quantizer.scale_of(largest.to(self.dtype))
-        return self.quantizer.applied_scale(scale), self.quantizer.scale_codes(scale) if self.scale_codes else None
+        factors = self.quantizer.applied_scale(scale)
+        if self.held is not None:
+            self.held.scale, self.held.applied = scale, factors
+        return factors, self.quantizer.scale_codes(scale) if self.scale_codes else None
 
 
 def _lay_end_to_end(scale_codes: Sequence[Tensor], parts: Sequence[_Part]) -> None:

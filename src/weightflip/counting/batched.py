@@ -12,6 +12,8 @@ from weightflip import kernels
 from weightflip.counting.batch import Batch, Member, make_member
 from weightflip.counting.layer import Layer
 from weightflip.counting.ledger import COLUMNS, COUNTED, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS
+from weightflip.counting.metric_runner import MetricRunner
+from weightflip.counting.observed import Due
 from weightflip.counting.routes import ElementwiseRoute, Gradients
 from weightflip.counting.table import LayerTable
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
@@ -20,23 +22,26 @@ from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 class BatchedRoute:
     """Layers whose codes a kernel makes from addresses alone, all of a device at once.
 
-    A layer whose gradient or place does not fit in a step is counted alone in it.
+    A layer whose gradient or place does not fit in a step, or whose slices a metric group has to see, is counted alone
+    in it.
 
     Args:
         layers: Where faults go.
         alone: What counts a layer alone.
+        runner: The metric groups.
         backend: Which kernel.
         with_updates: Whether gradients are looked at.
-        is_open: Whether there are layers for it at all: metric groups look at each weight by itself.
     """
 
     def __init__(
-        self, layers: LayerTable, alone: ElementwiseRoute, backend: str, with_updates: bool, is_open: bool
+        self, layers: LayerTable, alone: ElementwiseRoute, runner: MetricRunner, backend: str, with_updates: bool
     ) -> None:
-        self._layers, self._alone = layers, alone
-        self._backend, self._with_updates, self._is_open = backend, with_updates, is_open
+        self._layers, self._alone, self._runner = layers, alone, runner
+        self._backend, self._with_updates = backend, with_updates
         self._members: list[Member] = []
         self._batches: list[tuple[list[int], _LayerBatch]] = []
+        self._observed = ObservedLayers(runner, backend, with_updates)
+        self._has_encoded = False
 
     @property
     def batches(self) -> list[Batch]:
@@ -46,6 +51,7 @@ class BatchedRoute:
     def release(self) -> None:
         """Hold no codes."""
         self._members, self._batches = [], []
+        self._observed.release()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_members": [], "_batches": []}
@@ -53,11 +59,16 @@ class BatchedRoute:
     # ------------------------------------------------------------------ joining
 
     def accepts(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> bool:
-        if not self._is_open or not isinstance(quantizer, ElementwiseQuantizer):
+        is_observed = self._runner.uses_steps
+        if not isinstance(quantizer, ElementwiseQuantizer) or (is_observed and not self._observes_on(weight.device)):
             layer.member = None
             return False
         layer.make_room(weight, quantizer.code_dtype(weight))
         return self._try_join_batch(layer, weight, quantizer)
+
+    def _observes_on(self, device: torch.device) -> bool:
+        run = kernels.run(self._backend, device)
+        return run is not None and run.observes
 
     def _try_join_batch(self, layer: Layer, weight: Tensor, quantizer: ElementwiseQuantizer) -> bool:
         """Make a layer a member, with a place for the scales of its blocks; whether it can be one."""
@@ -80,9 +91,11 @@ class BatchedRoute:
     # ------------------------------------------------------------------ encoding and counting
 
     def encode(self, layers: Sequence[Layer]) -> None:
+        self._has_encoded = True
         for indices in _by_device(members := _members_of(layers)):
             try:
-                batch = Batch([members[index] for index in indices], with_updates=False, lasts=False)
+                of_device = [members[index] for index in indices]
+                batch = Batch(of_device, with_updates=False, lasts=False, keeps_scales=self._runner.uses_steps)
                 failed = dict(batch.advance([]).failed)
             except Exception as error:
                 failed = dict.fromkeys(range(len(indices)), error)
@@ -92,12 +105,15 @@ class BatchedRoute:
                     self._layers.fail(layer.name, failed[at])
                 else:
                     assert layer.tracked is not None
+                    layer.scale = None
                     layer.encoded(layer.tracked.parameter)
 
     def count(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
         together: list[Layer] = []
         updates: list[int] = []
         alone: list[Layer] = []
+        if self._runner.uses_steps:
+            layers, alone = self._observed.split(layers)
         for layer in layers:
             member, stamp, update = layer.member, layer.stamp, 0
             parameter = layer.tracked.parameter  # type: ignore[union-attr]
@@ -117,27 +133,39 @@ class BatchedRoute:
             layer.counted_in_place(stamp, parameter._version)
             together.append(layer)
             updates.append(update)
-        self._count_together(together, updates)
+        # In a step that was none nothing has changed, and groups keep what they have.
+        due = self._runner.due if self._runner.uses_steps and (valid is None or bool(valid)) else ()
+        self._count_together(together, updates, due)
         self._count_alone(alone, gradients, valid)
 
-    def _count_together(self, layers: Sequence[Layer], updates: Sequence[int]) -> None:
+    def _count_together(self, layers: Sequence[Layer], updates: Sequence[int], due: tuple[str, ...]) -> None:
         members = _members_of(layers)
-        if members != self._members:
+        if members != self._members or self._observed.take_news():
             self._build(layers, members)
+        elif self._has_encoded:
+            for _, of_device in self._batches:
+                of_device.batch.take_scales()
+        self._has_encoded = False
         for indices, batch in self._batches:
             try:
-                failed = batch.count([updates[index] for index in indices])
+                failed = batch.count([updates[index] for index in indices], due)
             except Exception as error:
                 failed = [(at, error) for at in range(len(indices))]
             for at, reason in failed:
                 self._layers.fail(layers[indices[at]].name, reason)
+        self._runner.after_all(layers)
 
     def _build(self, layers: Sequence[Layer], members: list[Member]) -> None:
-        self.release()
+        self._members, self._batches = [], []
+        for layer in layers:
+            if layer.scale is not None:
+                # It was counted alone in the step before.
+                layer.member.hold(layer.scale)  # type: ignore[union-attr]
+                layer.scale = None
         for indices in _by_device(members):
             of_device = [layers[index] for index in indices]
             try:
-                self._batches.append((indices, _LayerBatch(of_device, self._with_updates)))
+                self._batches.append((indices, _LayerBatch(of_device, self._with_updates, self._runner.uses_steps)))
             except Exception as error:
                 for layer in of_device:
                     self._layers.fail(layer.name, error)
@@ -156,13 +184,69 @@ class BatchedRoute:
                     self._layers.fail(layer.name, error)
 
 
+class ObservedLayers:
+    """Which layers can be counted together while metric groups look at them.
+
+    Args:
+        runner: The metric groups.
+        backend: Which kernel.
+        with_updates: Whether gradients are looked at.
+    """
+
+    def __init__(self, runner: MetricRunner, backend: str, with_updates: bool) -> None:
+        self._runner, self._backend, self._with_updates = runner, backend, with_updates
+        self._members: list[Member | None] = []
+        self._changes, self._is_new = -1, False
+        self._plans: dict[tuple[str, ...], list[bool]] = {}
+
+    def split(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
+        """Those that are counted together in this step, and the others."""
+        members = [layer.member for layer in layers]
+        if members != self._members or self._changes != self._runner.changes:
+            self._members, self._changes, self._plans = members, self._runner.changes, {}
+            self._is_new = True
+            for layer in layers:
+                if layer.member is not None:
+                    layer.member.observations = self._runner.observations(layer)
+        due = self._runner.due
+        if due not in self._plans:
+            shown: dict[tuple[Any, ...], bool] = {}
+            self._plans[due] = [self._is_together(layer, due, shown) for layer in layers]
+        found: tuple[list[Layer], list[Layer]] = [], []
+        for layer, is_together in zip(layers, self._plans[due], strict=True):
+            found[not is_together].append(layer)
+        return found
+
+    def take_news(self) -> bool:
+        """Whether groups do something else with the layers than when this was asked last."""
+        is_new, self._is_new = self._is_new, False
+        return is_new
+
+    def release(self) -> None:
+        """Hold no codes."""
+        self._members, self._plans = [], {}
+
+    def _is_together(self, layer: Layer, due: tuple[str, ...], shown: dict[tuple[Any, ...], bool]) -> bool:
+        member = layer.member
+        if member is None or member.observations is None or self._runner.needs_slices(layer):
+            return False
+        groups = tuple(one.pointwise for one in member.observations if one.group in due)
+        key = member.kind, groups
+        if groups and key not in shown:
+            shown[key] = member.can_be_observed(groups, self._backend, with_updates=self._with_updates)
+        return not groups or shown[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_members": [], "_plans": {}}
+
+
 class _LayerBatch:
     """A batch on one device, and where its layers are counted."""
 
-    def __init__(self, layers: Sequence[Layer], with_updates: bool) -> None:
+    def __init__(self, layers: Sequence[Layer], with_updates: bool, keeps_scales: bool) -> None:
         rows = [layer.row for layer in layers if layer.row is not None]
         indices = [row.index for row in rows]
-        self.batch = Batch(_members_of(layers), with_updates=with_updates, rows=indices)
+        self.batch = Batch(_members_of(layers), with_updates=with_updates, rows=indices, keeps_scales=keeps_scales)
         self._ledger = rows[0].ledger
         # What every step counts: in all rows at once.
         known = torch.zeros(max(indices) + 1, COLUMNS, dtype=torch.int64, device="cpu")
@@ -171,11 +255,17 @@ class _LayerBatch:
         known[indices, SCALE_STEPS] = torch.tensor(scales, device="cpu")
         self._known = kernels.upload(known, self._ledger.device)
 
-    def count(self, updates: Sequence[int]) -> list[tuple[int, Exception]]:
-        """Count a step; the layers that could not be counted, and why."""
-        step = self._ledger.step
+    def count(self, updates: Sequence[int], groups: tuple[str, ...]) -> list[tuple[int, Exception]]:
+        """Count a step; the layers that could not be counted, and why.
+
+        Args:
+            updates: Addresses of the gradients.
+            groups: The metric groups that look.
+        """
+        step, sums = self._ledger.step, self._ledger.more_step
         step[: len(self._known)].add_(self._known)
-        return self.batch.advance(updates, (step[:, COUNTED], step[:, SCALE_CHANGES])).failed
+        due = None if sums is None or not groups else Due(groups, sums)
+        return self.batch.advance(updates, (step[:, COUNTED], step[:, SCALE_CHANGES]), due).failed
 
 
 def _members_of(layers: Iterable[Layer]) -> list[Member]:

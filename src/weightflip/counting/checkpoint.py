@@ -1,4 +1,4 @@
-"""A tracker's saved counts, checked: what a checkpoint holds as plain data, or an error that says what is wrong."""
+"""Validate a tracker's saved counts: returns plain data, or raises an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weightflip.kernels import FLIPS, STALLED, UPDATES
 
 VERSION = 1
 _INT64_MAX = 2**63 - 1
-# Some room is left for steps to come.
+# Leaves headroom for later steps.
 _MOST_STEPS = 2**53
 _COLUMN_NAMES = {
     FLIPS: "flips",
@@ -24,22 +24,22 @@ _COLUMN_NAMES = {
     SCALE_STEPS: "scale steps",
     SCALE_CHANGES: "scale changes",
 }
-# Of these pairs the first one is a part of the second one.
+# In each pair, the first count is part of the second.
 _PARTS = ((FLIPS, WEIGHT_STEPS), (UPDATES, WEIGHT_STEPS), (STALLED, UPDATES), (SCALE_CHANGES, SCALE_STEPS))
 
 
 @dataclass
 class SavedLayer:
-    """What was counted of one layer.
+    """The saved counts of one layer.
 
     Attributes:
         weights: Number of weights.
-        quantizer: Its name.
+        quantizer: Name of its quantizer.
         total: The ledger's columns since tracking began.
-        base: The same, up to the last record.
-        ratios: Name of a metric group's ratio to numerator and denominator, since tracking began and up to the last
+        base: The same, at the last record.
+        ratios: Name of a metric group's ratio to numerator and denominator, since tracking began and at the last
             record.
-        tensors: Name of a metric group to what it remembers of each weight.
+        tensors: Name of a metric group to its per-weight state.
     """
 
     weights: int
@@ -51,27 +51,29 @@ class SavedLayer:
 
 
 def parse(state_dict: Any) -> tuple[int, dict[str, SavedLayer]]:
-    """Steps and layers, by name, from what ``WeightFlipTracker.state_dict`` returned.
+    """Return the number of steps and the layers by name from what ``WeightFlipTracker.state_dict`` returned.
 
     Args:
-        state_dict: Anything: a checkpoint may be of another program, of another version, or damaged.
+        state_dict: Any object: a checkpoint may come from another program or version, or be damaged.
 
     Raises:
         TypeError: Not a dictionary.
-        ValueError: Anything in it is not what is saved there.
+        ValueError: An entry is missing or invalid.
     """
     if not isinstance(state_dict, Mapping):
-        raise TypeError(f"expected what WeightFlipTracker.state_dict() returned, a dictionary, got {_got(state_dict)}")
+        raise TypeError(
+            f"expected the dictionary that WeightFlipTracker.state_dict() returns, got {_describe(state_dict)}"
+        )
     missing = {"version", "steps", "layers"} - set(state_dict)
     version = state_dict.get("version")
     if missing or type(version) is not int or version != VERSION:
         raise ValueError(
-            f"expected what WeightFlipTracker.state_dict() of version {VERSION} returned, got "
-            + (f"a dictionary without {sorted(missing)}" if missing else f"version {_got(version)}")
+            f"expected a state dict of WeightFlipTracker of version {VERSION}, got "
+            + (f"a dictionary without {sorted(missing)}" if missing else f"version {_describe(version)}")
         )
     steps = count(state_dict["steps"], "'steps'")
     if steps > _MOST_STEPS:
-        raise ValueError(f"expected at most 2**53 steps, got {_got(steps)}")
+        raise ValueError(f"expected at most 2**53 steps, got {_describe(steps)}")
     layers = _layers(_rows(state_dict["layers"], "'layers'"))
     _add_ratios(layers, _rows(state_dict.get("ratios", ()), "'ratios'"))
     _add_tensors(layers, _mapping(state_dict.get("weights", {}), "'weights'"))
@@ -85,7 +87,7 @@ def _layers(rows: Sequence[Any]) -> dict[str, SavedLayer]:
         where = f"layer {name!r}"
         if not isinstance(name, str) or not isinstance(quantizer, str):
             raise ValueError(
-                f"expected names of a layer and of its quantizer as text, got {_got(name)}, {_got(quantizer)}"
+                f"expected strings as names of a layer and its quantizer, got {_describe(name)}, {_describe(quantizer)}"
             )
         if name in layers:
             raise ValueError(f"expected each layer once, got {where} twice")
@@ -102,8 +104,8 @@ def _layers(rows: Sequence[Any]) -> dict[str, SavedLayer]:
 def _add_ratios(layers: Mapping[str, SavedLayer], rows: Sequence[Any]) -> None:
     for row in rows:
         name, ratio, *numbers = _row(row, 6, "a ratio")
-        where = f"ratio {_got(ratio)} of layer {_got(name)}"
-        of = _known(layers, name, where)
+        where = f"ratio {_describe(ratio)} of layer {_describe(name)}"
+        of = _find_layer(layers, name, where)
         if not isinstance(ratio, str) or ratio in of.ratios:
             raise ValueError(f"expected each ratio of a layer once, by name, got {where}")
         now, of_now, then, of_then = (_number(number, where) for number in numbers)
@@ -112,27 +114,27 @@ def _add_ratios(layers: Mapping[str, SavedLayer], rows: Sequence[Any]) -> None:
 
 def _add_tensors(layers: Mapping[str, SavedLayer], saved: Mapping[Any, Any]) -> None:
     for name, groups in saved.items():
-        of = _known(layers, name, f"what is remembered of layer {_got(name)}")
-        for group, tensors in _mapping(groups, f"what is remembered of layer {name!r}").items():
-            where = f"what {_got(group)} remembers of layer {name!r}"
+        of = _find_layer(layers, name, f"the state of layer {_describe(name)}")
+        for group, tensors in _mapping(groups, f"the state of layer {name!r}").items():
+            where = f"the state of {_describe(group)} for layer {name!r}"
             kept = dict(_mapping(tensors, where))
             if not isinstance(group, str) or not all(isinstance(tensor, Tensor) for tensor in kept.values()):
-                raise ValueError(f"expected tensors, by name, as {where}, got {_got(tensors)}")
+                raise ValueError(f"expected tensors by name as {where}, got {_describe(tensors)}")
             of.tensors[group] = kept
 
 
 def count(value: Any, what: str) -> int:
-    """The value, if it is a number that can be counted up to.
+    """Return the value if it is a valid count.
 
     Args:
-        value: Anything.
-        what: What it is, for the error.
+        value: Any object.
+        what: What it should be, for the error message.
 
     Raises:
         ValueError: Not a whole number from 0 to 2**63 - 1.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _INT64_MAX:
-        raise ValueError(f"expected a whole number from 0 to 2**63 - 1 as {what}, got {_got(value)}")
+        raise ValueError(f"expected a whole number from 0 to 2**63 - 1 as {what}, got {_describe(value)}")
     return int(value)
 
 
@@ -142,9 +144,9 @@ def _counts(row: Any, what: str) -> list[int]:
 
 
 def _check_order(layer: SavedLayer, where: str) -> None:
-    """No part is larger than the whole, now and in the window since the last record."""
+    """Check that no part exceeds its whole, in total, at the last record and in the window since then."""
     window = [now - then for now, then in zip(layer.total, layer.base, strict=True)]
-    for period, numbers in (("in all", layer.total), ("at the last record", layer.base), ("since then", window)):
+    for period, numbers in (("in total", layer.total), ("at the last record", layer.base), ("since then", window)):
         for part, whole in _PARTS:
             if not 0 <= numbers[part] <= numbers[whole]:
                 raise ValueError(
@@ -154,7 +156,7 @@ def _check_order(layer: SavedLayer, where: str) -> None:
 
 
 def _number(value: Any, what: str) -> float:
-    """Sums of a metric group: their meaning, and so their sign, is the group's own."""
+    """Return the value if it is a number that float64 holds. Metric groups decide on its meaning and sign."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
             float(value)
@@ -162,36 +164,36 @@ def _number(value: Any, what: str) -> float:
             pass
         else:
             return value
-    raise ValueError(f"expected numbers of float64 as {what}, got {_got(value)}")
+    raise ValueError(f"expected numbers of float64 as {what}, got {_describe(value)}")
 
 
-def _known(layers: Mapping[str, SavedLayer], name: Any, what: str) -> SavedLayer:
+def _find_layer(layers: Mapping[str, SavedLayer], name: Any, what: str) -> SavedLayer:
     if not isinstance(name, str) or name not in layers:
-        raise ValueError(f"expected {what} to be of a layer in 'layers', got {_got(name)}")
+        raise ValueError(f"expected {what} to belong to a layer in 'layers', got {_describe(name)}")
     return layers[name]
 
 
 def _rows(value: Any, what: str) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"expected a list as {what}, got {_got(value)}")
+        raise ValueError(f"expected a list as {what}, got {_describe(value)}")
     return value
 
 
 def _row(value: Any, length: int, what: str) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)) or len(value) != length:
-        got = f"{len(value)}" if isinstance(value, (list, tuple)) else _got(value)
+        got = f"{len(value)}" if isinstance(value, (list, tuple)) else _describe(value)
         raise ValueError(f"expected a list of {length} entries as {what}, got {got}")
     return value
 
 
 def _mapping(value: Any, what: str) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"expected a dictionary as {what}, got {_got(value)}")
+        raise ValueError(f"expected a dictionary as {what}, got {_describe(value)}")
     return value
 
 
-def _got(value: Any) -> str:
-    """What came, in a few words: it may be a tensor, or a number of 400 digits."""
+def _describe(value: Any) -> str:
+    """Describe a value briefly: it may be a tensor, or a number with 400 digits."""
     if isinstance(value, int) and not -(10**30) < value < 10**30:
         return f"a whole number of {value.bit_length()} bits"
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -1,4 +1,4 @@
-"""What the numbers in a counter row mean."""
+"""The meaning of the columns in a row of counters."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from weightflip.records import Counts, Histogram, Quotient
 
 
 class Columns:
-    """A layer's counters: those of the ledger, then those of the metric groups.
+    """The columns of a layer's row: those of the ledger, then those of the metric groups.
 
-    Most of them add up over steps. Gauges do not: they are what was found at the last logging point.
+    Most of them add up over steps. Gauges do not: they hold the value of the last logging point.
 
     Args:
-        groups: The metric groups, with their places among the columns that all groups have.
+        groups: The metric groups, with their positions among the columns of all groups.
         with_updates: Whether updates are counted.
 
     Attributes:
-        more: How many columns the groups have.
+        more: The number of columns of the metric groups.
     """
 
     def __init__(self, groups: Sequence[Group], *, with_updates: bool = True) -> None:
@@ -36,36 +36,36 @@ class Columns:
         return COLUMNS + self.more
 
     def zeros(self) -> list[float]:
-        """The row of a layer that nothing was counted of."""
+        """Return the row of a layer for which nothing was counted."""
         return [0] * len(self)
 
     def add(self, before: Sequence[float], row: Sequence[float]) -> list[float]:
-        """What was counted before and in a row, together; gauges are those of the row."""
+        """Add a row to earlier counts. Gauges are taken from the row."""
         return [
             now if is_gauge else then + now for is_gauge, then, now in zip(self._is_gauge, before, row, strict=True)
         ]
 
     def since(self, then: Sequence[float], row: Sequence[float]) -> list[float]:
-        """What a row has more than it had; gauges are those of the row."""
+        """Subtract earlier counts from a row. Gauges are taken from the row."""
         return [
             now if is_gauge else now - before for is_gauge, before, now in zip(self._is_gauge, then, row, strict=True)
         ]
 
     def without_gauges(self, row: Sequence[float]) -> list[float]:
-        """The row with zeros for what does not add up."""
+        """Return the row with gauges set to 0."""
         return [0 if is_gauge else now for is_gauge, now in zip(self._is_gauge, row, strict=True)]
 
     def whole(self, numbers: Sequence[float]) -> list[float]:
-        """A row whose counts went through floating point."""
+        """Convert the counts of a row from floating point back to integers."""
         return [*map(int, numbers[:COLUMNS]), *numbers[COLUMNS:]]
 
     def ratio(self, name: str) -> slice | None:
-        """Where a group's ratio has its numerator and denominator; None if no group counts it."""
+        """Return the columns of a ratio's numerator and denominator; None if no metric group counts it."""
         start = self._ratios.get(name)
         return None if start is None else slice(start, start + 2)
 
     def counts(self, row: Sequence[float]) -> Counts:
-        """The row's counts by name."""
+        """Return the row's counts by name."""
         return Counts(
             weight_steps=int(row[WEIGHT_STEPS]),
             flips=int(row[FLIPS]),
@@ -78,9 +78,9 @@ class Columns:
         )
 
     def nonfinite(self, row: Sequence[float]) -> int:
-        """Weights that were NaN or infinite at the last logging point."""
+        """Return the number of weights that were NaN or infinite at the last logging point."""
         return int(row[NONFINITE])
 
     def gauges(self, row: Sequence[float]) -> tuple[dict[str, Quotient], dict[str, Histogram]]:
-        """What the groups have found at the last logging point."""
+        """Return the gauges and histograms of the last logging point."""
         return gauges_of(self._groups, row[COLUMNS:])

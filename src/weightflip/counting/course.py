@@ -1,4 +1,4 @@
-"""How the numbers of all layers together went, from one record to the next."""
+"""The history of the numbers of all layers together, one point per record."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from weightflip.records import LayerRecord, Quotient, split_variant
 
-# Of more, neighbours are added up.
+# With more points, neighboring ones are added up.
 _MOST_POINTS = 200
 
 
 class Point(NamedTuple):
-    """What was counted up to one record, since the one before it."""
+    """The counts in the window of one record."""
 
     step: int
     flips: int
@@ -20,44 +20,44 @@ class Point(NamedTuple):
     stalled: int
     updates: int
 
-    def and_then(self, later: Point) -> Point:
-        """Both as one."""
+    def merged_with(self, later: Point) -> Point:
+        """Merge this point with the next one."""
         return Point(later.step, *(a + b for a, b in zip(self[1:], later[1:], strict=True)))
 
 
 class Course:
-    """The numbers of all layers together at each record: 200 points at most, of a long run for several records each."""
+    """The history of all layers together: at most 200 points, each of which covers several records in a long run."""
 
     def __init__(self) -> None:
         self._points: dict[str, list[Point]] = {}
 
     def add(self, step: int, layers: Iterable[LayerRecord]) -> None:
-        """Go on with another record."""
+        """Add a record."""
         found: dict[str, Point] = {}
         for layer in layers:
             window = layer.window
-            here = Point(step, window.flips, window.weight_steps, window.stalled, window.updates)
-            seen_as = split_variant(layer.name)[1]
-            found[seen_as] = found[seen_as].and_then(here) if seen_as in found else here
-        for seen_as, point in found.items():
+            point = Point(step, window.flips, window.weight_steps, window.stalled, window.updates)
+            quantizer = split_variant(layer.name)[1]
+            found[quantizer] = found[quantizer].merged_with(point) if quantizer in found else point
+        for quantizer, point in found.items():
             if not point.weight_steps:
                 continue
-            points = self._points.setdefault(seen_as, [])
+            points = self._points.setdefault(quantizer, [])
             points.append(point)
             if len(points) > _MOST_POINTS:
-                # An odd one at the end stays as it is.
-                pairs = [a.and_then(b) for a, b in zip(points[::2], points[1::2], strict=False)]
-                self._points[seen_as] = pairs + points[2 * len(pairs) :]
+                # An unpaired point at the end stays as it is.
+                pairs = [a.merged_with(b) for a, b in zip(points[::2], points[1::2], strict=False)]
+                self._points[quantizer] = pairs + points[2 * len(pairs) :]
 
     def flip_rates(self) -> dict[str, list[tuple[float, float]]]:
-        """Steps and flip rates, by the quantizer's name, which is empty where there is but one."""
+        """Return steps and flip rates by the quantizer's name, which is empty if layers have only one."""
         return {
             name: [(point.step, Quotient(point.flips, point.weight_steps).value) for point in points]
             for name, points in self._points.items()
         }
 
     def stall_ratios(self) -> dict[str, list[tuple[float, float]]]:
-        """Steps and stall ratios; NaN where there were no updates."""
+        """Return steps and stall ratios, as in ``flip_rates``; NaN without updates."""
         return {
             name: [(point.step, Quotient(point.stalled, point.updates).value) for point in points]
             for name, points in self._points.items()

@@ -1,4 +1,4 @@
-"""The totals for notebooks and for people's own tables."""
+"""The totals for notebooks and for users' own tables."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def as_html(steps: int, layers: Iterable[tuple[str, str, int, Counts]], note: st
     """The table of :func:`summary.as_text`, with small curves of all layers together.
 
     Args:
-        steps: How many there were.
+        steps: The number of steps so far.
         layers: As in :func:`summary.as_text`.
-        note: What else there is to say.
-        course: How the numbers went.
+        note: Shown at the end.
+        course: The history of the numbers.
     """
     found = summary.summarize(steps, layers)
     tables = [
@@ -46,26 +46,25 @@ def as_html(steps: int, layers: Iterable[tuple[str, str, int, Counts]], note: st
 
 
 class Displayed(ABC):
-    """A tracker as a notebook shows it, and its numbers as rows."""
+    """The display of a tracker in notebooks, and its numbers as rows."""
 
     _show: weakref.WeakMethod[Callable[..., str]] | None
 
     @property
     @abstractmethod
     def course(self) -> Course:
-        """The numbers of all layers together at each record."""
+        """The history of all layers together."""
 
     @abstractmethod
     def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
-        """Steps; and of each layer its name, its quantizer, how many weights it has, and its counts since the start."""
+        """Return the number of steps, and for each layer its name, quantizer, number of weights and total counts."""
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """The numbers since tracking began, one flat dictionary for each layer, all with the same keys.
+        """Return the numbers since tracking began, one flat dictionary per layer, all with the same keys.
 
-        Waits for the device. ``flip_rate`` is the mean over the tracked steps, ``cumulative_flip_rate`` is flips /
-        weights. A share of nothing is NaN. Counts of metric groups are there as shares, under the names that records
-        have; what they only find at logging points is in :class:`FlipRecord` alone. Sum counts over layers before you
-        divide them.
+        Synchronizes with the device. ``flip_rate`` is the mean over the tracked steps, ``cumulative_flip_rate`` is
+        flips / weights. A ratio with denominator 0 is NaN. Ratios of metric groups are included under the names they
+        have in records; gauges are only in :class:`FlipRecord`. To aggregate layers, sum counts before dividing them.
 
         Example:
             >>> from weightflip import WeightFlipTracker
@@ -100,7 +99,7 @@ class Displayed(ABC):
         ]
 
     def to_pandas(self) -> pandas.DataFrame:
-        """The rows of :meth:`to_dicts` as a table of pandas.
+        """Return the rows of :meth:`to_dicts` as a pandas DataFrame.
 
         Raises:
             ImportError: pandas is not installed.
@@ -109,8 +108,8 @@ class Displayed(ABC):
             import pandas
         except ImportError as error:
             raise ImportError(
-                "to_pandas() needs pandas, which is not installed; `pip install 'weightflip[pandas]'`, or use "
-                "to_dicts(), which needs nothing"
+                "to_pandas() needs pandas, which is not installed; run `pip install 'weightflip[pandas]'`, or use "
+                "to_dicts(), which needs no other package"
             ) from error
         return pandas.DataFrame(self.to_dicts())
 

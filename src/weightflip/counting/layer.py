@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from weightflip import distributed
 from weightflip.counting.batch import Member
 from weightflip.counting.ledger import Row
 from weightflip.metrics import LayerMetric, Weight
+from weightflip.metrics.columns import Group
 from weightflip.quantizers.adapt import adapt
 from weightflip.quantizers.protocol import BaseQuantizer, ElementwiseQuantizer, Quantizer
 
@@ -139,6 +140,20 @@ class Stamp:
         )
 
 
+class Looks(NamedTuple):
+    """How metric groups look at a layer: each with what it keeps of it.
+
+    Attributes:
+        before: Those that look at the weight before the step.
+        slices: Those that look at every slice, or have the kernel do the same.
+        after: Those that look at the weight after the step.
+    """
+
+    before: tuple[tuple[Group, LayerMetric], ...] = ()
+    slices: tuple[tuple[Group, LayerMetric], ...] = ()
+    after: tuple[tuple[Group, LayerMetric], ...] = ()
+
+
 class CodeState(Enum):
     """What the codes of a layer are worth. The methods of :class:`Layer` below are all transitions there are."""
 
@@ -171,7 +186,7 @@ class Layer:
     statistic: Tensor | None = None
     """What the quantizer has to know of the whole of a sharded weight, as of the last collective."""
     scale: Tensor | None = None
-    """Of the codes; kept for metric groups."""
+    """Of the codes, where they were made alone; kept for metric groups."""
     stamp: Stamp | None = None
     """Of the weight when its codes were made; None where it has no version counter, or is not to be trusted."""
     tracked: TrackedWeight | None = None
@@ -188,6 +203,8 @@ class Layer:
     """What groups kept in a checkpoint, or on another device."""
     code_kind: tuple[torch.Size, torch.dtype] | None = None
     """Shape and dtype of the codes that groups began with."""
+    looks: Looks | None = None
+    """How groups look at it, since ``metrics`` were opened."""
 
     # ------------------------------------------------------------------ transitions
 
@@ -229,7 +246,7 @@ class Layer:
         if self.state is not CodeState.FAILED:
             self.state = CodeState.ABSENT
         if metrics:
-            self.metrics, self.saved = None, {}
+            self.metrics, self.looks, self.saved = None, None, {}
 
     def leave_route(self) -> None:
         """Its route takes it no more: the next step finds another one."""
@@ -261,13 +278,18 @@ class Layer:
         """The weight as metric groups see it."""
         assert self.codes is not None
         if isinstance(quantizer, ElementwiseQuantizer):
-            return Weight(quantizer.grouped(weight), quantizer.grouped(self.codes), self.scale, quantizer)
-        return Weight(weight, self.codes, self.scale, quantizer)
+            return Weight(quantizer.grouped(weight), quantizer.grouped(self.codes), self.scale_of_codes, quantizer)
+        return Weight(weight, self.codes, self.scale_of_codes, quantizer)
+
+    @property
+    def scale_of_codes(self) -> Tensor | None:
+        """The quantizer's scale, wherever it is kept for metric groups."""
+        return self.member.scale if self.scale is None and self.member is not None else self.scale
 
     @property
     def code_bytes(self) -> int:
         """Of the codes, and what belongs to them."""
-        return sum(kept.nbytes for kept in (self.codes, self.scale_codes, self.scale) if kept is not None)
+        return sum(kept.nbytes for kept in (self.codes, self.scale_codes, self.scale_of_codes) if kept is not None)
 
     @property
     def metric_bytes(self) -> int:
@@ -286,7 +308,8 @@ class Layer:
 
     def close_metrics(self) -> None:
         """Groups begin anew with the next codes, from what they kept."""
-        self.saved, self.metrics = self.metric_tensors(), None
+        self.saved = self.metric_tensors()
+        self.metrics = self.looks = None
 
     def metric_tensors(self) -> dict[str, dict[str, Tensor]]:
         """What groups keep of each weight, by group and name."""
@@ -296,6 +319,17 @@ class Layer:
 
     def __getstate__(self) -> dict[str, Any]:
         # The stamp is about this process's parameter: a copy encodes its own anew.
-        names = ("codes", "scale_codes", "scale", "statistic", "stamp", "tracked", "route", "member", "metrics")
+        names = (
+            "codes",
+            "scale_codes",
+            "scale",
+            "statistic",
+            "stamp",
+            "tracked",
+            "route",
+            "member",
+            "metrics",
+            "looks",
+        )
         state = self.state if self.state is CodeState.FAILED else CodeState.ABSENT
         return {**self.__dict__, **dict.fromkeys(names), "saved": self.metric_tensors(), "state": state}

@@ -1,4 +1,4 @@
-"""The counters on the weights' device: all layers there in one table, so that a logging point makes one transfer."""
+"""The counters on a device, one row per layer in one table, so that a logging point makes one transfer."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch
 from torch import Tensor
 
 COUNTED = slice(0, 3)
-"""Columns that the kernels count; then those that the tracker adds."""
+"""The columns that the kernels count. Those that the tracker adds follow."""
 WEIGHT_STEPS, NONFINITE, SCALE_STEPS, SCALE_CHANGES = 3, 4, 5, 6
 COLUMNS = 7
 
 
 @dataclass
 class Ledger:
-    """The counters of all layers on one device: a row each."""
+    """The counters of all layers on one device, one row per layer."""
 
     device: torch.device
     more: int
-    """Columns of the metric groups."""
+    """The number of columns of the metric groups."""
     rows: int = 0
     total: Tensor = field(init=False)
     step: Tensor = field(init=False)
     more_total: Tensor | None = None
     more_step: Tensor | None = None
-    """float64, which counts exactly up to 2**53. Not there without groups: not every device has float64."""
+    """float64, which counts exactly up to 2**53. None without metric groups: not every device has float64."""
     _prepared: tuple[Tensor, Tensor | None] | None = None
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class Ledger:
 
     def add_row(self) -> int:
         for name, table in self._tables.items():
-            # Each by itself: an interrupt may have left some that have grown and some that have not.
+            # Check each table: an interrupt may have left some grown and others not.
             if self.rows == table.size(0):
                 setattr(self, name, torch.cat([table, table.new_zeros(max(16, self.rows), table.size(1))]))
         self.rows += 1
@@ -62,7 +62,7 @@ class Ledger:
             self.more_step.zero_()
 
     def prepare(self, valid: Tensor | None) -> None:
-        """Add what was counted in the step, if it was one, to copies of the totals, which ``commit`` puts in place."""
+        """Add the step's counts to copies of the totals, unless it was skipped; ``commit`` puts them in place."""
         if valid is None:
             total = self.total + self.step
         else:
@@ -70,18 +70,18 @@ class Ledger:
             total = torch.addcmul(self.total, self.step, valid)
         more_total = None
         if self.more_total is not None and self.more_step is not None:
-            # Not a product: what a group made of a step that was none may be infinite.
+            # Not a product: a metric group's numbers of a skipped step may be infinite.
             more_total = self.more_total + (self.more_step if valid is None else self.more_step.where(valid != 0, 0.0))
         self._prepared = total, more_total
 
     def commit(self) -> None:
-        """Put the totals of ``prepare`` in place. To do so twice is harmless."""
+        """Put the totals of ``prepare`` in place. Calling it twice is harmless."""
         if self._prepared is not None:
             self.total, self.more_total = self._prepared
             self._prepared = None
 
     def read(self, others: Sequence[Tensor] = ()) -> tuple[list[list[float]], list[int]]:
-        """All rows, and other 0-dim int64 tensors of this device, in one transfer."""
+        """Read all rows, and other 0-dim int64 tensors on this device, in one transfer."""
         table = self.total[: self.rows]
         if self.more_total is not None:
             table = torch.cat([table, self.more_total[: self.rows].view(torch.int64)], dim=1)
@@ -92,11 +92,11 @@ class Ledger:
         return [[*counts, *found] for counts, found in rows], values.tolist()
 
     def keep(self, rows: list[int], wanted: Tensor) -> None:
-        """Forget what was counted in this step of those of the layers that are not wanted.
+        """Drop this step's counts of the layers that are not wanted.
 
         Args:
             rows: The rows of layers.
-            wanted: bool, one for each.
+            wanted: bool, one per row.
         """
         unwanted = torch.zeros(self.step.size(0), dtype=torch.bool, device=self.device)
         unwanted[rows] = ~wanted.to(self.device)
@@ -105,7 +105,7 @@ class Ledger:
             self.more_step.masked_fill_(unwanted.unsqueeze(1), 0)
 
     def discard(self, row: int) -> None:
-        """Forget what was counted of one layer in this step."""
+        """Drop this step's counts of one layer."""
         self.step[row].zero_()
         if self.more_step is not None:
             self.more_step[row].zero_()
@@ -113,7 +113,7 @@ class Ledger:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Where a layer is counted. One object, so that an interrupt never leaves a ledger without its index."""
+    """The row of a layer. One object, so that an interrupt never leaves a ledger without its index."""
 
     ledger: Ledger
     index: int
@@ -127,24 +127,24 @@ class Row:
         return self.ledger.step[self.index]
 
     def more_step(self, columns: slice) -> Tensor:
-        """Of a metric group, in this step."""
+        """Return a metric group's columns of this step."""
         assert self.ledger.more_step is not None
         return self.ledger.more_step[self.index, columns]
 
     def more_total(self, columns: slice) -> Tensor:
-        """Of a metric group, altogether."""
+        """Return a metric group's columns in total."""
         assert self.ledger.more_total is not None
         return self.ledger.more_total[self.index, columns]
 
     def read(self) -> list[float]:
-        """Its numbers. Waits for the device."""
+        """Read the row's totals. Synchronizes with the device."""
         more = [] if self.ledger.more_total is None else self.ledger.more_total[self.index].tolist()
         return [*self.total.tolist(), *more]
 
     def discard(self) -> None:
-        """Forget what was counted here in this step."""
+        """Drop this step's counts."""
         self.ledger.discard(self.index)
 
     def clear(self) -> None:
-        """Forget all that was counted here."""
+        """Reset all counts of the row."""
         self.ledger.clear_row(self.index)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from weightflip import functional, kernels
-from weightflip.counting.layer import Layer
+from weightflip.counting.layer import Layer, Looks
 from weightflip.counting.notices import Notices
+from weightflip.counting.observed import Observation
 from weightflip.counting.schedule import Schedule
 from weightflip.counting.table import LayerTable
 from weightflip.metrics import LayerMetric, Slice, Weight
@@ -41,6 +43,8 @@ class MetricRunner:
         self._measured: dict[str, int] = {}
         self._of_steps = [group for group in groups if group.metric.uses_steps]
         self._of_marks = [group for group in groups if group.metric.uses_marks]
+        self.changes = 0
+        """Rises whenever a group begins or ends with a layer."""
         self.has_news = False
         """Whether anything was counted since the last logging point."""
 
@@ -67,17 +71,21 @@ class MetricRunner:
             is_shard: Whether other processes have parts of the same weight.
         """
         assert layer.tracked is not None
-        seen = layer.seen(*layer.tracked.unwrapped())
-        self._open_all(layer, self._of_steps, seen, is_shard)
-        for group, metric in self._due(layer):
-            self._ask(layer, group, metric.before, seen)
+        assert layer.codes is not None
+        weight, quantizer = layer.tracked.unwrapped()
+        if layer.looks is None or layer.code_kind != _code_kind(layer.codes, quantizer):
+            self._open_all(layer, self._of_steps, layer.seen(weight, quantizer), is_shard)
+            self._find_looks(layer)
+        assert layer.looks is not None
+        for group, metric in self._due(layer.looks.before):
+            self._ask(layer, group, metric.before, layer.seen(weight, quantizer))
 
     def _open_all(self, layer: Layer, groups: Sequence[Group], seen: Weight, is_shard: bool) -> None:
         """Open those of the groups that are not open yet."""
         kind = seen.codes.shape, seen.codes.dtype
         if layer.metrics is None or layer.code_kind != kind:
             # Stored in another dtype now: what was remembered is of other codes.
-            layer.metrics, layer.code_kind = {}, kind
+            layer.metrics, layer.code_kind, layer.looks = {}, kind, None
         for group in groups:
             if group.metric.name not in layer.metrics:
                 self._ask(layer, group, self._open, layer, group, seen, is_shard)
@@ -94,39 +102,89 @@ class MetricRunner:
             if kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype):
                 tensor.copy_(kept)
 
+    def _find_looks(self, layer: Layer) -> None:
+        """What to call for a layer in each step: methods that do nothing are left out."""
+        found = [
+            (group, metric)
+            for group in self._of_steps
+            if layer.metrics is not None and (metric := layer.metrics.get(group.metric.name)) is not None
+        ]
+        layer.looks = Looks(
+            before=tuple((g, metric) for g, metric in found if type(metric).before is not LayerMetric.before),
+            slices=tuple((g, metric) for g, metric in found if type(metric).slice is not LayerMetric.slice),
+            after=tuple((g, metric) for g, metric in found if type(metric).after is not LayerMetric.after),
+        )
+        self.changes += 1
+
     def observer(
         self, layer: Layer, weight: Tensor, quantizer: Quantizer, valid: Tensor | None
     ) -> functional.Observer | None:
         """What shows each slice of a weight to the groups; None if none wants to see it."""
-        due = [(group, metric) for group, metric in self._due(layer) if type(metric).slice is not LayerMetric.slice]
+        due = self._due(layer.looks.slices) if layer.looks is not None else []
         if not due:
             return None
         values = quantizer.grouped(weight) if isinstance(quantizer, ElementwiseQuantizer) else weight
 
         valid = None if valid is None else valid.to(weight.device, non_blocking=True)
+        old_scale = layer.scale_of_codes
 
         def observe(index: kernels.Index, old: Tensor, new: Tensor) -> None:
-            part = Slice(index, values[index], old, new, valid, self._scratch, self._backend)
+            part = Slice(index, values[index], old, new, old_scale, valid, self._scratch, self._backend)
             for group, metric in due:
                 self._ask(layer, group, metric.slice, part, _sums(layer, group))
 
         return observe
 
+    def observations(self, layer: Layer) -> tuple[Observation, ...] | None:
+        """What the groups do with each weight of a layer, for a kernel; None where it cannot read what they keep.
+
+        Groups that can only be shown slices are not among them: see :meth:`needs_slices`.
+        """
+        assert layer.codes is not None
+        found = []
+        for group, metric in () if layer.looks is None else layer.looks.slices:
+            if metric.pointwise is None:
+                continue
+            states = []
+            for state, _ in metric.pointwise.states:
+                name, dtype = state.operands
+                kept = metric.tensors.get(name)
+                if kept is None or kept.dtype is not (dtype or layer.codes.dtype):
+                    return None
+                if kept.numel() != layer.codes.numel() or kept.device != layer.codes.device or not kept.is_contiguous():
+                    return None
+                states.append(kept)
+            columns = tuple(range(group.sums.start, group.sums.stop, 2))
+            if len(columns) != len(metric.pointwise.counts):
+                return None
+            found.append(Observation(group.metric.name, metric.pointwise, tuple(states), columns))
+        return tuple(found)
+
+    def needs_slices(self, layer: Layer) -> bool:
+        """Whether a group that looks at this step has to be shown the slices of a layer."""
+        return layer.looks is not None and any(metric.pointwise is None for _, metric in self._due(layer.looks.slices))
+
     def after(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> None:
         """Let the groups see a weight after the step, once all of it is counted."""
-        for group, metric in self._due(layer):
+        for group, metric in () if layer.looks is None else self._due(layer.looks.after):
             self._ask(layer, group, metric.after, layer.seen(weight, quantizer), _sums(layer, group))
 
-    def _due(self, layer: Layer) -> list[tuple[Group, LayerMetric]]:
-        """The groups that look at this step, with what they keep of the layer."""
-        if not layer.metrics:
-            return []
-        tracked_steps = self._schedule.tracked_steps
-        return [
-            (group, metric)
-            for group in self._of_steps
-            if tracked_steps % group.every == 0 and (metric := layer.metrics.get(group.metric.name)) is not None
-        ]
+    def after_all(self, layers: Sequence[Layer]) -> None:
+        """As :meth:`after`, of layers that are counted together."""
+        for layer in layers:
+            if layer.looks is not None and layer.looks.after and layer.tracked is not None:
+                self.after(layer, *layer.tracked.unwrapped())
+
+    @property
+    def due(self) -> tuple[str, ...]:
+        """The names of the groups that look at this step."""
+        steps = self._schedule.tracked_steps
+        return tuple(group.metric.name for group in self._of_steps if steps % group.every == 0)
+
+    def _due(self, looks: Sequence[tuple[Group, LayerMetric]]) -> list[tuple[Group, LayerMetric]]:
+        """Those of some groups that look at this step."""
+        steps = self._schedule.tracked_steps
+        return [(group, metric) for group, metric in looks if steps % group.every == 0]
 
     # ------------------------------------------------------------------ at a mark
 
@@ -210,10 +268,16 @@ class MetricRunner:
         except Exception as error:
             assert layer.metrics is not None
             layer.metrics[group.metric.name] = None
+            self._find_looks(layer)
             self._notices.add(
                 f"{layer.name!r} has no numbers of {group.metric.name!r} any more, all else goes on: "
                 f"{type(error).__name__}: {error}"
             )
+
+
+def _code_kind(codes: Tensor, quantizer: Quantizer) -> tuple[torch.Size, torch.dtype]:
+    grouped = quantizer.grouped(codes) if isinstance(quantizer, ElementwiseQuantizer) else codes
+    return grouped.shape, grouped.dtype
 
 
 def _sums(layer: Layer, group: Group) -> Tensor:

@@ -1,4 +1,4 @@
-"""One weight at a time, by name: a snapshot before the step, a count after it."""
+"""Count one weight at a time, by name: a snapshot before the step, a comparison after it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class _Snapshot:
 
 
 class NamedSnapshots:
-    """The snapshots that have no count yet.
+    """Snapshots that have not been compared yet.
 
     Args:
-        layers: Where it is counted.
-        scratch: Where temporaries come from.
+        layers: All layers, with their rows.
+        scratch: Provides temporary buffers.
     """
 
     def __init__(self, layers: LayerTable, scratch: kernels.ScratchPool) -> None:
@@ -36,7 +36,7 @@ class NamedSnapshots:
 
     @property
     def codes(self) -> dict[str, Tensor]:
-        """Of each, by name."""
+        """The codes of the snapshots, by name."""
         return {name: snapshot.codes for name, snapshot in self._snapshots.items()}
 
     def take(
@@ -46,14 +46,14 @@ class NamedSnapshots:
         checks.dense("weight", weight)
         if grad is not None and checks.tensor("grad", grad).shape != weight.shape:
             raise ValueError(
-                f"gradient of {name!r} has shape {tuple(grad.shape)}, its weight {tuple(weight.shape)}; "
+                f"the gradient of {name!r} has shape {tuple(grad.shape)}, but its weight has {tuple(weight.shape)}; "
                 "pass the gradient of this weight"
             )
         quantizer = resolve(format, scale)
         tracked = TrackedWeight(name, weight, quantizer)
         if tracked.is_dtensor and distributed.layout(weight) is not None:
             raise ValueError(
-                f"{name!r} is sharded over processes, which have to count it together; use FlipTrackingOptimizer, or "
+                f"{name!r} is sharded over processes, which must count it together; use FlipTrackingOptimizer, or "
                 "before_step and after_step"
             )
         codes = quantizer.encode(weight.detach()).ordinals.clone()
@@ -71,12 +71,13 @@ class NamedSnapshots:
         if snapshot.codes.shape != weight.shape:
             raise ValueError(
                 f"Shape mismatch: the snapshot of '{name}' has {tuple(snapshot.codes.shape)}, "
-                f"the weight {tuple(weight.shape)}"
+                f"the weight has {tuple(weight.shape)}"
             )
         codes = resolve(format, scale).encode(weight.detach()).ordinals
         if codes.dtype != snapshot.codes.dtype:
             raise ValueError(
-                f"the snapshot of '{name}' holds {snapshot.codes.dtype} codes, format {format} gives {codes.dtype}"
+                f"the snapshot of '{name}' holds {snapshot.codes.dtype} codes, but format {format} gives "
+                f"{codes.dtype}; use the same format in both calls"
             )
         row = self._layers[name].row
         assert row is not None
@@ -89,5 +90,5 @@ class NamedSnapshots:
         return flips
 
     def pending_updates(self) -> dict[str, int]:
-        """Updates of the snapshots that were taken with a gradient. Waits for the device."""
+        """Return the number of updates of each snapshot taken with a gradient. Synchronizes with the device."""
         return {name: int(of.updates.item()) for name, of in self._snapshots.items() if of.updates is not None}

@@ -1,4 +1,4 @@
-"""NaN and infinite weights, which are looked for at logging points."""
+"""Count NaN and infinite weights at logging points."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from weightflip.counting.layer import Layer
 from weightflip.counting.ledger import NONFINITE
 from weightflip.counting.table import LayerTable
 
-# Those that torch.aminmax takes.
+# The dtypes that torch.aminmax takes.
 _ORDERED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def count_nonfinite(layers: Iterable[Layer], table: LayerTable, scratch: kernels.ScratchPool) -> None:
-    """Write the number of NaN and infinite weights of each layer that is at hand into its row."""
+    """Write the number of NaN and infinite weights of each layer whose weight is held into its row."""
     for layer in layers:
         if layer.tracked is None or not layer.tracked.is_held:
             continue
@@ -34,7 +34,7 @@ def count_nonfinite(layers: Iterable[Layer], table: LayerTable, scratch: kernels
 
 
 def _is_finite(weight: Tensor) -> bool:
-    """Whether this is known to be finite, in one quick pass: only on the CPU, since a device would be waited for."""
+    """Whether a weight is known to be finite, in one fast pass. Only on the CPU, since a device would synchronize."""
     if weight.device.type != "cpu" or weight.dtype not in _ORDERED or not weight.numel():
         return False
     # Both are NaN if any is.

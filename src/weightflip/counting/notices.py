@@ -1,4 +1,4 @@
-"""Warnings that wait until nobody waits for this process."""
+"""Warnings that are deferred until no other process waits for this one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from weightflip.records import printable
 
 
 class Notices:
-    """Collects what is to be warned about, and warns when told to.
+    """Collects warnings and issues them later.
 
-    Not where it was found: there a warning that is made an error would keep this process from what others wait for.
+    A warning that is configured to raise could otherwise keep this process from a collective that others wait for.
 
     Attributes:
-        hold: Whether somebody else takes the texts and warns later; then ``flush`` does nothing.
+        hold: Whether the owner takes the texts and warns itself; then ``flush`` does nothing.
     """
 
     def __init__(self) -> None:
@@ -21,16 +21,16 @@ class Notices:
         self._texts: list[str] = []
 
     def add(self, text: str) -> None:
-        """Note a sentence."""
+        """Add a sentence."""
         self._texts.append(f"weightflip: {text}")
 
     def take(self) -> list[str]:
-        """What has not been warned about yet."""
+        """Return the pending texts and clear them."""
         texts, self._texts = [printable(text) for text in self._texts], []
         return texts
 
     def flush(self, stacklevel: int = 3) -> None:
-        """Warn of everything, unless it is held."""
+        """Issue all pending warnings, unless they are held."""
         if not self.hold:
             for text in self.take():
                 warnings.warn(text, stacklevel=stacklevel)

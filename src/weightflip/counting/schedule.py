@@ -1,4 +1,4 @@
-"""Which steps count, and how many there were."""
+"""Which steps are tracked, and how many steps there were."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from weightflip import checks
 
 
 class Progress(NamedTuple):
-    """How far a run is. Replaced as a whole, so that an interrupt finds a step counted, or not counted."""
+    """The progress of a run. Replaced as a whole, so that after an interrupt a step is either counted or not."""
 
     steps: int = 0
     """Optimizer steps, skipped ones included."""
     skipped: Tensor | None = None
-    """How many of them were none, 0-dim int64; None while no step could be one."""
+    """The number of skipped steps, 0-dim int64; None as long as no step can have been skipped."""
     is_settled: bool = True
-    """Whether the ledgers have the totals that belong to it."""
+    """Whether the ledgers have the totals that belong to this progress."""
 
     def next(self, valid: Tensor | None) -> Progress:
-        """One step on.
+        """Return the progress after one more step.
 
         Args:
-            valid: 0-dim, on any device: whether the step was one at all. None: it was.
+            valid: 0-dim, on any device: False if the step was skipped. None if it certainly was not.
         """
         skipped = self.skipped
         if valid is not None:
@@ -34,15 +34,15 @@ class Progress(NamedTuple):
 
 
 class Schedule:
-    """Every n-th step from one on, until another.
+    """Tracks every n-th step in a range of steps.
 
     Args:
         track_every: Track every n-th step.
-        start_step: First step to track, from 0.
-        end_step: Track no step from this one on; None for no end.
+        start_step: The first step to track, counted from 0.
+        end_step: The first step that is no longer tracked; None for no end.
 
     Attributes:
-        progress: How far the run is.
+        progress: The progress of the run.
     """
 
     def __init__(self, track_every: int = 1, start_step: int = 0, end_step: int | None = None) -> None:
@@ -54,19 +54,19 @@ class Schedule:
 
     @property
     def start_step(self) -> int:
-        """First step to track."""
+        """The first step to track."""
         return self._start_step
 
     @start_step.setter
     def start_step(self, value: int) -> None:
         value = checks.whole_number("start_step", value, 0)
         if self._end_step is not None and value >= self._end_step:
-            raise ValueError(f"start_step= is below end_step={self._end_step}, got {value}; set end_step first")
+            raise ValueError(f"start_step= must be below end_step={self._end_step}, got {value}; set end_step first")
         self._start_step = value
 
     @property
     def end_step(self) -> int | None:
-        """Where tracking ends."""
+        """The first step that is no longer tracked."""
         return self._end_step
 
     @end_step.setter
@@ -80,22 +80,22 @@ class Schedule:
 
     @property
     def tracked_steps(self) -> int:
-        """How many steps before the coming one were tracked, in a step that is."""
+        """The number of tracked steps before the coming one, if that is tracked."""
         return (self.steps - self.start_step) // self.track_every
 
     def is_due(self, step: int | None = None) -> bool:
-        """Whether a step, from 0, is tracked; the coming one unless another is named."""
+        """Whether a step, counted from 0, is tracked; by default the coming one."""
         step = self.steps if step is None else step
         if step < self.start_step or self.is_over(step):
             return False
         return (step - self.start_step) % self.track_every == 0
 
     def is_over(self, step: int | None = None) -> bool:
-        """Whether this step and none after it is tracked; the coming one unless another is named."""
+        """Whether neither a step nor any after it is tracked; by default the coming one."""
         return self.end_step is not None and (self.steps if step is None else step) >= self.end_step
 
     def completed(self) -> int:
-        """Optimizer steps, skipped ones not counted. Waits for the device if any step may have been skipped."""
+        """Return the number of optimizer steps without skipped ones. Synchronizes if a step may have been skipped."""
         skipped = self.progress.skipped
         return self.steps - (0 if skipped is None else int(skipped.item()))
 
@@ -112,17 +112,17 @@ class Scheduled:
 
     @property
     def is_tracking(self) -> bool:
-        """Whether the coming step is one that is tracked."""
+        """Whether the coming step is tracked."""
         return self._schedule.is_due()
 
     @property
     def step_count(self) -> int:
-        """Optimizer steps so far, skipped ones not counted. Waits for the device if any step may have been skipped."""
+        """Optimizer steps so far, without skipped ones. Synchronizes if steps may have been skipped."""
         return self._schedule.completed()
 
     @property
     def track_every(self) -> int:
-        """Every how many steps one is tracked."""
+        """The interval between tracked steps."""
         return self._schedule.track_every
 
     @track_every.setter
@@ -131,7 +131,7 @@ class Scheduled:
 
     @property
     def start_step(self) -> int:
-        """The first step that is tracked."""
+        """The first step to track."""
         return self._schedule.start_step
 
     @start_step.setter
@@ -140,7 +140,7 @@ class Scheduled:
 
     @property
     def end_step(self) -> int | None:
-        """The step from which on none is tracked."""
+        """The first step that is no longer tracked; None for no end."""
         return self._schedule.end_step
 
     @end_step.setter

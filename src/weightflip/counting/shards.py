@@ -1,4 +1,4 @@
-"""What processes have to agree on. ``single.py`` has the run where there is nothing, ``sharded.py`` any other."""
+"""The interface for the cooperation of processes: ``single.py`` without sharded weights, ``sharded.py`` with them."""
 
 from __future__ import annotations
 
@@ -8,81 +8,81 @@ from typing import Protocol
 from weightflip.counting.layer import TrackedWeight
 
 Totals = tuple[int, dict[str, list[float]]]
-"""Steps, and a row for each layer."""
+"""Number of steps, and one row per layer."""
 
 
 class Shards(Protocol):
     """The sharded weights of a run, as the tracker sees them."""
 
     def __bool__(self) -> bool:
-        """Whether there are any, so that counts have to be added up."""
+        """Whether there are sharded weights, so that counts have to be added up."""
         ...
 
     def __contains__(self, name: str) -> bool:
-        """Whether this weight is one."""
+        """Whether this weight is sharded."""
         ...
 
     def for_weights(self, weights: Sequence[TrackedWeight]) -> Shards:
-        """What is right for other weights than before."""
+        """Return the implementation for the changed weights, which may be this object."""
         ...
 
     def expect_others(self, *, are_known: bool) -> Shards:
-        """As :meth:`WeightFlipTracker.expect_others`; what is right from then on."""
+        """As :meth:`WeightFlipTracker.expect_others`; returns the implementation to use from then on."""
         ...
 
     def begin(self, weights: Sequence[TrackedWeight], *, are_others: bool, anew: bool) -> None:
-        """Before the step, have at hand what the codes of shards need.
+        """Before the step, obtain the statistics that encoding shards needs.
 
         Args:
-            weights: Of the step.
+            weights: The weights of the step.
             are_others: Whether they are other objects than in the last step.
-            anew: Whether no codes are kept.
+            anew: Whether no codes are kept from the last step.
         """
         ...
 
     def may_keep(self, name: str, is_unwritten: bool) -> bool:
-        """Whether the codes of the last step are those before this one, in so far as others have a say in it.
+        """Whether the codes after the last step can be used as the codes before this one.
 
         Args:
-            name: Of the weight.
-            is_unwritten: Whether this process's part of it has been left alone.
+            name: The name of the weight.
+            is_unwritten: Whether this process's part of it was not written since.
         """
         ...
 
     def share(self, *, is_next_due: bool) -> None:
-        """After the step, have at hand what the codes of shards need."""
+        """After the step, obtain the statistics that encoding shards needs."""
         ...
 
     def drop_uncertain(self) -> None:
-        """Count nothing of a weight that any process is not sure of."""
+        """Drop this step's counts of weights that any process has flagged."""
         ...
 
     def forget(self) -> None:
-        """Weights may have been written on all processes."""
+        """Assume that weights may have been written on all processes."""
         ...
 
     @property
     def names(self) -> Iterable[str]:
-        """Of all sharded weights."""
+        """Names of all sharded weights."""
         ...
 
     def release(self) -> None:
-        """Hold no weight; the next ones are others."""
+        """Release all weights. The next step's weights count as changed."""
         ...
 
     def add_up(self, steps: int, rows: Mapping[str, Sequence[float]]) -> None:
-        """Bring together what the processes have counted.
+        """Add up the counts of all processes.
 
         Args:
-            steps: Of this process.
-            rows: Of all layers.
+            steps: The number of steps of this process.
+            rows: The rows of all layers.
         """
         ...
 
     def totals(self, steps: int) -> Totals | None:
-        """What every process answers alike, without asking the others; None where there are no others.
+        """Return the totals of the last synchronization, the same on every process; None without sharded weights.
 
         Args:
-            steps: How many there were, skipped ones included.
+            steps: The number of steps so far, skipped ones included.
         """
         ...

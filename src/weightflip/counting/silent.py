@@ -1,4 +1,4 @@
-"""What follows from a weight that was written without a trace."""
+"""React to weights that were written without changing their version counters."""
 
 from __future__ import annotations
 
@@ -14,64 +14,65 @@ from weightflip.counting.table import LayerTable
 
 
 class SilentWrites:
-    """Asks the canary, and where it has noticed something, trusts no codes and says so once.
+    """Uses the canary. When it detects a write, no kept codes are trusted any more, and the user is warned once.
 
-    In a sharded run other processes may not have noticed, so that what collectives depend on stays as it is.
+    In a run with sharded weights, other processes may not have detected it, so nothing that collectives depend on
+    changes.
 
     Args:
         layers: All layers.
-        notices: Where it is said.
+        notices: Receives the warning.
     """
 
     def __init__(self, layers: LayerTable, notices: Notices) -> None:
         self._layers, self._notices = layers, notices
         self._canary = Canary()
-        self._has_told = False
+        self._has_warned = False
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held between steps."""
+        """Bytes held between steps."""
         return self._canary.nbytes
 
     def look(self, weights: Sequence[TrackedWeight]) -> None:
-        """Before a step, at its weights."""
-        self._found(self._canary.find(weights, self._is_unwritten))
+        """Before a step, check its weights."""
+        self._distrust_codes(self._canary.find(weights, self._is_unwritten))
 
     def _is_unwritten(self, tracked: TrackedWeight) -> bool:
         layer = self._layers.get(tracked.name)
         return layer is not None and layer.is_unwritten(tracked.parameter, tracked.unwrapped()[0])
 
     def remember(self, steps: int, layers: Sequence[Layer]) -> None:
-        """At the end of a step, which has so many before it."""
+        """At the end of a step, take a sample if one is due after this number of steps."""
         self._canary.remember(steps, [layer.tracked for layer in layers if layer.tracked is not None])
 
     @property
     def pending(self) -> list[Tensor]:
-        """0-dim int64 tensors whose values ``answered`` wants to know."""
+        """0-dim int64 tensors whose values ``answered`` must receive."""
         return [answer for _, answer in self._canary.pending]
 
     def answered(self, values: Sequence[int]) -> None:
-        """Take what was pending."""
-        self._found(self._canary.answered(values))
+        """Receive the values of ``pending``."""
+        self._distrust_codes(self._canary.answered(values))
 
     def forget(self) -> None:
-        """What is written from now on is no surprise."""
+        """Expect writes from now on."""
         self._canary.forget()
 
     def release(self) -> None:
-        """Begin anew, and hold nothing."""
+        """Start again, and hold nothing."""
         self._canary = Canary()
 
-    def _found(self, written: str | None) -> None:
+    def _distrust_codes(self, written: str | None) -> None:
         if written is None:
             return
         self._layers.distrust()
-        if not self._has_told:
-            self._has_told = True
+        if not self._has_warned:
+            self._has_warned = True
             self._notices.add(
-                f"{written!r} was written between two steps in a way that leaves no trace, such as through "
-                "its .data; such changes are counted as flips of the next step. Snapshots are taken anew where it is "
-                "noticed; pass fresh_snapshots=True to take them anew in each step"
+                f"{written!r} was written between two steps in a way that tracking cannot reliably detect, such as "
+                "through its .data; undetected changes count as flips of the next step. Weights are encoded again "
+                "when a write is detected; pass fresh_snapshots=True to encode them again before each step"
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run on one process, or of weights that each process holds whole: nothing to agree on."""
+"""A run without sharded weights: processes do not need to cooperate."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from weightflip.counting.table import LayerTable
 
 
 class SingleProcess:
-    """No weight is sharded: there is nobody to ask.
+    """A run on one process, or with weights that each process holds as a whole.
 
     Args:
         layers: All layers.
-        columns: Of their rows.
+        columns: The columns of their rows.
     """
 
     def __init__(self, layers: LayerTable, columns: Columns) -> None:
@@ -34,7 +34,7 @@ class SingleProcess:
         return self._sharded().expect_others(are_known=are_known)
 
     def _sharded(self) -> Shards:
-        # Here, so that a run on one process does not even load it.
+        # Imported here, so that a run on one process does not load it.
         from weightflip.counting.sharded import ShardedRun
 
         return ShardedRun(self._layers, self._columns)

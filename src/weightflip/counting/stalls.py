@@ -1,4 +1,4 @@
-"""Stalls foretold: would this update change the code at all?"""
+"""Predict stalls: whether an update would change the code at all."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from weightflip.quantizers.specs import resolve
 
 
 class BitStallDetector:
-    """Predicts stalls: would this update change the code at all?
+    """Predicts stalls: whether an update would change the code at all.
 
-    Where :class:`WeightFlipTracker` looks at what a step did, this asks beforehand, for an update of your choice.
+    While :class:`WeightFlipTracker` measures what a step did, this predicts the effect of any update you pass.
 
     Args:
         format: A quantizer name, ``FloatFormat``, quantizer object or function.
@@ -25,7 +25,7 @@ class BitStallDetector:
         total_count: Attempted updates so far.
 
     Raises:
-        ValueError: Unknown format, or a scale for one that takes none.
+        ValueError: Unknown format, or a scale for a format that takes none.
 
     Example:
         >>> detector = BitStallDetector("bfloat16")
@@ -40,24 +40,25 @@ class BitStallDetector:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything counted."""
+        """Reset both counts to 0."""
         self.stall_count = 0
         self.total_count = 0
 
     @torch.no_grad()
     def update(self, weight: Tensor, update: Tensor) -> tuple[int, int]:
-        """Count the updates that rounding would swallow, and add them up.
+        """Count the updates that rounding would swallow, and add them to the counts so far.
 
         Args:
-            weight: Floating-point, any shape.
-            update: What is to be added to it, such as ``-lr * grad``; of the same shape. The sum is taken in the
+            weight: A floating-point tensor of any shape.
+            update: What would be added to it, such as ``-lr * grad``; of the same shape. The sum is computed in the
                 weight's dtype.
 
         Returns:
-            Stalled and attempted: weights with ``update != 0`` that keep their code, and weights with ``update != 0``.
+            The numbers of stalled and attempted updates: weights with ``update != 0`` that keep their code, and weights
+            with ``update != 0``.
 
         Raises:
-            TypeError: No tensors.
+            TypeError: An argument is not a tensor.
             ValueError: The shapes differ.
         """
         checks.tensor("weight", weight)
@@ -74,5 +75,5 @@ class BitStallDetector:
         return stalled, total
 
     def get_stall_rate(self) -> float:
-        """Stalled / attempted over all calls; 0.0 without updates."""
+        """Return stalled / attempted updates over all calls; 0.0 without updates."""
         return self.stall_count / self.total_count if self.total_count else 0.0

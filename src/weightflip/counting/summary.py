@@ -1,4 +1,4 @@
-"""The totals as a table in plain text."""
+"""The totals as a plain-text table."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Row(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What is shown of the totals.
+    """The part of the totals to show.
 
     Attributes:
-        caption: What comes first.
-        tables: Of each the head of its first column, and its rows.
-        ending: What comes last; may be empty.
+        caption: The first line.
+        tables: For each table, the header of its first column, and its rows.
+        ending: The last line; may be empty.
     """
 
     caption: str
@@ -43,25 +43,25 @@ class Summary(NamedTuple):
 
 
 HEAD = ("quantizer", "weights", "flips", "flips/weight", "stall ratio", "updated")
-"""Of the columns after the first."""
+"""The headers of the columns after the first."""
 
 
 def summarize(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> Summary:
-    """What is shown of some layers: each of them, or of more than 30 the blocks, and those that stand out.
+    """Choose what to show: up to 30 layers one by one; of more, the model blocks and the layers that stand out.
 
     Args:
-        steps: How many there were.
-        layers: Of each, its name, its quantizer, how many weights it has, and its totals.
+        steps: The number of steps so far.
+        layers: For each layer, its name, quantizer, number of weights, and totals.
     """
     rows = [Row(*layer) for layer in layers]
-    # Of weights that are tracked with several quantizers, a sum for each.
-    sums = [_sum("all", of, "") for of in _by_quantizer(rows).values()]
+    # One sum per quantizer, if weights are tracked with several.
+    sums = [_sum_rows("all", of, "") for of in _by_quantizer(rows).values()]
     plain = [row._replace(name=split_variant(row.name)[0]) for row in rows]
     names = list(dict.fromkeys(row.name for row in plain))
     if len(names) <= MANY_LAYERS:
         return Summary(f"after step {steps}", [("layer", [*plain, *sums])])
     blocks = [
-        _sum(block, of, of[0].quantizer if len({row.quantizer for row in of}) == 1 else "several")
+        _sum_rows(block, of, of[0].quantizer if len({row.quantizer for row in of}) == 1 else "several")
         for block, members in blocks_of(names).items()
         for of in _by_quantizer([row for row in rows if split_variant(row.name)[0] in set(members)]).values()
     ]
@@ -73,14 +73,14 @@ def summarize(steps: int, layers: Iterable[tuple[str, str, int, Counts]]) -> Sum
 
 
 def as_text(steps: int, layers: Iterable[tuple[str, str, int, Counts]], note: str = "") -> str:
-    """What each layer, and all together, did since tracking began.
+    """Format the totals since tracking began, per layer and for all layers together.
 
-    More than 30 layers are shown by block, with those that stand out by their flip rate below.
+    More than 30 layers are shown by model block, followed by those whose flip rate stands out.
 
     Args:
-        steps: How many there were.
-        layers: Of each, its name, its quantizer, how many weights it has, and its totals.
-        note: What else there is to say.
+        steps: The number of steps so far.
+        layers: For each layer, its name, quantizer, number of weights, and totals.
+        note: Shown at the end.
     """
     caption, tables, ending = summarize(steps, layers)
     parts = ["\n".join(_table(what, rows)) for what, rows in tables]
@@ -89,16 +89,16 @@ def as_text(steps: int, layers: Iterable[tuple[str, str, int, Counts]], note: st
 
 
 def _by_quantizer(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by the quantizer in their name, which is empty where there is but one."""
+    """Group rows by the quantizer in their name, which is empty if the layer has only one."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(split_variant(row.name)[1], []).append(row)
     return found
 
 
-def _sum(name: str, rows: Sequence[Row], quantizer: str) -> Row:
-    seen_as = split_variant(rows[0].name)[1]
-    return Row(name, seen_as or quantizer, sum(row.weights for row in rows), sum((r.counts for r in rows), Counts()))
+def _sum_rows(name: str, rows: Sequence[Row], quantizer: str) -> Row:
+    variant = split_variant(rows[0].name)[1]
+    return Row(name, variant or quantizer, sum(row.weights for row in rows), sum((r.counts for r in rows), Counts()))
 
 
 def _outliers(rows: Sequence[Row]) -> list[Row]:

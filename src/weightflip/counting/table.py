@@ -1,4 +1,4 @@
-"""All layers, and the rows in which they are counted."""
+"""All layers and their rows of counters."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from weightflip.quantizers.protocol import Quantizer
 
 
 class LayerTable(Mapping[str, Layer]):
-    """Layers by name, their ledgers, and which of them have been given up.
+    """Layers by name, their ledgers, and the layers that have failed.
 
     Args:
-        columns: Of a row.
-        schedule: Says how far the ledgers have to be.
-        notices: Where it is said that a layer failed or is another weight now.
+        columns: The columns of a row.
+        schedule: Its progress says which totals the ledgers must have.
+        notices: Receives warnings about layers that failed or are now another weight.
 
     Attributes:
-        failed: Names that are tracked no more, also of weights that never became layers.
-        has_lost: Whether one failed since somebody last asked and set this to False.
+        failed: Names that are no longer tracked, including weights that never became layers.
+        has_lost: Whether a layer has failed since the reader of this flag last set it to False.
     """
 
     def __init__(self, columns: Columns, schedule: Schedule, notices: Notices) -> None:
@@ -50,7 +50,7 @@ class LayerTable(Mapping[str, Layer]):
 
     @property
     def by_name(self) -> dict[str, Layer]:
-        """The layers, for those who ask so often that it shows."""
+        """The layers as a plain dictionary, for frequent lookups."""
         return self._layers
 
     @property
@@ -59,34 +59,34 @@ class LayerTable(Mapping[str, Layer]):
         return self._listed
 
     def put(self, layer: Layer) -> Layer:
-        """Take a layer up, in place of one of its name."""
+        """Add a layer, or replace the one with its name."""
         self._layers[layer.name] = layer
         return layer
 
-    # ------------------------------------------------------------------ which
+    # ------------------------------------------------------------------ layers
 
     def follow(self, weights: list[TrackedWeight]) -> bool:
-        """Take note of the weights of a step; whether they are others than before."""
+        """Set the weights of a step, and return whether they differ from those of the last one."""
         if weights == self._listed:
             return False
         self._listed = weights
         names = {tracked.name for tracked in weights}
         for name, layer in self._layers.items():
             if name not in names:
-                # Frozen, or gone: who knows what becomes of it until it is back.
+                # Frozen or removed: it may change in any way before it comes back.
                 layer.drop_codes()
                 layer.stamp = layer.tracked = None
         return True
 
     def forget_weights(self) -> None:
-        """Hold no weight; the next ones are others, and start with a baseline."""
+        """Release all weights. The next step's weights count as changed and start with a baseline."""
         self._listed = []
         for layer in self._layers.values():
             layer.drop_codes(metrics=True)
             layer.stamp = layer.tracked = None
 
     def open(self, tracked: TrackedWeight, weight: Tensor, seen_by: Quantizer) -> Layer:
-        """The layer of a weight, with a row on the weight's device."""
+        """Return the layer of a weight, with a row on the weight's device."""
         name, quantizer, weights = tracked.name, quantizer_name(seen_by), tracked.parameter.numel()
         layer = self._layers.get(name)
         if layer is not None and (layer.weights, layer.quantizer) != (weights, quantizer):
@@ -95,7 +95,7 @@ class LayerTable(Mapping[str, Layer]):
                 if layer.weights == weights
                 else f"had {layer.weights} weights and has {weights}"
             )
-            self._notices.add(f"{name!r} {change} now; its counts start anew")
+            self._notices.add(f"{name!r} {change} now; its counts start from zero")
             if layer.row is not None:
                 layer.row.clear()
             zeros = self._columns.zeros()
@@ -103,11 +103,14 @@ class LayerTable(Mapping[str, Layer]):
         if layer is None:
             layer = self.put(Layer(name, weights, quantizer, self._columns.zeros(), self._columns.zeros()))
         if layer.row is None or layer.row.ledger.device != weight.device:
-            layer = self.put(self._moved(layer, weight.device))
+            layer = self.put(self._move_to_device(layer, weight.device))
         return layer
 
-    def _moved(self, layer: Layer, device: torch.device) -> Layer:
-        """The layer with a row on a device, where it starts with a baseline. A new object: it is moved or it is not."""
+    def _move_to_device(self, layer: Layer, device: torch.device) -> Layer:
+        """Return a copy of the layer with a row on another device, where it starts with a baseline.
+
+        A new object, so that after an interrupt the layer has either moved completely or not at all.
+        """
         before = layer.local_before
         if layer.row is not None:
             self.settle()
@@ -118,15 +121,15 @@ class LayerTable(Mapping[str, Layer]):
         moved.close_metrics()
         return moved
 
-    # ------------------------------------------------------------------ trust
+    # ------------------------------------------------------------------ failures and codes
 
     def fail(self, name: str, error: Exception, *, tells: bool = True) -> None:
-        """Give a weight up.
+        """Give up on a weight.
 
         Args:
             name: Its name.
-            error: Why.
-            tells: Whether to say so; not where another process does.
+            error: The reason.
+            tells: Whether to warn; False if another process does.
         """
         self.failed.add(name)
         self.has_lost = True
@@ -136,38 +139,38 @@ class LayerTable(Mapping[str, Layer]):
                 layer.row.discard()
             layer.fail()
         if tells:
-            self._notices.add(f"{name!r} is not tracked any more, training goes on: {type(error).__name__}: {error}")
+            self._notices.add(f"{name!r} is no longer tracked, training continues: {type(error).__name__}: {error}")
 
     def abandon(self, names: Iterable[str]) -> None:
-        """Give all layers up, and weights of these names, without a word."""
+        """Give up on all layers, and weights with these names, without a warning."""
         self.failed.update(self._layers, names)
         for layer in self._layers.values():
             layer.fail()
 
     def distrust(self) -> None:
-        """Weights may have been written since their codes were made."""
+        """Do not trust any codes: weights may have been written since they were made."""
         for layer in self._layers.values():
             layer.distrust()
 
     def drop_codes(self) -> None:
-        """Give back the memory of all codes."""
+        """Free the memory of all codes."""
         for layer in self._layers.values():
             layer.drop_codes()
 
     # ------------------------------------------------------------------ counting
 
     def begin_step(self) -> None:
-        """Nothing is counted in this step yet."""
+        """Reset the counts of the step."""
         for ledger in self._ledgers.values():
             ledger.begin_step()
 
     def prepare(self, valid: Tensor | None) -> None:
-        """Add up what was counted in the step; ``settle`` puts it in place."""
+        """Compute the totals including this step; ``settle`` puts them in place."""
         for ledger in self._ledgers.values():
             ledger.prepare(valid)
 
     def settle(self) -> None:
-        """Have the totals that belong to the schedule's progress, also after an interrupt while they were put there."""
+        """Put the totals that belong to the schedule's progress in place, even after an interrupt during this."""
         progress = self._schedule.progress
         if not progress.is_settled:
             for ledger in self._ledgers.values():
@@ -175,11 +178,11 @@ class LayerTable(Mapping[str, Layer]):
             self._schedule.progress = progress._replace(is_settled=True)
 
     def keep(self, names: Sequence[str], wanted: Tensor) -> None:
-        """Forget what was counted in this step of those of the layers that are not wanted.
+        """Drop this step's counts of the layers that are not wanted.
 
         Args:
-            names: Of layers, or of weights that never became any.
-            wanted: bool, one for each.
+            names: Names of layers, or of weights that never became layers.
+            wanted: bool, one per name.
         """
         for ledger in self._ledgers.values():
             rows = {
@@ -191,7 +194,7 @@ class LayerTable(Mapping[str, Layer]):
                 ledger.keep(list(rows.values()), wanted[list(rows)])
 
     def clear_found(self, columns: slice) -> None:
-        """Forget what a metric group has found at the last logging point, in its columns."""
+        """Reset a metric group's gauges of the last logging point, in these columns."""
         for ledger in self._ledgers.values():
             if ledger.more_total is not None:
                 ledger.more_total[:, columns].zero_()
@@ -199,10 +202,10 @@ class LayerTable(Mapping[str, Layer]):
     # ------------------------------------------------------------------ reading
 
     def rows(self, others: Sequence[Tensor] = ()) -> tuple[dict[str, list[float]], list[int]]:
-        """What is counted in the rows of all layers. One transfer from each device.
+        """Read the rows of all layers. One transfer from each device.
 
         Args:
-            others: 0-dim int64 tensors that are to come along.
+            others: 0-dim int64 tensors to read in the same transfer.
 
         Returns:
             The rows by name, and the values of ``others``.
@@ -221,12 +224,12 @@ class LayerTable(Mapping[str, Layer]):
         return rows, [values[i] if i in values else int(other.item()) for i, other in enumerate(others)]
 
     def local(self, layer: Layer, row: Sequence[float]) -> list[float]:
-        """What this process has counted of a layer, in its row and before."""
+        """Return this process's counts of a layer, in its current row and earlier ones."""
         return self._columns.add(layer.local_before, row)
 
     @property
     def counter_bytes(self) -> int:
-        """Of the ledgers."""
+        """Bytes of the ledgers."""
         return sum(ledger.nbytes for ledger in self._ledgers.values())
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What was counted altogether: since tracking began, since the last record, and in a checkpoint."""
+"""Totals since tracking began, counts since the last record, and their checkpoint."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from weightflip.records import FlipRecord, LayerRecord
 
 
 class Totals:
-    """History and window of all layers.
+    """The totals and the current window of all layers.
 
     Args:
-        columns: What the numbers mean.
-        layers: Where they are counted.
-        schedule: The steps.
-        silent: What wants to come along with a transfer from a device.
+        columns: The columns of a row.
+        layers: All layers, with their rows.
+        schedule: The schedule of steps.
+        silent: Its pending values are read in the same transfer from a device.
     """
 
     def __init__(self, columns: Columns, layers: LayerTable, schedule: Schedule, silent: SilentWrites) -> None:
         self._columns, self._layers, self._schedule, self._silent = columns, layers, schedule, silent
-        # At the end of the last window, with the layer's restarts of then. Replaced as a whole.
+        # Restarts and totals of each layer at the end of the last window. Replaced as a whole.
         self._window_base: dict[str, tuple[int, list[float]]] = {}
         self.course = Course()
 
     def rows(self) -> Numbers:
-        """Steps, and what this process has in the rows of all layers. One transfer from each device."""
+        """Return the number of steps and this process's rows of all layers. One transfer from each device."""
         skipped = self._schedule.progress.skipped
         pending = self._silent.pending
         rows, values = self._layers.rows(pending if skipped is None else [*pending, skipped])
@@ -43,7 +43,10 @@ class Totals:
         return self._schedule.steps - sum(values[len(pending) :]), rows
 
     def read(self, shards: Shards) -> Numbers:
-        """Steps, and the totals of all layers: one transfer from each device, or none in a sharded run."""
+        """Return the number of steps and the totals of all layers.
+
+        One transfer from each device; none in a run with sharded weights.
+        """
         known = shards.totals(self._schedule.steps)
         if known is not None:
             return known
@@ -52,7 +55,7 @@ class Totals:
         return steps, {name: add(layer.settled, local(layer, rows[name])) for name, layer in self._layers.items()}
 
     def close_window(self, shards: Shards) -> FlipRecord:
-        """A record of the window since the last one, which ends here."""
+        """End the current window and return its record."""
         steps, totals = self.read(shards)
         layers = []
         for name, total in totals.items():
@@ -97,12 +100,12 @@ class Totals:
         return {"version": checkpoint.VERSION, "steps": steps, "layers": layers, "ratios": ratios, "weights": weights}
 
     def load(self, steps: int, layers: Sequence[Layer], window_base: Mapping[str, list[float]]) -> None:
-        """Go on from here, where nothing has been counted yet.
+        """Continue from saved totals. Nothing must have been counted yet.
 
         Args:
-            steps: How many there were.
-            layers: With what is settled of each.
-            window_base: Of each, what was counted up to the last record.
+            steps: The number of steps so far.
+            layers: The layers, with their settled counts.
+            window_base: For each layer, its totals at the last record.
         """
         for layer in layers:
             self._layers.put(layer)
@@ -113,15 +116,15 @@ class Totals:
 def parse(
     state_dict: Any, columns: Columns, asked: set[str]
 ) -> tuple[int, list[Layer], dict[str, list[float]], set[str]]:
-    """What :meth:`Totals.state_dict` gave.
+    """Parse what :meth:`Totals.state_dict` returned.
 
     Args:
-        state_dict: Anything: a checkpoint may be of another program, or damaged.
-        columns: Of the run that goes on.
-        asked: The metric groups of the run that goes on.
+        state_dict: Any object: a checkpoint may come from another program, or be damaged.
+        columns: The columns of the resumed run.
+        asked: The metric groups of the resumed run.
 
     Returns:
-        Steps, layers, what was counted up to the last record, and the groups that kept something and are not asked for.
+        Steps, layers, their totals at the last record, and the metric groups in the checkpoint that were not requested.
 
     Raises:
         TypeError: Not a dictionary.

@@ -164,8 +164,8 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._marks = SyncMarks(self._runner, self._schedule, self._layers, self._notices, self._sync_every)
         alone = (self._layers, self._runner, self._scratch, self.backend, with_updates)
         elementwise = ElementwiseRoute(*alone)
+        self._batched = BatchedRoute(self._layers, elementwise, self._runner, self.backend, with_updates)
         is_open = not self._runner.uses_steps
-        self._batched = BatchedRoute(self._layers, elementwise, self.backend, with_updates, is_open)
         self._gathered = GatheredRoute(elementwise, self._scratch, with_updates, is_open)
         routes = (self._batched, self._gathered, elementwise, WholeWeightRoute(*alone))
         self._current = CurrentLayers(self._layers, routes)

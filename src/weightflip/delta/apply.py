@@ -207,8 +207,8 @@ class _Maker:
 
     def _refused(self, reason: str) -> DeltaError:
         return DeltaError(
-            f"{printable(str(self._old.path))} is not the checkpoint that {printable(str(self._delta.path))} starts from: "  # noqa: E501
-            f"{printable(reason)}. Apply the delta to that one, or make another delta from this one"
+            f"{printable(str(self._old.path))} is not the checkpoint that {printable(str(self._delta.path))} starts "
+            f"from: {printable(reason)}. Apply the delta to that one, or make another delta from this one"
         )
 
     def _damaged(self, reason: str) -> DeltaError:

@@ -64,8 +64,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if zipfile.is_zipfile(given):
         return _of_torch(given)
     raise DeltaError(
-        f"{printable(str(given))} is none of the checkpoints that can be read: {_EXPECTED}. A file that torch.save wrote "  # noqa: E501
-        "before torch 1.6, or with _use_new_zipfile_serialization=False, has to be loaded and saved again"
+        f"{printable(str(given))} is none of the checkpoints that can be read: {_EXPECTED}. A file that torch.save "
+        "wrote before torch 1.6, or with _use_new_zipfile_serialization=False, has to be loaded and saved again"
     )
 
 
@@ -88,8 +88,8 @@ def read_header(path: Path) -> File:
             return File(path.name, file.read(length))
     except safetensors.SafetensorError as error:
         raise DeltaError(
-            f"{printable(str(path))} is not a whole safetensors file ({printable(str(error))}): it was cut short or altered, "  # noqa: E501
-            "or is something else; write or copy it again"
+            f"{printable(str(path))} is not a whole safetensors file ({printable(str(error))}): it was cut short or "
+            "altered, or is something else; write or copy it again"
         ) from error
 
 
@@ -128,22 +128,23 @@ def _sharded(index: Path) -> Checkpoint:
         path = index.parent / name
         if not is_plain_name(name) or not path.is_file():
             raise DeltaError(
-                f"{printable(str(index))} names the file {printable(name)!r}, which is not in its directory; copy all shards"  # noqa: E501
+                f"{printable(str(index))} names the file {printable(name)!r}, which is not in its directory; copy all "
+                "shards"
             )
         file = read_header(path)
         files.append(file)
         for tensor in _mapped(path, file):
             if weight_map.pop(tensor.name, None) != name:
                 raise DeltaError(
-                    f"tensor {printable(tensor.name)!r} is in {printable(name)}, and {printable(str(index))} does not say so: the "  # noqa: E501
-                    "index and its files are of two checkpoints; save them again"
+                    f"tensor {printable(tensor.name)!r} is in {printable(name)}, and {printable(str(index))} does not "
+                    "say so: the index and its files are of two checkpoints; save them again"
                 )
             tensors[tensor.name] = tensor
     if weight_map:
         lost, name = next(iter(weight_map.items()))
         raise DeltaError(
-            f"{printable(str(index))} has tensor {printable(lost)!r} in {printable(name)}, and it is not there; copy all shards "  # noqa: E501
-            "again, or save them again"
+            f"{printable(str(index))} has tensor {printable(lost)!r} in {printable(name)}, and it is not there; copy "
+            "all shards again, or save them again"
         )
     return Checkpoint(index.parent, tensors, Layout(tuple(files), (index.name, text)))
 
@@ -210,8 +211,9 @@ def _load(path: Path) -> Any:
     # What pickle and torch raise on files that are damaged is of many types.
     except Exception as error:
         raise DeltaError(
-            f"{printable(str(path))} does not load with torch.load(weights_only=True): expected tensors in dictionaries "  # noqa: E501
-            f"and lists, such as model.state_dict(); save those alone. torch says: {printable(_reason(error))}"
+            f"{printable(str(path))} does not load with torch.load(weights_only=True): expected tensors in "
+            "dictionaries and lists, such as model.state_dict(); save those alone. torch says: "
+            f"{printable(_reason(error))}"
         ) from error
 
 
@@ -240,9 +242,9 @@ def _place(path: Path, name: str, tensor: Tensor) -> tuple[int, int, str, tuple[
     is_plain = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     if dtype is None or not is_plain:
         raise DeltaError(
-            f"tensor {printable(name)!r} of {printable(str(path))} is {kind if is_plain else kind + ', and a view'}, which a "  # noqa: E501
-            f"delta cannot hold; expected dense tensors of {', '.join(OF_TORCH.values())}. Save it as one of these, or "
-            "leave it out"
+            f"tensor {printable(name)!r} of {printable(str(path))} is {kind if is_plain else kind + ', and a view'}, "
+            f"which a delta cannot hold; expected dense tensors of {', '.join(OF_TORCH.values())}. Save it as one of "
+            "these, or leave it out"
         )
     storage = tensor.untyped_storage()
     # Documented in torch's notes on serialization: where the bytes of a storage begin in the file.

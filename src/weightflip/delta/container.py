@@ -181,8 +181,8 @@ def open_delta(path: Path) -> Delta:
     metadata: dict[str, Any] = json.loads(header.header).get("__metadata__") or {}
     if metadata.get("format") != _FORMAT["format"]:
         raise DeltaError(
-            f"{printable(str(path))} is a safetensors file, and no delta; expected one that weightflip diff --write has "  # noqa: E501
-            "made. The order is: weightflip apply OLD DELTA NEW"
+            f"{printable(str(path))} is a safetensors file, and no delta; expected one that weightflip diff --write "
+            "has made. The order is: weightflip apply OLD DELTA NEW"
         )
     if metadata != _FORMAT:
         raise DeltaError(

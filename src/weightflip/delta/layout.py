@@ -82,8 +82,8 @@ def _entry(file: str, name: str, value: dict[str, object]) -> Entry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if dtype not in STORED:
         raise DeltaError(
-            f"tensor {printable(name)!r} of {printable(file)} has the dtype {printable(str(dtype))}, which is not known here; "  # noqa: E501
-            f"expected one of {', '.join(STORED)}"
+            f"tensor {printable(name)!r} of {printable(file)} has the dtype {printable(str(dtype))}, which is not "
+            f"known here; expected one of {', '.join(STORED)}"
         )
     assert isinstance(dtype, str)
     if not (isinstance(shape, list) and isinstance(offsets, list)):

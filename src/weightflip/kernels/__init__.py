@@ -10,7 +10,8 @@ from weightflip.formats import Rounding
 from weightflip.kernels.backend import check_backend, one_pass, run, run_for
 from weightflip.kernels.eager import count_, keep_
 from weightflip.kernels.gathered import Layout, is_small, pack
-from weightflip.kernels.runs import Addresses, Kind, Run, ScaleCodes, Stretch, upload
+from weightflip.kernels.pointwise import Pointwise
+from weightflip.kernels.runs import Addresses, Kind, Observed, Run, ScaleCodes, Stretch, upload
 from weightflip.kernels.scratch import ScratchPool
 from weightflip.kernels.slices import Index, slice_elements, slices, take
 
@@ -25,6 +26,8 @@ __all__ = [
     "Index",
     "Kind",
     "Layout",
+    "Observed",
+    "Pointwise",
     "Rounding",
     "Run",
     "ScaleCodes",

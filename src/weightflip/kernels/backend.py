@@ -12,6 +12,7 @@ from weightflip import checks
 
 # The pool is not used here, but has to note forks before the first kernel is used.
 from weightflip.kernels import pool, proof  # noqa: F401
+from weightflip.kernels.pointwise import Pointwise
 from weightflip.kernels.runs import Kind, OnePass, Run
 
 BACKENDS = ("auto", "eager", "numba", "triton")
@@ -77,7 +78,15 @@ def one_pass(backend: str, device: torch.device, eager: proof.Eager) -> OnePass 
     return OnePass(kernel, may_count)
 
 
-def run_for(backend: str, kind: Kind, *, takes_scale: bool, finds_scale: bool, eager: proof.Eager) -> type[Run] | None:
+def run_for(
+    backend: str,
+    kind: Kind,
+    *,
+    takes_scale: bool,
+    finds_scale: bool,
+    eager: proof.Eager,
+    groups: tuple[Pointwise, ...] = (),
+) -> type[Run] | None:
     """The kernel for many weights of a kind in one call, if it was shown to count as plain torch; else None.
 
     The first call for a kind compiles, and tries it, which waits for the device: see
@@ -90,11 +99,12 @@ def run_for(backend: str, kind: Kind, *, takes_scale: bool, finds_scale: bool, e
         takes_scale: Whether they are scaled before they are rounded.
         finds_scale: Whether the kernel has to find the largest magnitudes, too.
         eager: Plain torch's way, to race against.
+        groups: What metric groups do in the same pass.
     """
     kernel = run(backend, kind.device)
-    if kernel is None or not kernel.can_do(kind, scaled=finds_scale):
+    if kernel is None or not kernel.can_do(kind, scaled=finds_scale, groups=groups):
         return None
-    question = proof.Question(kind, takes_scale, finds_scale)
+    question = proof.Question(kind, takes_scale, finds_scale, groups)
     is_usable = proof.is_usable(_name(backend, kind.device), kernel, question, eager, must_be_faster=backend == "auto")
     return kernel if is_usable else None
 

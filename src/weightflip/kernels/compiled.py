@@ -16,7 +16,8 @@ import llvmlite.binding  # type: ignore[import-untyped]
 import numba
 import numpy as np
 
-from weightflip.kernels import items, vectors
+from weightflip.kernels import items, lowering, vectors
+from weightflip.kernels.pointwise import Pointwise
 
 logger = logging.getLogger("weightflip")
 
@@ -55,10 +56,27 @@ def largest_loop() -> Loop | None:
     return _loop(items.largest, 1)
 
 
-def count_lanes(weight_bits: int, update_bits: int, code_bits: int, scaling: int, by_adding: bool) -> Loop | None:
-    """:func:`weightflip.kernels.items.count_lanes` for these dtypes, as in ``vectors.make_advance``."""
+def count_lanes(
+    weight_bits: int,
+    update_bits: int,
+    code_bits: int,
+    scaling: int,
+    by_adding: bool,
+    groups: tuple[Pointwise, ...] = (),
+) -> Loop | None:
+    """:func:`weightflip.kernels.items.count_lanes` for these dtypes, as in ``vectors.make_advance``, and groups."""
     kind = (weight_bits, update_bits, code_bits, scaling, by_adding)
-    return _loop(items.count_lanes, 9, kind, lambda: {"ADVANCE": vectors.make_advance(*kind)})
+    if not groups:
+        return _loop(items.count_lanes, 9, kind, lambda: {"ADVANCE": vectors.make_advance(*kind)})
+
+    def instructions() -> dict[str, Any]:
+        def observing(v: vectors.Vectors, found_at: Any, code: Any) -> lowering.Observing:
+            return lowering.Observing(v, found_at, groups, code)
+
+        return {"ADVANCE": vectors.make_advance(*kind, observing=observing)}
+
+    what = hashlib.sha256(repr(groups).encode()).hexdigest()[:12]
+    return _loop(items.count_lanes, 9, (*kind, what), instructions)
 
 
 def largest_lanes(weight_bits: int) -> Loop | None:
@@ -79,10 +97,10 @@ def largest_lanes(weight_bits: int) -> Loop | None:
 def _loop(
     function: Callable[..., None],
     arguments: int,
-    kind: tuple[int, ...] = (),
+    kind: tuple[int | str, ...] = (),
     instructions: Callable[[], dict[str, Any]] = dict,
 ) -> Loop | None:
-    name = "_".join([function.__name__, *(str(int(number)) for number in kind)])
+    name = "_".join([function.__name__, *(part if isinstance(part, str) else str(int(part)) for part in kind)])
     if name not in _loops:
         note = threading.Timer(_PATIENCE, _say_what_takes_time)
         note.daemon = True
@@ -136,5 +154,5 @@ def _digest() -> str:
     # What NUMBA_CPU_NAME and NUMBA_CPU_FEATURES ask for instead, if set.
     asked = numba.config.CPU_NAME, numba.config.CPU_FEATURES  # type: ignore[attr-defined]
     processor = f"{host.get_host_cpu_name()} {host.get_host_cpu_features().flatten()} {asked}"
-    sources = [inspect.getsource(module) for module in (items, vectors)]
+    sources = [inspect.getsource(module) for module in (items, lowering, vectors)]
     return hashlib.sha256("\n".join([processor, *sources]).encode()).hexdigest()[:12]

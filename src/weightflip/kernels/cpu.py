@@ -13,7 +13,8 @@ from torch import Tensor
 
 from weightflip.kernels import compiled, items, pool, vectors
 from weightflip.kernels.constants import lanes
-from weightflip.kernels.runs import Addresses, Kind, ScaleCodes, Stretch
+from weightflip.kernels.pointwise import Expression, Pointwise
+from weightflip.kernels.runs import Addresses, Kind, Observed, ScaleCodes, Stretch
 
 DEVICE = "cpu"
 
@@ -30,6 +31,7 @@ class Run:
     """A :class:`weightflip.kernels.runs.Run` for the CPU: threads share the elements."""
 
     saves_calls = False
+    observes = True
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind = kind
@@ -57,14 +59,16 @@ class Run:
         self._task[items.MASK] = 0xFF if update_size == 1 else (1 << 8 * update_size >> 1) - 1
 
     @staticmethod
-    def can_do(kind: Kind, *, scaled: bool) -> bool:
+    def can_do(kind: Kind, *, scaled: bool, groups: tuple[Pointwise, ...] = ()) -> bool:
         if kind.weight not in _WEIGHTS or kind.update not in _UPDATES or kind.codes not in _CODES:
             return False
         numbers = lanes(kind.rounding)
         # The sum's last 16 bits are those of the ordinal.
         if numbers is None or (numbers.by_adding and kind.codes.itemsize > 2):
             return False
-        loops = [_count_lanes(kind, is_scaled=is_scaled) for is_scaled in (False, True)]
+        if sum(len(g.counts) for g in groups) > vectors.MOST_COUNTS or len(_states(groups)) > vectors.MOST_STATES:
+            return False
+        loops = [_count_lanes(kind, groups, is_scaled=is_scaled) for is_scaled in (False, True)]
         loops.append(compiled.count_loop())
         if scaled:
             loops += [compiled.largest_loop(), compiled.largest_lanes(8 * kind.weight.itemsize)]
@@ -89,8 +93,9 @@ class Run:
         scale: Tensor | None,
         updates: Addresses | None,
         scale_codes: ScaleCodes | None = None,
+        observed: Observed | None = None,
     ) -> None:
-        self._count_into(counts, rows.data_ptr(), scale, updates)
+        self._count_into(counts, rows.data_ptr(), scale, updates, observed)
         if scale_codes is not None:
             new, stored, changes = scale_codes
             # A running sum, of which each stretch takes a difference, takes five times as long.
@@ -99,7 +104,14 @@ class Run:
             changes.index_add_(0, rows, torch.from_numpy(changed.astype(np.int64)))
             stored.copy_(new)
 
-    def _count_into(self, counts: Tensor, rows: int, scale: Tensor | None, updates: Addresses | None) -> None:
+    def _count_into(
+        self,
+        counts: Tensor,
+        rows: int,
+        scale: Tensor | None,
+        updates: Addresses | None,
+        observed: Observed | None = None,
+    ) -> None:
         task = self._task.copy()
         task[items.SCALED] = scale is not None
         task[items.SCALES] = _NO_SCALE.ctypes.data if scale is None else scale.data_ptr()
@@ -107,7 +119,17 @@ class Run:
             task[items.UPDATES] = updates.ctypes.data
         task[items.COUNTS], task[items.STRIDE] = counts.data_ptr(), counts.stride(0) * counts.element_size()
         task[items.ROWS] = rows
-        self._call(compiled.count_loop(), _count_lanes(self.kind, is_scaled=scale is not None), task)
+        groups = () if observed is None else observed.groups
+        sizes = np.array([_state_size(state, self.kind) for state in _states(groups)], dtype=np.int64)
+        if observed is not None:
+            task[items.STATES], task[items.STATE_SIZES] = len(sizes), sizes.ctypes.data
+            task[items.STATE_PLACES] = observed.states.ctypes.data
+            task[items.SUMS], task[items.SUM_COLUMNS] = len(observed.columns), observed.columns.ctypes.data
+            task[items.SUM_TABLE] = observed.sums.data_ptr()
+            task[items.SUM_STRIDE] = observed.sums.stride(0) * observed.sums.element_size()
+            if scale is not None and observed.old_scale is not None:
+                task[items.OLD_SCALES] = observed.old_scale.data_ptr()
+        self._call(compiled.count_loop(), _count_lanes(self.kind, groups, is_scaled=scale is not None), task)
 
     def _call(self, loop: compiled.Loop | None, over_lanes: compiled.Loop | None, task: Addresses) -> None:
         assert loop is not None
@@ -121,7 +143,17 @@ def _sizes(kind: Kind) -> tuple[int, int, int]:
     return kind.weight.itemsize, 0 if kind.update is None else kind.update.itemsize, kind.codes.itemsize
 
 
-def _count_lanes(kind: Kind, *, is_scaled: bool) -> compiled.Loop | None:
+def _states(groups: tuple[Pointwise, ...]) -> list[Expression]:
+    return [state for group in groups for state, _ in group.states]
+
+
+def _state_size(state: Expression, kind: Kind) -> int:
+    """Bytes of an element."""
+    dtype: torch.dtype = state.operands[1] or kind.codes
+    return dtype.itemsize
+
+
+def _count_lanes(kind: Kind, groups: tuple[Pointwise, ...] = (), *, is_scaled: bool) -> compiled.Loop | None:
     numbers = lanes(kind.rounding)
     assert numbers is not None
     by_adding = bool(numbers.by_adding)
@@ -130,4 +162,4 @@ def _count_lanes(kind: Kind, *, is_scaled: bool) -> compiled.Loop | None:
         # By adding, a scale of 1 saves a loop. Here it would make 0 of subnormal numbers, if the processor does so.
         scaling = vectors.PLAIN
     weight_size, update_size, code_size = _sizes(kind)
-    return compiled.count_lanes(8 * weight_size, 8 * update_size, 8 * code_size, scaling, by_adding)
+    return compiled.count_lanes(8 * weight_size, 8 * update_size, 8 * code_size, scaling, by_adding, groups)

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from weightflip.kernels.constants import constants
-from weightflip.kernels.runs import Addresses, Kind, ScaleCodes, Stretch, upload
+from weightflip.kernels.pointwise import Pointwise
+from weightflip.kernels.runs import Addresses, Kind, Observed, ScaleCodes, Stretch, upload
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 
@@ -196,6 +197,7 @@ class Run:
     """A :class:`weightflip.kernels.runs.Run` for CUDA devices. Nothing here waits for the device."""
 
     saves_calls = True
+    observes = False
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind, self.device = kind, kind.device
@@ -220,9 +222,10 @@ class Run:
         self._updates: tuple[Addresses, int, Tensor] | None = None
 
     @staticmethod
-    def can_do(kind: Kind, *, scaled: bool) -> bool:
+    def can_do(kind: Kind, *, scaled: bool, groups: tuple[Pointwise, ...] = ()) -> bool:
         return (
-            constants(kind.rounding) is not None
+            not groups
+            and constants(kind.rounding) is not None
             and kind.weight in _STORED
             and kind.codes in _CODES
             and (kind.update is None or kind.update in _BITS)
@@ -246,6 +249,7 @@ class Run:
         scale: Tensor | None,
         updates: Addresses | None,
         scale_codes: ScaleCodes | None = None,
+        observed: Observed | None = None,
     ) -> None:
         self._count_into(counts, rows, scale, updates, scale_codes)
 

@@ -20,7 +20,17 @@ from numba import carray  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from weightflip.kernels.vectors import LANES, LANES_OF_LARGEST, WIDE_OF_LARGEST, Vectors
+from weightflip.kernels.vectors import (
+    COUNTS_AT,
+    FOUND,
+    LANES,
+    LANES_OF_LARGEST,
+    MOST_STATES,
+    OLD_SCALES_AT,
+    STATES_AT,
+    WIDE_OF_LARGEST,
+    Vectors,
+)
 
 # Numba's types say that it is called with what it is defined with.
 _intrinsic: Any = intrinsic
@@ -39,14 +49,22 @@ of :class:`~weightflip.kernels.constants.Lanes`; bytes of a weight, an
 update and a code; address of the updates' addresses, 0 for one that has none, and the bits of an update that tell
 whether it is 0; address of the counts, int64, and how many bytes their rows are apart; address of the row of each
 stretch, int64."""
-TASK = 18
+STATES, STATE_PLACES, STATE_SIZES, SUMS, SUM_COLUMNS, SUM_TABLE, SUM_STRIDE, OLD_SCALES = range(18, 26)
+"""What a task holds for metric groups, zeros without: how many states there are, address of the addresses of the first
+element of each in each stretch (a row for each state), and of the bytes of an element of each; how many sums there are,
+address of the numbers of the float64 columns in which they are added, address of the table with these columns, and how
+many bytes its rows are apart; address of the scales of before the step, or 0 for those of now."""
+TASK = 26
 
 # Scales that lie beside the weights of so many elements; and bytes of four buffers for fewer than LANES elements.
 _CHUNK = 1 << 11
 _ROOM = 4 * (_CHUNK + LANES)
 _SPARE = 4 * LANES
-# What a call has for itself: the scales, the buffers, and what was found.
-_STACK = _ROOM + 4 * _SPARE + 64
+# What a call has for itself: the scales, the buffers, what was found, and for metric groups old scales and buffers.
+_FOUND_AT = _ROOM + 4 * _SPARE
+_OLD_ROOM_AT = _FOUND_AT + 8 * FOUND
+_SPARE_STATES_AT = _OLD_ROOM_AT + _ROOM
+_STACK = _SPARE_STATES_AT + MOST_STATES * _SPARE
 
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("NUMBA_DISABLE_JIT is set")
@@ -98,6 +116,19 @@ def _atomically(operation: str, bits: int) -> Any:
 
 
 _add, _raise = _atomically("add", 64), _atomically("max", 32)
+
+
+@_intrinsic
+def _add_float(context, address, value):  # type: ignore[no-untyped-def]
+    """To a float64 that other threads add to as well."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.DoubleType().as_pointer())
+        operand = builder.sitofp(arguments[1], ir.DoubleType())
+        builder.atomic_rmw("fadd", pointer, operand, "monotonic")
+        return context.get_dummy_value()
+
+    return numba.types.void(numba.types.int64, numba.types.int64), generate
 
 
 @_intrinsic
@@ -201,10 +232,45 @@ def _spread(scales, index, low, high, group, room):  # type: ignore[no-untyped-d
 
 
 @_compile()
+def _aim(task, row, first, old_scales, found_at):  # type: ignore[no-untyped-def]
+    """Have the next lanes find the old scales, and the states of the elements from this one on."""
+    found = carray(_pointer(found_at), (FOUND,), np.int64)
+    places = carray(_pointer(task[STATE_PLACES]), (task[STATES], task[STRETCHES]), np.int64)
+    sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
+    found[OLD_SCALES_AT] = old_scales
+    for state in range(task[STATES]):
+        found[STATES_AT + state] = places[state, row] + first * sizes[state]
+
+
+@_compile()
+def _take_states(task, numel, found_at, spare):  # type: ignore[no-untyped-def]
+    """Have fewer than LANES elements find their states in a buffer."""
+    found = carray(_pointer(found_at), (FOUND,), np.int64)
+    sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
+    _clear(spare, task[STATES] * _SPARE)
+    for state in range(task[STATES]):
+        _copy(spare + state * _SPARE, found[STATES_AT + state], numel * sizes[state])
+        found[STATES_AT + state] = spare + state * _SPARE
+
+
+@_compile()
+def _put_states(task, row, first, numel, spare):  # type: ignore[no-untyped-def]
+    """Put them back into their place."""
+    places = carray(_pointer(task[STATE_PLACES]), (task[STATES], task[STRETCHES]), np.int64)
+    sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
+    for state in range(task[STATES]):
+        _copy(places[state, row] + first * sizes[state], spare + state * _SPARE, numel * sizes[state])
+
+
+@_compile()
 def _count_stretch(task, row, low, high, found, room):  # type: ignore[no-untyped-def]
     place = _places(task)[row]
     group, first_scale = (place[GROUP], place[SCALE]) if task[SCALED] else (place[NUMEL], 0)
     scales = carray(_pointer(task[SCALES] + 4 * first_scale), (place[NUMEL],), np.float32)
+    old_room, old_scales = room, scales
+    if task[OLD_SCALES]:
+        old_room = room + _OLD_ROOM_AT
+        old_scales = carray(_pointer(task[OLD_SCALES] + 4 * first_scale), (place[NUMEL],), np.float32)
     mask, first_update = task[MASK], np.int64(0)
     if task[UPDATE_SIZE]:
         first_update = carray(_pointer(task[UPDATES]), (task[STRETCHES],), np.int64)[row]
@@ -219,20 +285,28 @@ def _count_stretch(task, row, low, high, found, room):  # type: ignore[no-untype
             if until < high:
                 until -= (until - low) % LANES
             _fill(room, scales[index])
+            _fill(old_room, old_scales[index])
             step = 0
         else:
             until = min(low + _CHUNK, high)
             _spread(scales, index, low, until, group, room)
+            if task[OLD_SCALES]:
+                _spread(old_scales, index, low, until, group, old_room)
             step = 4
         numel = (until - low) // LANES * LANES
         at, codes_at = place[WEIGHT] + low * task[WEIGHT_SIZE], place[CODES] + low * task[CODES_SIZE]
         update_at = first_update + low * task[UPDATE_SIZE]
+        _aim(task, row, low, old_room, found)
         _call_9(task[LANES_LOOP], at, update_at, codes_at, numel, room, step, mask, task[FORMAT], found)
         if low + numel < until:
             at, codes_at = at + numel * task[WEIGHT_SIZE], codes_at + numel * task[CODES_SIZE]
             update_at += numel * task[UPDATE_SIZE]
             # Those of a single scale lie LANES times in memory as well.
-            _rest(task, at, update_at, codes_at, until - low - numel, room + step * numel, mask, found, room + _ROOM)
+            rest, spare_states = until - low - numel, room + _SPARE_STATES_AT
+            _aim(task, row, low + numel, old_room + step * numel, found)
+            _take_states(task, rest, found, spare_states)
+            _rest(task, at, update_at, codes_at, rest, room + step * numel, mask, found, room + _ROOM)
+            _put_states(task, row, low + numel, rest, spare_states)
         low = until
 
 
@@ -242,8 +316,9 @@ def count(address):  # type: ignore[no-untyped-def]
     places = _places(task)
     rows = carray(_pointer(task[ROWS]), (task[STRETCHES],), np.int64)
     room = _stack()
-    found_at = room + _ROOM + 4 * _SPARE
-    found = carray(_pointer(found_at), (3,), np.int64)
+    found_at = room + _FOUND_AT
+    found = carray(_pointer(found_at), (FOUND,), np.int64)
+    sum_columns = carray(_pointer(task[SUM_COLUMNS]), (task[SUMS],), np.int64)
     while True:
         start = _add(address + 8 * NEXT, 1) * task[ITEM]
         if start >= task[TOTAL]:
@@ -258,6 +333,12 @@ def count(address):  # type: ignore[no-untyped-def]
             counts = task[COUNTS] + rows[row] * task[STRIDE]
             for column in range(3):
                 _add(counts + 8 * column, found[column])
+            sums = task[SUM_TABLE] + rows[row] * task[SUM_STRIDE]
+            for number in range(task[SUMS]):
+                # A numerator, and next to it the flips.
+                numerator = sums + 8 * sum_columns[number]
+                _add_float(numerator, found[COUNTS_AT + number])
+                _add_float(numerator + 8, found[0])
             start = begin + high
             row += 1
 

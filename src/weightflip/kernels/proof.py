@@ -21,7 +21,8 @@ from torch import Tensor
 
 from weightflip.formats import FP32, FloatRounding, IntegerRounding, Rounding
 from weightflip.kernels import reference
-from weightflip.kernels.runs import Addresses, Kind, Run, ScaleCodes, Stretch
+from weightflip.kernels.pointwise import NEW, NEW_UNDER_OLD_SCALE, OLD, Expression, Pointwise, evaluate
+from weightflip.kernels.runs import Addresses, Kind, Observed, Run, ScaleCodes, Stretch
 
 logger = logging.getLogger("weightflip")
 
@@ -45,11 +46,13 @@ class Question(NamedTuple):
         kind: Of the weights.
         takes_scale: Whether they are scaled before they are rounded.
         finds_scale: Whether the kernel has to find the largest magnitudes, too.
+        groups: What metric groups do in the same pass.
     """
 
     kind: Kind
     takes_scale: bool
     finds_scale: bool
+    groups: tuple[Pointwise, ...] = ()
 
 
 class _Answer(NamedTuple):
@@ -87,7 +90,7 @@ def is_usable(name: str, run: type[Run], question: Question, eager: Eager, *, mu
 @torch.no_grad()
 def _try(name: str, run: type[Run], question: Question, eager: Eager) -> _Answer:
     kind = question.kind
-    what = f"{name} for {_shown(kind)} on {kind.device}"
+    what = f"{name} for {_shown(kind)}{' with metric groups' if question.groups else ''} on {kind.device}"
     try:
         fault = find_fault(run, question)
     except Exception as error:
@@ -285,13 +288,86 @@ def find_fault(run: type[Run], question: Question) -> str | None:
         kernel.largest().nan_to_num(nan=-1.0), trial.largest.nan_to_num(nan=-1.0)
     ):
         return "it finds other largest magnitudes"
-    found = kernel.count_(trial.scales, trial.addresses)
+    observation = _observation(question, trial) if question.groups else None
+    if observation is None:
+        found = kernel.count_(trial.scales, trial.addresses)
+    else:
+        found = torch.zeros_like(trial.counts)
+        rows = torch.arange(len(found), device=found.device)
+        kernel.count_into_(found, rows, trial.scales, trial.addresses, observed=observation.observed)
     wrong = int(torch.count_nonzero(trial.codes != trial.expected))
     if wrong:
         return f"{wrong} of {len(trial.codes)} codes are others"
     if not torch.equal(found, trial.counts):
         return f"it counts {found.tolist()}, plain torch {trial.counts.tolist()}"
+    if observation is not None:
+        return observation.fault()
     return None if trial.scales is None else _fault_of_scale_codes(kernel, trial)
+
+
+class _Observation(NamedTuple):
+    """What a kernel is given for metric groups, and what it has to find.
+
+    Attributes:
+        observed: What it is given.
+        states: The tensors behind its addresses.
+        expected: The same after the step.
+        sums: What is added to the sums.
+    """
+
+    observed: Observed
+    states: list[Tensor]
+    expected: list[Tensor]
+    sums: Tensor
+
+    def fault(self) -> str | None:
+        wrong = sum(int(torch.count_nonzero(a != b)) for a, b in zip(self.states, self.expected, strict=True))
+        if wrong:
+            return f"{wrong} states of metric groups are others"
+        if not torch.equal(self.observed.sums, self.sums):
+            return f"metric groups count {self.observed.sums.tolist()}, in plain torch {self.sums.tolist()}"
+        return None
+
+
+def _observation(question: Question, trial: _Trial) -> _Observation:
+    """Of the groups that a question is about; asked before the kernel has counted."""
+    codes, device = trial.codes, trial.codes.device
+    names = [state for group in question.groups for state, _ in group.states]
+    old_states = [_old_state(state, codes) for state in names]
+    new_states = [state.clone() for state in old_states]
+    flags = [flag for group in question.groups for flag in group.counts]
+    sums = torch.zeros(len(trial.parts), 2 * len(flags), dtype=torch.float64, device=device)
+    # Scales of before the step, of which each is another's now.
+    old_scales = None if trial.scales is None else trial.scales.roll(1)
+    at = 0
+    for row, (place, part) in enumerate(zip(trial.places, trial.parts, strict=True)):
+        here, groups = slice(place, place + part.numel), part.numel // part.group
+        old, new = codes[here], trial.expected[here]
+        leaves = {OLD: old, NEW: new} | {name: state[here] for name, state in zip(names, old_states, strict=True)}
+        values = trial.weights[part.first :][: part.numel].float().view(groups, part.group)
+        if old_scales is not None:
+            scale = old_scales[at : at + groups, None]
+            values = values / scale if question.kind.rounding.divides else values * scale
+        leaves[NEW_UNDER_OLD_SCALE] = ordinals(values.flatten(), question.kind.rounding).to(codes.dtype)
+        at += groups
+        for column, flag in enumerate(flags):
+            sums[row, 2 * column] = torch.count_nonzero(evaluate(flag, leaves) & (old != new))
+            sums[row, 2 * column + 1] = torch.count_nonzero(old != new)
+        news = [value for group in question.groups for _, value in group.states]
+        for state, value in zip(new_states, news, strict=True):
+            state[here] = evaluate(value, leaves)
+    addresses = [[state[place:].data_ptr() for place in trial.places] for state in old_states]
+    columns = 2 * np.arange(len(flags), dtype=np.int64)
+    places = np.array(addresses, dtype=np.int64).reshape(len(names), len(trial.parts))
+    observed = Observed(question.groups, places, old_scales, torch.zeros_like(sums), columns)
+    return _Observation(observed, old_states, new_states, sums)
+
+
+def _old_state(state: Expression, codes: Tensor) -> Tensor:
+    """Numbers of both signs and 0, in no step with the codes; between the weights, too."""
+    dtype: torch.dtype = state.operands[1] or codes.dtype
+    numbers = torch.arange(len(codes), device=codes.device) % 5 - 2
+    return (numbers.to(dtype) / 8).to(dtype) if dtype.is_floating_point else numbers.clamp_(-1, 1).to(dtype)
 
 
 def _fault_of_scale_codes(kernel: Run, trial: _Trial) -> str | None:

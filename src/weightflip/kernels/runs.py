@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import Rounding
+from weightflip.kernels.pointwise import Pointwise
 
 Addresses: TypeAlias = "npt.NDArray[np.int64]"
 
@@ -63,6 +64,26 @@ class ScaleCodes(NamedTuple):
     changes: Tensor
 
 
+class Observed(NamedTuple):
+    """What metric groups count in the same pass, and what they keep of each weight.
+
+    Attributes:
+        groups: What each of them does.
+        states: Addresses of the first element of each state, int64 of shape (states, stretches), in the groups' order;
+            laid out as the weight.
+        old_scale: As the scale, of before the step; None where no group looks at it.
+        sums: float64 of shape (any, columns), whose columns are neighbours in memory. Each of the groups' counts is
+            added to a column, and the flips to the next one, in the row of the stretch.
+        columns: int64, the column of each count, in the groups' order.
+    """
+
+    groups: tuple[Pointwise, ...]
+    states: Addresses
+    old_scale: Tensor | None
+    sums: Tensor
+    columns: Addresses
+
+
 class Run(Protocol):
     """Stretches of memory of one kind that are counted together.
 
@@ -72,11 +93,14 @@ class Run(Protocol):
     saves_calls: bool
     """Whether a call of torch costs more here than a search in a table for each scale."""
 
+    observes: bool
+    """Whether it can count for metric groups in the same pass."""
+
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None: ...
 
     @staticmethod
-    def can_do(kind: Kind, *, scaled: bool) -> bool:
-        """Whether there are compiled loops for weights of this kind; compiles them."""
+    def can_do(kind: Kind, *, scaled: bool, groups: tuple[Pointwise, ...] = ()) -> bool:
+        """Whether there are compiled loops for weights of this kind, and what metric groups do; compiles them."""
         ...
 
     def largest(self) -> Tensor:
@@ -106,6 +130,7 @@ class Run(Protocol):
         scale: Tensor | None,
         updates: Addresses | None,
         scale_codes: ScaleCodes | None = None,
+        observed: Observed | None = None,
     ) -> None:
         """As :meth:`count_`, but add what is found to rows of a table.
 
@@ -115,6 +140,7 @@ class Run(Protocol):
             scale: As there.
             updates: As there.
             scale_codes: What is stored of the scales, if anything is.
+            observed: What metric groups count, if there are any.
         """
         ...
 

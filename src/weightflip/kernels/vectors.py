@@ -6,8 +6,8 @@ addresses. Imported only where Numba is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
@@ -29,6 +29,12 @@ WIDE_OF_LARGEST = LANES_OF_LARGEST * _STREAMS
 # How far ahead memory is asked for. The processor does so by itself, but seems to begin anew at each page.
 _AHEAD, _AHEAD_CODES, _AHEAD_LARGEST = 2048, 1024, 512
 _CACHE_LINE = 64
+
+# What the loop that counts finds and is given, as int64: flips, updates, stalled; where it observes for metric groups,
+# also the address of the old scales, up to so many counts, and the addresses of up to so many states.
+OLD_SCALES_AT, COUNTS_AT, MOST_COUNTS, MOST_STATES = 3, 4, 8, 8
+STATES_AT = COUNTS_AT + MOST_COUNTS
+FOUND = STATES_AT + MOST_STATES
 
 _I1, _I8, _I16, _I32, _I64, _F32 = *(ir.IntType(bits) for bits in (1, 8, 16, 32, 64)), ir.FloatType()
 _ADDRESS = types.int64
@@ -182,7 +188,22 @@ def _number(v: Vectors, weight_bits: int, address: Any, scaling: int, scale: Any
     return v.b.fmul(number, under) if scaling == MULTIPLIED else v.b.fdiv(number, under)
 
 
-def make_advance(weight_bits: int, update_bits: int, code_bits: int, scaling: int, by_adding: bool) -> Any:
+class Observing(Protocol):
+    """What more the loop that counts has to do: :class:`weightflip.kernels.lowering.Observing`."""
+
+    def each(self, index: Any, old: Any, new: Any, flipped: Any, under_old_scale: Callable[[], Any]) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def make_advance(
+    weight_bits: int,
+    update_bits: int,
+    code_bits: int,
+    scaling: int,
+    by_adding: bool,
+    observing: Callable[[Vectors, Any, Any], Observing] | None = None,
+) -> Any:
     """The loop that encodes, compares, counts and stores.
 
     Args:
@@ -191,12 +212,15 @@ def make_advance(weight_bits: int, update_bits: int, code_bits: int, scaling: in
         code_bits: Of an ordinal.
         scaling: What becomes of a weight before it is rounded.
         by_adding: How it is rounded.
+        observing: Makes what more is done with each weight, from vectors, the address ``found`` and LLVM's type of an
+            ordinal; None for nothing.
 
     Returns:
         ``advance(weight, update, codes, numel, scales, scale_step, mask, constants, found)``: addresses of the first of
         ``numel`` weights, updates and codes, a multiple of ``LANES``; address of ``LANES`` scales, and how many bytes
         further those of the next weight are, 4 or 0; the bits of an update that tell whether it is 0; addresses of
         :class:`~weightflip.kernels.constants.Lanes` and of three int64: flips, updates and stalled weights, added to.
+        Where more is done, ``FOUND`` int64, as above.
     """
     code, bits = ir.IntType(code_bits), ir.IntType(update_bits or 8)
     weight_size, update_size, code_size = weight_bits // 8, update_bits // 8, code_bits // 8
@@ -206,6 +230,7 @@ def make_advance(weight_bits: int, update_bits: int, code_bits: int, scaling: in
         v = Vectors(b)
         rounding = _Rounding(v, constants, code)
         found = [_tools.alloca_once_value(b, ir.Constant(_I64, 0)) for _ in range(3)]
+        more = None if observing is None else observing(v, found_at, code)
 
         def count(at: int, flags: Any) -> None:
             number = b.zext(b.ctpop(b.bitcast(flags, ir.IntType(LANES))), _I64)
@@ -229,6 +254,16 @@ def make_advance(weight_bits: int, update_bits: int, code_bits: int, scaling: in
                 updated = b.icmp_signed("!=", masked, v.all(bits, 0))
                 count(1, updated)
                 count(2, b.and_(updated, b.not_(flipped)))
+            if more is not None:
+
+                def under_old_scale(place: Any = place, index: Any = i) -> Any:
+                    word = b.inttoptr(b.add(found_at, ir.Constant(_I64, 8 * OLD_SCALES_AT)), _I64.as_pointer())
+                    old_scales = b.add(b.load(word), b.mul(index, scale_step))
+                    return _encoded(rounding, by_adding, _number(v, weight_bits, place, scaling, old_scales))
+
+                more.each(i, old, new, flipped, under_old_scale)
+        if more is not None:
+            more.end()
         for at, number in enumerate(found):
             pointer = b.inttoptr(b.add(found_at, ir.Constant(_I64, 8 * at)), _I64.as_pointer())
             b.store(b.add(b.load(pointer), b.load(number)), pointer)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch import Tensor
 
 from weightflip import checks, functional, records
-from weightflip.kernels import Index, ScratchPool, take
+from weightflip.kernels import Index, Pointwise, ScratchPool, take
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 from weightflip.records import Kind, Value
 
@@ -73,6 +73,7 @@ class Slice:
         values: The weights there.
         old: Their ordinals before the step; a buffer that the next slice takes back.
         new: Their ordinals after it.
+        old_scale: Of the whole weight, before the step; None where the format has none.
         valid: 0-dim bool on the device: whether the step was one at all; None: it was. What is added to sums in a step
             that was none is dropped by the caller, and codes are the same before and after.
         scratch: Where temporaries come from.
@@ -83,6 +84,7 @@ class Slice:
     values: Tensor
     old: Tensor
     new: Tensor
+    old_scale: Tensor | None
     valid: Tensor | None
     scratch: ScratchPool
     backend: str
@@ -110,6 +112,11 @@ class LayerMetric:
 
     state: tuple[str, ...] = ()
     """Attributes with one tensor element a weight: saved in checkpoints, counted as memory."""
+
+    pointwise: Pointwise | None = None
+    """What :meth:`slice` does, as an expression for each weight, which kernels compile into the pass that counts flips.
+    They read and write the tensors that it names in place. None: there is none, and every slice is shown to ``slice``,
+    which is slower. A class that overrides ``slice`` sets it as well."""
 
     def before(self, weight: Weight) -> None:
         """Just before the optimizer's step."""

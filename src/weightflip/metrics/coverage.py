@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from weightflip.kernels.pointwise import NEW, OLD, Pointwise, state
 from weightflip.metrics.base import LayerMetric, Metric, Slice, Weight, register
 from weightflip.records import Value
 
@@ -41,8 +42,12 @@ class Coverage(Metric):
         return _LayerCoverage(weight)
 
 
+_CHANGED = state("changed_bits")
+
+
 class _LayerCoverage(LayerMetric):
     state = ("first_codes", "changed_bits")
+    pointwise = Pointwise(states=((_CHANGED, _CHANGED | (OLD ^ NEW)),))
 
     def __init__(self, weight: Weight) -> None:
         self.first_codes = weight.codes.clone()

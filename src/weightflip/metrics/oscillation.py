@@ -7,6 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from weightflip.kernels.pointwise import NEW, OLD, Pointwise, state, where
 from weightflip.metrics.base import LayerMetric, Metric, Slice, Weight, register
 from weightflip.records import Value
 
@@ -70,12 +71,25 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+_LAST, _FREQUENCY = state("directions", torch.int8), state("frequencies", torch.float32)
+_UP, _DOWN = NEW > OLD, NEW < OLD
+_OSCILLATES = (_UP & (_LAST < 0)) | (_DOWN & (_LAST > 0))
+
+
+def _pointwise(ema: float | None) -> Pointwise:
+    states = [(_LAST, where(_UP, 1, where(_DOWN, -1, _LAST)))]
+    if ema is not None:
+        rest = _FREQUENCY * (1 - ema)
+        states.append((_FREQUENCY, where(_OSCILLATES, rest + ema, rest)))
+    return Pointwise((_OSCILLATES,), tuple(states))
+
+
 class _LayerOscillation(LayerMetric):
     def __init__(self, weight: Weight, ema: float | None, threshold: float) -> None:
         self.directions = torch.zeros_like(weight.codes, dtype=torch.int8)
         """Of the last flip: 1, -1, or 0 before the first."""
         self.state = ("directions",)
-        self.ema, self.threshold = ema, threshold
+        self.ema, self.threshold, self.pointwise = ema, threshold, _pointwise(ema)
         if ema is not None:
             self.frequencies = torch.zeros_like(weight.codes, dtype=torch.float32)
             self.state = ("directions", "frequencies")
@@ -91,7 +105,8 @@ class _LayerOscillation(LayerMetric):
         sums[0, 0].add_(torch.count_nonzero(oscillates))
         sums[0, 1].add_(torch.count_nonzero(flipped))
         if self.ema is not None:
-            momentum = self.ema if part.valid is None else part.valid * self.ema
+            # As a number, and not in float32: 1 - momentum has to be rounded once, in a step that may be none, too.
+            momentum = self.ema if part.valid is None else part.valid.double() * self.ema
             now = part.scratch("oscillates", part.old, torch.float32).copy_(oscillates).mul_(-momentum)
             self.frequencies[part.index].mul_(1 - momentum).add_(now)
         # last * (1 - flipped) + direction: the direction where there is one.

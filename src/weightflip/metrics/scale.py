@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from weightflip.kernels.pointwise import NEW_UNDER_OLD_SCALE, OLD, Pointwise, differ
 from weightflip.metrics.base import LayerMetric, Metric, Slice, Weight, register
 from weightflip.quantizers.protocol import ElementwiseQuantizer
 from weightflip.records import Value
@@ -36,18 +37,13 @@ class Scale(Metric):
 
 
 class _LayerScale(LayerMetric):
+    pointwise = Pointwise((differ(NEW_UNDER_OLD_SCALE, OLD),))
+
     def __init__(self, quantizer: ElementwiseQuantizer) -> None:
         self.quantizer = quantizer
-        self.scale: Tensor | None = None
-
-    def before(self, weight: Weight) -> None:
-        self.scale = weight.scale
 
     def slice(self, part: Slice, sums: Tensor) -> None:
-        assert self.scale is not None
+        assert part.old_scale is not None
         flipped = part.new != part.old
-        sums[0, 0].add_(torch.count_nonzero(flipped & (part.codes_under(self.scale, self.quantizer) != part.old)))
+        sums[0, 0].add_(torch.count_nonzero(flipped & (part.codes_under(part.old_scale, self.quantizer) != part.old)))
         sums[0, 1].add_(torch.count_nonzero(flipped))
-
-    def after(self, weight: Weight, sums: Tensor) -> None:
-        self.scale = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from weightflip.records import Value
 # Weights of a layer that are looked at: errors of about a percent from 10,000 flips on.
 _SAMPLE = 1 << 14
 _HIGH = 16.0
+# Codes of a byte begin at minus this.
+_HALF = 128
 
 
 @register
@@ -80,13 +83,21 @@ class Travel(Metric):
         return None if outermost is None else _LayerTravel(name, weight, quantizer, outermost)
 
 
+class _Table(NamedTuple):
+    """What each code of a byte stands for, and where in it the sample is."""
+
+    values: Tensor
+    at: Tensor
+
+
 class _Moment(NamedTuple):
-    """The sample at one moment."""
+    """The sample at one moment: with the scale of each weight, or with a table where all have the same."""
 
     weights: Tensor
     codes: Tensor
-    scale: Tensor | None
     values: Tensor
+    scale: Tensor | None
+    table: _Table | None
 
 
 class _LayerTravel(LayerMetric):
@@ -94,12 +105,12 @@ class _LayerTravel(LayerMetric):
 
     def __init__(self, name: str, weight: Weight, quantizer: ElementwiseQuantizer, outermost: tuple[int, int]) -> None:
         self.quantizer, self.outermost = quantizer, outermost
-        sample = _sample(weight.values.numel(), name).to(weight.values.device)
-        self.at = torch.unravel_index(sample, weight.values.shape)
-        self.of_each = weight.values.numel() / sample.numel()
+        self.at = _sample(weight.values.numel(), name).to(weight.values.device)
+        """Where the sample is in the weight, laid out row after row."""
+        self.of_each = weight.values.numel() / self.at.numel()
         """Weights that each one of the sample stands for."""
         self.old: _Moment | None = None
-        self.travelled = torch.zeros(sample.shape, dtype=torch.float64, device=sample.device)
+        self.travelled = torch.zeros(self.at.shape, dtype=torch.float64, device=self.at.device)
         self.quantized_travelled = torch.zeros_like(self.travelled)
 
     def before(self, weight: Weight) -> None:
@@ -111,14 +122,13 @@ class _LayerTravel(LayerMetric):
         self.old = None
         moved = (new.weights - old.weights).abs_()
         quantized_moved = (new.values - old.values).abs_()
-        # NaN, infinite weights and what shares a scale with them have not moved any distance.
-        is_finite = moved.isfinite() & quantized_moved.isfinite()
+        # NaN, infinite weights and what shares a scale with them have not moved any distance: times 0 they are NaN.
+        is_finite = moved.mul(0).add_(quantized_moved, alpha=0) == 0
         moved, quantized_moved = moved.where(is_finite, 0.0), quantized_moved.where(is_finite, 0.0)
         expected = (moved / self._cells(old)).clamp_(max=1).nan_to_num_(nan=0.0)
-        sums[0, 0].add_(quantized_moved.sum(), alpha=self.of_each)
-        sums[0, 1].add_(moved.sum(), alpha=self.of_each)
-        sums[1, 0].add_(torch.count_nonzero((new.codes != old.codes) & is_finite), alpha=self.of_each)
-        sums[1, 1].add_(expected.sum(), alpha=self.of_each)
+        flips = (new.codes != old.codes).logical_and_(is_finite)
+        found = [quantized_moved.sum(), moved.sum(), flips.sum(dtype=torch.float64), expected.sum()]
+        sums.add_(torch.stack(found).view(2, 2), alpha=self.of_each)
         self.travelled.add_(moved)
         self.quantized_travelled.add_(quantized_moved)
 
@@ -135,29 +145,59 @@ class _LayerTravel(LayerMetric):
         self.quantized_travelled.zero_()
 
     def _look(self, weight: Weight) -> _Moment:
-        scale = None if weight.scale is None else weight.scale.expand(weight.codes.shape)[self.at]
-        # A 0-dim weight has no index, and what it gives would be a view.
-        codes = weight.codes[self.at].clone()
-        return _Moment(weight.values[self.at].to(torch.float64, copy=True), codes, scale, self._values(codes, scale))
+        weights, codes = self._take(weight.values).to(torch.float64), self._take(weight.codes)
+        scale = weight.scale
+        if codes.dtype is torch.int8 and (scale is None or scale.numel() == 1):
+            # Under one scale a code has one value, and a table of them is shorter than the sample.
+            known = _all_codes(codes.device)
+            values = self._values(known, None if scale is None else scale.reshape(1).expand(known.shape))
+            index = codes.int().add_(_HALF)
+            return _Moment(weights, codes, values.index_select(0, index), None, _Table(values, index))
+        if scale is not None:
+            scale = self._scale_of_each(scale, weight.codes.shape)
+        return _Moment(weights, codes, self._values(codes, scale), scale, None)
+
+    def _take(self, tensor: Tensor) -> Tensor:
+        """The sample of a tensor; new memory."""
+        if tensor.numel() == self.at.numel():
+            return tensor.reshape(-1).clone()
+        return tensor.view(-1).index_select(0, self.at) if tensor.is_contiguous() else torch.take(tensor, self.at)
+
+    def _scale_of_each(self, scale: Tensor, shape: torch.Size) -> Tensor:
+        if scale.shape == (*shape[:-1], 1) and scale.is_contiguous():
+            return scale.view(-1).index_select(0, self.at.div(shape[-1], rounding_mode="floor"))
+        return scale.expand(shape)[torch.unravel_index(self.at, shape)]
 
     def _values(self, codes: Tensor, scale: Tensor | None) -> Tensor:
         return self.quantizer.values(codes, scale).double()
 
     def _cells(self, moment: _Moment) -> Tensor:
-        """Widths of the cells that the weights lie in."""
+        """Widths of the cells that the weights lie in; of those that are no number, of any cell."""
+        if moment.table is not None:
+            return _cells_of_table(moment.table.values, self.outermost).index_select(0, moment.table.at)
         smallest, largest = self.outermost
         codes = moment.codes.long().clamp_(smallest, largest)
 
         def value(shifted: Tensor) -> Tensor:
             return self._values(shifted.clamp(smallest, largest).to(moment.codes.dtype), moment.scale)
 
-        here = value(codes)
+        here = moment.values
         below, above = here - value(codes - 1), value(codes + 1) - here
         return torch.where(codes == smallest, above, torch.where(codes == largest, below, (below + above) / 2))
 
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + sum(index.nbytes for index in self.at)
+
+def _cells_of_table(values: Tensor, outermost: tuple[int, int]) -> Tensor:
+    """Widths of the cells of all codes, from their values; those beyond the outermost ones have theirs."""
+    first, last = (code + _HALF for code in outermost)
+    steps = values[first : last + 1].diff()
+    inner = (steps[:-1] + steps[1:]) / 2
+    return torch.cat([steps[:1].expand(first + 1), inner, steps[-1:].expand(2 * _HALF - last)])
+
+
+@functools.lru_cache(maxsize=8)
+def _all_codes(device: torch.device) -> Tensor:
+    """Those of a byte."""
+    return torch.arange(-_HALF, _HALF, dtype=torch.int8, device=device)
 
 
 def _sample(numel: int, name: str) -> Tensor:

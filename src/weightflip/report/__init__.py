@@ -1,4 +1,4 @@
-"""What the numbers of finished or running trainings say: ``weightflip report RUN_DIR [RUN_DIR ...]``."""
+"""Reports on finished or running trainings: ``weightflip report RUN_DIR [RUN_DIR ...]``."""
 
 from __future__ import annotations
 

@@ -11,58 +11,58 @@ from weightflip.delta.cli import COMMANDS, add_commands, run
 from weightflip.records import printable
 from weightflip.report.findings import find
 from weightflip.report.follow import follow
-from weightflip.report.live import reading, watch
+from weightflip.report.live import progress_bar, watch
 from weightflip.report.read import read_runs
 from weightflip.report.run import ReportError
 from weightflip.report.table import write_csv
-from weightflip.report.terminal import console_of, print_report
+from weightflip.report.terminal import make_console, print_report
 from weightflip.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program ``weightflip``.
+    """Run the command-line program ``weightflip``.
 
     Args:
-        argv: Its arguments; None for those of the process.
+        argv: Command-line arguments; None for those of the process.
 
     Returns:
-        0, or 1 where nothing could be reported; the reason is on standard error.
+        Exit status: 0, or 1 after an error, which is printed to standard error.
     """
     parser = argparse.ArgumentParser(
-        prog="weightflip", description="How quantized weights move while a network trains."
+        prog="weightflip", description="Show how quantized weights move while a network trains."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     report = commands.add_parser(
         "report",
-        help="what the event files or JSONL files of trainings say, layer by layer",
-        description="Read event files or JSONL files, during or after training, and say what stands out: on the "
-        "terminal, as one page of HTML, or as a table for other programs. Several runs are compared.",
+        help="report on the event files or JSONL files of trainings, layer by layer",
+        description="Read event files or JSONL files, during or after training, and report what stands out: on the "
+        "terminal, as an HTML page, or as a table for other programs. Several runs are compared.",
     )
     report.add_argument(
-        "runs", nargs="+", metavar="RUN_DIR", help="a run's directory, one with runs below it, or a .jsonl file"
+        "runs", nargs="+", metavar="RUN_DIR", help="directory of a run, directory that contains runs, or .jsonl file"
     )
-    report.add_argument("--html", metavar="FILE", help="write a page with plots; it needs no network")
-    report.add_argument("--csv", metavar="FILE", help="write every number: run, step, layer, quantizer, value, number")
+    report.add_argument("--html", metavar="FILE", help="write a self-contained HTML page with plots")
+    report.add_argument("--csv", metavar="FILE", help="write all numbers: run, step, layer, quantizer, value, number")
     report.add_argument(
-        "--follow", action="store_true", help="read again when a training has added points, until Ctrl+C"
+        "--follow", action="store_true", help="update the report when a training adds points, until Ctrl+C"
     )
     add_commands(commands)
     args = parser.parse_args(argv)
     if args.command in COMMANDS:
         return run(args)
     if args.follow and (args.html or args.csv):
-        parser.error("--follow is for the terminal; write --html and --csv without it")
+        parser.error("--follow is for the terminal only; use --html and --csv without it")
     try:
         if args.follow:
-            watch(follow(args.runs), console_of())
+            watch(follow(args.runs), make_console())
         else:
-            _report(args.runs, args.html, args.csv)
+            _write_report(args.runs, args.html, args.csv)
     except ReportError as error:
         print(f"weightflip: {printable(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        # `weightflip report ... | head`: nobody reads on. The interpreter would complain when it flushes at exit.
+        # The reader is gone, as in `weightflip report ... | head`. Otherwise the interpreter fails to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"weightflip: {printable(str(error))}", file=sys.stderr)
@@ -70,13 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _report(paths: Sequence[str], html: str | None, csv: str | None) -> None:
+def _write_report(paths: Sequence[str], html: str | None, csv: str | None) -> None:
     try:
-        console = console_of()
+        console = make_console()
     except ReportError:
-        # Said once the page is written, which needs no rich.
+        # Reported after the HTML page and CSV file are written, which do not need rich.
         console = None
-    with reading(paths, console) as progress:
+    with progress_bar(paths, console) as progress:
         runs = read_runs(paths, progress=progress)
     findings = find(runs)
     if html is not None:

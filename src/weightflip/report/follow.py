@@ -1,4 +1,4 @@
-"""A training as it goes on: its files are read again when they have changed."""
+"""Follows a running training: reads its files again when they change."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from weightflip.report.read import files_of, read_runs
+from weightflip.report.read import list_files, read_runs
 from weightflip.report.run import NoRecords, Run
 
-# Seconds between two looks, and how many times as long as the reading took.
+# Minimum seconds between two checks, and minimum multiple of the time that reading takes.
 _PAUSE, _PAUSE_FACTOR = 2.0, 5.0
 
 
 def follow(
     paths: Sequence[str], pause: float = _PAUSE, sleep: Callable[[float], object] = time.sleep
 ) -> Iterator[list[Run]]:
-    """The runs below some paths, and again each time that something was added to their files. It does not end.
+    """Yield the runs below some paths, and again each time their files change. Never ends.
 
     Args:
-        paths: As of :func:`weightflip.report.read.read_runs`.
-        pause: Seconds from one look to the next; longer where the reading takes long, so that the training has the
-            processor.
-        sleep: Waits for some seconds.
+        paths: As in :func:`weightflip.report.read.read_runs`.
+        pause: Seconds between two checks. Longer if reading takes long, so that the training keeps the CPU.
+        sleep: Function that waits for a number of seconds.
 
     Yields:
-        The runs; none as long as there is no record.
+        The runs; an empty list while there are no records.
 
     Raises:
-        ReportError: A path to what is no record.
+        ReportError: A path is neither a directory nor a readable file.
     """
     before: object = None
     while True:
-        now = _state(paths)
+        now = _file_states(paths)
         took = 0.0
         if now != before:
             before = now
@@ -40,21 +39,21 @@ def follow(
             try:
                 runs = read_runs(paths)
             except NoRecords:
-                # A run that has only just begun, or has not.
+                # The run has just started, or not yet.
                 runs = []
             took = time.monotonic() - begin
             yield runs
         sleep(max(pause, _PAUSE_FACTOR * took))
 
 
-def _state(paths: Sequence[str]) -> list[tuple[Path, int, int]]:
-    """Names, sizes and times of all files."""
-    found = []
-    for file in (file for path in paths if Path(path).exists() for file in files_of(Path(path))):
+def _file_states(paths: Sequence[str]) -> list[tuple[Path, int, int]]:
+    """Paths, sizes and modification times of all files."""
+    states = []
+    for file in (file for path in paths if Path(path).exists() for file in list_files(Path(path))):
         try:
             state = file.stat()
         except OSError:
-            # Gone between the two looks.
+            # Deleted after it was listed.
             continue
-        found.append((file, state.st_size, state.st_mtime_ns))
-    return found
+        states.append((file, state.st_size, state.st_mtime_ns))
+    return states

@@ -1,6 +1,6 @@
-"""Numbers of runs whose files do not say what their numbers are: those written before runs declared them.
+"""Descriptions of numbers for old files, written before runs declared their numbers.
 
-Nothing is added here: a run says by itself what it has counted.
+Do not add to this list: runs now declare their own numbers.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _VALUES = (
 )
 
 
-def declared(info: RunInfo, gauges: Iterable[str] = ()) -> RunInfo:
-    """What a run says of itself, with its numbers as they were known before runs declared them.
+def add_legacy_values(info: RunInfo, gauges: Iterable[str] = ()) -> RunInfo:
+    """Add descriptions of known numbers that a run does not declare.
 
     Args:
-        info: As it was read.
-        gauges: Names that its records have for gauges.
+        info: The description read from the files.
+        gauges: Names of the gauges in the records.
     """
     known = {value.name for value in (*CORE_VALUES, *info.values)}
-    more = [value for value in _VALUES if value.name not in known]
-    known.update(value.name for value in more)
-    more += [Value(name, "gauge") for name in gauges if name not in known]
-    return replace(info, values=(*info.values, *more))
+    added = [value for value in _VALUES if value.name not in known]
+    known.update(value.name for value in added)
+    added += [Value(name, "gauge") for name in gauges if name not in known]
+    return replace(info, values=(*info.values, *added))

@@ -1,4 +1,4 @@
-"""Lines of a JSONL file, checked: whatever a damaged one holds, it is said to be damaged."""
+"""Parses lines of a JSONL file with all checks. Any damage raises :class:`DamagedLine`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from weightflip.records import Counts, FlipRecord, Kind, Quotient, RunInfo, Unit, Value
-from weightflip.report.block import Block, IrregularRecord
+from weightflip.report.record_arrays import IrregularRecord, RecordArrays
 
-# Of counts and steps; and of what metric groups sum up, so that sums of it are finite.
+# Limits of counts and steps, and of the sums of metric groups, which must stay finite when added.
 _COUNT_LIMIT, _SUM_LIMIT = 2**63, 1e250
 
 
 class DamagedLine(ValueError):
-    """Torn, changed afterwards, or of another program."""
+    """The line is incomplete, was modified, or comes from another program."""
 
 
 def parse(line: bytes) -> dict[str, Any]:
-    """The object in a line.
+    """Parse the JSON object in a line.
 
     Raises:
-        DamagedLine: There is none.
+        DamagedLine: The line holds no JSON object.
     """
     try:
         data = json.loads(line)
@@ -33,27 +33,27 @@ def parse(line: bytes) -> dict[str, Any]:
     return data
 
 
-def block_of(line: bytes, step: int) -> Block:
-    """The record in a line.
+def parse_record(line: bytes, step: int) -> RecordArrays:
+    """Parse the record in a line.
 
     Args:
-        line: It begins with a record of this step.
-        step: Optimizer steps.
+        line: A line that begins with a record of this step.
+        step: Number of optimizer steps.
 
     Raises:
-        DamagedLine: It is none, or one with numbers that no training counts.
+        DamagedLine: The line holds no record, or impossible numbers.
     """
     data = parse(line).get("record")
     try:
         if isinstance(data, dict) and data.get("step") == step:
-            return Block.of_json(data)
+            return RecordArrays.from_json(data)
     except IrregularRecord:
-        # An earlier version's, or damaged: each number is looked at.
+        # Written by an earlier version, or damaged: check each number.
         pass
-    return Block.of(_record_of(data, step))
+    return RecordArrays.from_record(_parse_irregular(data, step))
 
 
-def _record_of(data: Any, step: int) -> FlipRecord:
+def _parse_irregular(data: Any, step: int) -> FlipRecord:
     try:
         record = FlipRecord.from_dict(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -80,7 +80,7 @@ def _counts(counts: Counts) -> list[Any]:
 def _check_pairs(pairs: Mapping[Any, Quotient]) -> None:
     for pair in pairs.values():
         for number in pair:
-            # One that is not finite is damage of the weights, and not of the line.
+            # A non-finite number means that weights are not finite, not that the line is damaged.
             if type(number) not in (int, float) or (not _is_nonfinite(number) and abs(number) > _SUM_LIMIT):
                 raise DamagedLine
         if pair.denominator < 0:
@@ -91,16 +91,16 @@ def _is_nonfinite(number: float) -> bool:
     return isinstance(number, float) and not math.isfinite(number)
 
 
-def info_of(data: Any) -> RunInfo:
-    """What is tracked.
+def parse_info(data: Any) -> RunInfo:
+    """Parse what is tracked.
 
     Raises:
-        DamagedLine: Not as ``RunInfo`` is written.
+        DamagedLine: The data is not a valid ``RunInfo``.
     """
     try:
         tracked = {name: (str(row[0]), str(row[1]), str(row[2])) for name, row in data.get("tracked", {}).items()}
         skipped, settings = dict(data.get("skipped", {})), dict(data.get("settings", {}))
-        notes, values = tuple(data.get("notes", ())), tuple(map(value_of, data.get("values", ())))
+        notes, values = tuple(data.get("notes", ())), tuple(map(parse_value, data.get("values", ())))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DamagedLine from error
     texts = (*skipped.values(), *settings.values(), *notes)
@@ -109,7 +109,7 @@ def info_of(data: Any) -> RunInfo:
     return RunInfo(tracked, skipped, settings, notes, values=values)
 
 
-# What each attribute of a value may be; one that a later version adds is left out.
+# Type or allowed values of each attribute. Attributes added by a later version are ignored.
 _VALUE = {
     "name": str,
     "kind": get_args(Kind),
@@ -123,17 +123,17 @@ _VALUE = {
 }
 
 
-def value_of(data: Any) -> Value:
-    """How a number is shown.
+def parse_value(data: Any) -> Value:
+    """Parse the description of a number.
 
     Raises:
-        DamagedLine: Not as ``Value`` is written.
+        DamagedLine: The data is not a valid ``Value``.
     """
     if not isinstance(data, dict) or "name" not in data:
         raise DamagedLine
-    for name, may_be in _VALUE.items():
-        found = data.get(name)
-        is_one = found in may_be if isinstance(may_be, tuple) else type(found) is may_be
-        if name in data and not is_one:
+    for name, expected in _VALUE.items():
+        attribute = data.get(name)
+        is_valid = attribute in expected if isinstance(expected, tuple) else type(attribute) is expected
+        if name in data and not is_valid:
             raise DamagedLine
     return Value(**{name: data[name] for name in _VALUE if name in data})

@@ -1,4 +1,4 @@
-"""What moves on a terminal: a bar while much is read, and a report that is drawn again as points come."""
+"""Live terminal output: a progress bar for large files, and a report that is redrawn as points arrive."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from weightflip.report.findings import find
-from weightflip.report.read import size_of
+from weightflip.report.read import total_size
 from weightflip.report.run import Run
-from weightflip.report.terminal import parts_of
+from weightflip.report.terminal import report_parts
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-# Bytes that take more than a moment.
-_MUCH = 30_000_000
+# Reading more bytes than this takes noticeable time.
+_LARGE = 30_000_000
 
 
 @contextmanager
-def reading(paths: Sequence[str], console: Console | None) -> Iterator[Callable[[float], object]]:
-    """A bar while much is read, on a terminal; gone afterwards.
+def progress_bar(paths: Sequence[str], console: Console | None) -> Iterator[Callable[[float], object]]:
+    """Show a progress bar on a terminal while large files are read.
 
     Args:
-        paths: What is read.
-        console: Where to; None for nowhere.
+        paths: Paths that are read.
+        console: The console; None for no output.
 
     Yields:
-        What to call with a number of bytes, each time that so many more are read.
+        A function to call with the number of bytes read since the last call.
     """
-    size = size_of(paths)
-    if size < _MUCH or console is None or not console.is_terminal:
+    size = total_size(paths)
+    if size < _LARGE or console is None or not console.is_terminal:
         yield lambda size: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -44,16 +44,16 @@ def reading(paths: Sequence[str], console: Console | None) -> Iterator[Callable[
 
 
 def watch(reports: Iterable[Sequence[Run]], console: Console) -> None:
-    """Draw the report of some runs again and again, until it is interrupted; then leave the last one.
+    """Redraw the report of some runs until interrupted, then leave the last report on the terminal.
 
     Args:
-        reports: As of :func:`weightflip.report.follow.follow`.
-        console: Where to. What is no terminal gets each report below the one before.
+        reports: From :func:`weightflip.report.follow.follow`.
+        console: The console. If it is not a terminal, each report is appended.
     """
     if not console.is_terminal:
         with suppress(KeyboardInterrupt):
             for runs in reports:
-                _print(console, runs)
+                _print_report(console, runs)
         return
     from rich.console import Group
     from rich.live import Live
@@ -62,19 +62,19 @@ def watch(reports: Iterable[Sequence[Run]], console: Console) -> None:
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False, transient=True) as live:
         for runs in reports:
             last = runs or last
-            drawn = Group(_when(runs), *parts_of(console, runs, find(runs))) if runs else _when(runs)
+            drawn = Group(_status_line(runs), *report_parts(console, runs, find(runs))) if runs else _status_line(runs)
             live.update(drawn, refresh=True)
     if last:
-        _print(console, last)
+        _print_report(console, last)
 
 
-def _when(runs: Sequence[Run]) -> Text:
+def _status_line(runs: Sequence[Run]) -> Text:
     from rich.text import Text
 
     points = f"up to step {max(run.end for run in runs):,}" if runs else "no points yet"
-    return Text(f"Read at {time.strftime('%H:%M:%S')}, {points}. Ctrl+C ends.")
+    return Text(f"Read at {time.strftime('%H:%M:%S')}, {points}. Press Ctrl+C to stop.")
 
 
-def _print(console: Console, runs: Sequence[Run]) -> None:
-    for part in parts_of(console, runs, find(runs)) if runs else ["No points yet."]:
+def _print_report(console: Console, runs: Sequence[Run]) -> None:
+    for part in report_parts(console, runs, find(runs)) if runs else ["No points yet."]:
         console.print(part)

@@ -1,4 +1,4 @@
-"""Paths to runs: which files of a directory are read."""
+"""Finds and reads the runs below given paths."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from weightflip.report import events, jsonl
 from weightflip.report.run import NoRecords, ReportError, Run
 from weightflip.report.scan import Scan, scan
 
-# Beside an event file: flips, time, host, process, number.
-_BESIDE = re.compile(r"flips\.\d+\..*\.\d+\.\d+\.jsonl")
-# Seconds from a point in the event file to the same one in the file beside it.
+# JSONL file next to an event file: flips, time, host, process, number.
+_COMPANION = re.compile(r"flips\.\d+\..*\.\d+\.\d+\.jsonl")
+# Maximum seconds between a point in the event file and the same point in its JSONL file.
 _SLACK = 5.0
 
 
@@ -23,33 +23,33 @@ def read_runs(
     every_record: bool = False,
     progress: Callable[[float], object] = lambda size: None,
 ) -> list[Run]:
-    """Every run below some paths.
+    """Read all runs below some paths.
 
     Args:
-        paths: Run directories, directories with runs somewhere below, ``.jsonl`` files, event files.
-        every_record: Read each record of a long JSONL file. Else as many as a report can show, evenly spread: the
-            windows between them are added up, so that no count is lost.
-        progress: Called with a number of bytes, each time that so many more are done with; in all it is about
-            :func:`size_of`.
+        paths: Run directories, directories that contain runs at any depth, ``.jsonl`` files, or event files.
+        every_record: Read every record of a long JSONL file. By default, at most as many evenly spaced records are read
+            as a report can show. The windows in between are summed, so that no count is lost.
+        progress: Called with the number of bytes processed since the last call. They add up to about
+            :func:`total_size`.
 
     Returns:
-        At least one run. In a directory with both, JSONL is read: it has the counts, event files have quotients.
+        At least one run. In a directory with both kinds of files, JSONL is read, since event files hold only ratios.
 
     Raises:
-        ReportError: A path that is not there, or has no records.
+        ReportError: A path does not exist or has no records.
     """
     runs: list[Run] = []
-    seen: set[Path] = set()
+    read_paths: set[Path] = set()
     for path in (Path(path) for path in paths):
         found = list(_read_below(path, every_record, progress))
         if not found:
             raise NoRecords(
-                f"{path}: no records of weightflip. Looked for .jsonl files with records and for event files "
-                "(*tfevents*) with flip_rate/... tags, here and in all directories below. A training writes its first "
-                "point after log_every= steps"
+                f"{path}: no weightflip records. Expected .jsonl files with records or event files (*tfevents*) with "
+                "flip_rate/... tags, here or in any subdirectory. A training writes its first point after log_every= "
+                "steps"
             )
-        runs += [run for run in found if run.path.resolve() not in seen]
-        seen.update(run.path.resolve() for run in found)
+        runs += [run for run in found if run.path.resolve() not in read_paths]
+        read_paths.update(run.path.resolve() for run in found)
     names = _short_names([run.path for run in runs])
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
@@ -67,7 +67,7 @@ def _read_below(path: Path, every_record: bool, progress: Callable[[float], obje
         raise NoRecords(f"{path}: no such file or directory")
     if path.is_file():
         if path.suffix != ".jsonl" and "tfevents" not in path.name:
-            raise ReportError(f"{path}: neither a .jsonl file nor an event file (*tfevents*) nor a directory")
+            raise ReportError(f"{path}: expected a directory, a .jsonl file or an event file (*tfevents*)")
         if path.suffix == ".jsonl":
             yield from jsonl.read(scan([path], progress), path, every_record, progress)
         else:
@@ -81,51 +81,51 @@ def _read_below(path: Path, every_record: bool, progress: Callable[[float], obje
 def _read_directory(
     path: Path, names: Sequence[str], every_record: bool, progress: Callable[[float], object]
 ) -> list[Run]:
-    """The files of a directory: JSONL that somebody asked for, or else what a run with TensorBoard has written."""
-    files, beside = _jsonl_in(path, names)
+    """Read the files of one directory: JSONL files from ``sinks=``, or else the output of a run with TensorBoard."""
+    files, companions = _split_jsonl(path, names)
     runs = [run for file in files for run in jsonl.read(scan([file], progress), file, every_record, progress)]
     if len(runs) == 1:
         return [replace(runs[0], path=path)]
     if runs:
         return runs
-    if beside:
-        found = scan(beside, progress)
-        if _is_whole(found, path):
+    if companions:
+        found = scan(companions, progress)
+        if _covers_event_files(found, path):
             runs = jsonl.read(found, path, every_record, progress)
     if not runs and any("tfevents" in name for name in names):
         runs = events.read(path, progress)
-        if beside:
-            note = "read from event files, which hold quotients: the JSONL beside them does not have all points"
+        if companions:
+            note = "read from event files, which hold only ratios: the JSONL files next to them lack some points"
             runs = [replace(run, notes=(*run.notes, note)) for run in runs]
     return runs
 
 
-def _jsonl_in(path: Path, names: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """JSONL that somebody asked for, and what is beside event files."""
-    files = [path / name for name in names if name.endswith(".jsonl") and not _BESIDE.fullmatch(name)]
-    return files, [path / name for name in names if _BESIDE.fullmatch(name)]
+def _split_jsonl(path: Path, names: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """JSONL files from ``sinks=``, and those written next to event files."""
+    files = [path / name for name in names if name.endswith(".jsonl") and not _COMPANION.fullmatch(name)]
+    return files, [path / name for name in names if _COMPANION.fullmatch(name)]
 
 
-def files_of(path: Path) -> list[Path]:
-    """The files that are read of a path, as far as their names tell."""
+def list_files(path: Path) -> list[Path]:
+    """The files to read below a path, judged by their names."""
     if path.is_file():
         return [path]
     found = []
     for directory, _, names in os.walk(path):
-        files, beside = _jsonl_in(Path(directory), names)
-        found += files or beside or [Path(directory, name) for name in names if "tfevents" in name]
+        files, companions = _split_jsonl(Path(directory), names)
+        found += files or companions or [Path(directory, name) for name in names if "tfevents" in name]
     return found
 
 
-def size_of(paths: Sequence[str | os.PathLike[str]]) -> int:
-    """Bytes to read."""
-    return sum(file.stat().st_size for path in paths for file in files_of(Path(path)) if file.is_file())
+def total_size(paths: Sequence[str | os.PathLike[str]]) -> int:
+    """Number of bytes to read."""
+    return sum(file.stat().st_size for path in paths for file in list_files(Path(path)) if file.is_file())
 
 
-def _is_whole(found: Scan, path: Path) -> bool:
-    """Whether the event files of a directory have no points before or after those of the files beside them.
+def _covers_event_files(found: Scan, path: Path) -> bool:
+    """Whether JSONL files cover all points of the event files next to them.
 
-    They do where an earlier version began the run, or where the disk was full when the JSONL was written.
+    They do not if an earlier version started the run, or if the disk was full when the JSONL was written.
     """
-    spans = [span for file in path.glob("*tfevents*") if file.is_file() and (span := events.span(file))]
+    spans = [span for file in path.glob("*tfevents*") if file.is_file() and (span := events.find_span(file))]
     return all(found.first_step <= span.first_step and span.end <= found.last_time + _SLACK for span in spans)

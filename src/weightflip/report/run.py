@@ -1,4 +1,4 @@
-"""What was read of one training: numbers over time, layer by layer. Every view of a report is made from it."""
+"""The data of one training: numbers over time for each layer. All views of a report use it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from weightflip.records import CORE_VALUES, RunInfo, split_variant
 
 
 class ReportError(Exception):
-    """What a person can put right: a path without records, a package that is missing."""
+    """An error that the user can fix, such as a path without records or a missing package."""
 
 
 class NoRecords(ReportError):
-    """A path where nothing is, or nothing of ours; a training may be about to write it."""
+    """The path does not exist or has no records. A training may be about to write them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +28,11 @@ class Series:
     """One number over time.
 
     Attributes:
-        steps: Optimizer steps, ascending, one for each logging point: int64, (points,).
-        numerators: What was counted, float64, (points,).
-        denominators: What it was counted of; of event files, which hold quotients only, an estimate that is
-            proportional to it where each step counts the same.
-        gauge: A number of one moment; else one of the window since the point before.
+        steps: Optimizer steps of the logging points, ascending: int64, (points,).
+        numerators: float64, (points,).
+        denominators: float64, (points,). Event files hold only ratios. For them this is an estimate, proportional to
+            the denominator if all steps count the same.
+        gauge: Whether the number is measured at the logging point instead of counted since the previous one.
     """
 
     steps: NDArray[np.int64]
@@ -45,12 +45,12 @@ class Series:
 
     @property
     def values(self) -> NDArray[np.float64]:
-        """(points,)."""
+        """Numerators / denominators, (points,)."""
         return self.numerators / self.denominators
 
     @property
     def summary(self) -> float:
-        """Of a gauge its last value, else the quotient of the sums; NaN where there is nothing."""
+        """The last value of a gauge, else the ratio of the sums; NaN if undefined."""
         if not len(self):
             return math.nan
         with np.errstate(all="ignore"):
@@ -58,7 +58,7 @@ class Series:
         return number if math.isfinite(number) else math.nan
 
     def part(self, after: float, to: float = math.inf) -> Series:
-        """The points of the steps in (after, to]."""
+        """The points with steps in (after, to]."""
         kept = (self.steps > after) & (self.steps <= to)
         return Series(self.steps[kept], self.numerators[kept], self.denominators[kept], self.gauge)
 
@@ -66,8 +66,8 @@ class Series:
 EMPTY = Series(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
 
 
-def total(series: Iterable[Series]) -> Series:
-    """Of several layers: numerators and denominators are summed at each step, then divided."""
+def sum_series(series: Iterable[Series]) -> Series:
+    """The sum over several layers: numerators and denominators are summed at each step."""
     parts = [one for one in series if len(one)]
     if not parts:
         return EMPTY
@@ -81,14 +81,14 @@ def total(series: Iterable[Series]) -> Series:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One weight, as one quantizer sees it.
+    """One layer with one quantizer.
 
     Attributes:
-        name: As in the records: ``weight@quantizer`` where there are several quantizers.
-        weights: Number of weights; 0 where it is not known.
-        dtype: Of the parameter; empty where it is not known.
-        quantizer: Its name; empty where it is not known.
-        values: Every number of it, by name.
+        name: Name as in the records: ``weight@quantizer`` if there are several quantizers.
+        weights: Number of weights; 0 if unknown.
+        dtype: Dtype of the parameter; empty if unknown.
+        quantizer: Name of the quantizer; empty if unknown.
+        values: All numbers of the layer, by name.
     """
 
     name: str
@@ -104,33 +104,33 @@ class Layer:
 
     @property
     def variant(self) -> str:
-        """The quantizer where there are several, else empty."""
+        """The quantizer if there are several, else empty."""
         return split_variant(self.name)[1]
 
     @property
     def is_stored(self) -> bool:
-        """Whether a code is the weight as stored, so that a stalled update is lost."""
+        """Whether the codes are the stored weights, so that a stalled update is lost."""
         return self.quantizer == "native" or (bool(self.quantizer) and self.quantizer == self.dtype)
 
     @property
     def grid(self) -> str:
-        """The numbers that the codes stand for."""
+        """Name of the format of the codes."""
         return self.dtype if self.is_stored else self.quantizer
 
     def get(self, value: str) -> Series:
-        """A number over time; without points where it was not recorded."""
+        """A number over time; without points if it was not recorded."""
         return self.values.get(value, EMPTY)
 
 
 class Alert(NamedTuple):
-    """What a rule said during training.
+    """An alert that fired during training.
 
     Attributes:
-        step: When.
-        layer: Of which layer; empty where that is not known.
+        step: Step at which it fired.
+        layer: Name of the layer; empty if unknown.
         rule: The rule.
-        message: All of it as a sentence; may be empty.
-        layers: Of how many layers; several are those that a line in an event file does not name.
+        message: The alert as a sentence; may be empty.
+        layers: Number of layers. More than 1 for layers that a line in an event file counts but does not name.
     """
 
     step: int
@@ -145,13 +145,13 @@ class Run:
     """One training.
 
     Attributes:
-        name: Its path, as short as tells the runs of a report apart.
-        path: Where it was read; with ``writer 1``, ``writer 2``, ... below it where several wrote at once.
-        info: What is tracked and how; without rows where the files do not say.
-        layers: By name, in the order of the records.
-        models: Numbers of all layers together, by name, for each quantizer; the key is empty where there is but one.
-        alerts: In the order in which they came.
-        notes: What to know about the reading.
+        name: Its path, shortened to what distinguishes the runs of a report.
+        path: Path of the files, followed by ``writer 1``, ``writer 2``, ... if several runs wrote at the same time.
+        info: What is tracked and how. Without rows if the files do not say.
+        layers: Layers by name, in the order of the records.
+        models: Numbers summed over all layers, by quantizer and name. The quantizer is empty if there is only one.
+        alerts: Alerts in the order in which they fired.
+        notes: Notes about reading the files.
     """
 
     name: str
@@ -164,13 +164,13 @@ class Run:
 
     @cached_property
     def steps(self) -> NDArray[np.int64]:
-        """Of all logging points."""
+        """Steps of all logging points."""
         everything = [layer.get("flip_rate").steps for layer in self.layers.values()]
         return np.unique(np.concatenate([np.zeros(0, np.int64), *everything]))
 
     @property
     def begin(self) -> int:
-        """The step before the first window, as far as the distance of the points tells."""
+        """The step before the first window, estimated from the distance of the first two points."""
         steps = self.steps
         return max(0, int(2 * steps[0] - steps[1])) if len(steps) > 1 else 0
 
@@ -186,25 +186,27 @@ class Run:
         return self.end - (self.end - self.begin) / 4
 
 
-def models_of(layers: Mapping[str, Layer]) -> dict[str, dict[str, Series]]:
-    """Every number of all layers together, for each quantizer."""
+def sum_models(layers: Mapping[str, Layer]) -> dict[str, dict[str, Series]]:
+    """All numbers summed over all layers, by quantizer."""
     variants = dict.fromkeys(layer.variant for layer in layers.values())
-    return {variant: sums([layer for layer in layers.values() if layer.variant == variant]) for variant in variants}
+    return {
+        variant: sum_layers([layer for layer in layers.values() if layer.variant == variant]) for variant in variants
+    }
 
 
-def sums(layers: Sequence[Layer]) -> dict[str, Series]:
-    """Every number of some layers together."""
+def sum_layers(layers: Sequence[Layer]) -> dict[str, Series]:
+    """All numbers summed over some layers, by name."""
     names = dict.fromkeys(name for layer in layers for name in layer.values if name != "nonfinite_weights")
-    return {name: total(layer.get(name) for layer in layers) for name in names}
+    return {name: sum_series(layer.get(name) for layer in layers) for name in names}
 
 
-def gauges_of(info: RunInfo) -> set[str]:
-    """Names of the numbers of one moment."""
+def gauge_names(info: RunInfo) -> set[str]:
+    """Names of the gauges."""
     return {value.name for value in (*CORE_VALUES, *info.values) if value.kind == "gauge"}
 
 
-def updated(info: RunInfo, newer: RunInfo) -> RunInfo:
-    """What was tracked at any time, as it was last."""
+def merge_info(info: RunInfo, newer: RunInfo) -> RunInfo:
+    """Merge two descriptions: everything that was tracked at any time, with the newer description."""
     return RunInfo(
         {**info.tracked, **newer.tracked},
         newer.skipped,
@@ -214,18 +216,18 @@ def updated(info: RunInfo, newer: RunInfo) -> RunInfo:
     )
 
 
-def chains_of(spans: Sequence[tuple[float, float]]) -> list[list[int]]:
-    """Which of some spans of time follow each other: those of one training, that was resumed. Others wrote at once."""
+def group_into_chains(spans: Sequence[tuple[float, float]]) -> list[list[int]]:
+    """Group time spans into chains of consecutive spans. Each chain is one training that may have been resumed."""
     chains: list[list[int]] = []
     for index in sorted(range(len(spans)), key=lambda index: spans[index][0]):
-        over = [chain for chain in chains if spans[chain[-1]][1] <= spans[index][0]]
-        if over:
-            max(over, key=lambda chain: spans[chain[-1]][1]).append(index)
+        ended = [chain for chain in chains if spans[chain[-1]][1] <= spans[index][0]]
+        if ended:
+            max(ended, key=lambda chain: spans[chain[-1]][1]).append(index)
         else:
             chains.append([index])
     return chains
 
 
-def of_nonfinite(points: int) -> str:
-    """The note on points that are left out."""
-    return f"{points:,} point{'s' * (points > 1)} left out that are not finite"
+def nonfinite_note(points: int) -> str:
+    """The note about points that are skipped."""
+    return f"{points:,} non-finite point{'s' * (points > 1)} skipped"

@@ -1,4 +1,4 @@
-"""What JSONL files hold, before their records are read: where each is, and which opening of the file wrote it."""
+"""Indexes JSONL files before their records are read: position of each record, and which writer wrote it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from weightflip.report import lines
 from weightflip.report.run import Alert
 
 _RECORD = re.compile(rb'\s*\{\s*"record"\s*:\s*\{\s*"step"\s*:\s*(\d{1,18})\s*,')
-# At the end of a line, which it closes.
+# At the end of a line.
 _WRITER = re.compile(rb'"writer"\s*:\s*"([^"\\]{1,300})"\s*,\s*"time"\s*:\s*(\d{1,15}(?:\.\d{0,9})?)\s*\}\s*$')
-_WRITER_ROOM = 400
+_WRITER_LENGTH = 400
 
 
 class Line(NamedTuple):
-    """Where the record of a step is."""
+    """Position of the record of a step."""
 
     step: int
     file: int
@@ -30,7 +30,7 @@ class Line(NamedTuple):
 
 @dataclass
 class Writer:
-    """What one opening of a file has written, in order."""
+    """Everything one writer wrote, in order. Each opening of a file is one writer."""
 
     begin: float
     end: float
@@ -39,13 +39,13 @@ class Writer:
 
 @dataclass
 class Scan:
-    """What some files hold, before their records are read.
+    """Index of some files, before their records are read.
 
     Attributes:
         paths: The files.
-        writers: By name; what earlier versions wrote has none.
-        damaged: Lines that cannot be read.
-        last_time: Of the last line, in seconds; 0 where no line says.
+        writers: Writers by name. The name is empty for files of earlier versions.
+        damaged: Number of lines that cannot be read.
+        last_time: Time of the last line in seconds; 0 if unknown.
     """
 
     paths: Sequence[Path]
@@ -55,17 +55,17 @@ class Scan:
 
     @property
     def first_step(self) -> float:
-        """The lowest step of a record; infinite without one."""
+        """The lowest step of a record; infinity without records."""
         contents = (content for writer in self.writers.values() for content in writer.contents)
         return min((content.step for content in contents if isinstance(content, Line)), default=math.inf)
 
 
 def scan(paths: Sequence[Path], progress: Callable[[float], object] = lambda size: None) -> Scan:
-    """Look through one file, or through those of one directory that are one training, resumed or not.
+    """Index one file, or the files in a directory that belong to one training, resumed or not.
 
     Args:
         paths: The files.
-        progress: Called with half of the bytes of each line: the other half is the reading.
+        progress: Called with half the size of each line. Reading the records accounts for the other half.
     """
     found = Scan(paths)
     for at, path in enumerate(paths):
@@ -73,36 +73,36 @@ def scan(paths: Sequence[Path], progress: Callable[[float], object] = lambda siz
         with path.open("rb") as file:
             offset = 0
             for line in file:
-                named = _WRITER.search(line[-_WRITER_ROOM:])
+                named = _WRITER.search(line[-_WRITER_LENGTH:])
                 match = _RECORD.match(line)
                 content: Line | RunInfo | Alert | None = None
                 if match:
                     content = Line(int(match[1]), at, offset, len(line))
                 elif line.strip():
                     try:
-                        content = _content(lines.parse(line))
+                        content = _parse_content(lines.parse(line))
                     except lines.DamagedLine:
                         found.damaged += 1
-                # One begins with what it tracks. The name in another line, if it is no one's, is damaged.
+                # A writer starts with an info line. An unknown name in any other line is damaged.
                 if named and (named[1] in found.writers or isinstance(content, RunInfo)):
                     writer = named[1]
                 time = float(named[2]) if named else 0.0
                 if content is not None:
                     found.last_time = max(found.last_time, time)
-                # Several files are in the order of their times; lines of one file in their own.
+                # Several files are ordered by time, the lines of a single file by position.
                 now = float(offset) if len(paths) == 1 else time
                 if content is not None:
-                    of = found.writers.setdefault(writer, Writer(now, now))
-                    of.contents.append(content)
-                    of.end = max(of.end, now)
+                    current = found.writers.setdefault(writer, Writer(now, now))
+                    current.contents.append(content)
+                    current.end = max(current.end, now)
                 offset += len(line)
                 progress(len(line) / 2)
     return found
 
 
-def _content(data: Mapping[str, Any]) -> RunInfo | Alert | None:
+def _parse_content(data: Mapping[str, Any]) -> RunInfo | Alert | None:
     if "info" in data:
-        return lines.info_of(data["info"])
+        return lines.parse_info(data["info"])
     if "alert" in data:
         return _alert_from_dict(data["alert"])
     if "record" in data:

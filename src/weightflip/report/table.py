@@ -1,4 +1,4 @@
-"""Which numbers a table of layers has, how they are called and written, and the CSV file."""
+"""Contents of the layer tables: columns, number formats, order of the layers, and the CSV file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weightflip.report.findings import Finding
 from weightflip.report.findings.words import percent
 from weightflip.report.run import EMPTY, Layer, Run, Series
 
-# Numbers of every table, also where no layer has them.
+# Columns of every table, even if no layer has the number.
 ALWAYS = ("flip_rate", "stall_ratio")
 
 
@@ -28,20 +28,20 @@ _WRITE: Mapping[str, Callable[[float], str]] = {
 
 
 def columns(runs: Iterable[Run], layers: Iterable[Layer]) -> list[Value]:
-    """The numbers that some layers of some runs have; flip rate and stall ratio always."""
-    found = {name for layer in layers for name in layer.values} | set(ALWAYS)
-    return in_display_order(found, (value for run in runs for value in run.info.values))
+    """The numbers that occur in some layers of some runs. Always includes flip rate and stall ratio."""
+    names = {name for layer in layers for name in layer.values} | set(ALWAYS)
+    return in_display_order(names, (value for run in runs for value in run.info.values))
 
 
 def cell(value: Value, series: Series, late: float) -> str:
-    """A number in the last quarter of a run; of a gauge, at its end. Empty where there is none."""
+    """A number over the last quarter of a run, or a gauge at its end, as text. Empty if there is none."""
     number = series.part(late).summary
     text = "" if math.isnan(number) else _WRITE[value.unit](number)
     return text.replace("less than ", "<").replace("more than ", ">")
 
 
-def ranked(run: Run, findings: Sequence[Finding]) -> list[Layer]:
-    """Layers, the worst first: by the findings that name them, then by the updates that change no code."""
+def rank_layers(run: Run, findings: Sequence[Finding]) -> list[Layer]:
+    """Layers sorted worst first: by the findings that name them, then by stall ratio."""
     worst = {
         name: max((finding.severity for finding in findings if concerns(finding, run, name)), default=0)
         for name in run.layers
@@ -55,12 +55,12 @@ def ranked(run: Run, findings: Sequence[Finding]) -> list[Layer]:
 
 
 def concerns(finding: Finding, run: Run, layer: str) -> bool:
-    """Whether a finding names a layer of a run."""
+    """Whether a finding names this layer of this run."""
     return run.name in finding.runs and layer in finding.layers
 
 
-def formats(run: Run) -> str:
-    """The quantizers of a run, for a line of text."""
+def run_formats(run: Run) -> str:
+    """The quantizers of a run, as text."""
     names = dict.fromkeys(
         f"{layer.quantizer} ({layer.dtype})" if layer.is_stored and layer.dtype else layer.quantizer
         for layer in run.layers.values()
@@ -69,14 +69,14 @@ def formats(run: Run) -> str:
 
 
 def write_csv(runs: Sequence[Run], path: str | PathLike[str]) -> int:
-    """Every number of every record, one a row, in long form.
+    """Write all numbers of all records in long form, one number per row.
 
-    The columns are run, step, layer, quantizer, value, number. The layer is empty for all layers together; numbers are
-    written with all their digits. In names, what does not print is escaped, and one that a spreadsheet would take for a
-    formula begins with an apostrophe.
+    The columns are run, step, layer, quantizer, value, number. The layer is empty for the sum over all layers. Numbers
+    have full precision. Non-printable characters in names are escaped, and a name that a spreadsheet would run as a
+    formula gets a leading apostrophe.
 
     Args:
-        runs: Read with ``every_record``.
+        runs: Runs read with ``every_record``.
         path: The file.
 
     Returns:
@@ -98,5 +98,5 @@ def write_csv(runs: Sequence[Run], path: str | PathLike[str]) -> int:
 
 
 def model_series(run: Run, variant: str, value: str) -> Series:
-    """A number of all layers together."""
+    """A number summed over all layers with one quantizer."""
     return run.models.get(variant, {}).get(value, EMPTY)

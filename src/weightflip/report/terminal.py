@@ -1,4 +1,4 @@
-"""Findings and tables on a terminal, or in a file or pipe: rich leaves the colours out there by itself."""
+"""Findings and tables on a terminal, or in a file or pipe, where rich omits colors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from weightflip.records import in_display_order
 from weightflip.records import printable as escaped
 from weightflip.report.findings import Finding, Severity
-from weightflip.report.many import overview_of
+from weightflip.report.many import make_overview
 from weightflip.report.run import Layer, ReportError, Run, Series
-from weightflip.report.table import ALWAYS, cell, columns, concerns, formats, model_series, ranked
+from weightflip.report.table import ALWAYS, cell, columns, concerns, model_series, rank_layers, run_formats
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -28,35 +28,35 @@ _STYLES = {
     Severity.INFO: ("green", "info"),
 }
 _TEXT_WIDTH = 110
-# Of a pipe or a file, whose reader scrolls.
+# Width for a pipe or a file.
 _PIPE_WIDTH = 200
 _LAYERS_SHOWN = 40
-_SIDE_BY_SIDE = 4
+_MOST_COMPARED = 4
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKS = 12
 _NAME_WIDTH = 24
-# Columns that a narrow terminal loses last.
+# Columns that a narrow terminal drops last.
 _KEEP = {"flip_rate": 10, "stall_ratio": 9}
 
 
 def print_report(runs: Sequence[Run], findings: Sequence[Finding], file: IO[str] | None = None) -> None:
-    """Print what was found, and the layers, the worst first.
+    """Print the findings and the layers, worst first.
 
     Args:
-        runs: At least one.
-        findings: Of these runs, the worst first.
-        file: Where to; None for standard output.
+        runs: At least one run.
+        findings: Findings about these runs, worst first.
+        file: Output; None for standard output.
 
     Raises:
         ReportError: rich is missing.
     """
-    console = console_of(file)
-    for part in parts_of(console, runs, findings):
+    console = make_console(file)
+    for part in report_parts(console, runs, findings):
         console.print(part)
 
 
-def console_of(file: IO[str] | None = None) -> Console:
-    """The terminal; a pipe or a file is wide.
+def make_console(file: IO[str] | None = None) -> Console:
+    """Create a console. For a pipe or a file it is wide.
 
     Raises:
         ReportError: rich is missing.
@@ -65,7 +65,7 @@ def console_of(file: IO[str] | None = None) -> Console:
         from rich.console import Console
     except ImportError as error:
         raise ReportError(
-            "the table on the terminal needs rich: pip install 'weightflip[report]' (or pip install rich)"
+            "tables on the terminal need rich: pip install 'weightflip[report]' (or pip install rich)"
         ) from error
     console = Console(file=file, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -73,16 +73,16 @@ def console_of(file: IO[str] | None = None) -> Console:
     return console
 
 
-def parts_of(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> list[RenderableType]:
-    """The report, part by part, as wide as a console."""
-    parts = [*_runs(console, runs), _findings(console, runs, findings), ""]
-    if 1 < len(runs) <= _SIDE_BY_SIDE and _share_layers(runs):
-        parts += _side_by_side(console, runs, findings)
-    elif len(runs) <= _SIDE_BY_SIDE:
+def report_parts(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> list[RenderableType]:
+    """The parts of the report, formatted for the width of the console."""
+    parts = [*_run_table(console, runs), _findings_table(console, runs, findings), ""]
+    if 1 < len(runs) <= _MOST_COMPARED and _share_layers(runs):
+        parts += _comparison_tables(console, runs, findings)
+    elif len(runs) <= _MOST_COMPARED:
         for run in runs:
-            parts += _layers(console, run, findings, titled=len(runs) > 1)
+            parts += _layer_tables(console, run, findings, titled=len(runs) > 1)
     else:
-        parts.append(_text(f"Layers are listed for up to {_SIDE_BY_SIDE} runs; --html has those of all."))
+        parts.append(_make_text(f"Layers are listed for up to {_MOST_COMPARED} runs; --html lists those of all runs."))
     return parts
 
 
@@ -94,20 +94,20 @@ def _is_unicode(console: Console) -> bool:
     return console.encoding.lower().startswith("utf")
 
 
-def _table(console: Console, **options: Any) -> Table:
+def _make_table(console: Console, **options: Any) -> Table:
     from rich import box
     from rich.table import Table
 
     return Table(box=box.SIMPLE_HEAD if _is_unicode(console) else box.ASCII, pad_edge=False, **options)
 
 
-def _text(text: str, style: str = "") -> Text:
+def _make_text(text: str, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(escaped(text), style=style)
 
 
-def _runs(console: Console, runs: Sequence[Run]) -> Iterator[RenderableType]:
+def _run_table(console: Console, runs: Sequence[Run]) -> Iterator[RenderableType]:
     rows = []
     for run in runs:
         for variant in run.models:
@@ -118,7 +118,7 @@ def _runs(console: Console, runs: Sequence[Run]) -> Iterator[RenderableType]:
             ]
             optimizer = run.info.settings.get("optimizer", "")
             rows.append(
-                (f"{run.end:,}", f"{len(layers):,}", f"{weights:,}", variant or formats(run), optimizer, *rates)
+                (f"{run.end:,}", f"{len(layers):,}", f"{weights:,}", variant or run_formats(run), optimizer, *rates)
             )
     titles = ("steps", "layers", "weights", "format", "optimizer", "flip rate", "stall ratio")
     others = [
@@ -126,20 +126,20 @@ def _runs(console: Console, runs: Sequence[Run]) -> Iterator[RenderableType]:
         for title, cells, keep in zip(titles, zip(*rows, strict=True), (5, 1, 3, 4, 2, 7, 6), strict=True)
     ]
     names = [run.name for run in runs for _ in run.models]
-    shown = _fitting(console, names, others)
-    table = _table(console)
+    shown = _columns_that_fit(console, names, others)
+    table = _make_table(console)
     table.add_column("run", overflow="fold")
     for column in shown:
-        table.add_column(_text(column.title), justify="left" if column.left else "right", overflow="fold")
+        table.add_column(_make_text(column.title), justify="left" if column.left else "right", overflow="fold")
     for at, name in enumerate(names):
-        table.add_row(_text(name), *(_text(column.cells[at]) for column in shown))
+        table.add_row(_make_text(name), *(_make_text(column.cells[at]) for column in shown))
     yield table
     for run in runs:
         for note in run.notes:
-            yield _text(f"{run.name}: {note}" if len(runs) > 1 else note, style="dim")
+            yield _make_text(f"{run.name}: {note}" if len(runs) > 1 else note, style="dim")
 
 
-def _findings(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> RenderableType:
+def _findings_table(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> RenderableType:
     from rich.constrain import Constrain
     from rich.table import Table
 
@@ -149,7 +149,7 @@ def _findings(console: Console, runs: Sequence[Run], findings: Sequence[Finding]
     for finding in findings:
         style, word = _STYLES[finding.severity]
         whose = f"{finding.runs[0]}: " if len(runs) > 1 and len(finding.runs) == 1 else ""
-        table.add_row(_text(word, style=style), _text(whose + finding.text + "."))
+        table.add_row(_make_text(word, style=style), _make_text(whose + finding.text + "."))
     return Constrain(table, min(console.width, _TEXT_WIDTH))
 
 
@@ -162,7 +162,7 @@ def _mark(run: Run, findings: Sequence[Finding], layers: Sequence[str]) -> tuple
 
 
 def sparkline(series: Series, begin: int, end: int) -> str:
-    """The course of a number, one bar for each twelfth of the run, or for each point; a space where there is none.
+    """A number over time as text: one bar per twelfth of the run, or per point. A space where there is no point.
 
     Example:
         >>> steps = np.arange(1, 13)
@@ -178,7 +178,7 @@ def sparkline(series: Series, begin: int, end: int) -> str:
 
 
 class _Column:
-    """A column of a table that may have to leave something out."""
+    """A column that may be dropped if the console is narrow. The highest ``keep`` is dropped last."""
 
     def __init__(self, title: str, cells: Sequence[str], keep: int, left: bool = False, letter: str = "") -> None:
         self.title = f"{title} {letter}" if letter else title
@@ -192,12 +192,12 @@ class _Column:
         return max(len(text) for text in (self.title, *self.cells)) + 3
 
 
-def _fitting(console: Console, names: Sequence[str], others: Sequence[_Column]) -> list[_Column]:
-    """As many columns as fit beside the names, those with the lowest ``keep`` left out first."""
+def _columns_that_fit(console: Console, names: Sequence[str], others: Sequence[_Column]) -> list[_Column]:
+    """The columns that fit next to the names. Those with the lowest ``keep`` are dropped first."""
     shown = list(others)
     name = min(_NAME_WIDTH, max(map(len, names), default=0)) + 8
     while name + sum(column.width for column in shown) > console.width:
-        # The columns of a number stay or go for all runs together.
+        # The columns of a number are dropped for all runs together.
         least = min(column.keep for column in shown)
         fewer = [column for column in shown if column.keep > least]
         if not fewer:
@@ -206,15 +206,15 @@ def _fitting(console: Console, names: Sequence[str], others: Sequence[_Column]) 
     return shown
 
 
-class _Rows(NamedTuple):
-    """Some layers, or blocks of them, as rows of a table.
+class _TableRows(NamedTuple):
+    """Layers or model blocks as rows of a table.
 
     Attributes:
-        title: What they are.
-        names: Of the rows.
-        of_runs: For each run, its layers or blocks by name.
-        members: Of a block, the names of its layers.
-        others: How many layers have no row.
+        title: Header of the name column.
+        names: Names of the rows.
+        of_runs: Layers or blocks of each run, by name.
+        members: Names of the layers of each block, by block name.
+        others: Number of layers without a row.
     """
 
     title: str
@@ -227,20 +227,20 @@ class _Rows(NamedTuple):
         return next(layers[name] for layers in self.of_runs if name in layers)
 
 
-def _rows(runs: Sequence[Run], findings: Sequence[Finding]) -> list[_Rows]:
-    """One table with the layers, the worst first; or one with blocks, and one with the layers that stand out."""
+def _layer_rows(runs: Sequence[Run], findings: Sequence[Finding]) -> list[_TableRows]:
+    """One table of layers, worst first; or one table of model blocks and one of the layers that stand out."""
     layers = [run.layers for run in runs]
-    overviews = [overview_of(run, findings) for run in runs]
+    overviews = [make_overview(run, findings) for run in runs]
     if not all(overviews):
         names = _worst_first(runs, findings)
-        return [_Rows("layer", names[:_LAYERS_SHOWN], layers, others=len(names[_LAYERS_SHOWN:]))]
+        return [_TableRows("layer", names[:_LAYERS_SHOWN], layers, others=len(names[_LAYERS_SHOWN:]))]
     known = [overview for overview in overviews if overview is not None]
     blocks = [{block.name: block for block in overview.blocks} for overview in known]
     members = {name: of for overview in known for name, of in overview.members.items()}
-    odd = list(dict.fromkeys(layer.name for overview in known for layer in overview.layers))
-    others = len(dict.fromkeys(name for run in runs for name in run.layers)) - len(odd)
-    tables = [_Rows("block", list(members), blocks, members, 0 if odd else others)]
-    return [*tables, _Rows("layers that stand out", odd, layers, others=others)] if odd else tables
+    outlying = list(dict.fromkeys(layer.name for overview in known for layer in overview.layers))
+    others = len(dict.fromkeys(name for run in runs for name in run.layers)) - len(outlying)
+    tables = [_TableRows("block", list(members), blocks, members, 0 if outlying else others)]
+    return [*tables, _TableRows("layers that stand out", outlying, layers, others=others)] if outlying else tables
 
 
 def _worst_first(runs: Sequence[Run], findings: Sequence[Finding]) -> list[str]:
@@ -249,13 +249,13 @@ def _worst_first(runs: Sequence[Run], findings: Sequence[Finding]) -> list[str]:
             (finding.severity for run in runs for finding in findings if concerns(finding, run, name)), default=0
         )
 
-    return sorted({layer.name: None for run in runs for layer in ranked(run, findings)}, key=worst, reverse=True)
+    return sorted({layer.name: None for run in runs for layer in rank_layers(run, findings)}, key=worst, reverse=True)
 
 
-def _layers(console: Console, run: Run, findings: Sequence[Finding], titled: bool) -> Iterator[RenderableType]:
+def _layer_tables(console: Console, run: Run, findings: Sequence[Finding], titled: bool) -> Iterator[RenderableType]:
     if titled:
-        yield _text(f"{run.name}: {formats(run)}", style="bold")
-    for rows in _rows([run], findings):
+        yield _make_text(f"{run.name}: {run_formats(run)}", style="bold")
+    for rows in _layer_rows([run], findings):
         shown = [rows.first(name) for name in rows.names]
         others = [_Column("weights", [f"{layer.weights:,}" if layer.weights else "" for layer in shown], 3)]
         if len({layer.quantizer for layer in run.layers.values()}) > 1:
@@ -266,15 +266,15 @@ def _layers(console: Console, run: Run, findings: Sequence[Finding], titled: boo
             if value.name == "flip_rate" and _is_unicode(console):
                 sparks = [sparkline(layer.get("flip_rate"), run.begin, run.end) for layer in shown]
                 others.append(_Column("over time", sparks, 4, left=True))
-        yield from _table_of_layers(console, [run], rows, findings, others)
+        yield from _render_layer_table(console, [run], rows, findings, others)
 
 
-def _side_by_side(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> Iterator[RenderableType]:
-    """One table, with a column of each run for each number."""
+def _comparison_tables(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> Iterator[RenderableType]:
+    """Tables with one column per number and run."""
     letters = "ABCDEFGH"
     for letter, run in zip(letters, runs, strict=False):
-        yield _text(f"{letter} = {run.name}: {formats(run)}", style="bold")
-    for rows in _rows(runs, findings):
+        yield _make_text(f"{letter} = {run.name}: {run_formats(run)}", style="bold")
+    for rows in _layer_rows(runs, findings):
         others = []
         for at, value in enumerate(columns(runs, [layer for run in runs for layer in run.layers.values()])):
             for letter, run, layers in zip(letters, runs, rows.of_runs, strict=False):
@@ -282,32 +282,32 @@ def _side_by_side(console: Console, runs: Sequence[Run], findings: Sequence[Find
                     cell(value, layers[name].get(value.name), run.late) if name in layers else "" for name in rows.names
                 ]
                 others.append(_Column(value.title, cells, _KEEP.get(value.name, -at), letter=letter))
-        yield from _table_of_layers(console, runs, rows, findings, others)
+        yield from _render_layer_table(console, runs, rows, findings, others)
 
 
-def _table_of_layers(
-    console: Console, runs: Sequence[Run], rows: _Rows, findings: Sequence[Finding], others: Sequence[_Column]
+def _render_layer_table(
+    console: Console, runs: Sequence[Run], rows: _TableRows, findings: Sequence[Finding], others: Sequence[_Column]
 ) -> Iterator[RenderableType]:
-    shown = _fitting(console, rows.names, others)
-    table = _table(console)
+    shown = _columns_that_fit(console, rows.names, others)
+    table = _make_table(console)
     table.add_column("")
     table.add_column(rows.title, overflow="fold", min_width=12)
     for column in shown:
-        table.add_column(_text(column.title), justify="left" if column.left else "right", no_wrap=True)
+        table.add_column(_make_text(column.title), justify="left" if column.left else "right", no_wrap=True)
     for at, name in enumerate(rows.names):
         of_runs = zip(runs, rows.of_runs, strict=True)
         marks = [_mark(run, findings, rows.members.get(name, [name])) for run, layers in of_runs if name in layers]
         mark, style = max(marks, key=lambda pair: ["", "*", "!", "!!"].index(pair[0]))
-        cells = [_text(column.cells[at]) for column in shown]
-        table.add_row(_text(mark, style=style), _text(name, style=style if mark else ""), *cells)
+        cells = [_make_text(column.cells[at]) for column in shown]
+        table.add_row(_make_text(mark, style=style), _make_text(name, style=style if mark else ""), *cells)
     yield table
     if rows.members and not rows.others:
-        # Another table follows, with the same notes.
+        # The next table has the same notes.
         return
     late = " and ".join(dict.fromkeys(f"{max(0, int(run.late)):,} to {run.end:,}" for run in runs))
-    yield _text(f"Means of the last quarter, steps {late}; shares of weights at its end.", style="dim")
+    yield _make_text(f"Means over the last quarter, steps {late}; fractions of weights at its end.", style="dim")
     if rows.others:
-        yield _text(f"{rows.others:,} more layers: --html and --csv have all.", style="dim")
+        yield _make_text(f"{rows.others:,} more layers: use --html or --csv for all.", style="dim")
     hidden = list(dict.fromkeys(column.value for column in others if column not in shown))
     if hidden:
-        yield _text(f"Left out in this width: {', '.join(hidden)}.", style="dim")
+        yield _make_text(f"Columns that do not fit: {', '.join(hidden)}.", style="dim")

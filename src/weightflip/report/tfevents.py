@@ -1,9 +1,9 @@
-"""TensorBoard's event files: scalars as arrays, and texts.
+"""Reads TensorBoard's event files: scalars as arrays, and texts.
 
-TensorBoard's own reader makes an object of each number, and checks each in Python: a minute for a million of them. A
-training writes the same tags at each logging point, in the same order, so that the bytes of one point are those of the
-point before, but for step, times, numbers and checksums. The first one is parsed and kept as a *layout*; those that fit
-it are read as one array. Whatever fits none is parsed event by event.
+TensorBoard's own reader creates and checks one Python object per number, which takes a minute for a million numbers. A
+training writes the same tags in the same order at each logging point, so that the bytes of two points differ only in
+step, times, numbers and checksums. The first point is parsed and kept as a *layout*. Points that match the layout are
+read as one array. Everything else is parsed event by event.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 from weightflip.report.run import ReportError
 
-# Scalars of one step in a row that are worth a layout, and how many layouts are tried.
-_EVENTS_ALIKE = 16
+# Minimum number of consecutive scalars of one step for a layout, and how many layouts are tried.
+_MIN_EVENTS = 16
 _LAYOUTS = 8
-# Bytes that are compared first.
+# Number of bytes compared first.
 _HEAD = 1024
-# Bytes from one word on the progress to the next.
-_TOLD_EVERY = 1 << 23
-# An event is framed by its length (8 bytes) with a checksum (4) before it, and its own checksum (4) after it.
+# Bytes between two progress calls.
+_PROGRESS_EVERY = 1 << 23
+# An event is preceded by its length (8 bytes) with a checksum (4), and followed by its own checksum (4).
 _BEFORE, _AFTER = 12, 4
 _TIME = 9
 _MASK_DELTA = 0xA282EAD8
@@ -38,7 +38,7 @@ Bytes = NDArray[np.uint8]
 
 
 class Points(NamedTuple):
-    """One tag over time, in the order of the files. Tags that are written together share their steps and times.
+    """One tag over time, in the order of the files. Tags that are written together share steps and times.
 
     Attributes:
         steps: int64, (points,).
@@ -52,7 +52,7 @@ class Points(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What was written to a text panel."""
+    """One entry of a text panel."""
 
     step: int
     time: float
@@ -61,12 +61,12 @@ class Text(NamedTuple):
 
 @dataclass
 class Events:
-    """What some files hold.
+    """Contents of some event files.
 
     Attributes:
-        scalars: By tag.
-        texts: By tag.
-        starts: Step and time from which on a writer has asked to hide what was there before.
+        scalars: Points by tag.
+        texts: Texts by tag.
+        starts: Step and time of each purge, from which a writer hides older points.
     """
 
     scalars: dict[str, Points] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Events:
 
 
 class _Scalar(NamedTuple):
-    """An event of one number, with its number at its end."""
+    """An event with one number, at the end of the event."""
 
     tag: str
     step: int
@@ -86,7 +86,7 @@ class _Scalar(NamedTuple):
 
 
 class _Layout:
-    """Events of one step in a row: where their times, steps and numbers are. Takes the points that are laid out so."""
+    """Positions of times, steps and numbers in consecutive events of one step. Reads points that match it."""
 
     def __init__(self, data: Bytes, events: Sequence[_Scalar]) -> None:
         begin = events[0].begin
@@ -103,14 +103,14 @@ class _Layout:
             mask[varying] = 0
         self._mask = mask
         self.header = data[begin : begin + _BEFORE].tobytes()
-        self._like = data[begin : begin + self.size] & mask
+        self._template = data[begin : begin + self.size] & mask
         self._numbers: list[NDArray[np.float32]] = []
         self._points: list[tuple[int, int, float]] = []
 
-    def take(self, data: Bytes, begin: int, order: int) -> bool:
-        """Read a point, if it begins here and is laid out like this."""
+    def try_read(self, data: Bytes, begin: int, order: int) -> bool:
+        """Read the point at ``begin`` if it matches the layout."""
         found = data[begin : begin + self.size]
-        if len(found) < self.size or not self._fits(found):
+        if len(found) < self.size or not self._matches(found):
             return False
         steps = found[self._steps]
         step = steps[0].tobytes()
@@ -122,14 +122,14 @@ class _Layout:
         self._points.append((order, number, time))
         return True
 
-    def _fits(self, found: Bytes) -> bool:
+    def _matches(self, found: Bytes) -> bool:
         for part in (slice(None, _HEAD), slice(_HEAD, None)):
-            if not np.array_equal(found[part] & self._mask[part], self._like[part]):
+            if not np.array_equal(found[part] & self._mask[part], self._template[part]):
                 return False
         return True
 
-    def close(self) -> tuple[NDArray[np.int64], Points]:
-        """The places of the points in the order of the files, and what was read; values are (tags, points)."""
+    def finish(self) -> tuple[NDArray[np.int64], Points]:
+        """The order numbers of the points, and the points; values are (tags, points)."""
         orders, steps, times = zip(*self._points, strict=True)
         values = np.stack(self._numbers, axis=1)
         self._numbers = []
@@ -145,19 +145,19 @@ class _Singles:
     times: array[float] = field(default_factory=lambda: array("d"))
     values: array[float] = field(default_factory=lambda: array("f"))
 
-    def close(self) -> tuple[NDArray[np.int64], Points]:
+    def finish(self) -> tuple[NDArray[np.int64], Points]:
         steps, times, values = (np.array(part) for part in (self.steps, self.times, self.values))
         return np.array(self.orders), Points(steps, times, values[None])
 
 
 def read(paths: Sequence[Path], progress: Callable[[float], object] = lambda size: None) -> Events:
-    """Scalars and texts of some event files, one after the other.
+    """Read scalars and texts of some event files in order.
 
-    A file is read up to the first place that is torn, as it is where the training was killed or is still writing.
+    A file is read up to the first incomplete event, since the training may have been killed or may still be writing.
 
     Args:
-        paths: The files, in the order in which they were begun.
-        progress: Called with a number of bytes, each time that so many more are read.
+        paths: The files, in the order in which they were started.
+        progress: Called with the number of bytes read since the last call.
 
     Raises:
         ReportError: The tensorboard package is missing.
@@ -167,7 +167,7 @@ def read(paths: Sequence[Path], progress: Callable[[float], object] = lambda siz
         if path.stat().st_size:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 reader.read(data)
-    return reader.close()
+    return reader.finish()
 
 
 def _event_parser() -> Callable[[bytes], Any]:
@@ -194,22 +194,22 @@ class _Reader:
         try:
             self._read(data, view)
         finally:
-            # The file cannot be closed while an array looks at it.
+            # The file cannot be closed while an array refers to it.
             del view
 
     def _read(self, data: mmap.mmap, view: Bytes) -> None:
-        at = told = 0
+        at = reported = 0
         row: list[_Scalar] = []
         while True:
-            if not row and (taken := self._take(view, at)):
-                at += taken
+            if not row and (size := self._try_layouts(view, at)):
+                at += size
             else:
                 end = _end_of_event(data, at)
-                scalar = self._scalar_or_other(data[at + _BEFORE : end - _AFTER], at, end) if end else None
+                scalar = self._parse_event(data[at + _BEFORE : end - _AFTER], at, end) if end else None
                 if row and (scalar is None or scalar.step != row[0].step):
-                    self._close_row(view, row)
+                    self._finish_row(view, row)
                     row = []
-                    # The next point may fit a layout.
+                    # The next point may match a layout.
                     if scalar is not None:
                         continue
                 if scalar is not None:
@@ -217,28 +217,28 @@ class _Reader:
                 if not end:
                     break
                 at = end
-            if at - told > _TOLD_EVERY:
-                self._progress(at - told)
-                told = at
+            if at - reported > _PROGRESS_EVERY:
+                self._progress(at - reported)
+                reported = at
                 if hasattr(data, "madvise"):
-                    # Pages of the file that are done with are not ours to keep in memory.
+                    # Release the pages that have been read.
                     data.madvise(mmap.MADV_DONTNEED, 0, at // mmap.PAGESIZE * mmap.PAGESIZE)
-        self._progress(at - told)
+        self._progress(at - reported)
 
-    def _take(self, view: Bytes, at: int) -> int:
-        """The size of the point that begins here, if it is laid out like an earlier one; else 0."""
+    def _try_layouts(self, view: Bytes, at: int) -> int:
+        """Read the point at a position if it matches an earlier layout. Returns its size, or 0."""
         header = view[at : at + _BEFORE].tobytes()
         for layout in self._recent:
-            # Most events are told apart by their length already.
-            if layout.header == header and layout.take(view, at, self._order):
+            # The header holds the length, which already distinguishes most events.
+            if layout.header == header and layout.try_read(view, at, self._order):
                 self._order += 1
                 return layout.size
         return 0
 
-    def _close_row(self, view: Bytes, row: Sequence[_Scalar]) -> None:
-        if len(row) >= _EVENTS_ALIKE:
+    def _finish_row(self, view: Bytes, row: Sequence[_Scalar]) -> None:
+        if len(row) >= _MIN_EVENTS:
             layout = _Layout(view, row)
-            if layout.take(view, row[0].begin, self._order):
+            if layout.try_read(view, row[0].begin, self._order):
                 self._order += 1
                 self._layouts.append(layout)
                 self._recent = [layout, *self._recent[: _LAYOUTS - 1]]
@@ -251,12 +251,12 @@ class _Reader:
             single.values.append(scalar.value)
             self._order += 1
 
-    def _scalar_or_other(self, data: bytes, begin: int, end: int) -> _Scalar | None:
-        """The number in an event; anything else in it is kept, or left out."""
+    def _parse_event(self, data: bytes, begin: int, end: int) -> _Scalar | None:
+        """Parse an event. Returns its number if it is a plain scalar; stores or ignores anything else."""
         try:
             event = self._parse(data)
         except Exception:
-            # DecodeError, of which there are several: damaged.
+            # Damaged. There are several DecodeError classes.
             return None
         if event.HasField("session_log"):
             if event.session_log.status == event.session_log.START and event.step:
@@ -268,35 +268,35 @@ class _Reader:
                 scalar = _Scalar(value.tag, event.step, event.wall_time, value.simple_value, begin, end)
                 if _is_plain(data, scalar) and len(event.summary.value) == 1:
                     return scalar
-                self._close_row(np.zeros(0, np.uint8), [scalar])
+                self._finish_row(np.zeros(0, np.uint8), [scalar])
             elif kind == "tensor" and value.tag.endswith("/text_summary"):
                 texts = self._events.texts.setdefault(value.tag.removesuffix("/text_summary"), [])
                 for text in value.tensor.string_val:
                     texts.append(Text(event.step, event.wall_time, text.decode("utf-8", "replace")))
         return None
 
-    def close(self) -> Events:
-        """All that was read. Of tags that are written together, steps and times are the same arrays."""
-        sources = [layout.close() for layout in self._layouts]
+    def finish(self) -> Events:
+        """Everything that was read. Tags that are written together share the arrays of steps and times."""
+        sources = [layout.finish() for layout in self._layouts]
         rows: dict[str, list[tuple[int, int]]] = {}
         for at, layout in enumerate(self._layouts):
             for row, tag in enumerate(layout.tags):
                 rows.setdefault(tag, []).append((at, row))
         for tag, single in self._singles.items():
             rows.setdefault(tag, []).append((len(sources), 0))
-            sources.append(single.close())
+            sources.append(single.finish())
         together: dict[tuple[int, ...], tuple[NDArray[np.intp], Points]] = {}
         for tag, parts in rows.items():
             key = tuple(at for at, _ in parts)
             if key not in together:
-                together[key] = _in_order([sources[at] for at in key])
+                together[key] = _merge_sources([sources[at] for at in key])
             by_order, points = together[key]
             values = np.concatenate([sources[at][1].values[row] for at, row in parts])
             self._events.scalars[tag] = points._replace(values=values[by_order])
         return self._events
 
 
-def _in_order(sources: Sequence[tuple[NDArray[np.int64], Points]]) -> tuple[NDArray[np.intp], Points]:
+def _merge_sources(sources: Sequence[tuple[NDArray[np.int64], Points]]) -> tuple[NDArray[np.intp], Points]:
     by_order = np.argsort(np.concatenate([orders for orders, _ in sources]), kind="stable")
     steps = np.concatenate([points.steps for _, points in sources])[by_order]
     times = np.concatenate([points.times for _, points in sources])[by_order]
@@ -304,7 +304,7 @@ def _in_order(sources: Sequence[tuple[NDArray[np.int64], Points]]) -> tuple[NDAr
 
 
 def _is_plain(data: bytes, scalar: _Scalar) -> bool:
-    """Whether an event is laid out as SummaryWriter does it: time, step, and the number at its end.
+    """Whether an event has the layout of SummaryWriter: time, step, and the number at its end.
 
     Tags of protocol buffers: 9, a double as field 1; 16, a varint as field 2; 21, a float as field 2 of the value.
     """
@@ -320,17 +320,17 @@ def _is_plain(data: bytes, scalar: _Scalar) -> bool:
 
 
 def _varint(number: int) -> bytes:
-    """7 bits a byte, the lowest first; all but the last have an eighth bit."""
-    found = bytearray()
+    """Encode an integer with 7 bits per byte, lowest first. All bytes except the last have the eighth bit set."""
+    encoded = bytearray()
     while number > 127:
-        found.append(number & 127 | 128)
+        encoded.append(number & 127 | 128)
         number >>= 7
-    found.append(number)
-    return bytes(found)
+    encoded.append(number)
+    return bytes(encoded)
 
 
 def _end_of_event(data: mmap.mmap, at: int) -> int:
-    """Where the event that begins at a place ends, with its frame; 0 where there is no whole one."""
+    """End of the framed event at a position; 0 if there is no complete event."""
     header = data[at : at + _BEFORE]
     if len(header) < _BEFORE:
         return 0
@@ -341,7 +341,7 @@ def _end_of_event(data: mmap.mmap, at: int) -> int:
 
 @lru_cache(4096)
 def _length(header: bytes) -> int:
-    """The length in an event's header; negative where the checksum is another."""
+    """The length in an event's header; -1 if the checksum is wrong."""
     length, checksum = struct.unpack("<QI", header)
     crc = _crc32c(header[:8])
     return length if checksum == ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF else -1

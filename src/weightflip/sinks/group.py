@@ -153,7 +153,7 @@ class SinkGroup:
                 except Exception as error:
                     self._sinks.remove(sink)
                     collected.append(
-                        f"weightflip: {type(sink).__name__} failed and gets no more records, training goes on: "
+                        f"weightflip: {type(sink).__name__} failed and gets no more records, training continues: "
                         f"{type(error).__name__}: {error}"
                     )
             # In place: the training thread may be removing entries.

@@ -1,9 +1,9 @@
-"""What a run's numbers say, in plain words: pure functions from runs to sentences.
+"""Interprets the numbers of runs: pure functions from runs to sentences.
 
-A check speaks only where its sentence is true as it stands. What is usual in a healthy training, such as stall ratios
-near 1 of float32 weights that are seen in 8 bits, is no finding.
+A check yields a finding only if its sentence is literally true. What is normal in healthy training, such as stall
+ratios near 1 for float32 weights tracked in 8 bits, is not a finding.
 
-A new finding is a function in a file of its own, a line in ``CHECKS`` and a test.
+A new finding is a function in its own file, a line in ``CHECKS`` and a test.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from weightflip.report.run import Run
 
 __all__ = ["CHECKS", "Check", "Finding", "Severity", "compare", "find", "find_in_run"]
 
-# Of findings that matter alike, those of an earlier check come first.
+# Findings of equal severity are sorted in this order.
 CHECKS = (
     Check(find_alerts),
     Check(find_nonfinite, "non-finite weights"),
@@ -40,7 +40,7 @@ CHECKS = (
     Check(find_small_steps),
     Check(find_dead, "layers without updates"),
     Check(find_few_gradients),
-    Check(find_stuck, "layers that stand still"),
+    Check(find_stuck, "layers that do not move"),
     Check(find_empty_deltas, "empty deltas", needs=("changed_fraction",)),
     Check(find_behind),
     Check(find_bursts, "bursts of flips"),
@@ -56,13 +56,13 @@ CHECKS = (
 
 
 def find(runs: Sequence[Run]) -> list[Finding]:
-    """All findings about some runs, the worst first.
+    """Return all findings about some runs, worst first.
 
     Args:
-        runs: As :func:`weightflip.report.read.read_runs` gives them. Several are compared with each other, too.
+        runs: Runs from :func:`weightflip.report.read.read_runs`. Several runs are also compared.
 
     Returns:
-        At least one for each run: where nothing stands out, a sentence that says so.
+        At least one finding per run. If nothing stands out, it says so.
     """
     found = [finding for run in runs for finding in find_in_run(run)]
     found += compare(runs)
@@ -70,19 +70,19 @@ def find(runs: Sequence[Run]) -> list[Finding]:
 
 
 def find_in_run(run: Run) -> list[Finding]:
-    """All findings about one run."""
-    # Codes of non-finite weights stand still or are all alike: no other number of theirs means anything.
+    """Return all findings about one run."""
+    # Other numbers of layers with non-finite weights mean nothing: their codes do not move or are all equal.
     healthy = [layer for layer in run.layers.values() if not layer.get("nonfinite_weights")]
     found = [finding for check in CHECKS for finding in check.find(run, healthy)]
     if not any(finding.severity for finding in found):
-        found.append(_nothing(run))
+        found.append(_nothing_found(run))
     return found
 
 
-def _nothing(run: Run) -> Finding:
+def _nothing_found(run: Run) -> Finding:
     values = {value for layer in run.layers.values() for value in layer.values}
-    looked = [check.looks_for for check in CHECKS if check.looks_for and check.can_tell(values)]
-    text = f"Nothing stands out up to step {run.end:,} (looked for: {', '.join(looked)})"
+    checked = [check.looks_for for check in CHECKS if check.looks_for and check.can_check(values)]
+    text = f"Nothing stands out up to step {run.end:,} (checked for: {', '.join(checked)})"
     if len(run.steps) < BURST_POINTS:
-        text += f". {len(run.steps)} points are few to judge by"
+        text += f". {len(run.steps)} points are too few for a reliable conclusion"
     return Finding(Severity.INFO, "healthy", text, (run.name,))

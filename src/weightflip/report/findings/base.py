@@ -1,4 +1,4 @@
-"""What a finding is, and what several of them need."""
+"""Findings and checks, and helpers shared by several checks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from enum import IntEnum
 from weightflip.records import printable
 from weightflip.report.run import Layer, Run, Series
 
-# Points that a finding about a development over time needs.
+# Minimum number of points for a finding about a trend.
 POINTS = 4
 
 
 class Severity(IntEnum):
-    """How much a finding matters."""
+    """Severity of a finding."""
 
     INFO = 0
     NOTE = 1
@@ -24,15 +24,15 @@ class Severity(IntEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that the numbers say.
+    """One conclusion from the numbers.
 
     Attributes:
-        severity: How much it matters.
-        rule: What was looked for, in one or two words.
-        text: One or two plain sentences.
-        runs: Names of the runs that it is about.
-        layers: Names of the layers that it is about, as in the runs; empty for all.
-        step: Since when, or when; None where it has no beginning.
+        severity: How serious it is.
+        rule: Name of the check, one or two words.
+        text: One or two sentences.
+        runs: Names of the affected runs.
+        layers: Names of the affected layers, as in the runs; empty for all.
+        step: Step at which it happened or started; None if unknown.
     """
 
     severity: Severity
@@ -43,34 +43,34 @@ class Finding:
     step: int | None = None
 
     def __post_init__(self) -> None:
-        # Names are in the sentence, and people read it.
+        # The sentence may contain layer names.
         object.__setattr__(self, "text", printable(self.text))
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that is looked for in a run.
+    """One check of a run.
 
     Attributes:
-        find: From a run, and those of its layers whose weights were finite all the time, to findings.
-        looks_for: What, for the sentence that nothing was found; empty to leave it out.
-        needs: Names of values, one of which has to be recorded; empty where any run will do.
+        find: Yields findings for a run and those of its layers whose weights were always finite.
+        looks_for: What it checks, for the message that nothing was found. Empty to omit it there.
+        needs: Names of values, at least one of which must be recorded. Empty if every run qualifies.
     """
 
     find: Callable[[Run, Sequence[Layer]], Iterator[Finding]]
     looks_for: str = ""
     needs: tuple[str, ...] = ()
 
-    def can_tell(self, values: Set[str]) -> bool:
-        """Whether a run with these values has what it takes."""
+    def can_check(self, values: Set[str]) -> bool:
+        """Whether a run with these values can be checked."""
         return not self.needs or not values.isdisjoint(self.needs)
 
 
 def late_part(run: Run, layer: Layer, value: str) -> Series:
-    """A number of a layer in the last quarter of a run."""
+    """A number of a layer over the last quarter of a run."""
     return layer.get(value).part(run.late)
 
 
-def counts_stalls(run: Run) -> bool:
-    """Whether a run saw gradients, so that its updates are counted."""
+def has_stall_counts(run: Run) -> bool:
+    """Whether updates were counted, which requires gradients."""
     return any(len(layer.get("stall_ratio")) for layer in run.layers.values())

@@ -1,4 +1,4 @@
-"""Layers whose updates reach their codes far less often than those of the others."""
+"""Layers whose updates change codes far less often than those of the other layers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from weightflip.report.findings.base import POINTS, Finding, Severity, late_part
-from weightflip.report.findings.words import named, percent
+from weightflip.report.findings.words import list_layers, percent
 from weightflip.report.run import Layer, Run
 
-# A layer whose updates reach its codes this many times less often than those of the other layers.
+# Factor by which updates change codes less often than in the other layers.
 _BEHIND = 20.0
 
 
 def find_behind(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
-    """Layers whose updates reach their codes far less often than those of the others in the same format."""
+    """Yield findings about layers whose updates change codes far less often than those in the same format."""
     if len(run.steps) < POINTS:
         return
     for variant, grid in dict.fromkeys((layer.variant, layer.grid) for layer in layers):
@@ -36,12 +36,12 @@ def find_behind(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
         ever = late_part(run, run.layers[name], "ever_flipped").summary
         excess = late_part(run, run.layers[name], "flip_excess").summary
         clauses = "" if math.isnan(ever) else f"; {percent(ever)} of its weights have flipped since the start"
-        cause = "Look at its gradients, its learning rate and its scale"
+        cause = "Check its gradients, its learning rate and its scale"
         if 0.5 <= excess <= 2:
-            cause = f"Its steps are small (flip excess {excess:.2f}): look at its learning rate and its gradients"
+            cause = f"Its steps are small (flip excess {excess:.2f}): check its learning rate and its gradients"
         text = (
-            f"{named(list(hit), len(run.layers))} {'stands' if len(hit) == 1 else 'stand'} nearly still: in the last "
-            f"quarter {percent(share)} of the updates of {name} changed a code, {percent(others[name])} in the other "
-            f"layers{clauses}. {cause}"
+            f"{list_layers(list(hit), len(run.layers))} hardly {'moves' if len(hit) == 1 else 'move'}: in the last "
+            f"quarter, {percent(share)} of the updates of {name} changed a code, compared with {percent(others[name])} "
+            f"in the other layers{clauses}. {cause}"
         )
         yield Finding(Severity.WARNING, "nearly still", text, (run.name,), tuple(hit))

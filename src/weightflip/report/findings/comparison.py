@@ -1,4 +1,4 @@
-"""How several runs differ."""
+"""Differences between several runs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from weightflip.report.findings.base import Finding, Severity
-from weightflip.report.findings.lost import severity_of
-from weightflip.report.findings.words import formats_of, percent
-from weightflip.report.run import Layer, Run, sums
+from weightflip.report.findings.lost import severity_of_losses
+from weightflip.report.findings.words import describe_formats, percent
+from weightflip.report.run import Layer, Run, sum_layers
 
-# Below these differences two runs are called alike.
-_ALIKE, _ALIKE_FACTOR = 0.05, 2.0
+# Runs that differ by less than this are reported as similar.
+_SIMILAR, _SIMILAR_FACTOR = 0.05, 2.0
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """The weights that two runs share, each as one quantizer sees them, up to the step that both have reached."""
+    """The weights that two runs share, with one quantizer per run, up to the last step that both have reached."""
 
     names: tuple[str, str]
     layers: tuple[tuple[Layer, ...], tuple[Layer, ...]]
@@ -37,36 +37,35 @@ class _Pair:
         return all(a.dtype == b.dtype for a, b in zip(*self.layers, strict=True))
 
     def shares(self, value: str) -> tuple[float, float]:
-        a, b = (sums(side).get(value, None) for side in self.layers)
-        nothing = math.nan
+        a, b = (sum_layers(side).get(value, None) for side in self.layers)
         return (
-            a.part(-1, self.end).summary if a is not None else nothing,
-            b.part(-1, self.end).summary if b is not None else nothing,
+            a.part(-1, self.end).summary if a is not None else math.nan,
+            b.part(-1, self.end).summary if b is not None else math.nan,
         )
 
     @property
     def value(self) -> str:
-        """What is compared."""
+        """Name of the compared number."""
         return "stall_ratio" if not any(map(math.isnan, self.shares("stall_ratio"))) else "flip_rate"
 
     @property
     def difference(self) -> float:
-        """For the choice of the biggest one."""
+        """Size of the difference, for ranking pairs."""
         return abs(_gap(*self.shares(self.value)))
 
     @property
-    def is_alike(self) -> bool:
+    def is_similar(self) -> bool:
         a, b = self.shares(self.value)
         low, high = sorted((a, b))
-        return high - low < _ALIKE and not (
-            high - low >= 0.001 and (high >= _ALIKE_FACTOR * low or 1 - low >= _ALIKE_FACTOR * (1 - high))
+        return high - low < _SIMILAR and not (
+            high - low >= 0.001 and (high >= _SIMILAR_FACTOR * low or 1 - low >= _SIMILAR_FACTOR * (1 - high))
         )
 
     def format(self, side: int) -> str:
-        return formats_of(self.layers[side])
+        return describe_formats(self.layers[side])
 
 
-def _pairs(a: Run, b: Run) -> list[_Pair]:
+def _make_pairs(a: Run, b: Run) -> list[_Pair]:
     pairs = []
     for one, other in itertools.product(a.models, b.models):
         mine = {layer.weight: layer for layer in a.layers.values() if layer.variant == one}
@@ -85,19 +84,19 @@ def _pairs(a: Run, b: Run) -> list[_Pair]:
 
 
 def compare(runs: Sequence[Run]) -> list[Finding]:
-    """The biggest difference between two of several runs, like with like.
+    """Find the largest difference between two comparable runs.
 
-    Alike are the same weights seen in the same format, or each as its own stored bits: there a stalled update is one
-    that left the weight as it was, whatever its dtype. Other formats have other distances between their codes: such
-    runs are named, and not compared.
+    Runs are comparable if they track the same weights in the same format, or if both track stored bits: then a stalled
+    update is one that left the stored weight unchanged, for any dtype. Different formats have different distances
+    between codes, so these runs are listed but not compared.
     """
     found: list[Finding] = []
     comparable: list[_Pair] = []
     unlike: list[_Pair] = []
     strangers: list[tuple[str, str]] = []
     for a, b in itertools.combinations(runs, 2):
-        pairs = _pairs(a, b)
-        # Stored bits of different dtypes first: what is lost and what is not is the biggest thing to say.
+        pairs = _make_pairs(a, b)
+        # Stored bits of different dtypes first: which updates are lost is the most important difference.
         good = sorted(
             (pair for pair in pairs if pair.both_stored or pair.same_grid),
             key=lambda pair: (not (pair.both_stored and not pair.same_storage), not pair.same_grid, -pair.difference),
@@ -110,30 +109,31 @@ def compare(runs: Sequence[Run]) -> list[Finding]:
             strangers.append((a.name, b.name))
     comparable = [pair for pair in comparable if not any(map(math.isnan, pair.shares(pair.value)))]
     if comparable:
-        found.append(_difference(max(comparable, key=lambda pair: pair.difference), len(comparable)))
+        found.append(_describe_difference(max(comparable, key=lambda pair: pair.difference), len(comparable)))
     if unlike:
         pair = unlike[0]
         (a_name, b_name), more = pair.names, len(unlike) - 1
         keeps = [f"{name} as {pair.format(side)}" for side, name in enumerate((a_name, b_name))]
         text = (
-            f"{a_name} and {b_name} are seen in different formats, {' and '.join(keeps)}: their rates are not compared"
+            f"{a_name} and {b_name} are tracked in different formats, {' and '.join(keeps)}: their rates are not "
+            "compared"
             + (f" (nor are those of {more} more pairs of runs)" if more else "")
             + '. Track both with the same quantizer=, or with quantizer="native" to compare what is stored'
         )
         found.append(Finding(Severity.INFO, "not compared", text, pair.names))
     if strangers and not comparable and not unlike:
-        text = "The runs have no healthy layer in common: each is reported by itself"
+        text = "The runs have no healthy layer in common: each is reported separately"
         found.append(Finding(Severity.INFO, "not compared", text, strangers[0]))
     return found
 
 
-def _difference(pair: _Pair, pairs: int) -> Finding:
-    """The sentence about two runs, the biggest difference of so many pairs."""
+def _describe_difference(pair: _Pair, pairs: int) -> Finding:
+    """The sentence about two runs, which have the largest difference among a number of pairs."""
     a, b = pair.shares(pair.value)
     until = f"up to step {pair.end:,}"
-    among = f", the biggest difference among {pairs} pairs of runs" if pairs > 1 else ""
-    if pair.is_alike:
-        what = "of the updates change no code" if pair.value == "stall_ratio" else "of the weights flip in a step"
+    among = f", the largest difference among {pairs} pairs of runs" if pairs > 1 else ""
+    if pair.is_similar:
+        what = "of the updates change no code" if pair.value == "stall_ratio" else "of the weights flip per step"
         text = (
             f"{pair.names[0]} and {pair.names[1]} differ little{among}: {percent(a)} and {percent(b)} {what} "
             f"({pair.format(0)}, {until})"
@@ -142,59 +142,60 @@ def _difference(pair: _Pair, pairs: int) -> Finding:
     low, high = (0, 1) if a <= b else (1, 0)
     severity = Severity.NOTE
     if pair.value == "flip_rate":
-        text = _of_flips(pair, low, high, until + among)
+        text = _describe_flips(pair, low, high, until + among)
     elif pair.both_stored and not pair.same_grid:
-        text = _of_stored(pair, low, high, until + among)
-        stalls = sums(pair.layers[high])["stall_ratio"].part(-1, pair.end)
-        severity = max(severity, severity_of(stalls, 0.75 * pair.end))
+        text = _describe_stored(pair, low, high, until + among)
+        stalls = sum_layers(pair.layers[high])["stall_ratio"].part(-1, pair.end)
+        severity = max(severity, severity_of_losses(stalls, 0.75 * pair.end))
     else:
-        text = _of_stalls(pair, low, high, until + among)
+        text = _describe_stalls(pair, low, high, until + among)
     return Finding(severity, "comparison", text, pair.names)
 
 
-def _of_flips(pair: _Pair, low: int, high: int, when: str) -> str:
+def _describe_flips(pair: _Pair, low: int, high: int, when: str) -> str:
     shares, names = pair.shares("flip_rate"), pair.names
     return (
-        f"In a step {percent(shares[high])} of the weights of {names[high]} flip, {percent(shares[low])} of those "
-        f"of {names[low]} ({pair.format(high)}, {when})"
+        f"Per step, {percent(shares[high])} of the weights of {names[high]} flip, compared with {percent(shares[low])} "
+        f"of those of {names[low]} ({pair.format(high)}, {when})"
     )
 
 
-def _of_stored(pair: _Pair, low: int, high: int, when: str) -> str:
+def _describe_stored(pair: _Pair, low: int, high: int, when: str) -> str:
     shares, names = pair.shares("stall_ratio"), pair.names
     dtypes = [" and ".join(dict.fromkeys(layer.dtype for layer in side)) for side in pair.layers]
     return (
-        f"In {names[high]} (stored {dtypes[high]} weights) {percent(shares[high])} of the updates left the stored "
-        f"weight as it was, in {names[low]} (stored {dtypes[low]} weights) {percent(shares[low])}: steps below "
-        f"half the distance of two {dtypes[high]} numbers are rounded away ({when}){_most(pair, high)}"
+        f"In {names[high]} (stored {dtypes[high]} weights), {percent(shares[high])} of the updates left the stored "
+        f"weight unchanged, compared with {percent(shares[low])} in {names[low]} (stored {dtypes[low]} weights): steps "
+        f"below half the distance between two {dtypes[high]} numbers are rounded away "
+        f"({when}){_describe_largest_layer(pair, high)}"
     )
 
 
-def _of_stalls(pair: _Pair, low: int, high: int, when: str) -> str:
+def _describe_stalls(pair: _Pair, low: int, high: int, when: str) -> str:
     shares, names = pair.shares("stall_ratio"), pair.names
     text = (
-        f"In {names[high]} {percent(shares[high])} of the updates changed no code, in {names[low]} "
-        f"{percent(shares[low])} (both seen in {pair.layers[0][0].grid}, {when})"
+        f"In {names[high]}, {percent(shares[high])} of the updates changed no code, compared with "
+        f"{percent(shares[low])} in {names[low]} (both tracked in {pair.layers[0][0].grid}, {when})"
     )
     keeps = [all(not layer.is_stored for layer in side) for side in pair.layers]
     stores = [all(layer.is_stored for layer in side) for side in pair.layers]
     for side in (0, 1):
         if keeps[side] and stores[1 - side]:
-            dtype = " and ".join(dict.fromkeys(layer.dtype for layer in pair.layers[side] if layer.dtype)) or "finer"
+            dtypes = dict.fromkeys(layer.dtype for layer in pair.layers[side] if layer.dtype)
             text += (
-                f": {names[side]} keeps such updates in its {dtype} weights, where they add up, {names[1 - side]} "
-                "stores no finer copy and loses them"
+                f": {names[side]} accumulates these updates in its {' and '.join(dtypes) or 'master'} weights, "
+                f"{names[1 - side]} keeps no higher-precision copy and loses them"
             )
-    return text + _most(pair, high)
+    return text + _describe_largest_layer(pair, high)
 
 
 def _gap(a: float, b: float) -> float:
-    """How far a share is above another; near 1 a factor of what is left counts, too."""
+    """How far one fraction is above another. Near 1, the ratio of the remainders counts too."""
     return a - b + 0.05 * math.log(max(1 - b, 1e-6) / max(1 - a, 1e-6))
 
 
-def _most(pair: _Pair, high: int) -> str:
-    """The layer with the biggest difference, where it is far from that of all layers."""
+def _describe_largest_layer(pair: _Pair, high: int) -> str:
+    """The layer with the largest difference, if it differs clearly from the model-wide difference."""
     overall = pair.shares("stall_ratio")
     gaps = []
     for mine, theirs in zip(pair.layers[high], pair.layers[1 - high], strict=True):
@@ -206,4 +207,4 @@ def _most(pair: _Pair, high: int) -> str:
     gap, name, a, b = max(gaps)
     if gap < _gap(overall[high], overall[1 - high]) + 0.1:
         return ""
-    return f"; most in {name}, {percent(a)} against {percent(b)}"
+    return f"; most in {name}, {percent(a)} compared with {percent(b)}"

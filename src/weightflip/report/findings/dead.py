@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from weightflip.report.findings.base import Finding, Severity, counts_stalls, late_part
-from weightflip.report.findings.words import named
+from weightflip.report.findings.base import Finding, Severity, has_stall_counts, late_part
+from weightflip.report.findings.words import list_layers
 from weightflip.report.run import Layer, Run
 
 
 def find_dead(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
-    """Layers without a gradient."""
+    """Yield findings about layers without a gradient."""
     if "stalls" not in run.info.settings.get("metrics", "stalls"):
         return
     late = [layer for layer in layers if len(late_part(run, layer, "flip_rate"))]
@@ -18,10 +18,10 @@ def find_dead(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
     if not silent:
         return
     of = len(run.layers)
-    if len(silent) == len(late) and not counts_stalls(run):
+    if len(silent) == len(late) and not has_stall_counts(run):
         text = (
-            "No gradient was there at the end of any step, so there is no stall ratio. Something zeroes or frees the "
-            "gradients within step()"
+            "No gradients were available at the end of any step, so there is no stall ratio. Something zeroes or frees "
+            "the gradients inside step()"
         )
         if any(late_part(run, layer, "flip_rate").numerators.any() for layer in late):
             yield Finding(Severity.INFO, "no gradients", text, (run.name,))
@@ -35,11 +35,13 @@ def find_dead(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
         since = f"since step {last:,}" if last else "in the whole run"
         if moves:
             severity = Severity.NOTE
-            text = f"No gradient for {named(names, of)} {since}, yet weights change: weight decay or momentum alone"
+            text = (
+                f"No gradient for {list_layers(names, of)} {since}, but weights change: due to weight decay or momentum"
+            )
         else:
             severity = Severity.WARNING
             text = (
-                f"Dead: no gradient for {named(names, of)} {since}, and no weight changed. Is it used in the forward "
-                "pass, not detached, and not behind units that are always 0?"
+                f"Dead: no gradient for {list_layers(names, of)} {since}, and no weight changed. Check that it is used "
+                "in the forward pass, not detached, and not behind units that are always 0"
             )
         yield Finding(severity, "dead", text, (run.name,), names, last or None)

@@ -1,4 +1,4 @@
-"""Several formats that see one training."""
+"""Comparison of several formats in one training."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from weightflip.report.run import Layer, Run
 
 
 def find_formats(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
-    """Which of several formats swallows most."""
+    """Yield a finding about the formats that lose the fewest and the most updates."""
     stalls = {name: model.get("stall_ratio") for name, model in run.models.items() if name}
     shares = {name: series.summary for name, series in stalls.items() if series is not None}
     if len(shares) > 1:
         low, high = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
         text = (
-            f"Of the {len(shares)} formats that see this training, {low} swallows the fewest updates in the step that "
-            f"makes them ({percent(shares[low])}) and {high} the most ({percent(shares[high])})"
+            f"Among the {len(shares)} formats tracked in this training, {low} has the fewest stalled updates "
+            f"({percent(shares[low])}) and {high} the most ({percent(shares[high])})"
         )
         yield Finding(Severity.INFO, "formats", text, (run.name,))

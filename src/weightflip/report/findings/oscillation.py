@@ -1,4 +1,4 @@
-"""Layers whose weights go to and fro between codes."""
+"""Layers whose weights move back and forth between codes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import math
 from collections.abc import Iterator, Sequence
 
 from weightflip.report.findings.base import POINTS, Finding, Severity, late_part
-from weightflip.report.findings.words import named, percent, times
+from weightflip.report.findings.words import format_factor, list_layers, percent
 from weightflip.report.run import Layer, Run
 
-# Flips that take back the one before, and how many flips there have to be. In healthy trainings in 8 bits a fifth to
-# half of the flips do, and half of the weights have an oscillation frequency above the threshold of Nagel et al.
+# Thresholds for the fraction of flips that reverse the previous one, for the flip rate, and for the travel ratio. In
+# healthy 8-bit training, 20 to 50 % of the flips reverse the previous one, and half of the weights have an oscillation
+# frequency above the threshold of Nagel et al.
 _OSCILLATION_RATIO, _OSCILLATION_RATE, _TRAVEL = 0.9, 0.003, 3.0
 
 
 def find_oscillating(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
-    """Many flips, and nearly all of them back to where the weight came from."""
+    """Yield a finding about layers with many flips of which nearly all reverse the previous one."""
     hit: dict[str, tuple[float, str]] = {}
     for layer in layers:
         rate, back, travel, share, net = (
@@ -26,17 +27,20 @@ def find_oscillating(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
         if few or not (back >= _OSCILLATION_RATIO and rate >= _OSCILLATION_RATE) or travel < _TRAVEL:
             continue
         clauses = [
-            f"{percent(back)} of its flips took back the flip before",
-            f"{percent(rate)} of its weights flipped in a step",
+            f"{percent(back)} of its flips reversed the previous flip",
+            f"{percent(rate)} of its weights flipped per step",
         ]
         if not math.isnan(share):
-            clauses.append(f"{percent(share)} of them went to and fro not long before the end")
+            clauses.append(f"{percent(share)} of them moved back and forth shortly before the end")
         if not math.isnan(travel):
-            clauses.append(f"its quantized weights travelled {times(travel)} times as far as the weights themselves")
+            clauses.append(
+                f"its quantized weights travelled {format_factor(travel)} times as far as the weights themselves"
+            )
         flips = layer.get("cumulative_flip_rate").summary
         if flips > 1 and not math.isnan(net):
             clauses.append(
-                f"{times(flips)} flips a weight since the start left {percent(1 - net)} of them on their first code"
+                f"{format_factor(flips)} flips per weight since the start left {percent(1 - net)} of them on their "
+                "first code"
             )
         hit[layer.name] = back, ", ".join(clauses)
     if not hit:
@@ -44,7 +48,7 @@ def find_oscillating(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
     name = max(hit, key=lambda name: hit[name][0])
     as_in = f", most of all {name}" if len(hit) > 1 else ""
     text = (
-        f"{named(list(hit), len(run.layers))} {'oscillates' if len(hit) == 1 else 'oscillate'}{as_in}: in the last "
-        f"quarter {hit[name][1]}. A lower learning rate at the end, dampening, or freezing such weights helps"
+        f"{list_layers(list(hit), len(run.layers))} {'oscillates' if len(hit) == 1 else 'oscillate'}{as_in}: in the "
+        f"last quarter, {hit[name][1]}. A lower learning rate at the end, dampening, or freezing these weights helps"
     )
     yield Finding(Severity.WARNING, "oscillating", text, (run.name,), tuple(hit))

@@ -1,19 +1,19 @@
-"""Layers whose weights move inside their cells, and seldom to another code."""
+"""Layers whose weights move inside their cells and rarely to another code."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from weightflip.report.findings.base import POINTS, Finding, Severity, late_part
-from weightflip.report.findings.words import named, percent
+from weightflip.report.findings.words import list_layers, percent
 from weightflip.report.run import Layer, Run
 
-# Of weights that are spread evenly in their cells it is about 1, whatever the steps.
+# About 1 for weights spread evenly in their cells, independent of the step size.
 _TRAVEL = 0.2
 
 
 def find_resting(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
-    """The quantized weights travel far less than the weights; where they do not move at all, they are stuck."""
+    """Yield a finding if quantized weights travel far less than the weights. Layers without flips are "stuck"."""
     travels = {
         layer.name: travel
         for layer in layers
@@ -25,8 +25,8 @@ def find_resting(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
         return
     name, travel = min(travels.items(), key=lambda item: item[1])
     text = (
-        f"{named(list(travels), len(run.layers))} {'rests' if len(travels) == 1 else 'rest'}: in the last quarter the "
-        f"quantized weights of {name} travelled {percent(travel)} of the way of the weights themselves. These move "
-        "inside their cells, to and fro, and the forward pass sees little of it"
+        f"{list_layers(list(travels), len(run.layers))} {'rests' if len(travels) == 1 else 'rest'}: in the last "
+        f"quarter, the quantized weights of {name} travelled {percent(travel)} of the distance of the weights "
+        "themselves. The weights move back and forth inside their cells, and the forward pass sees little of it"
     )
     yield Finding(Severity.NOTE, "resting", text, (run.name,), tuple(travels))

@@ -1,11 +1,11 @@
-"""Flips that a moving scale makes, and no weight."""
+"""Flips caused by a changing scale instead of changing weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from weightflip.report.findings.base import Finding, Severity, late_part
-from weightflip.report.findings.words import named, percent
+from weightflip.report.findings.words import list_layers, percent
 from weightflip.report.run import Layer, Run
 
 _MOST, _NEARLY_ALL = 0.5, 0.1
@@ -13,7 +13,7 @@ _FLIP_RATE = 0.02
 
 
 def find_scale_driven(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
-    """Most flips, or nearly all, would not be there under the scale of the step before."""
+    """Yield findings if most or nearly all flips would not occur with the scale of the previous step."""
     shares = {
         layer.name: share
         for layer in layers
@@ -26,8 +26,8 @@ def find_scale_driven(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
         if hit:
             name, share = min(hit.items(), key=lambda item: item[1])
             text = (
-                f"{how} flips of {named(list(hit), len(run.layers))} come from a moving scale: in the last quarter "
-                f"only {percent(share)} of those of {name} would be there with the scale of the step before. Read its "
-                "flip rate with that in mind; a scale per row or a power of two moves less"
+                f"{how} flips of {list_layers(list(hit), len(run.layers))} come from a changing scale: in the last "
+                f"quarter, only {percent(share)} of those of {name} would occur with the scale of the previous step. "
+                "Read its flip rate with this in mind. Scales per row, or powers of two, change less"
             )
             yield Finding(severity, "scale-driven", text, (run.name,), tuple(hit))

@@ -1,4 +1,4 @@
-"""Steps that are small beside the distance of two codes, in most layers."""
+"""Steps that are small compared with the distance between codes, in most layers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from weightflip.report.findings.base import POINTS, Finding, Severity, late_part
-from weightflip.report.findings.words import formats_of, named, percent, times
+from weightflip.report.findings.words import describe_formats, format_factor, list_layers, percent
 from weightflip.report.run import Layer, Run
 
-# Updates that move a code, where each of the others is lost; and where they add up in finer weights, which is usual,
-# with the flips of a weight in the whole run.
+# Fraction of updates that change a code: for stored weights, where the other updates are lost; and for master weights,
+# where they normally accumulate, together with the flips per weight in the whole run.
 _LOST, _ADDED_UP, _FLIPS = 0.1, 0.001, 0.01
 
 
 def find_small_steps(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
-    """In most layers nearly no update moves a code, and what does not is lost, or has hardly added up to anything."""
+    """Yield a finding if, in most layers, almost no update changes a code and the rest is lost or hardly adds up."""
     moved = {
         layer.name: share
         for layer in layers
@@ -29,10 +29,10 @@ def find_small_steps(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
         return
     share = float(np.median([moved[layer.name] for layer in hit]))
     text = (
-        f"The steps of {named([layer.name for layer in hit], len(run.layers))} are small beside the distance of two "
-        f"codes ({formats_of(hit)}): in the last quarter {percent(share)} of their updates moved a weight to "
-        f"another code (median of these layers). Steps at least {times(0.5 / share)} times as large would move half of "
-        "them"
+        f"The steps of {list_layers([layer.name for layer in hit], len(run.layers))} are small compared with the "
+        f"distance between codes ({describe_formats(hit)}): in the last quarter, {percent(share)} of their updates "
+        f"moved a weight to another code (median of these layers). Steps at least {format_factor(0.5 / share)} times "
+        "as large would move half of them"
     )
     yield Finding(Severity.WARNING, "small steps", text, (run.name,), tuple(layer.name for layer in hit))
 

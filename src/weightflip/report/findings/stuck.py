@@ -1,16 +1,16 @@
-"""Layers of which no weight moves to another code."""
+"""Layers in which no weight moves to another code."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from weightflip.report.findings.base import POINTS, Finding, Severity, counts_stalls, late_part
-from weightflip.report.findings.words import formats_of, named, what_becomes_of_it
+from weightflip.report.findings.base import POINTS, Finding, Severity, has_stall_counts, late_part
+from weightflip.report.findings.words import describe_formats, explain_stalls, list_layers
 from weightflip.report.run import Layer, Run
 
 
 def _moved_last(layer: Layer) -> int:
-    """The step of the last point with a flip; 0 for none."""
+    """Step of the last point with a flip; 0 without flips."""
     flips = layer.get("flip_rate")
     moved = flips.steps[flips.numerators > 0]
     return int(moved[-1]) if len(moved) else 0
@@ -23,31 +23,31 @@ def _stuck_layers(run: Run, layers: Sequence[Layer]) -> list[Layer]:
         if len(layer.get("flip_rate")) >= POINTS
         and len(late := late_part(run, layer, "flip_rate"))
         and not late.numerators.any()
-        and (len(late_part(run, layer, "stall_ratio")) or not counts_stalls(run))
+        and (len(late_part(run, layer, "stall_ratio")) or not has_stall_counts(run))
     ]
 
 
 def find_stuck(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
-    """No flip at all in the last quarter."""
+    """Yield a finding about layers without a flip in the last quarter."""
     hit = _stuck_layers(run, layers)
     if not hit:
         return
     names = tuple(layer.name for layer in hit)
     last = max(_moved_last(layer) for layer in hit)
     since = f"since step {last:,}" if last else "in the whole run"
-    what = "update" if counts_stalls(run) else "step"
-    ended = (
-        " Has the learning rate come to 0?"
+    what = "update" if has_stall_counts(run) else "step"
+    cause = (
+        " Check whether the learning rate has reached 0"
         if len(hit) == len(layers)
-        else " Its steps are too small for the distance of its codes"
+        else " Its steps are too small for the distance between its codes"
         if len(hit) == 1
-        else " Their steps are too small for the distance of their codes"
+        else " Their steps are too small for the distance between their codes"
     )
     text = (
-        f"Stuck: no {what} of {named(names, len(run.layers))} has moved a weight to another code {since} "
-        f"({formats_of(hit)}). {what_becomes_of_it(hit)}.{ended}"
+        f"Stuck: in {list_layers(names, len(run.layers))}, no {what} has moved a weight to another code {since} "
+        f"({describe_formats(hit)}). {explain_stalls(hit)}.{cause}"
     )
-    # A learning rate that has decayed stops a coarse format a while before the end: no loss where weights are finer.
+    # A decayed learning rate stops a coarse format some time before the end. Finer master weights lose nothing.
     long = run.end - last >= (run.end - run.begin) / 2
     severity = Severity.WARNING if long else Severity.NOTE
     if all(layer.is_stored for layer in hit):

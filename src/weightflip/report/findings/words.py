@@ -1,4 +1,4 @@
-"""Words that findings share: shares, names, formats."""
+"""Phrases shared by findings: percentages, lists of layers, formats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from weightflip.report.run import Layer
 
 
 def percent(share: float) -> str:
-    """A share in percent, with digits where they count, near 0 % and 100 %; never rounded to either.
+    """A fraction as a percentage, with more digits near 0 % and 100 %. Never rounded to either of them.
 
     Example:
         >>> [percent(share) for share in (0, 0.00001, 0.0123, 0.5, 0.99912, 0.999999, 1)]
@@ -17,55 +17,57 @@ def percent(share: float) -> str:
     number = 100 * share
     if number in (0, 100):
         return f"{number:.0f} %"
-    room = min(number, 100 - number)
-    if room < 0.01:
+    distance = min(number, 100 - number)
+    if distance < 0.01:
         return "less than 0.01 %" if number < 50 else "more than 99.99 %"
-    return f"{number:.{0 if room >= 10 else 1 if room >= 1 else 2}f} %"
+    return f"{number:.{0 if distance >= 10 else 1 if distance >= 1 else 2}f} %"
 
 
-def times(factor: float) -> str:
-    """A factor, with digits where they count."""
+def format_factor(factor: float) -> str:
+    """A factor, with one decimal below 10."""
     return f"{factor:.1f}" if factor < 10 else f"{factor:,.0f}"
 
 
-def named(names: Sequence[str], of: int, unnamed: int = 0) -> str:
-    """Layers by name; many of them by number.
+def list_layers(names: Sequence[str], total: int, unnamed: int = 0) -> str:
+    """Describe a set of layers: a single one by name, several by their number and the first names.
 
     Args:
-        names: Some of them, or all.
-        of: How many layers there are.
-        unnamed: How many there are beside ``names``.
+        names: Names of the layers.
+        total: Number of layers in the run.
+        unnamed: Number of further layers without a known name.
 
     Example:
-        >>> named(["a"], 9), named(["a", "b"], 9), named(list("abcd"), 9), named(["a"], 2, unnamed=1)
-        ('a', '2 of 9 layers (a and b)', '4 of 9 layers (a, b, c and 1 more)', 'both layers')
+        >>> list_layers(["a"], 9), list_layers(["a", "b"], 9), list_layers(list("abcd"), 9)
+        ('a', '2 of 9 layers (a and b)', '4 of 9 layers (a, b, c and 1 more)')
+        >>> list_layers(["a"], 2, unnamed=1)
+        'both layers'
     """
     count = len(names) + unnamed
     if count == len(names) == 1:
         return names[0]
-    if count == of:
-        return f"all {of} layers" if of > 2 else "both layers"
+    if count == total:
+        return f"all {total} layers" if total > 2 else "both layers"
     if not names:
-        return f"{count} of {of} layers"
+        return f"{count} of {total} layers"
     listed = list(names[:3])
     more = count - len(listed)
     text = ", ".join(listed) + f" and {more} more" if more else " and ".join([", ".join(listed[:-1]), listed[-1]])
-    return f"{count} of {of} layers ({text})"
+    return f"{count} of {total} layers ({text})"
 
 
-def format_of(layer: Layer) -> str:
-    """What a layer's codes are, for a sentence."""
+def describe_format(layer: Layer) -> str:
+    """The format of a layer's codes, for a sentence."""
     return f"stored {layer.dtype} bits" if layer.is_stored and layer.dtype else layer.quantizer or "its format"
 
 
-def formats_of(layers: Sequence[Layer]) -> str:
-    """What the codes of some layers are, each kind once."""
-    return " and ".join(dict.fromkeys(format_of(layer) for layer in layers))
+def describe_formats(layers: Sequence[Layer]) -> str:
+    """The formats of some layers' codes, each one once."""
+    return " and ".join(dict.fromkeys(describe_format(layer) for layer in layers))
 
 
-def what_becomes_of_it(layers: Sequence[Layer]) -> str:
-    """What becomes of an update that changes no code."""
+def explain_stalls(layers: Sequence[Layer]) -> str:
+    """What happens to an update that changes no code, as a sentence."""
     if all(layer.is_stored for layer in layers):
-        return "Rounding swallows these updates for good"
+        return "These updates are permanently lost to rounding"
     kept = " and ".join(dict.fromkeys(layer.dtype for layer in layers if not layer.is_stored and layer.dtype))
-    return f"The {kept or 'master'} weights may still move, the forward pass sees nothing of it"
+    return f"The {kept or 'master'} weights may still move, but the forward pass does not see it"

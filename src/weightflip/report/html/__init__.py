@@ -1,4 +1,4 @@
-"""One page of HTML with everything in it: plots as inline SVG, no script, no address of anything outside."""
+"""A self-contained HTML page: plots as inline SVG, no scripts, no external resources."""
 
 from __future__ import annotations
 

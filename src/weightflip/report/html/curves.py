@@ -1,4 +1,4 @@
-"""Numbers of all layers together over time, as lines."""
+"""Line plots of model-wide numbers over time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from weightflip.records import Value, in_display_order, printable
-from weightflip.report.html.bins import binned, edges_of
+from weightflip.report.html.bins import bin_edges, bin_series
 from weightflip.report.html.figures import Figures
 from weightflip.report.html.markup import escape
 from weightflip.report.run import Run
@@ -24,7 +24,7 @@ _COLORS = ["#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2", "#c
 
 
 class _Line(NamedTuple):
-    """One line of each plot of a set: a run, or one format of it."""
+    """One line in each plot of a set: a run, or one format of a run."""
 
     label: str
     run: Run
@@ -41,7 +41,7 @@ def _lines(of: Sequence[tuple[str, Run, str]]) -> list[_Line]:
 
 
 def curves(figures: Figures, runs: Sequence[Run]) -> str:
-    """Every number of the model over time; a line for each run, or for each format of one run."""
+    """All model-wide numbers over time, one line per run, or per format of a run."""
     if any(len(run.models) > 1 for run in runs):
         sets = [(_lines([(variant or "model", run, variant) for variant in run.models]), run.name) for run in runs]
     else:
@@ -64,22 +64,22 @@ def _curve_set(figures: Figures, lines: Sequence[_Line], title: str, of: int) ->
         _draw_legend(figure, lines)
     heading = f"<h3>{escape(title)}</h3>" if title else ""
     caption = f"The first {len(lines)} of {of}." if of > len(lines) else ""
-    return heading + figures.element(figure, f"Curves of all layers together {title}", caption)
+    return heading + figures.element(figure, f"Curves for all layers combined {title}", caption)
 
 
 def _draw(axes: Axes, value: Value, lines: Sequence[_Line]) -> None:
-    """The plot of one number."""
+    """Draw the plot of one number."""
     top = 0.0
     for line in lines:
         series = model_series(line.run, line.variant, value.name)
         if not len(series):
             continue
-        edges = edges_of(line.run)
-        points = binned(series, edges)
-        there = ~np.isnan(points)
-        top = max(top, float(np.nanmax(points)) if there.any() else 0.0)
-        style: Any = {"marker": "." if there.sum() <= 30 else "", "color": line.color, "linestyle": line.dashes}
-        axes.plot(edges[1:][there], points[there], linewidth=1.4, **style)
+        edges = bin_edges(line.run)
+        points = bin_series(series, edges)
+        has_points = ~np.isnan(points)
+        top = max(top, float(np.nanmax(points)) if has_points.any() else 0.0)
+        style: Any = {"marker": "." if has_points.sum() <= 30 else "", "color": line.color, "linestyle": line.dashes}
+        axes.plot(edges[1:][has_points], points[has_points], linewidth=1.4, **style)
     axes.set_title(printable(value.title), loc="left", fontweight="bold", color="#374151")
     axes.set_xlabel("step")
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.7)

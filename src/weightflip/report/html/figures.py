@@ -1,4 +1,4 @@
-"""Figures of matplotlib as elements of the page."""
+"""Converts matplotlib figures to HTML elements."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from weightflip.report.html.markup import escape
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Of a heat map: more of them overlap.
+# Maximum row labels of a heat map. More would overlap.
 ROW_LABELS = 48
 
 
 class Figures:
-    """Turns figures into elements of the page."""
+    """Creates figures and converts them to HTML elements."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -32,7 +32,7 @@ class Figures:
         return Figure(figsize=(width, height), layout="constrained")
 
     def element(self, figure: Figure, label: str, caption: str = "") -> str:
-        """Inline SVG, with names of its own among all the figures of the page."""
+        """The figure as inline SVG, with ids that are unique on the page."""
         self._count += 1
         written = io.StringIO()
         empty: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -48,9 +48,9 @@ class Figures:
 
 
 def rows_by_block(names: Sequence[str]) -> tuple[list[str], list[float], list[str]]:
-    """The layers in the order in which they are shown, where the labels are, in rows, and what they say.
+    """Order of the layers in a heat map, and positions and texts of the labels.
 
-    Of more than 30 layers, those of a block stand together, and blocks have the labels.
+    With more than 30 layers, the layers of a model block are adjacent, and labels name blocks.
     """
     blocks = blocks_of(names) if len(names) > MANY_LAYERS else {}
     if not blocks:
@@ -63,7 +63,7 @@ def rows_by_block(names: Sequence[str]) -> tuple[list[str], list[float], list[st
 
 
 def row_labels(names: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Which rows get a label: all of them, or evenly spread ones."""
+    """Rows with a label, and their labels: all rows, or evenly spaced ones."""
     every = math.ceil(len(names) / ROW_LABELS)
     at = list(range(0, len(names), every))
     return at, [printable(names[row]) for row in at]

@@ -1,4 +1,4 @@
-"""Layers over time, and layers by formats, as colours."""
+"""Heat maps of layers over time, and of layers by format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from weightflip.records import Value, printable
-from weightflip.report.html.bins import binned, edges_of
+from weightflip.report.html.bins import bin_edges, bin_series
 from weightflip.report.html.figures import ROW_LABELS, Figures, row_labels, rows_by_block
 from weightflip.report.html.markup import escape
 from weightflip.report.run import Layer, Run
@@ -20,7 +20,7 @@ _CELLS_WITH_NUMBERS = 240
 
 
 def heat_maps(figures: Figures, runs: Sequence[Run]) -> str:
-    """A heat map of each number that has one, layers over time."""
+    """Heat maps of layers over time, for each number that has one."""
     parts = []
     for value in columns(runs, [layer for run in runs for layer in run.layers.values()]):
         having = [run for run in runs if any(len(layer.get(value.name)) for layer in run.layers.values())]
@@ -30,7 +30,7 @@ def heat_maps(figures: Figures, runs: Sequence[Run]) -> str:
 
 
 def _heat_map_row(figures: Figures, runs: Sequence[Run], scale: Sequence[Run], value: Value) -> str:
-    """Heat maps of some runs side by side; their colours are those of all runs."""
+    """Heat maps of some runs side by side. All runs share the color scale."""
     from matplotlib import colormaps
     from matplotlib.colors import Normalize, PowerNorm
     from matplotlib.ticker import PercentFormatter
@@ -39,12 +39,12 @@ def _heat_map_row(figures: Figures, runs: Sequence[Run], scale: Sequence[Run], v
         float(np.nanmax(np.append(layer.get(value.name).values, 0))) for r in scale for layer in r.layers.values()
     )
     is_rate = value.name == "flip_rate"
-    # Most flip rates are small: a square root shows them apart.
+    # Most flip rates are small. A square root separates them.
     norm = PowerNorm(0.5, 0, top or 1) if is_rate else Normalize(0, 1 if value.unit == "share" else top or 1)
     colors = colormaps["viridis" if is_rate else "magma"].with_extremes(bad="#eef0f3")
     most = max(len(run.layers) for run in runs)
     figure = figures.new(11.2, min(14.0, 1.1 + max(4, most) * (0.17 if most <= ROW_LABELS else 8 / most)))
-    # As many as in the other rows, so that all maps are of one width.
+    # The same number of columns as in the other rows, so that all maps have the same width.
     wide = min(len(scale), _MAPS_A_ROW)
     grid = figure.subplots(1, wide, squeeze=False)[0]
     for axes in grid[len(runs) :]:
@@ -52,8 +52,8 @@ def _heat_map_row(figures: Figures, runs: Sequence[Run], scale: Sequence[Run], v
     mesh: Any = None
     for at, (axes, run) in enumerate(zip(grid, runs, strict=False)):
         order, rows, names = rows_by_block(list(run.layers))
-        edges = edges_of(run)
-        cells = np.stack([binned(run.layers[name].get(value.name), edges) for name in order])
+        edges = bin_edges(run)
+        cells = np.stack([bin_series(run.layers[name].get(value.name), edges) for name in order])
         mesh = axes.pcolormesh(edges, np.arange(len(order) + 1), cells, norm=norm, cmap=colors, rasterized=True)
         axes.invert_yaxis()
         same = at > 0 and list(run.layers) == list(runs[at - 1].layers)
@@ -71,7 +71,7 @@ def _heat_map_row(figures: Figures, runs: Sequence[Run], scale: Sequence[Run], v
 
 
 def format_matrix(figures: Figures, run: Run) -> str:
-    """Stall ratio over the whole run, layers by formats."""
+    """Stall ratio over the whole run, by layer and format."""
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
 
@@ -105,5 +105,5 @@ def format_matrix(figures: Figures, run: Run) -> str:
                 color = "white" if share < 0.6 else "black"
                 text = f"{100 * share:.{0 if 0.1 <= share <= 0.9 else 1}f} %"
                 axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7.5, color=color)
-    title = f"<h3>{escape(run.name)}: updates that change no code in their step, over the whole run</h3>"
+    title = f"<h3>{escape(run.name)}: fraction of updates that change no code in their step, over the whole run</h3>"
     return title + figures.element(figure, "Stall ratio of each layer in each format")

@@ -1,4 +1,4 @@
-"""The page: its sections, and its style."""
+"""The sections and the style of the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from weightflip.report.html.curves import curves
 from weightflip.report.html.figures import Figures
 from weightflip.report.html.maps import format_matrix, heat_maps
 from weightflip.report.html.markup import escape
-from weightflip.report.html.tables import list_of_findings, meanings, table_of_layers, table_of_runs
+from weightflip.report.html.tables import column_explanations, findings_list, layers_table, runs_table
 from weightflip.report.run import ReportError, Run
 
 _STYLE = """
@@ -53,8 +53,8 @@ def write_html(runs: Sequence[Run], findings: Sequence[Finding], path: str | Pat
     """Write the page.
 
     Args:
-        runs: At least one.
-        findings: Of these runs, the worst first.
+        runs: At least one run.
+        findings: Findings about these runs, worst first.
         path: The file.
 
     Raises:
@@ -76,7 +76,7 @@ def write_html(runs: Sequence[Run], findings: Sequence[Finding], path: str | Pat
         "axes.labelcolor": "#374151",
         "xtick.color": "#4b5563",
         "ytick.color": "#4b5563",
-        # A name may hold a dollar sign.
+        # A name may contain a dollar sign.
         "text.parse_math": False,
     }
     with matplotlib.rc_context(style):
@@ -91,17 +91,17 @@ def _page(runs: Sequence[Run], findings: Sequence[Finding]) -> str:
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     parts = [
         f"<header><h1>weightflip report</h1><p class=soft>{count}: {escape(title)}</p></header>",
-        f"<section><h2>What stands out</h2>{list_of_findings(runs, findings)}</section>",
-        f"<section><h2>Runs</h2>{table_of_runs(runs)}</section>",
-        f"<section><h2>All layers together</h2>{curves(figures, runs)}</section>",
+        f"<section><h2>What stands out</h2>{findings_list(runs, findings)}</section>",
+        f"<section><h2>Runs</h2>{runs_table(runs)}</section>",
+        f"<section><h2>All layers combined</h2>{curves(figures, runs)}</section>",
     ]
     matrices = "".join(format_matrix(figures, run) for run in runs if len(run.models) > 1)
     if matrices:
         parts.append(f"<section><h2>Formats compared</h2>{matrices}</section>")
     parts.append(f"<section><h2>Layers over time</h2>{heat_maps(figures, runs)}</section>")
-    tables = "".join(table_of_layers(run, findings, titled=len(runs) > 1) for run in runs)
+    tables = "".join(layers_table(run, findings, titled=len(runs) > 1) for run in runs)
     parts.append(f"<section><h2>Layers</h2>{tables}</section>")
-    parts.append(f"<section><h2>What the columns mean</h2>{meanings(runs)}</section>")
+    parts.append(f"<section><h2>What the columns mean</h2>{column_explanations(runs)}</section>")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -1,4 +1,4 @@
-"""The page's text: findings, and tables of runs and layers."""
+"""Text sections of the page: findings, and tables of runs and layers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from weightflip.records import Value, in_display_order
 from weightflip.report.findings import Finding, Severity
 from weightflip.report.html.markup import escape, table, td
-from weightflip.report.many import overview_of
+from weightflip.report.many import make_overview
 from weightflip.report.run import Layer, Run, Series
-from weightflip.report.table import ALWAYS, cell, columns, concerns, formats, model_series, ranked
+from weightflip.report.table import ALWAYS, cell, columns, concerns, model_series, rank_layers, run_formats
 
 WORDS = {Severity.SERIOUS: "serious", Severity.WARNING: "warning", Severity.NOTE: "note", Severity.INFO: "info"}
 
 
-def list_of_findings(runs: Sequence[Run], findings: Sequence[Finding]) -> str:
-    """The findings, each with a coloured word for how much it matters."""
+def findings_list(runs: Sequence[Run], findings: Sequence[Finding]) -> str:
+    """The findings, each with a colored word for its severity."""
     rows = []
     for finding in findings:
         whose = f"<b>{escape(finding.runs[0])}:</b> " if len(runs) > 1 and len(finding.runs) == 1 else ""
@@ -34,8 +34,8 @@ def _number(value: Value, series: Series, late: float) -> str:
     return f'<td class="bar" style="--share: {100 * share:.1f}%">{escape(text)}</td>'
 
 
-def table_of_runs(runs: Sequence[Run]) -> str:
-    """The runs, or the formats of each, with the numbers of all layers together."""
+def runs_table(runs: Sequence[Run]) -> str:
+    """One row per run, or per format of a run, with model-wide numbers."""
     head = [("run", True), ("steps", False), ("layers", False), ("weights", False), ("format", True)]
     head += [("optimizer", True), ("flip rate", False), ("stall ratio", False)]
     rows = []
@@ -48,7 +48,7 @@ def table_of_runs(runs: Sequence[Run]) -> str:
                     td(f"{run.end:,}"),
                     td(f"{len(layers):,}"),
                     td(f"{sum(layer.weights for layer in layers):,}"),
-                    td(variant or formats(run), "left"),
+                    td(variant or run_formats(run), "left"),
                     td(run.info.settings.get("optimizer", ""), "left"),
                     *(
                         _number(value, model_series(run, variant, value.name), run.late)
@@ -57,34 +57,35 @@ def table_of_runs(runs: Sequence[Run]) -> str:
                 ]
             )
     notes = "".join(f"<p class=soft>{escape(run.name)}: {escape(note)}.</p>" for run in runs for note in run.notes)
-    late = "<p class=soft>Rates are means of the last quarter of a run.</p>"
+    late = "<p class=soft>Rates are means over the last quarter of a run.</p>"
     return table(head, rows) + late + notes
 
 
-def table_of_layers(run: Run, findings: Sequence[Finding], titled: bool) -> str:
-    """The layers of a run, the worst first; of many, blocks and those that stand out first, and all to be opened."""
-    every = _table(run, findings, "layer", ranked(run, findings))
-    overview = overview_of(run, findings)
+def layers_table(run: Run, findings: Sequence[Finding], titled: bool) -> str:
+    """The layers of a run, worst first. With many layers: model blocks, outliers, and a collapsed list of all."""
+    every = _table(run, findings, "layer", rank_layers(run, findings))
+    overview = make_overview(run, findings)
     if overview is not None:
         tables = [_table(run, findings, "block", overview.blocks, overview.members)]
         if overview.layers:
             tables.append(_table(run, findings, "layers that stand out", overview.layers))
-        every = f"<details><summary>All {len(run.layers):,} layers, the worst first</summary>{every}</details>"
+        every = f"<details><summary>All {len(run.layers):,} layers, worst first</summary>{every}</details>"
         every = "".join([*tables, every])
     title = f"<h3>{escape(run.name)}</h3>" if titled else ""
-    late = f"<p class=soft>Means of steps {max(0, int(run.late)):,} to {run.end:,}; shares of weights at the end.</p>"
+    steps = f"steps {max(0, int(run.late)):,} to {run.end:,}"
+    late = f"<p class=soft>Means over {steps}; fractions of weights at the end.</p>"
     return title + late + every
 
 
 def _table(
     run: Run,
     findings: Sequence[Finding],
-    what: str,
+    title: str,
     layers: Sequence[Layer],
     members: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     values = columns([run], run.layers.values())
-    head = [(what, True), ("weights", False), ("format", True), *((value.title, False) for value in values)]
+    head = [(title, True), ("weights", False), ("format", True), *((value.title, False) for value in values)]
     rows = []
     for layer in layers:
         names = (members or {}).get(layer.name, [layer.name])
@@ -104,8 +105,8 @@ def _table(
     return table(head, rows)
 
 
-def meanings(runs: Sequence[Run]) -> str:
-    """What the numbers of the tables are."""
+def column_explanations(runs: Sequence[Run]) -> str:
+    """Explanations of the columns."""
     rows = [
         f"<dt>{escape(value.title)}</dt><dd>{escape(value.description)}</dd>"
         for value in columns(runs, [layer for run in runs for layer in run.layers.values()])

@@ -9,12 +9,12 @@ import numpy as np
 from test_shown_names import train_evil
 
 from weightflip.records import FlipRecord
-from weightflip.report.block import Block, IrregularRecord
-from weightflip.report.lines import DamagedLine, block_of
+from weightflip.report.lines import DamagedLine, parse_record
+from weightflip.report.record_arrays import IrregularRecord, RecordArrays
 from weightflip.sinks import CompanionSink, TensorBoardSink
 
 
-def same(a: Block, b: Block) -> bool:
+def same(a: RecordArrays, b: RecordArrays) -> bool:
     arrays = [(getattr(a, name), getattr(b, name)) for name in ("weights", "nonfinite", "window", "total")]
     for of in ("window_ratios", "total_ratios", "gauges"):
         mine, others = getattr(a, of), getattr(b, of)
@@ -36,8 +36,8 @@ def test_blocks_are_records(tmp_path):
     for kind in (path, beside):
         for line in [line for line in kind.read_bytes().splitlines() if line.startswith(b'{"record"')][:3]:
             record = json.loads(line)["record"]
-            whole = Block.of_json(record)
-            assert same(whole, Block.of(FlipRecord.from_dict(record)))
+            whole = RecordArrays.from_json(record)
+            assert same(whole, RecordArrays.from_record(FlipRecord.from_dict(record)))
             assert whole.gauges
             assert whole.window_ratios
             assert len(whole.names) > 2
@@ -53,15 +53,15 @@ def test_blocks_are_records(tmp_path):
                 except ValueError:
                     continue
                 try:
-                    fast = Block.of_json(data)
+                    fast = RecordArrays.from_json(data)
                 except IrregularRecord:
                     refused += 1
                     continue
                 taken += 1
-                assert same(fast, Block.of(FlipRecord.from_dict(data)))
+                assert same(fast, RecordArrays.from_record(FlipRecord.from_dict(data)))
                 if data["step"] == record["step"]:
                     # And the checks of one number at a time have nothing against it.
-                    assert same(block_of(broken, record["step"]), fast)
+                    assert same(parse_record(broken, record["step"]), fast)
     assert refused > 100 < taken
     # Of earlier versions: less was counted, and some things were not there.
     record = json.loads(next(line for line in path.read_bytes().splitlines() if line.startswith(b'{"record"')))[
@@ -71,12 +71,12 @@ def test_blocks_are_records(tmp_path):
         del layer["histograms"], layer["gauges"], layer["nonfinite"]
         for period in ("window", "total"):
             del layer[period]["scale_steps"], layer[period]["scale_changes"], layer[period]["ratios"]
-    earlier = Block.of_json(record)
-    assert same(earlier, Block.of(FlipRecord.from_dict(record)))
+    earlier = RecordArrays.from_json(record)
+    assert same(earlier, RecordArrays.from_record(FlipRecord.from_dict(record)))
     assert not earlier.gauges
     for line in (b"{}", b'{"record": 5}', b'{"record": {"step": 1}}', b'{"record": {"step": 1, "rows": [[1]]}}'):
         try:
-            block_of(line, 1)
+            parse_record(line, 1)
         except DamagedLine:
             continue
         raise AssertionError(line)
