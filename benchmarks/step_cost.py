@@ -1,26 +1,26 @@
-"""What tracking costs beside an optimizer's step: both in one run, in turns, medians, as a ratio.
+"""The cost of tracking relative to an optimizer's step. Both alternate in one run; results are ratios of medians.
 
-``python benchmarks/step_cost.py`` prints tables. Times vary with the machine and with what else runs there; the ratio
-is what to compare.
+``python benchmarks/step_cost.py`` prints tables. Times depend on the machine and its load, so compare ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from chart import draw
-from measure import cpu_time_of_one_thread, in_turns, peak_bytes
+from measure import cpu_time_of_one_thread, peak_bytes, time_in_rounds
 from workloads import GPT2, ONE, SMALL, Weights, byte_gpt, naive_step
 
 from weightflip import FlipTrackingOptimizer
@@ -28,8 +28,12 @@ from weightflip.metrics import metric_names
 
 FORMATS = (
     "float8_e4m3", "float8_e4m3:row", "float8_e4m3:row:pow2", "float8_e5m2", "e3m4", "e3m4:row", "e2m1:none",
-    "mxfp8_e4m3", "mxfp6_e2m3", "mxfp4", "nvfp4", "nvfp4:tensor", "int8", "int4:g32", "ternary", "binary",
-    "bfloat16", "float16", "native",
+    "float8_e4m3:1x128", "float8_e4m3:128x128", "mxfp8_e4m3", "mxfp6_e2m3", "mxfp4", "nvfp4", "nvfp4:tensor",
+    "int8", "int4:g32", "ternary", "binary", "bfloat16", "float16", "native",
+)  # fmt: skip
+SCALED = (
+    "float8_e4m3:row", "int8", "int4", "int4:g32", "mxfp8_e4m3", "mxfp4", "nvfp4", "float8_e4m3:1x128",
+    "float8_e4m3:128x128",
 )  # fmt: skip
 DEFAULT = "flips + stalls"
 Row = dict[str, Any]
@@ -40,7 +44,7 @@ def wrapped(weights: Weights, **options: Any) -> FlipTrackingOptimizer:
 
 
 def against_bare(name: str, weights: Weights, cases: Mapping[str, Mapping[str, Any]], repeats: int) -> list[Row]:
-    """Each case as wrapped against bare, one after the other, so that two sets of weights are alive at a time."""
+    """Compare each wrapped case with the bare optimizer, one by one, so that only two sets of weights exist at once."""
     rows = []
     for case, options in cases.items():
         bare = weights.adamw()
@@ -52,12 +56,13 @@ def against_bare(name: str, weights: Weights, cases: Mapping[str, Mapping[str, A
             tracked = wrapped(weights, **options)
             actions = {"bare": bare.step, "tracked": tracked.step}
             memory = tracked
-        # What has to be read and written of a float32 weight with a scale a tensor or row, as a plain read of as much.
-        read = {"flips": 10, DEFAULT: 14, f"{DEFAULT}, by row": 14}.get(case) if len(weights.shapes) == 1 else None
+        # A plain read of the bytes that a float32 weight needs to read and write: the weight is read twice if it has
+        # one scale, and once if its rows or blocks have scales of their own.
+        read = READ.get(case) if len(weights.shapes) == 1 else None
         if read is not None:
             actions["read"] = torch.zeros(weights.numel * read // 4).sum
-        # The naive way takes so long that few turns tell enough.
-        times = in_turns(actions, 3, warmup=1) if case == "naive" else in_turns(actions, repeats)
+        # The naive method is so slow that a few rounds suffice.
+        times = time_in_rounds(actions, 3, warmup=1) if case == "naive" else time_in_rounds(actions, repeats)
         extra = times["tracked"] - times["bare"]
         row = {
             "weights": name,
@@ -75,6 +80,7 @@ def against_bare(name: str, weights: Weights, cases: Mapping[str, Mapping[str, A
     return rows
 
 
+READ = {"flips": 10, DEFAULT: 14, f"{DEFAULT}, by row": 10, "flips, by row": 6, **dict.fromkeys(SCALED, 10)}
 BASIC: dict[str, dict[str, Any]] = {"flips": {"metrics": ("flips",)}, DEFAULT: {}}
 
 
@@ -90,6 +96,13 @@ def one(repeats: int) -> list[Row]:
     return against_bare("one weight of 4096 x 4096", Weights(ONE), cases, repeats)
 
 
+def scaled(repeats: int) -> list[Row]:
+    """Formats whose scales are shared by a row or a block, and flips alone by row."""
+    cases: dict[str, dict[str, Any]] = {"flips, by row": {"metrics": ("flips",), "quantizer": "float8_e4m3:row"}}
+    cases |= {name: {"quantizer": name} for name in SCALED}
+    return against_bare("scales of rows and blocks, 4096 x 4096", Weights(ONE), cases, repeats)
+
+
 def gpt2(repeats: int) -> list[Row]:
     """The parameters of GPT-2 small."""
     return against_bare("GPT-2 small, 148 tensors", Weights(GPT2), {**BASIC, "naive": {}}, max(5, repeats // 2))
@@ -101,21 +114,46 @@ def small(repeats: int) -> list[Row]:
 
 
 def formats(repeats: int) -> list[Row]:
-    """Each format."""
+    """All formats."""
     cases = {name: {"quantizer": name} for name in FORMATS}
     return against_bare("formats, 4096 x 4096", Weights(ONE), cases, max(3, repeats // 3))
 
 
 def groups(repeats: int) -> list[Row]:
-    """Each metric group, and all of them."""
-    names = metric_names()
-    cases: dict[str, dict[str, Any]] = {f"flips + {name}": {"metrics": ("flips", name)} for name in names}
-    cases["all groups"] = {"metrics": ("flips", "stalls", *names)}
-    return against_bare("metric groups, 4096 x 4096", Weights(ONE), cases, max(3, repeats // 3))
+    """What each metric group adds to flips and stalls, and all of them that count in each step."""
+    each_step = ("coverage", "oscillation", "scale", "travel")
+    cases = {f"+ {name}": (name,) for name in metric_names()} | {f"+ {', '.join(each_step)}": each_step}
+    some = {f"+ {', '.join(each_step[:3])}": each_step[:3], f"+ {', '.join(each_step)}": each_step}
+    return (
+        on_top("one weight of 4096 x 4096", Weights(ONE), cases, repeats)
+        + on_top("GPT-2 small, 148 tensors", Weights(GPT2), some, max(5, repeats // 2))
+        + on_top("1,000 weights of 64 x 64", Weights(SMALL), some, repeats)
+    )
+
+
+def on_top(name: str, weights: Weights, cases: Mapping[str, Sequence[str]], repeats: int) -> list[Row]:
+    """Metric groups as what they add to flips and stalls, in bare steps: all three in turns."""
+    rows = []
+    for case, metrics in cases.items():
+        bare, default = weights.adamw(), wrapped(weights)
+        observed = wrapped(weights, metrics=("flips", "stalls", *metrics))
+        times = time_in_rounds({"bare": bare.step, "default": default.step, "observed": observed.step}, repeats)
+        extra = times["observed"] - times["default"]
+        rows.append(
+            {
+                "weights": f"metric groups on top of {DEFAULT}, {name}",
+                "case": case,
+                "bare_ms": times["bare"] * 1e3,
+                "tracking_ms": extra * 1e3,
+                "ratio": extra / times["bare"],
+                "persistent_bytes_per_weight": sum(observed.tracker.memory_usage()) / weights.numel_tracked,
+            }
+        )
+    return rows
 
 
 def every(repeats: int) -> list[Row]:
-    """Every n-th step: means over n steps, of which one is tracked."""
+    """Tracking every n-th step: means over n steps with one tracked step."""
     weights = Weights(ONE)
     bare = weights.adamw()
     rows = []
@@ -129,7 +167,7 @@ def every(repeats: int) -> list[Row]:
 
             return some
 
-        times = in_turns({"bare": steps(bare), "tracked": steps(tracked)}, max(5, repeats // n))
+        times = time_in_rounds({"bare": steps(bare), "tracked": steps(tracked)}, max(5, repeats // n))
         extra = (times["tracked"] - times["bare"]) / n
         rows.append(
             {
@@ -144,10 +182,10 @@ def every(repeats: int) -> list[Row]:
 
 
 def bytes_gpt(repeats: int) -> list[Row]:
-    """The byte GPT end to end, with TensorBoard: blocks of ten steps, each with one logging point.
+    """The byte GPT end to end, with TensorBoard: sets of ten steps, each with one logging point.
 
-    What the optimizer's step takes longer is set against the whole training step: the difference of two whole steps
-    would drown in the noise of forward and backward.
+    The extra time of the optimizer's step is compared with the whole training step: the difference between two whole
+    steps would be lost in the noise of forward and backward.
     """
     spent = {"bare": 0.0, "tracked": 0.0}
 
@@ -195,7 +233,7 @@ def bytes_gpt(repeats: int) -> list[Row]:
     ]
 
 
-PARTS = {part.__name__: part for part in (one, gpt2, small, formats, groups, every, bytes_gpt)}
+PARTS = {part.__name__: part for part in (one, scaled, gpt2, small, formats, groups, every, bytes_gpt)}
 
 
 def machine() -> dict[str, Any]:
@@ -215,6 +253,11 @@ def machine() -> dict[str, Any]:
 
 
 def show(rows: list[Row]) -> None:
+    for _, of_weights in itertools.groupby(rows, lambda row: row["weights"]):
+        _show(list(of_weights))
+
+
+def _show(rows: list[Row]) -> None:
     print(f"\n{rows[0]['weights']}")
     print(f"  {'':<34}{'bare ms':>9}{'tracking ms':>13}{'ratio':>8}{'/ read':>8}{'bytes/weight':>14}{'peak MiB':>10}")
     for row in rows:
@@ -227,18 +270,18 @@ def show(rows: list[Row]) -> None:
 
 
 def load() -> float | None:
-    """Processes that were running or waiting to run, mean of the last minute; None where the system does not say."""
+    """Mean number of running and runnable processes over the last minute; None if the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def how_calm(before: float | None, after: float | None) -> str:
-    """Whether the times can be believed."""
+def describe_load(before: float | None, after: float | None) -> str:
+    """Whether the machine was idle enough for reliable times."""
     if before is None or after is None:
         return "load: unknown on this system"
-    # Afterwards the benchmark's own threads are among them.
-    is_calm = before < 0.5 and after < torch.get_num_threads() + 0.5
+    # Afterwards, the load includes the benchmark's own threads.
+    is_idle = before < 0.5 and after < torch.get_num_threads() + 0.5
     return f"load {before:.1f} before, {after:.1f} after: " + (
-        "calm" if is_calm else "NOT CALM, other work ran here; ratios may be off"
+        "idle" if is_idle else "NOT IDLE, other work ran here; ratios may be off"
     )
 
 
@@ -247,10 +290,10 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"what to measure, of {', '.join(PARTS)}; all by default")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument(
-        "--one-thread", action="store_true", help="CPU time of a single thread: for a machine that others use, too"
+        "--one-thread", action="store_true", help="measure CPU time of a single thread, for a shared machine"
     )
-    parser.add_argument("--json", type=Path, help="where the numbers go")
-    parser.add_argument("--chart", type=Path, help="where the picture goes (.svg, .png)")
+    parser.add_argument("--json", type=Path, help="output file for the numbers")
+    parser.add_argument("--chart", type=Path, help="output file for the chart (.svg, .png)")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"expected some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
@@ -270,7 +313,7 @@ def main() -> None:
         show(found)
         if options.json:
             options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-    print(f"\n{how_calm(before, load())}")
+    print(f"\n{describe_load(before, load())}")
     if options.chart:
         draw(rows, options.chart)
 
