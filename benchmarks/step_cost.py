@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ from weightflip.metrics import metric_names
 
 FORMATS = (
     "float8_e4m3", "float8_e4m3:row", "float8_e4m3:row:pow2", "float8_e5m2", "e3m4", "e3m4:row", "e2m1:none",
-    "mxfp8_e4m3", "mxfp6_e2m3", "mxfp4", "nvfp4", "nvfp4:tensor", "int8", "int4:g32", "ternary", "binary",
-    "bfloat16", "float16", "native",
+    "float8_e4m3:1x128", "float8_e4m3:128x128", "mxfp8_e4m3", "mxfp6_e2m3", "mxfp4", "nvfp4", "nvfp4:tensor",
+    "int8", "int4:g32", "ternary", "binary", "bfloat16", "float16", "native",
+)  # fmt: skip
+SCALED = (
+    "float8_e4m3:row", "int8", "int4", "int4:g32", "mxfp8_e4m3", "mxfp4", "nvfp4", "float8_e4m3:1x128",
+    "float8_e4m3:128x128",
 )  # fmt: skip
 DEFAULT = "flips + stalls"
 Row = dict[str, Any]
@@ -51,8 +56,9 @@ def against_bare(name: str, weights: Weights, cases: Mapping[str, Mapping[str, A
             tracked = wrapped(weights, **options)
             actions = {"bare": bare.step, "tracked": tracked.step}
             memory = tracked
-        # A plain read of the bytes that a float32 weight with one scale per tensor or row needs to read and write.
-        read = {"flips": 10, DEFAULT: 14, f"{DEFAULT}, by row": 14}.get(case) if len(weights.shapes) == 1 else None
+        # A plain read of the bytes that a float32 weight needs to read and write: the weight is read twice if it has
+        # one scale, and once if its rows or blocks have scales of their own.
+        read = READ.get(case) if len(weights.shapes) == 1 else None
         if read is not None:
             actions["read"] = torch.zeros(weights.numel * read // 4).sum
         # The naive method is so slow that a few rounds suffice.
@@ -74,6 +80,7 @@ def against_bare(name: str, weights: Weights, cases: Mapping[str, Mapping[str, A
     return rows
 
 
+READ = {"flips": 10, DEFAULT: 14, f"{DEFAULT}, by row": 10, "flips, by row": 6, **dict.fromkeys(SCALED, 10)}
 BASIC: dict[str, dict[str, Any]] = {"flips": {"metrics": ("flips",)}, DEFAULT: {}}
 
 
@@ -87,6 +94,13 @@ def one(repeats: int) -> list[Row]:
         "naive": {},
     }
     return against_bare("one weight of 4096 x 4096", Weights(ONE), cases, repeats)
+
+
+def scaled(repeats: int) -> list[Row]:
+    """Formats whose scales are shared by a row or a block, and flips alone by row."""
+    cases: dict[str, dict[str, Any]] = {"flips, by row": {"metrics": ("flips",), "quantizer": "float8_e4m3:row"}}
+    cases |= {name: {"quantizer": name} for name in SCALED}
+    return against_bare("scales of rows and blocks, 4096 x 4096", Weights(ONE), cases, repeats)
 
 
 def gpt2(repeats: int) -> list[Row]:
@@ -106,11 +120,36 @@ def formats(repeats: int) -> list[Row]:
 
 
 def groups(repeats: int) -> list[Row]:
-    """Each metric group, and all together."""
-    names = metric_names()
-    cases: dict[str, dict[str, Any]] = {f"flips + {name}": {"metrics": ("flips", name)} for name in names}
-    cases["all groups"] = {"metrics": ("flips", "stalls", *names)}
-    return against_bare("metric groups, 4096 x 4096", Weights(ONE), cases, max(3, repeats // 3))
+    """What each metric group adds to flips and stalls, and all of them that count in each step."""
+    each_step = ("coverage", "oscillation", "scale", "travel")
+    cases = {f"+ {name}": (name,) for name in metric_names()} | {f"+ {', '.join(each_step)}": each_step}
+    some = {f"+ {', '.join(each_step[:3])}": each_step[:3], f"+ {', '.join(each_step)}": each_step}
+    return (
+        on_top("one weight of 4096 x 4096", Weights(ONE), cases, repeats)
+        + on_top("GPT-2 small, 148 tensors", Weights(GPT2), some, max(5, repeats // 2))
+        + on_top("1,000 weights of 64 x 64", Weights(SMALL), some, repeats)
+    )
+
+
+def on_top(name: str, weights: Weights, cases: Mapping[str, Sequence[str]], repeats: int) -> list[Row]:
+    """Metric groups as what they add to flips and stalls, in bare steps: all three in turns."""
+    rows = []
+    for case, metrics in cases.items():
+        bare, default = weights.adamw(), wrapped(weights)
+        observed = wrapped(weights, metrics=("flips", "stalls", *metrics))
+        times = time_in_rounds({"bare": bare.step, "default": default.step, "observed": observed.step}, repeats)
+        extra = times["observed"] - times["default"]
+        rows.append(
+            {
+                "weights": f"metric groups on top of {DEFAULT}, {name}",
+                "case": case,
+                "bare_ms": times["bare"] * 1e3,
+                "tracking_ms": extra * 1e3,
+                "ratio": extra / times["bare"],
+                "persistent_bytes_per_weight": sum(observed.tracker.memory_usage()) / weights.numel_tracked,
+            }
+        )
+    return rows
 
 
 def every(repeats: int) -> list[Row]:
@@ -194,7 +233,7 @@ def bytes_gpt(repeats: int) -> list[Row]:
     ]
 
 
-PARTS = {part.__name__: part for part in (one, gpt2, small, formats, groups, every, bytes_gpt)}
+PARTS = {part.__name__: part for part in (one, scaled, gpt2, small, formats, groups, every, bytes_gpt)}
 
 
 def machine() -> dict[str, Any]:
@@ -214,6 +253,11 @@ def machine() -> dict[str, Any]:
 
 
 def show(rows: list[Row]) -> None:
+    for _, of_weights in itertools.groupby(rows, lambda row: row["weights"]):
+        _show(list(of_weights))
+
+
+def _show(rows: list[Row]) -> None:
     print(f"\n{rows[0]['weights']}")
     print(f"  {'':<34}{'bare ms':>9}{'tracking ms':>13}{'ratio':>8}{'/ read':>8}{'bytes/weight':>14}{'peak MiB':>10}")
     for row in rows:

@@ -62,6 +62,11 @@ def codes_of(weight: Tensor, quantizer) -> tuple[Tensor, Tensor | None]:
     return codes, functional.encode_into(weight, eager(quantizer), codes)
 
 
+def scale_codes_of(weight: Tensor, quantizer, scale: Tensor) -> Tensor:
+    """What is stored of the scales of groups: one for each block."""
+    return quantizer.scale_codes(quantizer.of_blocks(scale, weight.shape))
+
+
 def stale_codes(weight: Tensor, quantizer, generator: torch.Generator) -> Tensor:
     """Codes of which about half are the weight's."""
     old, _ = codes_of(weight, quantizer)
@@ -89,12 +94,18 @@ class Alone(NamedTuple):
     scale_changes: int
 
 
-def each_alone(weights: Iterable[Tensor], quantizer, generator: torch.Generator) -> list[Alone]:
-    """Those of the weights that the groups fit, changed since they were encoded; every fourth has no update."""
+def each_alone(
+    weights: Iterable[Tensor], quantizer, generator: torch.Generator, *, cuts_blocks: bool = False
+) -> list[Alone]:
+    """Those of the weights that the groups fit, changed since they were encoded; every fourth has no update.
+
+    With ``cuts_blocks``, blocks may be smaller at the end of a row.
+    """
     found = []
     for i, weight in enumerate(weights):
         # A row that is shorter than a tile is one, though a smaller one.
-        is_one_block = quantizer.tile is not None and weight.ndim > 0 and weight.shape[-1] < quantizer.group
+        is_cut = cuts_blocks and quantizer.tile is not None
+        is_one_block = is_cut or (quantizer.tile is not None and weight.ndim > 0 and weight.shape[-1] < quantizer.group)
         if quantizer.group and not is_one_block and (weight.ndim == 0 or weight.shape[-1] % quantizer.group):
             continue
         old, old_scale = codes_of(weight, quantizer)
@@ -103,8 +114,8 @@ def each_alone(weights: Iterable[Tensor], quantizer, generator: torch.Generator)
         codes, counts, scale = by_eager(weight, quantizer, old, update, (0, 0, 0))
         old_scale_codes, changes = None, 0
         if quantizer.group:
-            old_scale_codes = quantizer.scale_codes(old_scale)
-            changes = int(torch.count_nonzero(quantizer.scale_codes(scale) != old_scale_codes))
+            old_scale_codes = scale_codes_of(weight, quantizer, old_scale)
+            changes = int(torch.count_nonzero(scale_codes_of(weight, quantizer, scale) != old_scale_codes))
         found.append(Alone(weight, update, old, old_scale_codes, codes, counts.tolist(), scale, changes))
     assert len(found) >= 8
     return found
@@ -125,7 +136,7 @@ def assert_together_as_alone(wanted: list[Alone], quantizer, backend: str, run: 
     for member, alone in zip(members, wanted, strict=True):
         assert torch.equal(member.codes, alone.codes)
         if quantizer.group:
-            assert torch.equal(member.scale_codes, quantizer.scale_codes(alone.scale))
+            assert torch.equal(member.scale_codes, scale_codes_of(alone.weight, quantizer, alone.scale))
     assert counted.counts.tolist() == [alone.counts for alone in wanted]
     assert counted.scale_changes.tolist() == [alone.scale_changes for alone in wanted]
     assert counted.counts[:, 0].count_nonzero() > 4

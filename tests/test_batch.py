@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from conftest import case
 from kernel_cases import QUANTIZERS, assert_together_as_alone, by_eager, each_alone, with_special
 from test_cpu_kernel import weights
 
@@ -27,17 +28,22 @@ BLOCKS = [*(MXQuantizer(format, mode) for format in MX_NAMES.values() for mode i
           "nvfp4", "int4:g32", "int8:g16", "float8_e4m3:1x128", "float8_e4m3:1x128:pow2"]  # fmt: skip
 
 
+TILES = ["float8_e4m3:128x128", "float8_e4m3:128x128:pow2"]
+
+
 @pytest.fixture(autouse=True, params=[(1, 1 << 21), (3, 1 << 21), (3, 2100)], ids=["1", "3", "3 in short runs"])
 def threads_and_runs(request, monkeypatch):
     threads, elements = request.param
     monkeypatch.setattr(cpu, "_ELEMENTS_PER_ITEM", 100)
+    monkeypatch.setattr(cpu, "_ELEMENTS_PER_ITEM_OF_BLOCKS", 20_000)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(batch, "_ELEMENTS_PER_RUN", elements)
 
 
 def many_weights(generator):
     """Shapes that fill runs badly, numbers that are hard, next to each other."""
-    shapes = [(1,), (), (3, 32), (65, 96), (1, 4096), (40, 32), (7, 5, 64), (2, 352), (500, 32)]
+    shapes = [(1,), (), (3, 32), (65, 96), (1, 4096), (40, 32), (7, 5, 64), (2, 352), (500, 32),
+              (300, 416), (3, 130, 160), (256, 96)]  # fmt: skip
     plain = [torch.randn(shape, generator=generator) * 10.0 ** (i - 4) for i, shape in enumerate(shapes)]
     special = with_special(torch.randn(64, 64, generator=generator))
     others = [weight for name, weight in weights().items() if name not in ("empty", "transposed", "channels_last")]
@@ -46,14 +52,41 @@ def many_weights(generator):
 
 # The same for all numbers of threads.
 @functools.cache
-def many_alone(spec):
+def many_alone(spec, cuts_blocks=True):
     generator = torch.Generator().manual_seed(0)
-    return each_alone(many_weights(generator), resolve(spec), generator)
+    return each_alone(many_weights(generator), resolve(spec), generator, cuts_blocks=cuts_blocks)
 
 
-@pytest.mark.parametrize("quantizer", [*QUANTIZERS, *BLOCKS], ids=str)
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, *BLOCKS, *TILES], ids=str)
 def test_equals_each_alone(quantizer):
     assert_together_as_alone(many_alone(quantizer), resolve(quantizer), "auto", cpu.Run)
+
+
+@pytest.mark.parametrize("longest", [0, 100])
+def test_equals_each_alone_where_groups_are_too_long_for_one_pass(longest, monkeypatch):
+    monkeypatch.setattr(cpu.Run, "longest_group", longest)
+    for name in ("float8_e4m3", "e3m4:row", "int8", "float8_e4m3:row:pow2", *BLOCKS):
+        with case(name):
+            assert_together_as_alone(many_alone(name, cuts_blocks=False), resolve(name), "auto", cpu.Run)
+    weight, codes = torch.ones(8, 130), torch.zeros(8, 130, dtype=torch.int8)
+    for name in ("float8_e4m3:1x128", *TILES):
+        assert batch.make_member(weight, resolve(name), codes, "auto", with_updates=True) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_of_groups_are_made_in_the_pass_that_counts(dtype):
+    for name in ("float8_e4m3", "float8_e4m3:pow2", "e3m4:row", "int8", *BLOCKS, *TILES):
+        weight, quantizer = torch.ones(4, 256, dtype=dtype), resolve(name)
+        codes = torch.zeros(weight.shape, dtype=torch.int8)
+        with case(name):
+            member = batch.make_member(weight, quantizer, codes, "auto", with_updates=True)
+            assert member.scaling is not None
+            assert member.scaling is batch.make_member(weight, resolve(name), codes, "auto", with_updates=True).scaling
+    weight, codes = (
+        torch.ones(2, cpu.Run.longest_group + 1),
+        torch.zeros(2, cpu.Run.longest_group + 1, dtype=torch.int8),
+    )
+    assert batch.make_member(weight, resolve("int8"), codes, "auto", with_updates=True).scaling is None
 
 
 def test_formats_side_by_side_and_without_updates():
@@ -125,8 +158,6 @@ E3M4 = FloatFormat("e3m4", 3, 4, 3)
         ("float8_e4m3", torch._neg_view(torch.ones(8, 4))),
         ("float8_e4m3", torch.zeros(17, dtype=torch.uint8)[1:].view(-1)[:16]),
         ("nvfp4:tensor", torch.ones(8, 32)),
-        ("float8_e4m3:128x128", torch.ones(8, 128)),
-        ("float8_e4m3:1x128", torch.ones(8, 130)),
         ("binary", torch.ones(8, 4)),
         ("ternary", torch.ones(8, 4)),
         ("e6m1", torch.ones(8, 4)),

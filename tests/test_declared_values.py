@@ -1,4 +1,4 @@
-"""A metric declares its numbers once, and they appear everywhere."""
+"""A metric declares its values once, and they appear wherever values are shown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDE = ("flips", "stalls", "wide")
 
 @register
 class Wide(Metric):
-    """A custom metric: how many flips skip a code, and the range of the weights."""
+    """A user's metric: how many flips skip a code, and the range of the weights."""
 
     name = "wide"
     values = (
@@ -59,7 +59,7 @@ def train(digits, steps=40, model=None, **options):
 
 
 @pytest.mark.parametrize("where", ["events", "flips.jsonl"])
-def test_a_users_metric_shows_up_everywhere(digits, tmp_path, capsys, monkeypatch, where):
+def test_a_users_metric_appears_everywhere(digits, tmp_path, capsys, monkeypatch, where):
     monkeypatch.delenv("COLUMNS", raising=False)
     path = tmp_path / where
     options = {"log_dir": path} if where == "events" else {"sinks": [path, tmp_path / "sink.csv"]}
@@ -100,7 +100,7 @@ def test_a_users_metric_shows_up_everywhere(digits, tmp_path, capsys, monkeypatc
         assert "weightflip/wide_flips" in tags["images"]
 
 
-def test_a_number_that_is_only_named_is_shown_under_its_name(digits, tmp_path, capsys):
+def test_an_undeclared_value_is_shown_under_its_name(digits, tmp_path, capsys):
     class Bare(Wide):
         name = "bare"
         values = ()
@@ -120,7 +120,7 @@ def test_a_number_that_is_only_named_is_shown_under_its_name(digits, tmp_path, c
     assert "bare gauge" in run_cli(capsys, tmp_path)
 
 
-def test_event_files_alone_say_what_is_a_gauge(digits, tmp_path):
+def test_event_files_alone_identify_gauges(digits, tmp_path):
     train(digits, log_dir=tmp_path)
     for path in tmp_path.glob("*.jsonl"):
         path.unlink()
@@ -165,7 +165,7 @@ def test_text_panels_without_titles_are_still_read():
     assert (read.title, read.description) == (value.title, value.description)
 
 
-def test_runs_of_before_are_read_as_they_were(digits, tmp_path, capsys, monkeypatch):
+def test_runs_of_older_versions_are_read_as_before(digits, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     path = tmp_path / "flips.jsonl"
     model = digits_model()
@@ -194,8 +194,8 @@ def test_runs_of_before_are_read_as_they_were(digits, tmp_path, capsys, monkeypa
     assert [layer.get(name).gauge for name in ("flip_rate", "stable_rank", "oscillation_ratio")] == [False, True, False]
 
 
-def test_what_there_is_says_what_it_is():
-    """Each metric of the library has a title, a description and a distinct order for each number."""
+def test_every_value_of_the_library_is_declared():
+    """Each value of each metric has a title, a sentence and its own position."""
     metrics = [metric for metric, _ in make_metrics(dict.fromkeys(metric_names()))]
     metrics = [metric for metric in metrics if type(metric).__module__.startswith("weightflip.metrics.")]
     metrics = [Oscillation(ema=0.01) if metric.name == "oscillation" else metric for metric in metrics]
@@ -208,7 +208,7 @@ def test_what_there_is_says_what_it_is():
         assert len(set(taken)) == len(taken), of
 
 
-def test_mistakes_in_a_declaration_raise_at_once():
+def test_mistakes_in_a_declaration_raise_immediately():
     with pytest.raises(ValueError, match=r"kind of Value\('x'\) must be one of rate, gauge, histogram; got 'ratio'"):
         Value("x", "ratio")
     with pytest.raises(ValueError, match=r"unit of Value\('x'\) must be one of share, count, number; got '%'"):

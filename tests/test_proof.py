@@ -9,15 +9,17 @@ import time
 
 import pytest
 import torch
+from conftest import case
 from kernel_cases import QUANTIZERS, hard_numbers
 
 from weightflip import FlipTrackingOptimizer, kernels
+from weightflip.counting.scaling import in_plain_torch, scaling_of
 from weightflip.formats import IntegerRounding
 from weightflip.kernels import backend, cpu, items, proof
 from weightflip.kernels.constants import Lanes
 from weightflip.kernels.pointwise import NEW, NEW_UNDER_OLD_SCALE, OLD, Pointwise, differ, state, where
 from weightflip.kernels.runs import Kind
-from weightflip.quantizers import resolve
+from weightflip.quantizers import block, resolve
 
 CPU = torch.device("cpu")
 
@@ -164,19 +166,23 @@ def test_the_kernel_passes_where_subnormal_numbers_are_flushed():
         torch.set_flush_denormal(False)
 
 
-class Raises(cpu.Run):
+class TwoPasses(cpu.Run):
+    longest_group = 0
+
+
+class Raises(TwoPasses):
     def count_(self, scale, updates):
         raise RuntimeError("no instruction of that name")
 
 
-class LosesAFlip(cpu.Run):
+class LosesAFlip(TwoPasses):
     def count_(self, scale, updates):
         found = super().count_(scale, updates)
         found[-1, 0] -= 1
         return found
 
 
-class IgnoresNaNAsUpdate(cpu.Run):
+class IgnoresNaNAsUpdate(TwoPasses):
     def count_(self, scale, updates):
         found = super().count_(scale, updates)
         if updates is not None:
@@ -184,26 +190,26 @@ class IgnoresNaNAsUpdate(cpu.Run):
         return found
 
 
-class RoundsCoarsely(cpu.Run):
+class RoundsCoarsely(TwoPasses):
     def __init__(self, stretches, kind):
         super().__init__(stretches, kind)
         # As if subnormal numbers were twice as far apart.
         self._lanes[Lanes._fields.index("first")] += 1 << 23
 
 
-class MissesNaN(cpu.Run):
+class MissesNaN(TwoPasses):
     def largest(self):
         return super().largest().nan_to_num(nan=0.0)
 
 
-class LosesAChangeOfAScale(cpu.Run):
+class LosesAChangeOfAScale(TwoPasses):
     def count_into_(self, counts, rows, scale, updates, scale_codes=None):
         super().count_into_(counts, rows, scale, updates, scale_codes)
         if scale_codes is not None:
             scale_codes.changes[-1] -= 1
 
 
-class KeepsAnOldScale(cpu.Run):
+class KeepsAnOldScale(TwoPasses):
     def count_into_(self, counts, rows, scale, updates, scale_codes=None):
         super().count_into_(counts, rows, scale, updates, scale_codes)
         if scale_codes is not None:
@@ -264,7 +270,94 @@ def test_a_good_kernel_is_told_of_once(monkeypatch, caplog):
     told = [record.getMessage() for record in caplog.records if ": equal" in record.getMessage()]
     assert told
     assert len(set(told)) == len(told)
-    assert told[0] == "numba for float32 to e4m3 (int8; updates None) on cpu: equal"
+    assert told[0] == "numba for float32 to e4m3 (int8; updates None) on cpu, scales of groups in the same pass: equal"
+    # The weight that is not contiguous has a scale that plain torch makes.
+    assert "numba for float32 to e4m3 (int8; updates None) on cpu: equal" in told
+
+
+class LosesAFlipInGroups(cpu.Run):
+    def count_groups_into_(self, counts, rows, scaling, updates, stored=None):
+        super().count_groups_into_(counts, rows, scaling, updates, stored)
+        counts[-1, 0] -= 1
+
+
+class TakesAnotherScale(cpu.Run):
+    def count_groups_into_(self, counts, rows, scaling, updates, stored=None):
+        formula = scaling.description
+        other = kernels.Scaling(formula._replace(number=formula.number * (1 + 2.0**-20)), scaling.is_stored)
+        super().count_groups_into_(counts, rows, other, updates, stored)
+
+
+class LosesAChangeInGroups(cpu.Run):
+    def count_groups_into_(self, counts, rows, scaling, updates, stored=None):
+        super().count_groups_into_(counts, rows, scaling, updates, stored)
+        if stored is not None:
+            stored.changes[-1] -= 1
+
+
+class KeepsAnOldScaleInGroups(cpu.Run):
+    def count_groups_into_(self, counts, rows, scaling, updates, stored=None):
+        super().count_groups_into_(counts, rows, scaling, updates, stored)
+        if stored is not None:
+            stored.codes[-1] ^= 1
+
+
+class SharesScalesByRowsOfBlocks(cpu.Run):
+    def __init__(self, stretches, kind):
+        super().__init__([s._replace(height=1) if s.width else s for s in stretches], kind)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "quantizer", "fault"),
+    [
+        (LosesAFlipInGroups, "mxfp4", "it counts "),
+        (TakesAnotherScale, "int8", "codes are others"),
+        (TakesAnotherScale, "float8_e4m3:1x128", "codes are others"),
+        (LosesAChangeInGroups, "int4:g32", "it counts changes of scales"),
+        (KeepsAnOldScaleInGroups, "nvfp4", "it stores other scales"),
+        (SharesScalesByRowsOfBlocks, "int8", "in blocks over several rows, "),
+    ],
+)
+def test_broken_scales_of_groups_are_refused_and_made_by_plain_torch(kernel, quantizer, fault, monkeypatch, caplog):
+    expected, weights = train("eager", quantizer)
+    take_instead(monkeypatch, kernel)
+    with caplog.at_level(logging.INFO, logger="weightflip"):
+        found, same = train("auto", quantizer)
+    assert found == expected
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("not used, plain torch makes the scales instead" in text and fault in text for text in messages)
+    # In two passes the kernel counts all the same.
+    assert any(text.endswith("on cpu: equal") for text in messages)
+
+
+def scaling_question_of(quantizer, dtype=torch.float32, with_updates=True):
+    question, quantizer = question_of(quantizer, dtype, with_updates), resolve(quantizer)
+    scaling = scaling_of(quantizer, question.kind.rounding, dtype, CPU)
+    return question._replace(scaling=scaling), in_plain_torch(quantizer, dtype)
+
+
+SCALED = [name for name in QUANTIZERS if resolve(name).scope != "element"]
+BLOCKS = [*block.MX_NAMES, "mxfp4:rceil", "mxfp8_e5m2:ceil", "mxfp6_e2m3:even", "nvfp4", "int4:g32",
+          "float8_e4m3:1x128", "float8_e4m3:1x128:pow2", "float8_e4m3:128x128",
+          "float8_e4m3:128x128:pow2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("flushes", [False, True])
+def test_the_kernel_makes_the_scales_of_every_format(flushes):
+    if flushes and not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot do so")
+    try:
+        for quantizer in [*SCALED, *BLOCKS]:
+            for dtype in (torch.float32, torch.bfloat16):
+                for with_updates in (False, True):
+                    with case(quantizer, dtype, with_updates):
+                        question, scales = scaling_question_of(quantizer, dtype, with_updates)
+                        assert question.scaling is not None
+                        assert question.can_be_asked(cpu.Run)
+                        assert proof.find_fault_in_groups(cpu.Run, question, scales) is None
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_no_stretch_is_left():
@@ -273,13 +366,13 @@ def test_no_stretch_is_left():
     assert proof.find_fault(WritesTooFar, question).startswith("1 of ")
 
 
-class Slow(cpu.Run):
+class Slow(TwoPasses):
     def count_(self, scale, updates):
         time.sleep(0.02)
         return super().count_(scale, updates)
 
 
-@pytest.mark.parametrize(("kernel", "is_used"), [(cpu.Run, True), (Slow, False)])
+@pytest.mark.parametrize(("kernel", "is_used"), [(TwoPasses, True), (Slow, False)])
 def test_where_there_is_a_race_the_slower_is_not_used_by_itself(kernel, is_used, monkeypatch, caplog):
     expected, _ = train("eager")
     take_instead(monkeypatch, kernel)

@@ -281,6 +281,30 @@ FP32 = FloatFormat("e8m23", 8, 23, 127, has_inf=True, has_nan=True)
 FP64 = FloatFormat("e11m52", 11, 52, 1023, has_inf=True, has_nan=True)
 
 
+class ScaleFormula(NamedTuple):
+    """How a scale comes from the largest magnitude under it, as data that a compiled kernel can follow.
+
+    * ``"multiplies"``: ``number / max(largest, smallest)``, in float64 and then rounded to float32. Weights are
+      multiplied by it. What is stored is its inverse.
+    * ``"divides"``: ``max(largest / number, smallest)``, with the quotient rounded to ``format``. Weights are divided
+      by it.
+    * ``"inverse"``: the same, and weights are multiplied by its inverse.
+
+    NaN stays NaN. Stored scales are the bits of float32.
+
+    Attributes:
+        form: One of these.
+        number: What the largest magnitude meets.
+        smallest: The smallest magnitude or scale that counts.
+        format: float32 or bfloat16.
+    """
+
+    form: Literal["multiplies", "divides", "inverse"]
+    number: float
+    smallest: float
+    format: FloatFormat = FP32
+
+
 @dataclass(frozen=True)
 class ExponentFormat:
     """Powers of two, the storage of block scales: an exponent without sign or mantissa. The last code is NaN.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from weightflip import functional, kernels
 from weightflip.counting.observed import Due, HeldScale, Observation, Observations, Place
 from weightflip.counting.scale_table import ScaleTable, table_of
+from weightflip.counting.scaling import in_plain_torch, scaling_of
+from weightflip.formats import ScaleFormula
 
 # A run's elements: so many that starting its threads does not show (2M took a third longer), and so few that the
 # scales of its blocks stay small: 4 MiB for blocks of 16.
@@ -25,6 +28,7 @@ class Shared(functional.Elementwise, Protocol):
 
     name: str
     group: int | None
+    tile: tuple[int, int] | None
 
     @property
     def scope(self) -> str | None: ...
@@ -35,6 +39,8 @@ class Shared(functional.Elementwise, Protocol):
     def scale_of(self, largest: Tensor) -> Tensor: ...
 
     def scale_codes(self, scale: Tensor) -> Tensor: ...
+
+    def scale_rule(self, dtype: torch.dtype) -> ScaleFormula | Literal["steps"] | None: ...
 
 
 @dataclass(eq=False)
@@ -49,8 +55,11 @@ class Member:
         scale_codes: Of block scales, in their shape; written to. None for formats without.
         quantizer: What makes the codes.
         rounding: Its rounding of this weight.
-        group: How many neighbours share a scale; 0 where there is none.
+        group: How many neighbors share a scale; 0 where there is none. As a stretch has it, as what follows.
+        width: How many elements a row has, where blocks over several rows share a scale; else 0.
+        height: How many rows share a scale.
         run: What counts it.
+        scaling: How that makes the scales of its groups; None: the quantizer makes them.
         scale_shape: Shape of the quantizer's scale.
         places: Where that scale is held, in parts, for metric groups.
         observations: What metric groups do with it; None where a kernel cannot do that.
@@ -64,7 +73,10 @@ class Member:
     quantizer: Shared
     rounding: kernels.Rounding
     group: int
+    width: int
+    height: int
     run: type[kernels.Run]
+    scaling: kernels.Scaling | None
     scale_shape: tuple[int, ...]
     places: list[Place] = field(default_factory=list)
     observations: tuple[Observation, ...] | None = ()
@@ -86,16 +98,26 @@ class Member:
         kind = kernels.Kind(
             self.dtype, self.dtype if with_updates else None, self.codes.dtype, self.rounding, self.codes.device
         )
-        eager, is_scaled = functional.in_plain_torch(self.quantizer), self.group != 0
-        return (
-            kernels.run_for(backend, kind, takes_scale=is_scaled, finds_scale=False, eager=eager, groups=groups)
-            is not None
-        )
+        question = kernels.Question(kind, takes_scale=self.group != 0, finds_scale=False, groups=groups)
+        return kernels.run_for(backend, question, functional.in_plain_torch(self.quantizer)) is not None
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What members have in common that are counted in one call."""
-        return (type(self.quantizer), self.quantizer.name, self.rounding, self.dtype, self.codes.dtype, self.group == 0)
+        of_quantizer = (type(self.quantizer), self.quantizer.name, self.rounding)
+        return (*of_quantizer, self.dtype, self.codes.dtype, self.group == 0, self.width == 0, self.scaling)
+
+    def scales_in(self, numel: int) -> int:
+        """How many scales so many elements have, that begin and end between scales."""
+        if not self.width:
+            return numel // self.group
+        assert self.scale_codes is not None
+        return self.scale_codes.numel() // self.matrices * (numel * self.matrices // self.numel)
+
+    @property
+    def matrices(self) -> int:
+        """How many there are of which blocks are parts, one after the other in memory."""
+        return math.prod(self.codes.shape[:-2])
 
     def describes(self, weight: Tensor, quantizer: Any, codes: Tensor | None) -> bool:
         """Whether this is still the same memory, encoded in the same way."""
@@ -113,7 +135,9 @@ class Member:
         )
 
 
-def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, *, with_updates: bool) -> Member | None:
+def make_member(
+    weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, *, with_updates: bool, observed: bool = False
+) -> Member | None:
     """The weight as a member of a batch, if it can be one: contiguous, and of a format and on a device with a kernel.
 
     Args:
@@ -122,6 +146,7 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
         codes: Of the weight's shape.
         backend: As in :func:`weightflip.kernels.check_backend`.
         with_updates: Whether its updates will be counted.
+        observed: Whether metric groups look at it. Its scales are then made before it is counted.
     """
     run, rounding = kernels.run(backend, weight.device), quantizer.rounding(weight)
     if run is None or rounding is None or not quantizer.only_needs_amax:
@@ -132,39 +157,73 @@ def make_member(weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, 
         return None
     if weight.data_ptr() == 0 or weight.data_ptr() % weight.element_size():
         return None
-    grouped = quantizer.grouped(weight)
-    if quantizer.group is not None and grouped.shape[-1] != quantizer.group and grouped.shape[-2] > 1:
-        # Several groups share a scale, and the last ones of a row are fewer.
-        return None
-    is_scaled = quantizer.scope != "element"
-    for update in (None, weight.dtype) if with_updates else (None,):
-        kind = kernels.Kind(weight.dtype, update, codes.dtype, rounding, weight.device)
-        eager = functional.in_plain_torch(quantizer)
-        if not kernels.run_for(backend, kind, takes_scale=is_scaled, finds_scale=is_scaled, eager=eager):
-            return None
-    scale_codes, group = None, 0
-    scale_shape: tuple[int, ...] = ()
+    group, width, height = _places_of_scales(weight, quantizer)
+    scale_codes = None
     if quantizer.group is not None:
         scale_codes = quantizer.scale_codes(weight.new_ones((), dtype=torch.float32))
-        scale_codes, group = scale_codes.new_zeros((*grouped.shape[:-1], 1)), grouped.shape[-1]
-        scale_shape = scale_codes.shape
-    elif quantizer.scope == "row":
-        group = weight.shape[-1] if weight.ndim else 1
-        scale_shape = (*weight.shape[:-1], 1) if weight.ndim else ()
-    elif quantizer.scope == "tensor":
-        group = weight.numel()
-    return Member(
-        weight.data_ptr(),
-        weight.numel(),
-        weight.dtype,
-        codes,
-        scale_codes,
-        quantizer,
-        rounding,
-        group,
-        run,
-        tuple(scale_shape),
-    )
+        scale_codes = scale_codes.new_zeros(_shape_of_scale_codes(weight, quantizer))
+
+    def is_usable(scaling: kernels.Scaling | None) -> bool:
+        return all(
+            kernels.run_for(
+                backend,
+                kernels.Question(
+                    kernels.Kind(weight.dtype, update, codes.dtype, rounding, weight.device),
+                    takes_scale=group > 0,
+                    finds_scale=group > 0,
+                    scaling=scaling,
+                ),
+                functional.in_plain_torch(quantizer),
+                in_plain_torch(quantizer, weight.dtype),
+            )
+            for update in ((None, weight.dtype) if with_updates else (None,))
+        )
+
+    scaling = None
+    if 0 < group * height <= run.longest_group and not observed:
+        scaling = scaling_of(quantizer, rounding, weight.dtype, weight.device)
+    if scaling is not None and not is_usable(scaling):
+        scaling = None
+    if observed and quantizer.tile is not None and quantizer.tile[0] > 1:
+        # Metric groups see a scale for each group in each row.
+        return None
+    if scaling is None and (width or not is_usable(None)):
+        # Neither are there other loops for blocks over several rows.
+        return None
+    place = weight.data_ptr(), weight.numel(), weight.dtype
+    scale_shape = _shape_of_scale(weight, quantizer)
+    return Member(*place, codes, scale_codes, quantizer, rounding, group, width, height, run, scaling, scale_shape)
+
+
+def _places_of_scales(weight: Tensor, quantizer: Shared) -> tuple[int, int, int]:
+    """Group, width and height, as :class:`Member` has them."""
+    columns = weight.shape[-1] if weight.ndim else 1
+    if quantizer.tile is not None:
+        height, across = quantizer.tile
+        rows, across = weight.shape[-2] if weight.ndim > 1 else 1, min(across, columns)
+        height = min(height, rows)
+        # A block that is as wide as its matrix has neighbors only.
+        is_flat = columns % across == 0 if height == 1 else columns == across and rows % height == 0
+        return (across * height, 0, 1) if is_flat else (across, columns, height)
+    if quantizer.group is not None:
+        return quantizer.group, 0, 1
+    return {"row": columns, "tensor": weight.numel()}.get(quantizer.scope or "", 0), 0, 1
+
+
+def _shape_of_scale(weight: Tensor, quantizer: Shared) -> tuple[int, ...]:
+    if quantizer.group is not None:
+        return (*quantizer.grouped(weight).shape[:-1], 1)
+    return (*weight.shape[:-1], 1) if quantizer.scope == "row" and weight.ndim else ()
+
+
+def _shape_of_scale_codes(weight: Tensor, quantizer: Shared) -> tuple[int, ...]:
+    """``(..., blocks in a column, blocks in a row, 1)``."""
+    assert quantizer.group is not None
+    height, across = quantizer.tile or (1, quantizer.group)
+    *rows, columns = weight.shape or (1,)
+    if rows:
+        rows[-1] = -(-rows[-1] // height)
+    return (*rows, -(-columns // across), 1)
 
 
 class Counted(NamedTuple):
@@ -282,17 +341,22 @@ def _runs(indices: Sequence[int], members: Sequence[Member], elements: int) -> I
     run: list[_Piece] = []
     room = elements
     for index in indices:
-        numel, group = members[index].numel, members[index].group or 1
+        member = members[index]
+        numel, matrix = member.numel, member.numel // member.matrices
+        # Blocks over several rows are those of one matrix.
+        unit = matrix if member.width else member.group or 1
         first = 0
         while first < numel:
-            whole = max(1, room // group) * group
+            whole = max(1, room // unit) * unit
             if whole > room and run:
                 whole = 0
+            if member.width:
+                whole = min(whole, matrix)
             piece = _Piece(index, first, min(whole, numel - first))
             if piece.numel:
                 run.append(piece)
             first, room = first + piece.numel, room - piece.numel
-            if first < numel or room <= 0:
+            if room <= 0 or (first < numel and (not member.width or not piece.numel)):
                 yield run
                 run, room = [], elements
     if run:
@@ -313,20 +377,23 @@ class _Part:
     ) -> None:
         first = members[pieces[0].member]
         self.quantizer, self.dtype = first.quantizer, first.dtype
-        self.is_scaled = first.group != 0
+        self.is_scaled, self.scaling = first.group != 0, first.scaling
         kind = kernels.Kind(
             first.dtype, first.dtype if with_updates else None, first.codes.dtype, first.rounding, first.codes.device
         )
         item, code = first.dtype.itemsize, first.codes.dtype.itemsize
+        of_members = [(piece, members[piece.member]) for piece in pieces]
         self.run = first.run(
             [
                 kernels.Stretch(
-                    members[at].address + start * item,
-                    members[at].codes.data_ptr() + start * code,
-                    numel,
-                    members[at].group or numel,
+                    member.address + piece.first * item,
+                    member.codes.data_ptr() + piece.first * code,
+                    piece.numel,
+                    member.group or piece.numel,
+                    member.width,
+                    member.height,
                 )
-                for at, start, numel in pieces
+                for piece, member in of_members
             ],
             kind,
         )
@@ -336,19 +403,14 @@ class _Part:
         self.offsets = np.array([piece.first * item for piece in pieces], dtype=np.int64)
         # Of these pieces' scales, and all of them in one piece of memory, where a lasting batch has put them there.
         self.scale_codes = [
-            stored.view(-1)[piece.first // member.group :][: piece.numel // member.group]
-            for piece, member, stored in ((p, members[p.member], members[p.member].scale_codes) for p in pieces)
-            if stored is not None
+            member.scale_codes.view(-1)[member.scales_in(piece.first) :][: member.scales_in(piece.numel)]
+            for piece, member in of_members
+            if member.scale_codes is not None
         ]
         self.scale_codes_in_one: Tensor | None = None
         self.table: ScaleTable | None = None
         self.held = HeldScale() if keeps_scales else None
-        # Of each piece: its first scale, and how many it has.
-        self.scales_of_pieces = [
-            (piece.first // member.group, -(-piece.numel // member.group))
-            for piece, member in ((p, members[p.member]) for p in pieces)
-            if member.group
-        ]
+        self.scales_of_pieces = _scales_of(of_members) if keeps_scales else []
         self.observations = Observations([(members[piece.member].observations or (), piece.first) for piece in pieces])
         if self.scale_codes and first.run.saves_calls and not keeps_scales:
             self.table = table_of(first.quantizer, first.rounding, first.dtype, first.codes.device)
@@ -383,20 +445,22 @@ class _Part:
             of_pieces = updates[self.members]
             addresses = np.where(of_pieces == 0, 0, of_pieces + self.offsets)
         old_factors = None if self.held is None else self.held.applied
-        factors, new = self._scales()
+        factors, new = self._scales() if self.scaling is None else (None, None)
         observed = None if due is None else self.observations.of(due)
         if observed is not None:
             if factors is not None and old_factors is None:
                 raise RuntimeError("expected the scales of before the step, and there are none")
             observed = observed._replace(old_scale=old_factors)
-        if new is None:
-            self.run.count_into_(counts, self.rows_there, factors, addresses, observed=observed)
-            return
-        in_one = self.scale_codes_in_one
-        stored = torch.cat(self.scale_codes) if in_one is None else in_one
-        codes = kernels.ScaleCodes(new, stored, scale_changes)
-        self.run.count_into_(counts, self.rows_there, factors, addresses, codes, observed)
-        if in_one is None:
+        stored = self.scale_codes_in_one
+        if stored is None and self.scale_codes:
+            stored = torch.cat(self.scale_codes)
+        if self.scaling is not None:
+            of_scales = None if stored is None else kernels.StoredScales(stored, scale_changes)
+            self.run.count_groups_into_(counts, self.rows_there, self.scaling, addresses, of_scales)
+        else:
+            codes = None if new is None or stored is None else kernels.ScaleCodes(new, stored, scale_changes)
+            self.run.count_into_(counts, self.rows_there, factors, addresses, codes, observed)
+        if stored is not None and self.scale_codes_in_one is None:
             torch._foreach_copy_(self.scale_codes, torch.split(stored, [codes.numel() for codes in self.scale_codes]))
 
     def _scales(self) -> tuple[Tensor | None, Tensor | None]:
@@ -411,6 +475,11 @@ class _Part:
         if self.held is not None:
             self.held.scale, self.held.applied = scale, factors
         return factors, self.quantizer.scale_codes(scale) if self.scale_codes else None
+
+
+def _scales_of(pieces: Sequence[tuple[_Piece, Member]]) -> list[tuple[int, int]]:
+    """Of each piece, the first scale in its member, and how many it has."""
+    return [(at.first // member.group, -(-at.numel // member.group)) for at, member in pieces if member.group]
 
 
 def _lay_end_to_end(scale_codes: Sequence[Tensor], parts: Sequence[_Part]) -> None:

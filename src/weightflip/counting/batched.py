@@ -78,7 +78,14 @@ class BatchedRoute:
         if member is None or not member.describes(weight, quantizer, layer.codes):
             member = None
             if layer.tracked.is_batchable:
-                member = make_member(weight, quantizer, layer.codes, self._backend, with_updates=self._with_updates)
+                member = make_member(
+                    weight,
+                    quantizer,
+                    layer.codes,
+                    self._backend,
+                    with_updates=self._with_updates,
+                    observed=bool(self._runner),
+                )
         layer.member = member
         if member is None:
             return False

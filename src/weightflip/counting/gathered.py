@@ -74,6 +74,8 @@ class GatheredRoute:
         if not self._is_open or weight.device.type in _NOT_ON or not isinstance(quantizer, ElementwiseQuantizer):
             return False
         knows_scale = quantizer.only_needs_amax or quantizer.is_two_level
+        if quantizer.tile is not None and quantizer.tile[0] > 1:
+            return False
         if not knows_scale or quantizer.scope is None or not layer.tracked.is_batchable:
             return False
         if layer.tracked.quantizer is not quantizer:

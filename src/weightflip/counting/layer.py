@@ -133,10 +133,12 @@ class Stamp:
 
     def is_unwritten(self, parameter: Tensor, weight: Tensor) -> bool:
         """Whether it is also the same parameter, and no version counter has moved."""
+        of_parameter, of_weight = self.versions
         return (
             id(parameter) == self.parameter
+            and parameter._version == of_parameter
+            and (weight is parameter or weight._version == of_weight)
             and self.is_in_place(weight)
-            and self.versions == (parameter._version, weight._version)
         )
 
 
@@ -267,11 +269,13 @@ class Layer:
 
     def is_as_it_was(self, tracked: TrackedWeight) -> bool:
         """Whether a layer that is counted together with others has the codes of now, asked as cheaply as can be."""
+        stamp = self.stamp
         return (
             self.tracked is tracked
             and self.state is CodeState.KEPT
             and (self.is_gathered or self.member is not None)
-            and self.is_unwritten(tracked.parameter, tracked.parameter)
+            and stamp is not None
+            and stamp.is_unwritten(parameter := tracked.parameter, parameter)
         )
 
     def seen(self, weight: Tensor, quantizer: Quantizer) -> Weight:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from weightflip.formats import E8M0, FP32
 
 _LAST = 0x7FFFFFFF
 # The bit patterns on both sides of a bound that are tried as well.
@@ -56,31 +59,41 @@ class ScaleTable(NamedTuple):
 _tables: dict[tuple[Any, ...], ScaleTable | None] = {}
 
 
-def table_of(quantizer: ScaleRule, rounding: object, dtype: torch.dtype, device: torch.device) -> ScaleTable | None:
+def table_of(
+    quantizer: ScaleRule, rounding: object, dtype: torch.dtype, device: torch.device, *, is_stored: bool = True
+) -> ScaleTable | None:
     """The table of a quantizer; None where it does not say exactly what the quantizer's rule does.
 
     Made once for each kind, which waits for the device. Quantizers of one class, name and rounding have the same rule.
 
     Args:
-        quantizer: One with a scale for each group.
+        quantizer: One whose scales depend on the largest magnitudes alone.
         rounding: What it does to weights.
         dtype: Of the weights.
         device: Where they are.
+        is_stored: Whether scales are stored in a byte. If not, they are powers of two, and their exponents are what is
+            looked up.
     """
-    key = (type(quantizer), quantizer.name, rounding, dtype, device)
+    key = (type(quantizer), quantizer.name, rounding, dtype, device, is_stored, flushes_subnormal())
     if key not in _tables:
         try:
-            _tables[key] = _make(quantizer, dtype, device)
+            _tables[key] = _make(quantizer, dtype, device, is_stored)
         except Exception:
             # The rule is asked in each step then, and what is wrong with it is found there.
             _tables[key] = None
     return _tables[key]
 
 
-def _make(quantizer: ScaleRule, dtype: torch.dtype, device: torch.device) -> ScaleTable | None:
+def flushes_subnormal() -> bool:
+    """Whether the processor takes subnormal numbers for 0 now: some rules then give other scales near them."""
+    return bool(np.float32(FP32.smallest_subnormal) * np.float32(2.0) == 0)
+
+
+def _make(quantizer: ScaleRule, dtype: torch.dtype, device: torch.device, is_stored: bool) -> ScaleTable | None:
     def rule(bits: Tensor) -> tuple[Tensor | None, Tensor]:
         scale = quantizer.scale_of(bits.to(torch.int32).view(torch.float32).to(dtype))
-        return quantizer.applied_scale(scale), quantizer.scale_codes(scale)
+        factor = quantizer.applied_scale(scale)
+        return factor, quantizer.scale_codes(scale) if is_stored or factor is None else _exponents(factor)
 
     stored = rule(torch.zeros(1, dtype=torch.int32, device=device))[1].dtype
     if stored not in (torch.int8, torch.uint8):
@@ -97,6 +110,12 @@ def _make(quantizer: ScaleRule, dtype: torch.dtype, device: torch.device) -> Sca
         return None
     table = ScaleTable(high.to(torch.int32), factors)
     return table if _is_exact(table, rule) else None
+
+
+def _exponents(factor: Tensor) -> Tensor:
+    """Codes of factors that are powers of two and fall with the largest magnitude. As in E8M0, NaN is the last."""
+    exponent = factor.float().view(torch.int32) >> FP32.mantissa_bits
+    return torch.where(factor.isnan(), E8M0.nan_code, E8M0.max_code - exponent).to(torch.uint8)
 
 
 def _is_exact(table: ScaleTable, rule: Any) -> bool:

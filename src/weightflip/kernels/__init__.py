@@ -11,7 +11,19 @@ from weightflip.kernels.backend import check_backend, one_pass, run, run_for
 from weightflip.kernels.eager import count_, keep_
 from weightflip.kernels.gathered import Layout, is_small, pack
 from weightflip.kernels.pointwise import Pointwise
-from weightflip.kernels.runs import Addresses, Kind, Observed, Run, ScaleCodes, Stretch, upload
+from weightflip.kernels.proof import Question
+from weightflip.kernels.runs import (
+    Addresses,
+    Kind,
+    Observed,
+    Run,
+    ScaleCodes,
+    ScaleSteps,
+    Scaling,
+    StoredScales,
+    Stretch,
+    upload,
+)
 from weightflip.kernels.scratch import ScratchPool
 from weightflip.kernels.slices import Index, slice_elements, slices, take
 
@@ -28,10 +40,14 @@ __all__ = [
     "Layout",
     "Observed",
     "Pointwise",
+    "Question",
     "Rounding",
     "Run",
     "ScaleCodes",
+    "ScaleSteps",
+    "Scaling",
     "ScratchPool",
+    "StoredScales",
     "Stretch",
     "check_backend",
     "count_",

@@ -12,7 +12,6 @@ from weightflip import checks
 
 # The pool is not used here, but has to note forks before the first kernel is used.
 from weightflip.kernels import pool, proof  # noqa: F401
-from weightflip.kernels.pointwise import Pointwise
 from weightflip.kernels.runs import Kind, OnePass, Run
 
 BACKENDS = ("auto", "eager", "numba", "triton")
@@ -73,19 +72,13 @@ def one_pass(backend: str, device: torch.device, eager: proof.Eager) -> OnePass 
         return None
 
     def may_count(kind: Kind, takes_scale: bool) -> bool:
-        return run_for(backend, kind, takes_scale=takes_scale, finds_scale=False, eager=eager) is not None
+        return run_for(backend, proof.Question(kind, takes_scale, finds_scale=False), eager) is not None
 
     return OnePass(kernel, may_count)
 
 
 def run_for(
-    backend: str,
-    kind: Kind,
-    *,
-    takes_scale: bool,
-    finds_scale: bool,
-    eager: proof.Eager,
-    groups: tuple[Pointwise, ...] = (),
+    backend: str, question: proof.Question, eager: proof.Eager, scales: proof.Scales | None = None
 ) -> type[Run] | None:
     """The kernel for many weights of a kind in one call, if it was shown to count as plain torch; else None.
 
@@ -95,17 +88,15 @@ def run_for(
 
     Args:
         backend: As in :func:`check_backend`.
-        kind: Of the weights.
-        takes_scale: Whether they are scaled before they are rounded.
-        finds_scale: Whether the kernel has to find the largest magnitudes, too.
+        question: What the kernel is to do.
         eager: Plain torch's way, to race against.
-        groups: What metric groups do in the same pass.
+        scales: Plain torch's way to make scales, where the kernel has to make them.
     """
-    kernel = run(backend, kind.device)
-    if kernel is None or not kernel.can_do(kind, scaled=finds_scale, groups=groups):
+    kernel = run(backend, question.kind.device)
+    if kernel is None or not question.can_be_asked(kernel):
         return None
-    question = proof.Question(kind, takes_scale, finds_scale, groups)
-    is_usable = proof.is_usable(_name(backend, kind.device), kernel, question, eager, must_be_faster=backend == "auto")
+    name = _name(backend, question.kind.device)
+    is_usable = proof.is_usable(name, kernel, question, eager, scales, must_be_faster=backend == "auto")
     return kernel if is_usable else None
 
 

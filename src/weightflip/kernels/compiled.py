@@ -16,7 +16,7 @@ import llvmlite.binding  # type: ignore[import-untyped]
 import numba
 import numpy as np
 
-from weightflip.kernels import items, lowering, vectors
+from weightflip.kernels import groups, items, lowering, vectors
 from weightflip.kernels.pointwise import Pointwise
 
 logger = logging.getLogger("weightflip")
@@ -94,6 +94,25 @@ def largest_lanes(weight_bits: int) -> Loop | None:
     return _loop(items.largest_lanes, 4, (weight_bits,), instructions)
 
 
+def count_groups_loop() -> Loop | None:
+    """:func:`weightflip.kernels.groups.count_groups`."""
+    return _loop(groups.count_groups, 1)
+
+
+def scales_loop(form: int | None, *, is_half: bool, stores: bool) -> Loop | None:
+    """What makes the scales of groups: :func:`weightflip.kernels.groups.scales_by_formula`, or ``scales_by_steps``.
+
+    Args:
+        form: Of the formula; None for steps.
+        is_half: Whether the formula's scale is rounded to bfloat16.
+        stores: Whether scales are stored, so that changes of them are counted.
+    """
+    if form is None:
+        return _loop(groups.scales_by_steps, 6, (stores,), lambda: {"STORES": stores})
+    constants = {"FORM": form, "HALF": is_half, "STORES": stores}
+    return _loop(groups.scales_by_formula, 6, (form, is_half, stores), lambda: constants)
+
+
 def _loop(
     function: Callable[..., None],
     arguments: int,
@@ -154,5 +173,5 @@ def _digest() -> str:
     # What NUMBA_CPU_NAME and NUMBA_CPU_FEATURES ask for instead, if set.
     asked = numba.config.CPU_NAME, numba.config.CPU_FEATURES  # type: ignore[attr-defined]
     processor = f"{host.get_host_cpu_name()} {host.get_host_cpu_features().flatten()} {asked}"
-    sources = [inspect.getsource(module) for module in (items, lowering, vectors)]
+    sources = [inspect.getsource(module) for module in (groups, items, lowering, vectors)]
     return hashlib.sha256("\n".join([processor, *sources]).encode()).hexdigest()[:12]

@@ -11,15 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weightflip.kernels import compiled, items, pool, vectors
+from weightflip.formats import BF16, ScaleFormula
+from weightflip.kernels import compiled, groups, items, pool, vectors
 from weightflip.kernels.constants import lanes
 from weightflip.kernels.pointwise import Expression, Pointwise
-from weightflip.kernels.runs import Addresses, Kind, Observed, ScaleCodes, Stretch
+from weightflip.kernels.runs import Addresses, Kind, Observed, ScaleCodes, ScaleSteps, Scaling, StoredScales, Stretch
 
 DEVICE = "cpu"
 
 # So many that starting a thread for them does not show, and so few that threads end together.
 _ELEMENTS_PER_ITEM = 1 << 16
+
+# For blocks over several rows: the row of an item is long enough for the processor to prefetch it.
+_ELEMENTS_PER_ITEM_OF_BLOCKS = 1 << 17
 
 _WEIGHTS = (torch.float32, torch.bfloat16)
 _UPDATES = (None, torch.float32, torch.bfloat16, torch.float16, torch.bool)
@@ -32,6 +36,7 @@ class Run:
 
     saves_calls = False
     observes = True
+    longest_group = groups.LONGEST
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind = kind
@@ -42,7 +47,8 @@ class Run:
         self._places = places = np.zeros((len(table), items.COLUMNS), dtype=np.int64)
         places[:, items.WEIGHT], places[:, items.CODES] = table[:, 0], table[:, 1]
         places[:, items.NUMEL], places[:, items.GROUP] = table[:, 2], table[:, 3]
-        scales = -(-table[:, 2] // table[:, 3])
+        places[:, items.WIDTH], places[:, items.HEIGHT] = table[:, 4], table[:, 5]
+        scales = np.array([stretch.scales for stretch in stretches], dtype=np.int64)
         places[1:, items.START] = table[:-1, 2].cumsum()
         places[1:, items.SCALE] = scales[:-1].cumsum()
         self._scales, self._numel = int(scales.sum()), int(table[:, 2].sum())
@@ -72,6 +78,13 @@ class Run:
         loops.append(compiled.count_loop())
         if scaled:
             loops += [compiled.largest_loop(), compiled.largest_lanes(8 * kind.weight.itemsize)]
+        return all(loop is not None for loop in loops)
+
+    @staticmethod
+    def can_scale(kind: Kind, scaling: Scaling) -> bool:
+        if not Run.can_do(kind, scaled=False):
+            return False
+        loops = [compiled.count_groups_loop(), compiled.largest_lanes(8 * kind.weight.itemsize), _scales_loop(scaling)]
         return all(loop is not None for loop in loops)
 
     def largest(self) -> Tensor:
@@ -104,6 +117,29 @@ class Run:
             changes.index_add_(0, rows, torch.from_numpy(changed.astype(np.int64)))
             stored.copy_(new)
 
+    def count_groups_into_(
+        self,
+        counts: Tensor,
+        rows: Tensor,
+        scaling: Scaling,
+        updates: Addresses | None,
+        stored: StoredScales | None = None,
+    ) -> None:
+        task = np.zeros(groups.TASK, dtype=np.int64)
+        task[: items.TASK] = self._counting(counts, rows.data_ptr(), updates)
+        largest, scales = compiled.largest_lanes(8 * self.kind.weight.itemsize), _scales_loop(scaling)
+        assert largest is not None
+        assert scales is not None
+        task[groups.LARGEST_LOOP], task[groups.SCALES_LOOP] = largest.address, scales.address
+        rule = _rule(scaling.description)
+        task[groups.RULE] = rule.ctypes.data
+        if stored is not None:
+            codes, changes = stored
+            task[groups.STORED], task[groups.STORED_SIZE] = codes.data_ptr(), codes.element_size()
+            task[groups.CHANGES] = changes.data_ptr()
+            task[groups.CHANGES_STRIDE] = changes.stride(0) * changes.element_size()
+        self._call(compiled.count_groups_loop(), _count_lanes(self.kind, is_scaled=True), task)
+
     def _count_into(
         self,
         counts: Tensor,
@@ -112,13 +148,9 @@ class Run:
         updates: Addresses | None,
         observed: Observed | None = None,
     ) -> None:
-        task = self._task.copy()
+        task = self._counting(counts, rows, updates)
         task[items.SCALED] = scale is not None
         task[items.SCALES] = _NO_SCALE.ctypes.data if scale is None else scale.data_ptr()
-        if updates is not None:
-            task[items.UPDATES] = updates.ctypes.data
-        task[items.COUNTS], task[items.STRIDE] = counts.data_ptr(), counts.stride(0) * counts.element_size()
-        task[items.ROWS] = rows
         groups = () if observed is None else observed.groups
         sizes = np.array([_state_size(state, self.kind) for state in _states(groups)], dtype=np.int64)
         if observed is not None:
@@ -131,16 +163,44 @@ class Run:
                 task[items.OLD_SCALES] = observed.old_scale.data_ptr()
         self._call(compiled.count_loop(), _count_lanes(self.kind, groups, is_scaled=scale is not None), task)
 
+    def _counting(self, counts: Tensor, rows: int, updates: Addresses | None) -> Addresses:
+        """A task to count in a table."""
+        task: Addresses = self._task.copy()
+        if updates is not None:
+            task[items.UPDATES] = updates.ctypes.data
+        task[items.COUNTS], task[items.STRIDE] = counts.data_ptr(), counts.stride(0) * counts.element_size()
+        task[items.ROWS] = rows
+        return task
+
     def _call(self, loop: compiled.Loop | None, over_lanes: compiled.Loop | None, task: Addresses) -> None:
         assert loop is not None
         assert over_lanes is not None
-        task[items.LANES_LOOP], task[items.ITEM] = over_lanes.address, _ELEMENTS_PER_ITEM
-        pool.run(loop.address, loop.call, task.ctypes.data, -(-self._numel // _ELEMENTS_PER_ITEM))
+        item = _ELEMENTS_PER_ITEM_OF_BLOCKS if self._places[0, items.WIDTH] else _ELEMENTS_PER_ITEM
+        task[items.LANES_LOOP], task[items.ITEM] = over_lanes.address, item
+        pool.run(loop.address, loop.call, task.ctypes.data, -(-self._numel // item))
 
 
 def _sizes(kind: Kind) -> tuple[int, int, int]:
     """Bytes of a weight, an update and a code."""
     return kind.weight.itemsize, 0 if kind.update is None else kind.update.itemsize, kind.codes.itemsize
+
+
+_FORMS = {"multiplies": groups.MULTIPLIES, "divides": groups.DIVIDES, "inverse": groups.INVERSE}
+
+
+def _scales_loop(scaling: Scaling) -> compiled.Loop | None:
+    if isinstance(formula := scaling.description, ScaleFormula):
+        form = _FORMS[formula.form]
+        return compiled.scales_loop(form, is_half=formula.format == BF16, stores=scaling.is_stored)
+    return compiled.scales_loop(None, is_half=False, stores=scaling.is_stored)
+
+
+def _rule(description: ScaleFormula | ScaleSteps) -> Addresses:
+    """The argument ``rule`` of the loop that makes scales."""
+    if isinstance(description, ScaleFormula):
+        return np.array([description.number, description.smallest]).view(np.int64)
+    shift, *tables = description
+    return np.array([shift, *(table.data_ptr() for table in tables)], dtype=np.int64)
 
 
 def _states(groups: tuple[Pointwise, ...]) -> list[Expression]:

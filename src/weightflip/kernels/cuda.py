@@ -21,7 +21,16 @@ from torch import Tensor
 
 from weightflip.kernels.constants import constants
 from weightflip.kernels.pointwise import Pointwise
-from weightflip.kernels.runs import Addresses, Kind, Observed, ScaleCodes, Stretch, upload
+from weightflip.kernels.runs import (
+    Addresses,
+    Kind,
+    Observed,
+    ScaleCodes,
+    Scaling,
+    StoredScales,
+    Stretch,
+    upload,
+)
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 
@@ -198,6 +207,7 @@ class Run:
 
     saves_calls = True
     observes = False
+    longest_group = 0
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind, self.device = kind, kind.device
@@ -206,7 +216,7 @@ class Run:
         scales = -(-numel // group)
         self._scales = int(scales.sum())
         places = np.zeros((len(table), _COLUMNS.value), dtype=np.int64)
-        places[:, :4] = table
+        places[:, :4] = table[:, :4]
         places[1:, 4] = scales[:-1].cumsum()
 
         alike: dict[tuple[int, bool], list[int]] = {}
@@ -230,6 +240,20 @@ class Run:
             and kind.codes in _CODES
             and (kind.update is None or kind.update in _BITS)
         )
+
+    @staticmethod
+    def can_scale(kind: Kind, scaling: Scaling) -> bool:
+        return False
+
+    def count_groups_into_(
+        self,
+        counts: Tensor,
+        rows: Tensor,
+        scaling: Scaling,
+        updates: Addresses | None,
+        stored: StoredScales | None = None,
+    ) -> None:
+        raise NotImplementedError("scales of groups are made apart here")
 
     def largest(self) -> Tensor:
         bits = torch.zeros(self._scales, dtype=torch.int32, device=self.device)

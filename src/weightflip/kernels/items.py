@@ -35,10 +35,11 @@ from weightflip.kernels.vectors import (
 # Numba's types say that it is called with what it is defined with.
 _intrinsic: Any = intrinsic
 
-START, NUMEL, GROUP, SCALE, WEIGHT, CODES = range(6)
+START, NUMEL, GROUP, SCALE, WEIGHT, CODES, WIDTH, HEIGHT = range(8)
 """Columns of ``places``: number of the first element, elements, how many of them share a scale, index of the first
-scale, addresses of the weight and the codes."""
-COLUMNS = 6
+scale, addresses of the weight and the codes; and for blocks over several rows, how many elements a row has, and how
+many rows share a scale."""
+COLUMNS = 8
 
 NEXT, TOTAL, ITEM, PLACES, STRETCHES, SCALES, SCALED, LARGEST = range(8)
 LANES_LOOP, FORMAT, WEIGHT_SIZE, UPDATE_SIZE, CODES_SIZE, UPDATES, MASK, COUNTS, STRIDE, ROWS = range(8, 18)
@@ -85,17 +86,23 @@ def _pointer(context, address):  # type: ignore[no-untyped-def]
     return numba.types.voidptr(numba.types.int64), generate
 
 
-@_intrinsic
-def _stack(context):  # type: ignore[no-untyped-def]
-    """Address of the memory that a call has for itself."""
+def make_stack(nbytes: int) -> Any:
+    """What gives the address of the memory that a call has for itself."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        # Not as one array, which would be filled with zeros in a store that takes LLVM half a minute.
-        room = cgutils.alloca_once(builder, ir.IntType(8), size=_STACK)  # type: ignore[no-untyped-call]
-        room.align = 64
-        return builder.ptrtoint(room, ir.IntType(64))
+    @_intrinsic
+    def stack(context):  # type: ignore[no-untyped-def]
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            # Not as one array, which would be filled with zeros in a store that takes LLVM half a minute.
+            room = cgutils.alloca_once(builder, ir.IntType(8), size=nbytes)  # type: ignore[no-untyped-call]
+            room.align = 64
+            return builder.ptrtoint(room, ir.IntType(64))
 
-    return numba.types.int64(), generate
+        return numba.types.int64(), generate
+
+    return stack
+
+
+_stack = make_stack(_STACK)
 
 
 def _atomically(operation: str, bits: int) -> Any:

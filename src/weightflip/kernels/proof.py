@@ -22,12 +22,26 @@ from torch import Tensor
 from weightflip.formats import FP32, FloatRounding, IntegerRounding, Rounding
 from weightflip.kernels import reference
 from weightflip.kernels.pointwise import NEW, NEW_UNDER_OLD_SCALE, OLD, Expression, Pointwise, evaluate
-from weightflip.kernels.runs import Addresses, Kind, Observed, Run, ScaleCodes, Stretch
+from weightflip.kernels.runs import (
+    Addresses,
+    Kind,
+    Observed,
+    Run,
+    ScaleCodes,
+    ScaleSteps,
+    Scaling,
+    StoredScales,
+    Stretch,
+)
 
 logger = logging.getLogger("weightflip")
 
 Eager: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None", Tensor], object]
 """Plain torch's way to count one weight: weight, codes (overwritten), update or None, counts (added to)."""
+
+Scales: TypeAlias = Callable[[Tensor], "tuple[Tensor, Tensor]"]
+"""Plain torch's way from the largest magnitudes, float32, to what weights are multiplied or divided by, and to what is
+stored of the scales."""
 
 # Bytes around each stretch of codes, which have to stay as they are.
 _GUARD = 64
@@ -47,12 +61,20 @@ class Question(NamedTuple):
         takes_scale: Whether they are scaled before they are rounded.
         finds_scale: Whether the kernel has to find the largest magnitudes, too.
         groups: What metric groups do in the same pass.
+        scaling: How it has to make the scales of groups of them, all in one pass; None: it does not.
     """
 
     kind: Kind
     takes_scale: bool
     finds_scale: bool
     groups: tuple[Pointwise, ...] = ()
+    scaling: Scaling | None = None
+
+    def can_be_asked(self, run: type[Run]) -> bool:
+        """Whether a kernel can do this at all; it compiles its loops."""
+        if self.scaling is None:
+            return run.can_do(self.kind, scaled=self.finds_scale, groups=self.groups)
+        return run.can_scale(self.kind, self.scaling)
 
 
 class _Answer(NamedTuple):
@@ -63,7 +85,15 @@ class _Answer(NamedTuple):
 _answers: dict[tuple[type[Run], Question], _Answer] = {}
 
 
-def is_usable(name: str, run: type[Run], question: Question, eager: Eager, *, must_be_faster: bool) -> bool:
+def is_usable(
+    name: str,
+    run: type[Run],
+    question: Question,
+    eager: Eager,
+    scales: Scales | None = None,
+    *,
+    must_be_faster: bool,
+) -> bool:
     """Whether a kernel counts as plain torch does, and is faster, if it must be.
 
     Asked for the first time, it is tried, and a log line of the logger ``weightflip`` says what came out. Within the
@@ -74,6 +104,7 @@ def is_usable(name: str, run: type[Run], question: Question, eager: Eager, *, mu
         run: The kernel.
         question: What it is to do.
         eager: What it races against.
+        scales: What the scales that it makes have to be.
         must_be_faster: Whether a kernel that is slower is not to be used.
     """
     answer = _answers.get((run, question))
@@ -83,22 +114,28 @@ def is_usable(name: str, run: type[Run], question: Question, eager: Eager, *, mu
     if answer is None:
         if question.kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        answer = _answers[run, question] = _try(name, run, question, eager)
+        answer = _answers[run, question] = _try(name, run, question, eager, scales)
     return answer.is_equal and (answer.is_faster or not must_be_faster)
 
 
 @torch.no_grad()
-def _try(name: str, run: type[Run], question: Question, eager: Eager) -> _Answer:
+def _try(name: str, run: type[Run], question: Question, eager: Eager, scales: Scales | None) -> _Answer:
     kind = question.kind
     what = f"{name} for {_shown(kind)}{' with metric groups' if question.groups else ''} on {kind.device}"
     try:
-        fault = find_fault(run, question)
+        if question.scaling is None:
+            fault = find_fault(run, question)
+        else:
+            what = f"{what}, scales of groups in the same pass"
+            assert scales is not None
+            fault = find_fault_in_groups(run, question, scales)
     except Exception as error:
         fault = f"it raised {type(error).__name__}: {error}"
     if fault is not None:
-        logger.warning("%s: not used, plain torch counts instead: %s", what, fault)
+        instead = "counts" if question.scaling is None else "makes the scales"
+        logger.warning("%s: not used, plain torch %s instead: %s", what, instead, fault)
         return _Answer(False, False)
-    if not _races_on(kind.device):
+    if question.scaling is not None or not _races_on(kind.device):
         logger.info("%s: equal", what)
         return _Answer(True, True)
     try:
@@ -180,12 +217,27 @@ def hard_numbers(kind: Kind) -> Tensor:
 
 
 class _Part(NamedTuple):
-    """A stretch of the numbers, by its first element."""
+    """A stretch of the numbers, by its first element; ``group``, ``width`` and ``height`` are those of a stretch."""
 
     first: int
     numel: int
     group: int
     has_update: bool
+    width: int = 0
+    height: int = 1
+
+    def stretch(self, weights: Tensor, codes: Tensor, place: int) -> Stretch:
+        address = weights.data_ptr() + self.first * weights.element_size()
+        address_of_codes = codes.data_ptr() + place * codes.element_size()
+        return Stretch(address, address_of_codes, self.numel, self.group, self.width, self.height)
+
+    def scale_of_each(self, device: torch.device) -> Tensor:
+        """Which scale each element has."""
+        at = torch.arange(self.numel, device=device)
+        if not self.width:
+            return at // self.group
+        in_band = -(-self.width // self.group)
+        return at // self.width // self.height * in_band + at % self.width // self.group
 
 
 class _Trial(NamedTuple):
@@ -201,6 +253,7 @@ class _Trial(NamedTuple):
         expected: The same after it.
         counts: int64 of shape (parts, 3).
         largest: The largest magnitude under each scale.
+        stored: What is stored of the scales that the kernel makes; None where it makes none.
     """
 
     parts: list[_Part]
@@ -212,18 +265,17 @@ class _Trial(NamedTuple):
     expected: Tensor
     counts: Tensor
     largest: Tensor
+    stored: Tensor | None
+
+    @property
+    def scales_of_parts(self) -> list[int]:
+        """How many there are of each part."""
+        return [stretch.scales for stretch in self.stretches]
 
     @property
     def stretches(self) -> list[Stretch]:
-        weights, codes = self.weights, self.codes
         return [
-            Stretch(
-                weights.data_ptr() + part.first * weights.element_size(),
-                codes.data_ptr() + place * codes.element_size(),
-                part.numel,
-                part.group,
-            )
-            for place, part in zip(self.places, self.parts, strict=True)
+            part.stretch(self.weights, self.codes, place) for place, part in zip(self.places, self.parts, strict=True)
         ]
 
     @property
@@ -235,15 +287,26 @@ class _Trial(NamedTuple):
         return np.array([start + part.first * size if part.has_update else 0 for part in self.parts], dtype=np.int64)
 
 
-def _trial(question: Question) -> _Trial:
-    kind = question.kind
+# Rows of blocks that are smaller at the end of a row and in the last rows.
+_BLOCKS = [
+    _Part(0x3F07, 70 * 300, 128, True, width=300, height=32),
+    _Part(0x7F00, 9 * 130, 128, False, width=130, height=1),
+]
+
+
+def _trial(question: Question, scales_of: Scales | None = None, *, in_blocks: bool = False) -> _Trial:
+    kind, scaling = question.kind, question.scaling
     numbers = hard_numbers(kind)
+    if scaling is not None and kind.weight.itemsize > 2:
+        numbers = torch.cat([numbers, _around_steps(scaling)])
     whole = len(numbers) - len(numbers) % 16
     # All of them, where memory is laid out well; and an odd number of them, where it is not.
-    parts = [_Part(0, whole, whole, True), _Part(1, 4099, 4099, True)]
+    parts = [_Part(0, whole, whole if scaling is None else 1, True), _Part(1, 4099, 4099, True)]
     if question.takes_scale:
         # Blocks, from the largest numbers over infinity and NaN to the smallest; and rows of an odd length.
         parts += [_Part(0x7F00, 64 * 32, 32, False), _Part(0x3F07, 9 * 129, 129, True)]
+    if in_blocks:
+        parts = _BLOCKS
     weights = numbers.to(kind.device)
     given = _updates(kind, len(numbers))
     updates = None if given is None else given.to(kind.device)
@@ -254,25 +317,40 @@ def _trial(question: Question) -> _Trial:
         size += (part.numel + 3 * _GUARD) // _GUARD * _GUARD
     codes = torch.full((size,), _UNTOUCHED, dtype=kind.codes, device=kind.device)
     expected = codes.clone()
-    scales = _scales(sum(part.numel // part.group for part in parts), kind.device) if question.takes_scale else None
+    of_parts = [(weights[part.first :][: part.numel].float(), part.scale_of_each(kind.device)) for part in parts]
+    largest = torch.cat([_largest_of_each(values.abs(), index) for values, index in of_parts])
+    scales, stored = None, None
+    if scales_of is not None:
+        scales, stored = scales_of(largest)
+    elif question.takes_scale:
+        scales = _scales(len(largest), kind.device)
 
-    counts, largest, at = [], [], 0
-    for place, part in zip(places, parts, strict=True):
-        weight = weights[part.first :][: part.numel]
-        groups = part.numel // part.group
-        values = weight.float().view(groups, part.group)
-        largest.append(values.abs().amax(1))
+    counts, at = [], 0
+    for place, part, (values, index) in zip(places, parts, of_parts, strict=True):
         if scales is not None:
-            scale = scales[at : at + groups, None]
+            scale = scales[at + index]
             values = values / scale if kind.rounding.divides else values * scale
-        at += groups
-        new = ordinals(values.flatten(), kind.rounding).to(kind.codes)
+        at += int(index.max()) + 1
+        new = ordinals(values, kind.rounding).to(kind.codes)
         old = torch.where(torch.arange(part.numel, device=kind.device) % 3 == 0, new ^ 1, new)
         codes[place : place + part.numel] = old
         expected[place : place + part.numel] = new
         update = updates[part.first :][: part.numel] if updates is not None and part.has_update else None
         counts.append(reference.count(old, new, update))
-    return _Trial(parts, places, weights, updates, scales, codes, expected, torch.stack(counts), torch.cat(largest))
+    return _Trial(parts, places, weights, updates, scales, codes, expected, torch.stack(counts), largest, stored)
+
+
+def _largest_of_each(magnitudes: Tensor, index: Tensor) -> Tensor:
+    """The largest of those with each index; NaN where there is one."""
+    return magnitudes.new_zeros(int(index.max()) + 1).scatter_reduce(0, index, magnitudes, "amax")
+
+
+def _around_steps(scaling: Scaling) -> Tensor:
+    """Magnitudes at which a scale becomes another, and their neighbors."""
+    if not isinstance(scaling.description, ScaleSteps):
+        return torch.empty(0, device="cpu")
+    steps = torch.unique(scaling.description.slots[:, 0])
+    return torch.cat([steps - 1, steps, (steps + 1).clamp(min=0)]).cpu().view(torch.float32)
 
 
 def find_fault(run: type[Run], question: Question) -> str | None:
@@ -295,14 +373,59 @@ def find_fault(run: type[Run], question: Question) -> str | None:
         found = torch.zeros_like(trial.counts)
         rows = torch.arange(len(found), device=found.device)
         kernel.count_into_(found, rows, trial.scales, trial.addresses, observed=observation.observed)
+    fault = _fault_of_counts(found, trial)
+    if fault is not None:
+        return fault
+    if observation is not None:
+        return observation.fault()
+    return None if trial.scales is None else _fault_of_scale_codes(kernel, trial)
+
+
+def _fault_of_counts(found: Tensor, trial: _Trial) -> str | None:
     wrong = int(torch.count_nonzero(trial.codes != trial.expected))
     if wrong:
         return f"{wrong} of {len(trial.codes)} codes are others"
     if not torch.equal(found, trial.counts):
         return f"it counts {found.tolist()}, plain torch {trial.counts.tolist()}"
-    if observation is not None:
-        return observation.fault()
-    return None if trial.scales is None else _fault_of_scale_codes(kernel, trial)
+    return None
+
+
+def find_fault_in_groups(run: type[Run], question: Question, scales: Scales) -> str | None:
+    """As :func:`find_fault`, of what makes the scales of groups as well.
+
+    Args:
+        run: The kernel.
+        question: What it is to do.
+        scales: What the scales have to be.
+    """
+    for in_blocks in (False, True):
+        fault = _fault_of_scaling(run, question, _trial(question, scales, in_blocks=in_blocks))
+        if fault is not None:
+            return f"in blocks over several rows, {fault}" if in_blocks else fault
+    return None
+
+
+def _fault_of_scaling(run: type[Run], question: Question, trial: _Trial) -> str | None:
+    assert question.scaling is not None
+    assert trial.stored is not None
+    kernel, expected = run(trial.stretches, question.kind), trial.stored
+    device = trial.codes.device
+    table = torch.zeros(len(trial.parts), 4, dtype=torch.int64, device=device)
+    stored, rows = None, torch.arange(len(trial.parts), device=device)
+    if question.scaling.is_stored:
+        is_other = torch.arange(len(expected), device=device) % 3 == 0
+        codes = torch.where(is_other, expected ^ 1, expected)
+        stored = StoredScales(codes, table[:, 3])
+        changes = torch.stack([part.count_nonzero() for part in torch.split(is_other, trial.scales_of_parts)])
+    kernel.count_groups_into_(table[:, :3], rows, question.scaling, trial.addresses, stored)
+    fault = _fault_of_counts(table[:, :3], trial)
+    if fault is not None or stored is None:
+        return fault
+    if not torch.equal(stored.codes, expected):
+        return "it stores other scales"
+    if not torch.equal(table[:, 3], changes):
+        return f"it counts changes of scales {table[:, 3].tolist()}, plain torch {changes.tolist()}"
+    return None
 
 
 class _Observation(NamedTuple):
@@ -373,7 +496,7 @@ def _old_state(state: Expression, codes: Tensor) -> Tensor:
 def _fault_of_scale_codes(kernel: Run, trial: _Trial) -> str | None:
     """As :func:`find_fault`, of what is stored of scales. The codes were counted before, so no other count changes."""
     assert trial.scales is not None
-    scales, of_parts = trial.scales, [part.numel // part.group for part in trial.parts]
+    scales, of_parts = trial.scales, trial.scales_of_parts
     without = None if trial.addresses is None else trial.addresses * 0
     rows = torch.arange(len(of_parts), device=scales.device)
     new = torch.arange(len(scales), dtype=torch.int32, device=scales.device) % 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from weightflip.formats import Rounding
+from weightflip.formats import Rounding, ScaleFormula
 from weightflip.kernels.pointwise import Pointwise
 
 Addresses: TypeAlias = "npt.NDArray[np.int64]"
@@ -24,12 +25,25 @@ class Stretch(NamedTuple):
         codes: Address of its code.
         numel: Elements, at least one.
         group: How many neighbours share a scale; ``numel`` where all do, or where there is none.
+        width: How many elements a row has, where blocks over several rows share a scale: ``group`` of each row. Blocks
+            at the end of a row and in the last rows may be smaller. 0 where there are no such blocks: so in all
+            stretches of a run, or in none.
+        height: How many rows share a scale; 1 without a width.
     """
 
     weight: int
     codes: int
     numel: int
     group: int
+    width: int = 0
+    height: int = 1
+
+    @property
+    def scales(self) -> int:
+        """How many there are."""
+        if not self.width:
+            return -(-self.numel // self.group)
+        return -(-self.width // self.group) * -(-self.numel // (self.width * self.height))
 
 
 class Kind(NamedTuple):
@@ -84,6 +98,48 @@ class Observed(NamedTuple):
     columns: Addresses
 
 
+class ScaleSteps(NamedTuple):
+    """Scales that take at most 256 values and grow with the largest magnitude, as a table by the bits of that.
+
+    Attributes:
+        shift: How many of the last bits do not tell the slot.
+        slots: int32 of shape (slots, 3): the bits from which on a magnitude has the second value here, the index of
+            the first value, and that of the second one.
+        factors: float32: what weights are multiplied or divided by, by index.
+        codes: uint8: what is stored, by index.
+    """
+
+    shift: int
+    slots: Tensor
+    factors: Tensor
+    codes: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """How the scale of a group comes from its largest magnitude.
+
+    Attributes:
+        description: What a compiled loop follows.
+        is_stored: Whether the scales are stored as codes: with a formula the bits of float32, with steps bytes.
+    """
+
+    description: ScaleFormula | ScaleSteps
+    is_stored: bool
+
+
+class StoredScales(NamedTuple):
+    """Scales that are stored as codes, stretch after stretch.
+
+    Attributes:
+        codes: Those of before the step, as they are stored; overwritten.
+        changes: int64, a column of the table that is counted in: scales whose stored value changes are added to it.
+    """
+
+    codes: Tensor
+    changes: Tensor
+
+
 class Run(Protocol):
     """Stretches of memory of one kind that are counted together.
 
@@ -96,11 +152,19 @@ class Run(Protocol):
     observes: bool
     """Whether it can count for metric groups in the same pass."""
 
+    longest_group: int
+    """Groups or blocks of at most this many weights can be scaled and counted in one pass; 0: there is no such pass."""
+
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None: ...
 
     @staticmethod
     def can_do(kind: Kind, *, scaled: bool, groups: tuple[Pointwise, ...] = ()) -> bool:
         """Whether there are compiled loops for weights of this kind, and what metric groups do; compiles them."""
+        ...
+
+    @staticmethod
+    def can_scale(kind: Kind, scaling: Scaling) -> bool:
+        """The same for :meth:`count_groups_into_`."""
         ...
 
     def largest(self) -> Tensor:
@@ -141,6 +205,25 @@ class Run(Protocol):
             updates: As there.
             scale_codes: What is stored of the scales, if anything is.
             observed: What metric groups count, if there are any.
+        """
+        ...
+
+    def count_groups_into_(
+        self,
+        counts: Tensor,
+        rows: Tensor,
+        scaling: Scaling,
+        updates: Addresses | None,
+        stored: StoredScales | None = None,
+    ) -> None:
+        """As :meth:`count_into_`, and make the scale of each group from what :meth:`largest` would give.
+
+        Args:
+            counts: As there.
+            rows: As there.
+            scaling: How; no group of a stretch is longer than ``longest_group``.
+            updates: As there.
+            stored: What is stored of the scales, if anything is.
         """
         ...
 

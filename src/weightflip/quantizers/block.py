@@ -139,6 +139,9 @@ class MXQuantizer(_BlockQuantizer):
             codes.masked_fill_(largest.isnan(), E8M0.nan_code)
         return codes.to(torch.uint8).view(torch.float8_e8m0fnu).to(torch.float32)
 
+    def scale_rule(self, dtype: torch.dtype) -> Literal["steps"]:
+        return "steps"
+
     def applied_scale(self, scale: Tensor | None) -> Tensor:
         assert scale is not None
         # Scales are powers of two, so multiplying by the inverse is exact.
@@ -197,6 +200,9 @@ class NVFP4Quantizer(_BlockQuantizer):
     @staticmethod
     def _round_scale(scale: Tensor) -> Tensor:
         return scale.clamp_(E4M3.smallest_normal, E4M3.max).to(torch.float8_e4m3fn).to(torch.float32)
+
+    def scale_rule(self, dtype: torch.dtype) -> Literal["steps"] | None:
+        return None if self.per_tensor_scale else "steps"
 
     def applied_scale(self, scale: Tensor | None) -> Tensor:
         assert scale is not None

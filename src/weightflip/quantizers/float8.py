@@ -20,6 +20,7 @@ from weightflip.formats import (
     BlockFormat,
     FloatFormat,
     FloatRounding,
+    ScaleFormula,
 )
 from weightflip.quantizers.ordinals import amax, cast_to_float8, ordinals_to_values
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Scope, Scratch, bits_of_scale
@@ -46,6 +47,10 @@ class _Float8Cast(ElementwiseQuantizer):
     def scale_of(self, largest: Tensor) -> Tensor:
         # In float64, like torchao: 1.0 / float32 differs between eager and compiled code.
         return (self.format.max / largest.to(torch.float64).clamp(min=_EPS)).to(torch.float32)
+
+    @property
+    def _formula(self) -> ScaleFormula:
+        return ScaleFormula("multiplies", self.format.max, _EPS)
 
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
         assert scale is not None
@@ -123,6 +128,9 @@ class Float8Quantizer(_Float8Cast):
     def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor:
         return self.scale_of(self.statistic(weight) if statistic is None else statistic)
 
+    def scale_rule(self, dtype: torch.dtype) -> ScaleFormula | Literal["steps"]:
+        return "steps" if self.round_scales_to_power_of_2 else self._formula
+
     def scale_of(self, largest: Tensor) -> Tensor:
         scale = super().scale_of(largest)
         if self.round_scales_to_power_of_2:
@@ -149,6 +157,7 @@ class Float8BlockQuantizer(_Float8Cast):
     """
 
     scope: Scope = "block"
+    only_needs_amax = True
 
     def __init__(self, block: BlockFormat) -> None:
         self.block = block
@@ -156,7 +165,6 @@ class Float8BlockQuantizer(_Float8Cast):
         self.format = block.element
         self.group: int = block.block_size
         self.tile = (block.rows, block.block_size)
-        self.only_needs_amax = block.rows == 1
 
     def grouped(self, tensor: Tensor) -> Tensor:
         size = self._group_size(tensor.shape)
@@ -192,6 +200,9 @@ class Float8BlockQuantizer(_Float8Cast):
         if per_block > 1:
             scale = scale.repeat_interleave(per_block, -1)[..., : weight.shape[-2]]
         return scale.unsqueeze(-1)
+
+    def scale_rule(self, dtype: torch.dtype) -> ScaleFormula | Literal["steps"]:
+        return "steps" if self.block.rule == "pow2" else self._formula
 
     def scale_of(self, largest: Tensor) -> Tensor:
         scale = super().scale_of(largest)

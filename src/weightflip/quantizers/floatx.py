@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from weightflip import checks
-from weightflip.formats import FloatFormat, FloatRounding, exmy
+from weightflip.formats import FloatFormat, FloatRounding, ScaleFormula, exmy
 from weightflip.quantizers.ordinals import (
     ORDINAL_DTYPES,
     TORCH_FLOAT8,
@@ -132,6 +132,11 @@ class FloatxQuantizer(ElementwiseQuantizer):
         maximum = largest.new_full((), self.format.value(self.format.max_ordinal, exponent_shift=self._exponent_shift))
         # An all-zero tensor gets the smallest normal number as scale: 0 / 0 would be NaN.
         return (largest / maximum).clamp_(min=torch.finfo(largest.dtype).tiny)
+
+    def scale_rule(self, dtype: torch.dtype) -> ScaleFormula | None:
+        if self._compute_dtype(dtype) is not torch.float32:
+            return None
+        return ScaleFormula("divides", self.format.max, torch.finfo(torch.float32).tiny)
 
     def encode_into(self, weight: Tensor, scale: Tensor | None, out: Tensor, scratch: Scratch) -> None:
         dtype = self._compute_dtype(weight.dtype)

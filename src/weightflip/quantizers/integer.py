@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor
 
-from weightflip.formats import IntegerRounding
+from weightflip.formats import BF16, FP32, IntegerRounding, ScaleFormula
 from weightflip.quantizers.ordinals import amax
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Scratch
 from weightflip.quantizers.registry import register
@@ -85,6 +85,12 @@ class IntegerQuantizer(_Integers):
 
     def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor:
         return self.scale_of(self.statistic(weight) if statistic is None else statistic)
+
+    def scale_rule(self, dtype: torch.dtype) -> ScaleFormula | None:
+        formats = {torch.float32: FP32, torch.bfloat16: BF16}
+        if dtype not in formats:
+            return None
+        return ScaleFormula("inverse", self.largest + 0.5, FP32.smallest_normal, formats[dtype])
 
     def scale_of(self, largest: Tensor) -> Tensor:
         smallest = max(torch.finfo(largest.dtype).smallest_normal, torch.finfo(torch.float32).smallest_normal)

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from weightflip.formats import FloatFormat, Rounding
+from weightflip.formats import FloatFormat, Rounding, ScaleFormula
 
 Scope: TypeAlias = Literal["element", "group", "block", "row", "tensor"]
 Reduction: TypeAlias = Literal["max", "mean"]
@@ -182,6 +182,9 @@ class ElementwiseQuantizer(BaseQuantizer):
         if "encode_into" in vars(cls) and "rounding" not in vars(cls):
             # An inherited rounding does not describe an overridden encode_into.
             cls.rounding = ElementwiseQuantizer.rounding  # type: ignore[method-assign]
+        if vars(cls).keys() & {"scale_of", "applied_scale", "scale_codes"} and "scale_rule" not in vars(cls):
+            # Nor is another way to make scales what an inherited rule says.
+            cls.scale_rule = ElementwiseQuantizer.scale_rule  # type: ignore[method-assign]
         if vars(cls).keys() & {"is_active", "has_state", "encodes"} and "batchable" not in vars(cls):
             # These may change from step to step, and must be read for each weight.
             cls.batchable = False
@@ -268,6 +271,14 @@ class ElementwiseQuantizer(BaseQuantizer):
         are NaN if one of the weights is.
         """
         raise NotImplementedError(f"quantizer {self.name!r} computes its scales from whole weights")
+
+    def scale_rule(self, dtype: torch.dtype) -> ScaleFormula | Literal["steps"] | None:
+        """What ``scale_of``, ``applied_scale`` and ``scale_codes`` do for weights of a dtype, as data.
+
+        ``"steps"``: what weights are multiplied or divided by takes at most 256 values. The stored code of each is a
+        byte that grows with the largest magnitude; where nothing is stored, each is a power of two. None: ask them.
+        """
+        return None
 
     def scale_of_groups(self, largest: Tensor, of_tensors: Tensor) -> Tensor:
         """As ``scale_of``, from the largest magnitude of each group and that of the tensor it belongs to."""

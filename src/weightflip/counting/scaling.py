@@ -1,0 +1,124 @@
+"""How the scales of groups are made, as a compiled loop can follow it: by a formula, or by a table of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from weightflip import kernels
+from weightflip.counting.scale_table import ScaleTable, flushes_subnormal, table_of
+from weightflip.formats import FP32, ScaleFormula
+
+_CODES = 256
+# A slot has at most one step. So many are 512 KiB, of which few are looked at.
+_MOST_SLOTS = 1 << 15
+
+
+class ScaledQuantizer(Protocol):
+    """What is needed here of a quantizer."""
+
+    name: str
+    group: int | None
+
+    def scale_of(self, largest: Tensor) -> Tensor: ...
+
+    def applied_scale(self, scale: Tensor | None) -> Tensor | None: ...
+
+    def scale_codes(self, scale: Tensor) -> Tensor: ...
+
+    def scale_rule(self, dtype: torch.dtype) -> ScaleFormula | Literal["steps"] | None: ...
+
+
+_scalings: dict[tuple[Any, ...], kernels.Scaling | None] = {}
+
+
+def scaling_of(
+    quantizer: ScaledQuantizer, rounding: object, dtype: torch.dtype, device: torch.device
+) -> kernels.Scaling | None:
+    """How a quantizer scales its groups; None where it does so in a way of its own.
+
+    Made once for each kind: quantizers of one class, name and rounding have the same rule. Whether it is right is seen
+    when the kernel that follows it is tried.
+
+    Args:
+        quantizer: One whose scales depend on the largest magnitudes alone.
+        rounding: What it does to weights.
+        dtype: Of the weights.
+        device: Where they are.
+    """
+    key = (type(quantizer), quantizer.name, rounding, dtype, device, flushes_subnormal())
+    if key not in _scalings:
+        _scalings[key] = _make(quantizer, rounding, dtype, device)
+    return _scalings[key]
+
+
+def _make(
+    quantizer: ScaledQuantizer, rounding: object, dtype: torch.dtype, device: torch.device
+) -> kernels.Scaling | None:
+    is_stored = quantizer.group is not None
+    rule = quantizer.scale_rule(dtype)
+    if rule is None or isinstance(rule, ScaleFormula):
+        return None if rule is None else kernels.Scaling(rule, is_stored)
+    # Where a code has several factors (NaN and 0), only the factors' exponents tell them apart.
+    for by_code in (True, False) if is_stored else (False,):
+        table = table_of(quantizer, rounding, dtype, device, is_stored=by_code)
+        if table is not None:
+            steps = _steps(table, in_plain_torch(quantizer, dtype) if is_stored else None)
+            return None if steps is None else kernels.Scaling(steps, is_stored)
+    return None
+
+
+def in_plain_torch(quantizer: ScaledQuantizer, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The quantizer's own way to make scales.
+
+    Returns:
+        From the largest magnitudes under each scale, float32: what weights of this dtype are multiplied or divided by,
+        and what is stored.
+    """
+
+    def scales(largest: Tensor) -> tuple[Tensor, Tensor]:
+        scale = quantizer.scale_of(largest.to(dtype))
+        applied = quantizer.applied_scale(scale)
+        assert applied is not None
+        return applied, quantizer.scale_codes(scale)
+
+    return scales
+
+
+def _steps(table: ScaleTable, stored: Callable[[Tensor], tuple[Tensor, Tensor]] | None) -> kernels.ScaleSteps | None:
+    """A table that is looked up without a search."""
+    bounds = table.bounds.long()
+    steps = torch.unique(bounds)
+    # From slots of one exponent on, ever finer ones.
+    shift = FP32.mantissa_bits
+    while not _has_one_step_each(starts := _starts(shift, bounds.device), steps):
+        shift -= 1
+        if _slots(shift) > _MOST_SLOTS:
+            return None
+    first, second = (torch.searchsorted(bounds, at, right=True) for at in (starts[:-1], starts[1:] - 1))
+    after_last = bounds.new_full((1,), (1 << 31) - 1)
+    slots = torch.stack([torch.cat([bounds, after_last])[first], first, second], 1).to(torch.int32)
+    factors = table.factors.new_zeros(_CODES)
+    factors[: len(table.factors)] = table.factors
+    codes = torch.zeros(_CODES, dtype=torch.uint8, device=bounds.device)
+    if stored is not None:
+        largest = torch.cat([table.bounds.new_zeros(1), table.bounds]).view(torch.float32)
+        codes[: len(largest)] = stored(largest)[1].view(torch.uint8)
+    return kernels.ScaleSteps(shift, slots.contiguous(), factors, codes)
+
+
+def _slots(shift: int) -> int:
+    return 1 << (31 - shift)
+
+
+def _starts(shift: int, device: torch.device) -> Tensor:
+    """The bits with which each slot begins, and the end of the last one."""
+    return torch.arange(_slots(shift) + 1, device=device) << shift
+
+
+def _has_one_step_each(starts: Tensor, steps: Tensor) -> bool:
+    first, second = (torch.searchsorted(steps, at, right=True) for at in (starts[:-1], starts[1:] - 1))
+    return int((second - first).max()) <= 1
