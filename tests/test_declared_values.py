@@ -18,6 +18,7 @@ from weightflip.metrics import LayerMetric, Metric, metric_names, register
 from weightflip.metrics.base import make_metrics
 from weightflip.metrics.oscillation import Oscillation
 from weightflip.records import CORE_VALUES, RunInfo, Value
+from weightflip.report import events
 
 WIDE = ("flips", "stalls", "wide")
 
@@ -127,6 +128,41 @@ def test_event_files_alone_identify_gauges(digits, tmp_path):
     assert (series.get("wide_flips").gauge, series.get("reach").gauge) == (False, True)
     value = next(value for value in read_one(tmp_path).info.values if value.name == "wide_flips")
     assert (value.kind, value.unit, value.description) == ("rate", "share", "share of flips over several codes")
+
+
+def test_event_files_alone_head_columns_with_titles(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    model = digits_model()
+    options = {"metrics": ("flips", "stalls", "oscillation"), "log_dir": tmp_path}
+    with FlipTrackingOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, **options) as optimizer:
+        for step in range(40):
+            backward(model, digits, step)
+            optimizer.step()
+    with_counts = run_cli(capsys, tmp_path)
+    for path in tmp_path.glob("*.jsonl"):
+        path.unlink()
+    heads = [
+        next(line for line in out.splitlines() if "layer " in line and "weights" in line)
+        for out in (with_counts, run_cli(capsys, tmp_path))
+    ]
+    assert "oscillation" in heads[0]
+    assert "oscillation ratio" not in heads[0]
+    # Event files do not tell the order.
+    assert sorted(heads[1].split()) == sorted(heads[0].split())
+
+
+def test_text_panels_without_titles_are_still_read():
+    value = Value("wide_flips", "rate", "far", "share of flips over several codes", "share")
+    panel = RunInfo({}, {}, {"track_every": "1"}, values=(value,)).to_markdown()
+    earlier = (
+        panel.replace("| title |", "|").replace("| far |", "|").replace("|---|---|---|---|---|", "|---|---|---|---|")
+    )
+    assert earlier != panel
+    (read,) = events._info_from_markdown(earlier).values
+    assert (read.name, read.title, read.kind, read.unit) == ("wide_flips", "wide flips", "rate", "share")
+    assert read.description == value.description
+    (read,) = events._info_from_markdown(panel).values
+    assert (read.title, read.description) == (value.title, value.description)
 
 
 def test_runs_of_older_versions_are_read_as_before(digits, tmp_path, capsys, monkeypatch):

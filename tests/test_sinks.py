@@ -18,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from weightflip import FlipRecord, FlipTrackingOptimizer
+from weightflip.sinks import JSONLSink, make_sink
+from weightflip.sinks.base import FILE_SINKS
 
 STEPS = 25
 
@@ -276,3 +278,12 @@ def test_a_torn_line_of_a_killed_run_stays_alone(digits, tmp_path):
     torn, *lines = path.read_text().splitlines()
     assert torn == '{"record": {"st'
     assert FlipRecord.from_dict(json.loads(lines[1])["record"]).step == 10
+
+
+def test_a_new_path_ending_is_one_line_in_one_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(FILE_SINKS, ".txt", JSONLSink)
+    assert isinstance(make_sink(tmp_path / "flips.txt"), JSONLSink)
+    with pytest.raises(ValueError, match=r"must end in \.jsonl or \.csv or \.txt, got .*flips\.xml"):
+        make_sink(tmp_path / "flips.xml")
+    with pytest.raises(TypeError, match=r"paths that end in \.jsonl or \.csv or \.txt, .*got int"):
+        make_sink(5)
