@@ -22,7 +22,7 @@ DEVICE = "cpu"
 # So many that starting a thread for them does not show, and so few that threads end together.
 _ELEMENTS_PER_ITEM = 1 << 16
 
-# Of blocks over several rows: rows that are long enough for the processor to see where they go.
+# For blocks over several rows: the row of an item is long enough for the processor to prefetch it.
 _ELEMENTS_PER_ITEM_OF_BLOCKS = 1 << 17
 
 _WEIGHTS = (torch.float32, torch.bfloat16)
@@ -196,7 +196,7 @@ def _scales_loop(scaling: Scaling) -> compiled.Loop | None:
 
 
 def _rule(description: ScaleFormula | ScaleSteps) -> Addresses:
-    """What the loop that makes scales is told."""
+    """The argument ``rule`` of the loop that makes scales."""
     if isinstance(description, ScaleFormula):
         return np.array([description.number, description.smallest]).view(np.int64)
     shift, *tables = description

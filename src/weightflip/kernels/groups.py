@@ -1,7 +1,7 @@
-"""The loop that counts weights whose scale they share with few neighbors, for Numba. Imported only where Numba is.
+"""The loop that makes the scales of small groups while it counts, for Numba. Imported only where Numba is installed.
 
-It finds the largest magnitude of a group, makes the scale of it, and encodes the group while it is still in the cache:
-memory is read once. :mod:`weightflip.kernels.items` has what it is made of.
+It finds the largest magnitude of a group, makes its scale, and encodes the group while it is still in the cache, so
+memory is read once. The parts it is built from are in :mod:`weightflip.kernels.items`.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from weightflip.kernels.vectors import LANES
 
 LARGEST_LOOP, SCALES_LOOP, RULE, STORED, STORED_SIZE, CHANGES, CHANGES_STRIDE = range(items.TASK, items.TASK + 7)
 """What a task holds besides that of :mod:`weightflip.kernels.items`: addresses of :func:`~items.largest_lanes` and of
-:func:`scales_by_formula` or :func:`scales_by_steps`, compiled for the dtypes; address of what they are told of the
-rule; address of the stored scales, and bytes of one; address of the changes of scales, int64, and how many bytes they
-are apart."""
+:func:`scales_by_formula` or :func:`scales_by_steps`, compiled for the dtypes; address of their argument ``rule``;
+address of the stored scales, and bytes of one; address of the changes of scales, int64, and the bytes between two of
+them."""
 TASK = items.TASK + 7
 
 MULTIPLIES, DIVIDES, INVERSE = range(3)
 """The forms of :class:`weightflip.formats.ScaleFormula`."""
 
 LONGEST = 1 << 15
-"""Elements of a group that fits the caches beside everything else."""
+"""Elements of the largest group that stays in the cache until it is encoded."""
 
 _CHUNK, _SPARE, _ROOM = items._CHUNK, items._SPARE, items._ROOM
 # After the scales of a chunk: the buffers for the rest, what was found, changes of scales, the largest magnitudes,
@@ -236,7 +236,7 @@ def scales_by_formula(largest, groups, rule, into, stored, changes):  # type: ig
 
     Args:
         largest: Address of the magnitudes, float32.
-        groups: How many there are.
+        groups: Their number.
         rule: Address of ``number`` and ``smallest`` of the formula, float64.
         into: Address for what weights are multiplied or divided by, float32.
         stored: Address of the stored scales, the bits of float32; overwritten.
@@ -273,17 +273,17 @@ def scales_by_formula(largest, groups, rule, into, stored, changes):  # type: ig
 
 
 def scales_by_steps(largest, groups, rule, into, stored, changes):  # type: ignore[no-untyped-def]
-    """As :func:`scales_by_formula`, by a table: scales that take few values grow with the largest magnitude in steps.
+    """As :func:`scales_by_formula`, by a table: scales with few values grow with the largest magnitude in steps.
 
-    ``rule`` is the address of :class:`~weightflip.kernels.runs.ScaleSteps`: int64, addresses for tensors. ``stored`` is
-    that of bytes.
+    ``rule`` is the address of :class:`~weightflip.kernels.runs.ScaleSteps` as int64, with addresses for tensors.
+    ``stored`` is the address of bytes.
     """
     magnitudes = carray(_pointer(largest), (groups,), np.int32)
-    told = carray(_pointer(rule), (4,), np.int64)
-    shift = np.int32(told[0])
-    slots = carray(_pointer(told[1]), (1 << (31 - told[0]), 3), np.int32)
-    factor_of = carray(_pointer(told[2]), (256,), np.float32)
-    code_of = carray(_pointer(told[3]), (256,), np.uint8)
+    steps = carray(_pointer(rule), (4,), np.int64)
+    shift = np.int32(steps[0])
+    slots = carray(_pointer(steps[1]), (1 << (31 - steps[0]), 3), np.int32)
+    factor_of = carray(_pointer(steps[2]), (256,), np.float32)
+    code_of = carray(_pointer(steps[3]), (256,), np.uint8)
     factors = carray(_pointer(into), (groups,), np.float32)
     before = carray(_pointer(stored), (groups,), np.uint8)
     changed = np.int64(0)
