@@ -73,7 +73,7 @@ class MetricRunner:
         assert layer.tracked is not None
         assert layer.codes is not None
         if layer.looks is not None and not layer.looks.before and layer.state is CodeState.KEPT:
-            # Kept codes are of the kind that they were. With many layers it counts that this is all.
+            # Kept codes have the shape and dtype of the last step. This is called for each layer in each step.
             return
         weight, quantizer = layer.tracked.unwrapped()
         if layer.looks is None or layer.code_kind != _code_kind(layer.codes, quantizer):

@@ -1,8 +1,8 @@
 """The loops over many weights on the CPU, for Numba. Imported only where Numba is.
 
-They see memory as addresses, so that one call goes over many tensors: a row of ``places`` for each stretch of memory,
-with the columns below. The elements of all stretches are numbered through, and cut into items. Each thread that calls a
-loop takes items until there are none, so that any number of threads is right.
+They see memory as addresses, so that one call handles many tensors: a row of ``places`` for each stretch of memory,
+with the columns below. The elements of all stretches are numbered consecutively and cut into items. Each thread that
+calls a loop takes items until there are none left, so any number of threads works.
 
 A loop is a C function of one address, that of a task, and can be called by any thread pool. Nothing in it allocates or
 raises.
@@ -211,9 +211,9 @@ def _row_of(places, element):  # type: ignore[no-untyped-def]
 
 @_compile()
 def _rest(task, at, update_at, codes_at, numel, scales, mask, found, spare):  # type: ignore[no-untyped-def]
-    """Fewer than LANES elements: beside them zeros, which stay zeros, under a scale of 1.
+    """Fewer than LANES elements, padded with zeros, which stay zeros, under a scale of 1.
 
-    So many arguments since Numba would take longer to compile an object for them.
+    The arguments are separate because Numba takes longer to compile an object for them.
     """
     spare_update, spare_codes, spare_scales = spare + _SPARE, spare + 2 * _SPARE, spare + 3 * _SPARE
     _clear(spare, 3 * _SPARE)
@@ -240,7 +240,7 @@ def _spread(scales, index, low, high, group, room):  # type: ignore[no-untyped-d
 
 @_compile()
 def _aim(task, row, first, old_scales, found_at):  # type: ignore[no-untyped-def]
-    """Have the next lanes find the old scales, and the states of the elements from this one on."""
+    """Point the next lanes to the old scales, and to the states of the elements from this one on."""
     found = carray(_pointer(found_at), (FOUND,), np.int64)
     places = carray(_pointer(task[STATE_PLACES]), (task[STATES], task[STRETCHES]), np.int64)
     sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
@@ -251,7 +251,7 @@ def _aim(task, row, first, old_scales, found_at):  # type: ignore[no-untyped-def
 
 @_compile()
 def _take_states(task, numel, found_at, spare):  # type: ignore[no-untyped-def]
-    """Have fewer than LANES elements find their states in a buffer."""
+    """Copy the states of fewer than LANES elements to a buffer, and point the lanes there."""
     found = carray(_pointer(found_at), (FOUND,), np.int64)
     sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
     _clear(spare, task[STATES] * _SPARE)
@@ -262,7 +262,7 @@ def _take_states(task, numel, found_at, spare):  # type: ignore[no-untyped-def]
 
 @_compile()
 def _put_states(task, row, first, numel, spare):  # type: ignore[no-untyped-def]
-    """Put them back into their place."""
+    """Copy the states of fewer than LANES elements from the buffer back to their tensors."""
     places = carray(_pointer(task[STATE_PLACES]), (task[STATES], task[STRETCHES]), np.int64)
     sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
     for state in range(task[STATES]):
@@ -398,7 +398,7 @@ _LARGE = 512
 def count_lanes(weight, update, codes, numel, scales, step, mask, constants, found):  # type: ignore[no-untyped-def]
     """Encode, compare, count and store: of :func:`weightflip.kernels.vectors.make_advance`, for the dtypes.
 
-    So many arguments since a C function takes no objects.
+    The arguments are separate because a C function takes no objects.
     """
     ADVANCE(weight, update, codes, numel, scales, step, mask, constants, found)  # type: ignore[name-defined]  # noqa: F821
 

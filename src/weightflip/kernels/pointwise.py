@@ -18,7 +18,7 @@ class Expression:
     """A number or a flag of one weight.
 
     ``<``, ``>``, :func:`differ`, ``&``, ``|``, ``^``, ``~``, ``+``, ``-``, ``*`` and :func:`where` make new ones.
-    Plain numbers take the dtype of the other operand, and tensors of two dtypes do not go together.
+    A plain number takes the dtype of the other operand. Two operands have the same dtype.
     """
 
     operation: str
@@ -63,7 +63,9 @@ class Expression:
         return Expression("*", (self, other))
 
     def __bool__(self) -> bool:
-        raise TypeError("an expression has no truth value: take & and | for `and` and `or`, where() for `if`")
+        raise TypeError(
+            "an expression has no truth value; use & and | for `and` and `or`, where() for `if`"
+        )
 
 
 OLD, NEW = Expression("old"), Expression("new")
@@ -89,7 +91,7 @@ def differ(one: Expression, other: Operand) -> Expression:
 
 
 def where(flag: Expression, one: Operand, other: Operand) -> Expression:
-    """``one`` if the flag is set, else ``other``; one of them is no plain number."""
+    """``one`` if the flag is set, else ``other``. At least one of them is an expression."""
     return Expression("where", (flag, one, other))
 
 
