@@ -1,4 +1,4 @@
-"""The chart of docs/performance.md: what tracking costs, next to the optimizer's step."""
+"""The chart of docs/performance.md: the cost of tracking relative to the optimizer's step."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ COLORS = {"flips": "#2a9d8f", "flips + stalls": "#1d6f87", "clone and compare": 
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of tracking alone / a fused AdamW step, on a logarithmic axis.
+    """Draw bars of tracking time / fused AdamW step time, on a logarithmic axis.
 
     Args:
-        rows: The results' rows.
-        path: Where it goes; the ending says which kind of picture.
+        rows: Result rows.
+        path: Output file. Its suffix selects the image format.
     """
     import matplotlib
 

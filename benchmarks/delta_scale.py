@@ -1,9 +1,9 @@
-"""What ``weightflip diff`` and ``apply`` take on large checkpoints: time, and the most memory.
+"""Time and peak memory of ``weightflip diff`` and ``apply`` on large checkpoints.
 
     python benchmarks/delta_scale.py --gigabytes 10
 
-makes two sharded checkpoints of that size in a temporary directory, of bfloat16 matrices of which some weights moved by
-one number up or down, runs each command in a process of its own, and removes everything.
+creates two sharded checkpoints of that size in a temporary directory. They hold bfloat16 matrices in which some weights
+moved to the next number up or down. Each command runs in its own process. Everything is removed at the end.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _PROGRAM = "import sys; from weightflip.report.cli import main; sys.exit(main(sy
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--gigabytes", type=float, default=10.0, help="of each of the two checkpoints")
-    parser.add_argument("--changed", type=float, default=0.01, help="share of weights that differ")
-    parser.add_argument("--quantizer", action="append", default=[], help="time diff with this format, too")
-    parser.add_argument("--directory", help="where the temporary directory goes")
+    parser.add_argument("--gigabytes", type=float, default=10.0, help="size of each checkpoint")
+    parser.add_argument("--changed", type=float, default=0.01, help="fraction of weights that differ")
+    parser.add_argument("--quantizer", action="append", default=[], help="also time diff with this format")
+    parser.add_argument("--directory", help="parent of the temporary directory")
     args = parser.parse_args()
     needed = int(args.gigabytes * 1e9 * (3 + 2 * args.changed) * 1.05)
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
@@ -55,11 +55,11 @@ def main() -> None:
 
 
 def make(root: Path, nbytes: int, changed: float) -> None:
-    """Two checkpoints in shards, matrix by matrix."""
+    """Create two sharded checkpoints, matrix by matrix."""
     for name in ("old", "new"):
         (root / name).mkdir()
     random = np.random.default_rng(0)
-    # From one block of weights, turned by some places, since drawing 10 GB takes longer than all that is measured.
+    # Rotations of one block of weights: drawing 10 GB of random numbers would take longer than the measurements.
     block = (random.standard_normal(1 << 24, np.float32) * 0.02).view(np.uint32) >> 16
     block = block.astype(np.uint16)
     rows = 4 * _ROW
@@ -95,7 +95,7 @@ def write_matrix(old, new, block, changed, random, weights) -> None:
 
 
 def measure(title: str, arguments: list[str]) -> None:
-    """Run the program, and print a row of the table."""
+    """Run the program and print a row of the table."""
     begin = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", _PROGRAM, *arguments], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -1,10 +1,10 @@
-"""How many bytes a delta takes, beside the entropy bound and beside other encodings.
+"""Size of deltas, compared with the entropy bound and with other encodings.
 
     python benchmarks/delta_sizes.py
 
-One bfloat16 matrix of 16M weights. First some of them move by one stored number, up or down, independently of each
-other; then all are rounded from float32 weights before and after a random step. The bound is
-``n * H(changed / n) + changed * H(differences)`` bits. Sizes are shares of the 2 bytes of each weight.
+One bfloat16 matrix of 16M weights. In the first rows, some weights move independently to the next stored number, up or
+down. In the others, all are rounded from float32 weights before and after a random step. The bound is
+``n * H(changed / n) + changed * H(differences)`` bits. Sizes are fractions of the 2 bytes of each weight.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def nudged(tensor: Tensor, share: float) -> Tensor:
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Bits of one symbol."""
+    """Bits per symbol."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log2(shares)).sum())
 
 
 def bound(before: np.ndarray, after: np.ndarray) -> float:
-    """Bytes at least, if changes are independent of each other and of the weights."""
+    """Minimum number of bytes if changes are independent of each other and of the weights."""
     ordinals = [np.where(part < 0, part.astype(int) ^ 0x7FFF, part) for part in (before, after)]
     steps = (ordinals[1] - ordinals[0])[before != after]
     positions = len(before) * entropy(np.array([len(steps), len(before) - len(steps)]))
@@ -73,7 +73,7 @@ def bound(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def delta(old: Tensor, new: Tensor) -> int:
-    """Bytes of the file."""
+    """Size of the delta file in bytes."""
     with tempfile.TemporaryDirectory() as directory:
         paths = [Path(directory, f"{name}.safetensors") for name in ("old", "new", "delta")]
         for path, tensor in zip(paths, (old, new), strict=False):

@@ -1,7 +1,7 @@
-"""What tracking costs on an accelerator: beside a fused AdamW step, a plain read of the same bytes, a whole training.
+"""The cost of tracking on an accelerator, compared with a fused AdamW step, a plain read, and a whole training step.
 
-``python benchmarks/gpu.py`` prints a table in below two minutes. Bare and tracked steps take turns; times are medians,
-from the device's own events and from the host's clock: where both are alike, the host is what is waited for.
+``python benchmarks/gpu.py`` prints a table in less than two minutes. Bare and tracked steps alternate. Times are
+medians, from device events and from the host's clock. If both are equal, the host is the bottleneck.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 class Calls(TorchDispatchMode):
-    """Counts what torch is asked for; views, which start nothing, apart."""
+    """Counts torch operations. Views, which start no kernel, are counted separately."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Calls(TorchDispatchMode):
 
 
 class Stopwatch:
-    """Seconds on the device and on the host that a call takes."""
+    """Seconds that a call takes on the device and on the host."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -70,8 +70,10 @@ class Stopwatch:
         self.wait()
         return before.elapsed_time(after) / 1e3, on_host
 
-    def in_turns(self, actions: Sequence[Callable[[], object]], budget: float, warmup: int = 3) -> list[list[float]]:
-        """Median seconds on device and host of each, all of them once in each turn."""
+    def time_in_rounds(
+        self, actions: Sequence[Callable[[], object]], budget: float, warmup: int = 3
+    ) -> list[list[float]]:
+        """Median seconds of each call on device and host. The calls alternate."""
         for _ in range(warmup):
             for action in actions:
                 start = time.perf_counter()
@@ -92,7 +94,7 @@ def adamw(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.
 
 
 def launches(action: Callable[[], object], device: torch.device) -> tuple[int, float] | tuple[None, None]:
-    """Kernels and copies of a call, and the seconds that the device is busy with them; None where nobody tells."""
+    """Kernels and copies of a call, and the seconds that the device spends on them; None if unknown."""
     if device.type != "cuda":
         return None, None
     from torch.profiler import ProfilerActivity, profile
@@ -106,7 +108,7 @@ def launches(action: Callable[[], object], device: torch.device) -> tuple[int, f
 
 def read_seconds(nbytes: int, stopwatch: Stopwatch) -> float:
     buffer = torch.ones(max(1, nbytes // 4), device=stopwatch.device)
-    ((seconds, _),) = stopwatch.in_turns([buffer.sum], 0.1)
+    ((seconds, _),) = stopwatch.time_in_rounds([buffer.sum], 0.1)
     return seconds
 
 
@@ -117,7 +119,7 @@ def step_costs(
     numel = sum(torch.Size(shape).numel() for shape in shapes)
     for quantizer in formats:
         dtype = torch.bfloat16 if quantizer == "native" else torch.float32
-        # Weights and gradients once, codes twice; weights with a scale once more.
+        # Weights and gradients are read once, codes twice. With a scale, weights are read once more.
         code = 2 if quantizer == "native" else 1
         read = read_seconds(numel * (dtype.itemsize * (2 + (quantizer != "native")) + 2 * code), stopwatch)
         bare = adamw(shapes, device, dtype)
@@ -127,7 +129,7 @@ def step_costs(
                 tracked = FlipTrackingOptimizer(
                     adamw(shapes, device, dtype), quantizer=quantizer, backend=backend, sinks=[], log_every=10**9
                 )
-                (base, base_host), (whole, whole_host) = stopwatch.in_turns([bare.step, tracked.step], 0.5)
+                (base, base_host), (whole, whole_host) = stopwatch.time_in_rounds([bare.step, tracked.step], 0.5)
                 with Calls() as calls:
                     bare.step()
                 of_bare = calls.all - calls.views
@@ -155,7 +157,7 @@ def step_costs(
 
 
 class Block(nn.Module):
-    """Attention and two layers, as in GPT-2."""
+    """Attention and two linear layers, as in GPT-2."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -173,7 +175,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with the sizes that are given; input and output share their table."""
+    """GPT-2 with given sizes. Input and output embeddings are tied."""
 
     def __init__(self, vocabulary: int, length: int, width: int, heads: int, layers: int) -> None:
         super().__init__()
@@ -188,7 +190,7 @@ class GPT(nn.Module):
 
 
 def training(device: torch.device, backends: Sequence[str], tiny: bool) -> list[Row]:
-    """A training step of GPT-2 small under bfloat16 autocast, batch 8 x 512; all but the format is by default."""
+    """A training step of GPT-2 small under bfloat16 autocast, batch 8 x 512, with default options except the format."""
     sizes = (256, 64, 64, 2, 2) if tiny else (50304, 512, 768, 12, 12)
     batch, length = (2, 32) if tiny else (8, 512)
     stopwatch = Stopwatch(device)
@@ -224,9 +226,9 @@ def training(device: torch.device, backends: Sequence[str], tiny: bool) -> list[
 
             steps = [step_of(lambda optimizer, model: optimizer), step_of(wrap)]
             if "log_dir" in options:
-                # Ten at a time, of which one is a logging point.
+                # Ten steps at a time, with one logging point.
                 steps = [lambda step=step: [step() for _ in range(10)] for step in steps]  # type: ignore[misc]
-            (base, _), (whole, _) = stopwatch.in_turns(steps, 3.0)
+            (base, _), (whole, _) = stopwatch.time_in_rounds(steps, 3.0)
             n = 10 if "log_dir" in options else 1
             rows.append({"case": case, "step_ms": base * 1e3 / n, "tracking_ms": (whole - base) * 1e3 / n,
                          "share": (whole - base) / base})  # fmt: skip
@@ -245,12 +247,12 @@ def show(rows: Sequence[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", help="torch's current accelerator by default")
+    parser.add_argument("--device", help="default: torch's current accelerator")
     parser.add_argument("--backends", nargs="+", default=("eager", "auto"))
     parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--tiny", action="store_true", help="small weights: whether this runs, not what it costs")
-    parser.add_argument("--json", type=Path, help="where the numbers go")
+    parser.add_argument("--tiny", action="store_true", help="small weights: test that it runs, do not measure")
+    parser.add_argument("--json", type=Path, help="output file for the numbers")
     options = parser.parse_args()
     device = torch.device(options.device) if options.device else torch.accelerator.current_accelerator(True)
     if device is None:

@@ -1,4 +1,4 @@
-"""Time and memory. Times of one run stand beside each other: only their ratios mean something on a shared machine."""
+"""Measures time and memory. On a shared machine, only the ratios of times from one run are meaningful."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def cpu_time_of_one_thread() -> None:
-    """Measure on one thread of torch's, and what the processor works for it: others on the machine count less."""
+    """Measure CPU time with a single torch thread, so that other processes matter less."""
     global _clock
     torch.set_num_threads(1)
     _clock = time.thread_time
@@ -23,13 +23,13 @@ def cpu_time_of_one_thread() -> None:
 _clock = time.perf_counter
 
 
-def in_turns(cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each case, all of them once in each turn.
+def time_in_rounds(cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each case. All cases run once per round.
 
     Args:
-        cases: What to do, by name.
-        repeats: Turns that count.
-        warmup: Turns before them: the first ones make optimizer states and compile.
+        cases: Functions to time, by name.
+        repeats: Number of timed rounds.
+        warmup: Number of rounds before them, which create optimizer states and compile.
     """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + repeats):
@@ -43,15 +43,15 @@ def in_turns(cases: Mapping[str, Callable[[], object]], repeats: int, warmup: in
 
 
 def peak_bytes(action: Callable[[], object]) -> int | None:
-    """How far the process's memory rises above where it was, while something runs; None where Linux does not tell."""
+    """Peak increase of the process's memory while ``action`` runs; None if Linux does not report it."""
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
     gc.collect()
-    # What the allocator keeps for itself would hide what is taken from it.
+    # Memory cached by the allocator would hide new allocations.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    # 5 sets the high-water mark back to what is held now.
+    # 5 resets the peak to the current usage.
     reset.write_text("5")
     before = _status("VmRSS")
     action()

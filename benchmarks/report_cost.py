@@ -1,11 +1,11 @@
-"""What a report of a large run costs: time and peak memory, from JSONL and from event files.
+"""The cost of a report on a large run: time and peak memory, from JSONL and from event files.
 
     PYTHONPATH=src python benchmarks/report_cost.py                       # 1,000 layers x 2,000 points
     PYTHONPATH=src python benchmarks/report_cost.py --layers 100 --points 500 --html
 
-The run is made once, below ``--dir``: 1.4 GB. ``jsonl`` is what a path in ``sinks=`` writes, ``beside`` what
-``log_dir=`` does, ``events`` the same without the JSONL beside it. Each report is a process of its own; the operating
-system says the peak of its resident memory.
+The run is created once, below ``--dir``: 1.4 GB. ``jsonl`` is what a path in ``sinks=`` writes, ``log_dir`` what
+``log_dir=`` writes, ``events`` the same without the JSONL file next to the event file. Each report runs in its own
+process. The peak resident memory is reported by the operating system.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from weightflip.records import Counts, FlipRecord, LayerRecord, RunInfo
 from weightflip.sinks import BesideSink, JSONLSink, TensorBoardSink
 from weightflip.sinks.tags import tagged_values
 
-SOURCES = ("jsonl", "beside", "events")
+SOURCES = ("jsonl", "log_dir", "events")
 SIZE, EVERY = 4096, 10
 
 
 class FastEvents:
-    """Appends scalars to a SummaryWriter's file, byte for byte as it would, in a hundredth of its time."""
+    """Appends scalars to a SummaryWriter's file, byte-for-byte as SummaryWriter does, but a hundred times faster."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab")
         self._of: tuple[list[str], int] = ([], 0)
 
     def write(self, record: FlipRecord) -> None:
-        """The numbers of one point."""
+        """Append the numbers of one point."""
         tags = tagged_values(record)
         step = record.step
         varint = Event(step=step).SerializeToString()[1:]
@@ -81,7 +81,7 @@ class FastEvents:
 
 
 def masked_crcs(data: NDArray[np.uint8], begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """The checksums of some parts of an array, as TFRecord files have them: CRC-32C, turned, plus a constant."""
+    """The checksums of parts of an array, as in TFRecord files: CRC-32C, rotated, plus a constant."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = table >> 1 ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
@@ -94,14 +94,14 @@ def masked_crcs(data: NDArray[np.uint8], begins: NDArray[np.int64], ends: NDArra
 
 
 def write_run(where: Path, layers: int, points: int) -> None:
-    """Write one run in three ways."""
+    """Write one run in three forms."""
     draw = np.random.default_rng(0)
     names = [f"blocks.{at // 8}.part{at % 8}.weight" for at in range(layers)]
     info = RunInfo(dict.fromkeys(names, ("64x64", "float32", "float8_e4m3")), {}, {"optimizer": "AdamW"})
-    with SummaryWriter(str(where / "beside"), filename_suffix=".weightflip") as writer:
+    with SummaryWriter(str(where / "log_dir"), filename_suffix=".weightflip") as writer:
         writer.add_text("weightflip/tracking", info.to_markdown(), 0)
-    (file,) = (where / "beside").glob("*tfevents*")
-    tensorboard = TensorBoardSink(str(where / "beside"))
+    (file,) = (where / "log_dir").glob("*tfevents*")
+    tensorboard = TensorBoardSink(str(where / "log_dir"))
     events, sinks = FastEvents(file), [BesideSink(tensorboard), JSONLSink(str(where / "jsonl" / "flips.jsonl"))]
     for sink in sinks:
         sink.start(info, 0)
@@ -123,7 +123,7 @@ def write_run(where: Path, layers: int, points: int) -> None:
 
 
 def measure(path: Path, options: Sequence[str]) -> tuple[float, float, float]:
-    """Seconds, those of the processor and MB of a report's process."""
+    """Seconds, CPU seconds and peak memory in MB of a report's process."""
     begin = time.perf_counter()
     command = [sys.executable, "-m", "weightflip.report", str(path), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=2000)
     parser.add_argument("--dir", type=Path, default=Path("runs/report_cost"))
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
-    parser.add_argument("--html", action="store_true", help="write the page, too")
+    parser.add_argument("--html", action="store_true", help="also write the HTML page")
     args = parser.parse_args()
     where = args.dir / f"{args.layers}x{args.points}"
     if not (where / "events").exists():

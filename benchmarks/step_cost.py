@@ -1,7 +1,6 @@
-"""What tracking costs beside an optimizer's step: both in one run, in turns, medians, as a ratio.
+"""The cost of tracking relative to an optimizer's step. Both alternate in one run; results are ratios of medians.
 
-``python benchmarks/step_cost.py`` prints tables. Times vary with the machine and with what else runs there; the ratio
-is what to compare.
+``python benchmarks/step_cost.py`` prints tables. Times depend on the machine and its load, so compare ratios.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from chart import draw
-from measure import cpu_time_of_one_thread, in_turns, peak_bytes
+from measure import cpu_time_of_one_thread, peak_bytes, time_in_rounds
 from workloads import GPT2, ONE, SMALL, Weights, byte_gpt, naive_step
 
 from weightflip import FlipTrackingOptimizer
@@ -45,7 +44,7 @@ def wrapped(weights: Weights, **options: Any) -> FlipTrackingOptimizer:
 
 
 def against_bare(name: str, weights: Weights, cases: Mapping[str, Mapping[str, Any]], repeats: int) -> list[Row]:
-    """Each case as wrapped against bare, one after the other, so that two sets of weights are alive at a time."""
+    """Compare each wrapped case with the bare optimizer, one by one, so that only two sets of weights exist at once."""
     rows = []
     for case, options in cases.items():
         bare = weights.adamw()
@@ -57,13 +56,13 @@ def against_bare(name: str, weights: Weights, cases: Mapping[str, Mapping[str, A
             tracked = wrapped(weights, **options)
             actions = {"bare": bare.step, "tracked": tracked.step}
             memory = tracked
-        # What is read and written of a float32 weight, as a plain read of as much: twice the weight for one scale a
-        # tensor, once for a scale that fewer share.
+        # A plain read of the bytes that a float32 weight needs to read and write: the weight is read twice if it has
+        # one scale, and once if its rows or blocks have scales of their own.
         read = READ.get(case) if len(weights.shapes) == 1 else None
         if read is not None:
             actions["read"] = torch.zeros(weights.numel * read // 4).sum
-        # The naive way takes so long that few turns tell enough.
-        times = in_turns(actions, 3, warmup=1) if case == "naive" else in_turns(actions, repeats)
+        # The naive method is so slow that a few rounds suffice.
+        times = time_in_rounds(actions, 3, warmup=1) if case == "naive" else time_in_rounds(actions, repeats)
         extra = times["tracked"] - times["bare"]
         row = {
             "weights": name,
@@ -115,7 +114,7 @@ def small(repeats: int) -> list[Row]:
 
 
 def formats(repeats: int) -> list[Row]:
-    """Each format."""
+    """All formats."""
     cases = {name: {"quantizer": name} for name in FORMATS}
     return against_bare("formats, 4096 x 4096", Weights(ONE), cases, max(3, repeats // 3))
 
@@ -138,7 +137,7 @@ def on_top(name: str, weights: Weights, cases: Mapping[str, Sequence[str]], repe
     for case, metrics in cases.items():
         bare, default = weights.adamw(), wrapped(weights)
         observed = wrapped(weights, metrics=("flips", "stalls", *metrics))
-        times = in_turns({"bare": bare.step, "default": default.step, "observed": observed.step}, repeats)
+        times = time_in_rounds({"bare": bare.step, "default": default.step, "observed": observed.step}, repeats)
         extra = times["observed"] - times["default"]
         rows.append(
             {
@@ -154,7 +153,7 @@ def on_top(name: str, weights: Weights, cases: Mapping[str, Sequence[str]], repe
 
 
 def every(repeats: int) -> list[Row]:
-    """Every n-th step: means over n steps, of which one is tracked."""
+    """Tracking every n-th step: means over n steps with one tracked step."""
     weights = Weights(ONE)
     bare = weights.adamw()
     rows = []
@@ -168,7 +167,7 @@ def every(repeats: int) -> list[Row]:
 
             return some
 
-        times = in_turns({"bare": steps(bare), "tracked": steps(tracked)}, max(5, repeats // n))
+        times = time_in_rounds({"bare": steps(bare), "tracked": steps(tracked)}, max(5, repeats // n))
         extra = (times["tracked"] - times["bare"]) / n
         rows.append(
             {
@@ -183,10 +182,10 @@ def every(repeats: int) -> list[Row]:
 
 
 def bytes_gpt(repeats: int) -> list[Row]:
-    """The byte GPT end to end, with TensorBoard: blocks of ten steps, each with one logging point.
+    """The byte GPT end to end, with TensorBoard: sets of ten steps, each with one logging point.
 
-    What the optimizer's step takes longer is set against the whole training step: the difference of two whole steps
-    would drown in the noise of forward and backward.
+    The extra time of the optimizer's step is compared with the whole training step: the difference between two whole
+    steps would be lost in the noise of forward and backward.
     """
     spent = {"bare": 0.0, "tracked": 0.0}
 
@@ -271,18 +270,18 @@ def _show(rows: list[Row]) -> None:
 
 
 def load() -> float | None:
-    """Processes that were running or waiting to run, mean of the last minute; None where the system does not say."""
+    """Mean number of running and runnable processes over the last minute; None if the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def how_calm(before: float | None, after: float | None) -> str:
-    """Whether the times can be believed."""
+def describe_load(before: float | None, after: float | None) -> str:
+    """Whether the machine was idle enough for reliable times."""
     if before is None or after is None:
         return "load: unknown on this system"
-    # Afterwards the benchmark's own threads are among them.
-    is_calm = before < 0.5 and after < torch.get_num_threads() + 0.5
+    # Afterwards, the load includes the benchmark's own threads.
+    is_idle = before < 0.5 and after < torch.get_num_threads() + 0.5
     return f"load {before:.1f} before, {after:.1f} after: " + (
-        "calm" if is_calm else "NOT CALM, other work ran here; ratios may be off"
+        "idle" if is_idle else "NOT IDLE, other work ran here; ratios may be off"
     )
 
 
@@ -291,10 +290,10 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"what to measure, of {', '.join(PARTS)}; all by default")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument(
-        "--one-thread", action="store_true", help="CPU time of a single thread: for a machine that others use, too"
+        "--one-thread", action="store_true", help="measure CPU time of a single thread, for a shared machine"
     )
-    parser.add_argument("--json", type=Path, help="where the numbers go")
-    parser.add_argument("--chart", type=Path, help="where the picture goes (.svg, .png)")
+    parser.add_argument("--json", type=Path, help="output file for the numbers")
+    parser.add_argument("--chart", type=Path, help="output file for the chart (.svg, .png)")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"expected some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
@@ -314,7 +313,7 @@ def main() -> None:
         show(found)
         if options.json:
             options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-    print(f"\n{how_calm(before, load())}")
+    print(f"\n{describe_load(before, load())}")
     if options.chart:
         draw(rows, options.chart)
 

@@ -1,4 +1,4 @@
-"""What is measured: sets of weights with an optimizer, the byte GPT, and the way that research code counts flips."""
+"""Workloads: sets of weights with an optimizer, the byte GPT, and flip counting as in research code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GPT2 = [
 
 
 class Weights:
-    """Parameters with gradients that several optimizers may share, each with parameters of its own."""
+    """Gradients shared by several optimizers, each with its own parameters."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
         self.shapes = shapes
@@ -43,7 +43,7 @@ class Weights:
         return sum(gradient.numel() for gradient in self.gradients if gradient.ndim > 1)
 
     def adamw(self) -> torch.optim.AdamW:
-        """A fused AdamW over new parameters: no other optimizer's steps are seen as writes from outside."""
+        """A fused AdamW over new parameters, so that steps of other optimizers are not seen as external writes."""
         parameters = []
         for gradient in self.gradients:
             parameter = torch.nn.Parameter(torch.randn(gradient.shape) * 0.02)
@@ -53,7 +53,7 @@ class Weights:
 
 
 def naive_step(optimizer: torch.optim.Optimizer) -> list[tuple[int, int, int]]:
-    """The way of research code: clone and quantize before the step and after it, compare, read the numbers."""
+    """Flip counting as in research code: clone and quantize before and after the step, compare, read the numbers."""
 
     def quantized(weight: Tensor) -> Tensor:
         scale = (448.0 / weight.abs().max().double().clamp(min=1e-12)).float()

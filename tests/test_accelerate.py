@@ -1,4 +1,4 @@
-"""Under Hugging Face Accelerate: training is what it was, the counts are right, and a resumed run goes on."""
+"""With Hugging Face Accelerate: training is unchanged, the counts are right, and a resumed run continues."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_NORM = 0.33
 
 
 class Run(NamedTuple):
-    """What a training did, and the objects to go on with."""
+    """The results of a training, and the objects to continue with."""
 
     accelerator: accelerate.Accelerator
     model: nn.Module
@@ -41,7 +41,7 @@ class Run(NamedTuple):
 
 
 def new_accelerator(**options) -> accelerate.Accelerator:
-    """An accelerator as in a process of its own: they share their state, and so their precision."""
+    """Create an accelerator as in a new process: otherwise accelerators share their state, and so their precision."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
     return accelerate.Accelerator(cpu=True, **options)
@@ -60,7 +60,7 @@ def train(
     load=None,
     zero_grad=None,
 ) -> Run:
-    """Two micro-batches a step, clipped gradients, a cosine over the steps; nothing but the wrapping differs."""
+    """Train with two micro-batches per step, clipped gradients and a cosine schedule, with or without tracking."""
     accelerator = new_accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=ACCUMULATE)
     accelerator.scaler = scaler
     images, labels = (tensor[: 64 * BATCHES_AN_EPOCH] for tensor in digits)
@@ -109,7 +109,7 @@ def test_tracked_equals_bare_and_counts_equal_brute_force(mixed_precision, form,
     assert sum(run.brute.flips.values()) > 0
     assert sum(run.brute.stalled.values()) > 0
     assert run.tracker.step_count == STEPS
-    # Gradients were clipped, and the rate that the inner optimizer sees falls with each step.
+    # Gradients were clipped, and the inner optimizer's learning rate drops with each step.
     assert max(run.norms) > MAX_NORM
     assert bare.lrs == run.lrs
     cosine = [LR * (1 + math.cos(math.pi * step / STEPS)) / 2 for step in range(1, STEPS + 1)]
@@ -118,8 +118,8 @@ def test_tracked_equals_bare_and_counts_equal_brute_force(mixed_precision, form,
 
 @each_form
 @pytest.mark.parametrize("fused", [False, True], ids=["for-loop", "fused"])
-def test_steps_that_the_scaler_skips_are_none(fused, form, digits):
-    """Accelerate makes a scaler for float16 on a GPU only, so it is given one here."""
+def test_steps_skipped_by_the_scaler_do_not_count(fused, form, digits):
+    """Accelerate creates a scaler only for float16 on a GPU, so the test sets one."""
     bare, run = (
         train(digits, form=each, fused=fused, scaler=torch.amp.GradScaler("cpu"), overflows=(2, 9, 17))
         for each in (None, form)
@@ -146,15 +146,15 @@ def test_zero_grad_passes_set_to_none_on(set_to_none, form, digits):
 
 
 def test_bf16_is_autocast_and_the_weights_stay_float32(digits):
-    """So flips are those of float8, and not of bfloat16 weights."""
+    """Therefore flips are those of float8, not of bfloat16 weights."""
     full = train(digits, form=by_wrapper, epochs=range(1))
     mixed = train(digits, form=by_wrapper, epochs=range(1), mixed_precision="bf16")
     assert not torch.equal(torch.stack(full.losses), torch.stack(mixed.losses))
     assert {row[1:] for row in mixed.optimizer.info.tracked.values()} == {("float32", "float8_e4m3")}
 
 
-def test_layers_that_prepare_converts_to_float8_are_seen(digits):
-    """Accelerate converts them after the optimizer was made; the first and the last stay as they are.
+def test_layers_that_prepare_converts_to_float8_are_detected(digits):
+    """Accelerate converts them after the optimizer was created; the first and the last stay as they are.
 
     Without a config of its own, accelerate 1.15 takes one for FSDP2. It puts new parameters into the model and leaves
     the old ones to the optimizer: without FSDP2 these layers do not train, tracked or not.
@@ -180,7 +180,7 @@ def test_layers_that_prepare_converts_to_float8_are_seen(digits):
     assert optimizer.tracker.get_flip_counts()["2.weight"] > 0
 
 
-def test_what_prepare_returns_leads_to_the_tracker(digits):
+def test_what_prepare_returns_gives_access_to_the_tracker(digits):
     run = train(digits, form=by_wrapper, epochs=range(1))
     assert isinstance(run.prepared, accelerate.optimizer.AcceleratedOptimizer)
     assert run.prepared.optimizer is run.optimizer
@@ -188,7 +188,7 @@ def test_what_prepare_returns_leads_to_the_tracker(digits):
     assert run.prepared.param_groups is run.optimizer.inner.param_groups
 
 
-def test_an_optimizer_that_is_prepared_already_is_refused():
+def test_an_already_prepared_optimizer_is_refused():
     """Each micro-batch would count as a step."""
     model = digits_model()
     prepared = new_accelerator().prepare(torch.optim.AdamW(model.parameters()))
@@ -198,7 +198,7 @@ def test_an_optimizer_that_is_prepared_already_is_refused():
 
 
 @each_form
-def test_a_resumed_run_goes_on(form, digits, tmp_path):
+def test_a_resumed_run_continues(form, digits, tmp_path):
     whole = train(digits, form=form)
     half = train(digits, form=form, epochs=range(1), save=tmp_path)
     resumed = train(digits, form=form, epochs=range(1), load=tmp_path)
@@ -222,7 +222,7 @@ def test_bare_and_wrapped_runs_load_each_others_checkpoints(saved, loading, digi
         resumed.brute.check(resumed.tracker)
 
 
-def test_schedule_free_swaps_weights_between_steps_and_no_flip_is_counted_for_it(digits):
+def test_schedule_free_weight_swaps_between_steps_are_not_flips(digits):
     schedulefree = pytest.importorskip("schedulefree", reason="needs: pip install schedulefree")
     runs = {}
     for wrap in (False, True):
@@ -241,7 +241,7 @@ def test_schedule_free_swaps_weights_between_steps_and_no_flip_is_counted_for_it
             prepared.step()
             trained = model[0].weight.detach().clone()
             prepared.eval()
-            # At the first step the averaged weights are the ones that were trained.
+            # At the first step, the averaged weights equal the trained ones.
             assert torch.equal(trained, model[0].weight) == (step == 0)
             losses.append(nn.functional.cross_entropy(model(images), labels).detach())
         runs[wrap] = losses, dict(model.state_dict())

@@ -1,4 +1,4 @@
-"""Records are written in a thread of their own: what waits for it, what does not, and what a killed process loses."""
+"""Records are written in a background thread: what waits for it, what does not, and what a killed process loses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from weightflip.sinks import BackgroundSink
 
 
 class Slow(BackgroundSink):
-    """Writes a record when it may."""
+    """Writes a record when it is allowed to."""
 
     def __init__(self):
         self.may_write, self.is_writing = threading.Event(), threading.Event()
@@ -133,7 +133,7 @@ def test_a_process_is_forked_while_a_record_is_written():
     assert sink.is_writing.wait(60)
     child = os.fork()
     if child == 0:
-        # Nothing of the parent's is written here, and nothing waits for a thread that does not live here.
+        # The child writes nothing for its parent, and does not wait for a thread that it lacks.
         import warnings
 
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""The JSONL beside TensorBoard's event file: what a report needs, in exact numbers, and never in TensorBoard's way."""
+"""The JSONL file next to TensorBoard's event file: exact numbers for reports, without disturbing TensorBoard."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def events(path) -> list[Path]:
 
 
 def test_a_report_has_the_counts_of_a_plain_run(digits, tmp_path):
-    """What is read of a directory is what a JSONL file of the same records says, number by number."""
+    """A directory gives exactly the numbers of a JSONL file with the same records."""
     tensorboard = TensorBoardSink(str(tmp_path / "run"))
     sinks = [tensorboard, CompanionSink(tensorboard), tmp_path / "full.jsonl"]
     options = {"metrics": METRICS, "quantizer": ["float8_e4m3", "int4:g16"], "alerts": ["flip_rate > 0"]}
@@ -73,7 +73,7 @@ def test_it_is_there_by_default_small_and_as_far_as_the_events(digits, tmp_path,
     pictures = 200_000
     assert path.stat().st_size < (events(tmp_path)[0].stat().st_size - pictures) / 2
     assert "rounded" not in run_cli(capsys, tmp_path)
-    # Only where TensorBoard is what the user did not ask otherwise for.
+    # Only with the default TensorBoard sink.
     with SummaryWriter(tmp_path / "own") as writer:
         train(digits, 10, sinks=[writer]).close()
     assert not beside(tmp_path / "own")
@@ -144,7 +144,7 @@ def test_where_it_does_not_reach_as_far_the_event_files_are_read(digits, tmp_pat
 
 def test_a_full_disk_costs_the_file_and_not_tensorboard(digits, tmp_path, monkeypatch):
     monkeypatch.setattr("weightflip.sinks.companion.writer_id", lambda: "1.host.1.0")
-    # A device on which every write fails as on a full disk.
+    # Every write to this device fails like on a full disk.
     (tmp_path / "flips.1.host.1.0.jsonl").symlink_to("/dev/full")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -220,6 +220,6 @@ def test_where_an_event_file_begins_and_ends(tmp_path, first_step):
     points = EventAccumulator(str(path)).Reload().Scalars("flips/rate")
     whole = path.read_bytes()
     assert find_span(path) == (points[0].wall_time, points[-1].wall_time, first_step)
-    # A file that is still written, or that a kill cut.
+    # A file that is still being written, or was cut off by a kill.
     path.write_bytes(whole[: whole.rindex(b"flips/rate") + 5])
     assert find_span(path) == (points[0].wall_time, points[-2].wall_time, first_step)

@@ -33,7 +33,7 @@ class Case(NamedTuple):
 def cases() -> list[Case]:
     found = []
     for info in optim_db:
-        # torch's own helper leaves foreach out on CPU, where it works too.
+        # torch's own helper omits foreach on the CPU, although it works there.
         flags = [flag for flag in info.supported_impls if flag != "fused" or "cpu" in info.supports_fused_on]
         for i, given in enumerate(info.optim_inputs_func(device="cpu")):
             base = {**given.kwargs, **dict.fromkeys(flags, False)}
@@ -47,7 +47,7 @@ CASES = cases()
 
 
 class Net(nn.Module):
-    """Matrices, vectors, or a table with sparse gradients: what the optimizer takes."""
+    """Matrices, vectors, or a table with sparse gradients, depending on what the optimizer takes."""
 
     def __init__(self, info: OptimizerInfo) -> None:
         super().__init__()
@@ -71,14 +71,14 @@ class Net(nn.Module):
 def build(case: Case, net: Net, wrap) -> torch.optim.Optimizer:
     kwargs = copy.deepcopy(case.kwargs)  # tensor learning rates are written in place by schedulers
     named = list(net.named_parameters())
-    # LBFGS takes one group only.
+    # LBFGS takes only one param group.
     several = case.info.optim_cls is not torch.optim.LBFGS
     groups = [{"params": [p]} for _, p in named] if several else [p for _, p in named]
     return wrap(case.info.optim_cls(groups, **kwargs), net)
 
 
 def train(case: Case, wrap, steps: int = 5) -> list[Any]:
-    """A training with a scheduler, interrupted by a save and load, then by a deep copy; all that can differ in the end.
+    """Train with a scheduler, interrupted by a save and load and by a deep copy; return everything that could differ.
 
     Args:
         case: What to run.
@@ -130,7 +130,7 @@ def train(case: Case, wrap, steps: int = 5) -> list[Any]:
 def step_once(case: Case, net: Net, optimizer: torch.optim.Optimizer, closure) -> Any:
     if case.info.step_requires_closure:
         return optimizer.step(closure).detach()
-    # Half of the steps as most scripts write them, half through the closure.
+    # Half of the steps without a closure, as in most scripts, and half with one.
     loss = closure()
     if int(loss.detach().item() * 1e6) % 2:
         assert optimizer.step() is None
@@ -161,7 +161,7 @@ def tracked(optimizer: torch.optim.Optimizer, net: nn.Module) -> FlipTrackingOpt
 
 
 def hooked(optimizer: torch.optim.Optimizer, net: nn.Module) -> torch.optim.Optimizer:
-    # An attribute that a copy does not have, as it does not have the hooks.
+    # An attribute that copies do not have, just as they do not have the hooks.
     optimizer.tracker = track_flips(optimizer, net, sinks=[]).tracker
     return optimizer
 
@@ -174,7 +174,7 @@ def conforms(case: Case, wrap) -> None:
 
 
 def differentiable(case: Case, wrap) -> list[Tensor]:
-    """A step that autograd sees: parameters are not leaves, and the result is differentiated."""
+    """Make a differentiable step: parameters are not leaves, and autograd differentiates the result."""
     torch.manual_seed(0)
     leaf = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(7, 5, dtype=torch.float64)
@@ -182,7 +182,7 @@ def differentiable(case: Case, wrap) -> list[Tensor]:
     weight = leaf.clone()
     weight.grad = grad
     optimizer = wrap(case.info.optim_cls([weight], **copy.deepcopy(case.kwargs)), None)
-    # One step: the second one of some optimizers overwrites what autograd saved for the first.
+    # Only one step: the second step of some optimizers overwrites what autograd saved for the first.
     optimizer.step()
     (slope,) = torch.autograd.grad(weight.square().sum(), leaf)
     result += [weight.detach().clone(), slope]
@@ -210,7 +210,7 @@ def test_every_input_of_each_optimizer(case, form):
 
 
 def replaced_parameters_that_stay_alive(case: Case, wrap) -> list[str]:
-    """Train two steps, replace all parameters, and name those of the old ones that are still there."""
+    """Train two steps, replace all parameters, and return the names of old ones that are still alive."""
     net = Net(case.info)
     optimizer = build(case, net, wrap)
     for step in range(2):
@@ -241,7 +241,7 @@ def backward_of(net: Net, step: int) -> Tensor:
 )
 def test_replaced_parameters_are_freed_as_by_the_bare_optimizer(case, form):
     bare = replaced_parameters_that_stay_alive(case, lambda optimizer, net: optimizer)
-    # LBFGS keeps a list of its own.
+    # LBFGS keeps its own list.
     assert bool(bare) == (case.info.optim_cls is torch.optim.LBFGS)
     assert replaced_parameters_that_stay_alive(case, form) == bare
 
@@ -249,8 +249,8 @@ def test_replaced_parameters_are_freed_as_by_the_bare_optimizer(case, form):
 @pytest.mark.conformance
 @pytest.mark.parametrize("form", [tracked, hooked], ids=["wrapper", "hooks"])
 @pytest.mark.parametrize("case", FAST, ids=lambda case: case.name)
-def test_each_optimizer_is_as_the_bare_one_to_who_looks_at_it(case, form):
-    """The signatures of its methods, what hooks are given, and where new attributes go."""
+def test_each_wrapped_optimizer_looks_like_the_bare_one(case, form):
+    """The signatures of its methods, the arguments of hooks, and where new attributes go."""
     if case.kwargs.get("differentiable"):
         case = case._replace(kwargs={**case.kwargs, "differentiable": False})
     net = Net(case.info)
@@ -270,7 +270,7 @@ def test_each_optimizer_is_as_the_bare_one_to_who_looks_at_it(case, form):
         return backward_of(net, 0)
 
     optimizer.brand_new = 41
-    # LBFGS and others that need it are given the closure by the hook.
+    # LBFGS and others that need a closure get it from the hook.
     loss = optimizer.step(**({"closure": closure} if case.info.step_requires_closure else {}))
     assert torch.equal(loss.detach(), Net(case.info).loss(0).detach())
     assert [(o is optimizer, args[0] is optimizer, len(args)) for o, args, _ in seen] == [(True, True, 1)] * 2
@@ -283,7 +283,7 @@ def test_each_optimizer_is_as_the_bare_one_to_who_looks_at_it(case, form):
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_the_database_is_what_we_think():
+def test_the_database_has_the_expected_optimizers():
     names = {case.info.optim_cls.__name__ for case in CASES}
     missing = {name for name in torch.optim.__all__ if isinstance(getattr(torch.optim, name), type)} - names
     assert missing == {"Optimizer"}
@@ -291,7 +291,7 @@ def test_the_database_is_what_we_think():
 
 
 class NaiveWrapper(torch.optim.Optimizer):
-    """What wrappers get wrong: the groups are a copy, the closure's loss is dropped."""
+    """A typical faulty wrapper: copies the param groups and drops the closure's loss."""
 
     def __init__(self, optimizer):
         super().__init__([{**group} for group in optimizer.param_groups], optimizer.defaults)
@@ -319,7 +319,7 @@ def takes_vectors(case: Case) -> bool:
 
 
 def takes_meta(case: Case) -> bool:
-    # Of the old parameters LBFGS keeps a list and Adagrad a state, and fused implementations refuse the meta device.
+    # LBFGS keeps a list of old parameters and Adagrad their state, and fused implementations refuse the meta device.
     keeps = case.info.optim_cls in (torch.optim.LBFGS, torch.optim.Adagrad)
     return takes_vectors(case) and not (keeps or case.kwargs.get("fused"))
 

@@ -1,4 +1,4 @@
-"""The table of numbers, read back with the standard library's reader."""
+"""The CSV table, read back with the standard library."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_resumed_runs_append_and_a_torn_row_is_removed(digits, tmp_path):
     path = tmp_path / "flips.csv"
     train(digits, 10, sinks=[path])[0].close()
     whole = path.read_text()
-    # A number that was cut off would look like another one.
+    # A truncated number would look like a different one.
     path.write_text(whole + "20,0.weight,float8_e4m3,flip_rate,0.1")
     optimizer, _ = train(digits, 10, sinks=[path])
     optimizer.close()

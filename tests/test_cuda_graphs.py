@@ -1,4 +1,4 @@
-"""A step that a CUDA graph captures is left alone: host code does not run again when the graph is replayed."""
+"""A step captured in a CUDA graph is not tracked: host code does not run again when the graph is replayed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weightflip import FlipTrackingOptimizer
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where other tests have loaded the driver, asking is right")
-def test_steps_on_the_cpu_do_not_ask_for_a_capture(monkeypatch, digits):
+def test_steps_on_the_cpu_do_not_check_for_a_capture(monkeypatch, digits):
     def ask() -> bool:
         raise AssertionError("asked a driver that nobody has loaded")
 
@@ -25,8 +25,8 @@ def test_steps_on_the_cpu_do_not_ask_for_a_capture(monkeypatch, digits):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_that_torch_calls_captured_is_not_looked_at(monkeypatch, digits, form):
-    """What follows from torch's answer; that it answers so in a capture, only test_accelerator.py sees."""
+def test_a_step_that_torch_reports_as_captured_is_not_tracked(monkeypatch, digits, form):
+    """The reaction to torch's answer. That torch gives it during a capture is only tested in test_accelerator.py."""
     model = digits_model()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer, tracker = FORMS[form](inner, model)
@@ -49,7 +49,7 @@ def test_a_step_that_torch_calls_captured_is_not_looked_at(monkeypatch, digits, 
 
     brute = BruteForce(model)
     for step in (2, 3):
-        # As a replay would write: without moving a version counter. That is no flip of the next step.
+        # As a replay writes: without changing a version counter. This is not a flip of the next step.
         model[0].weight.data.mul_(-1)
         backward(model, digits, step)
         brute.before()

@@ -1,4 +1,4 @@
-"""A metric says once what its numbers are, and they show up wherever numbers do."""
+"""A metric declares its values once, and they appear wherever values are shown."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from weightflip.metrics import LayerMetric, Metric, metric_names, register
 from weightflip.metrics.base import make_metrics
 from weightflip.metrics.oscillation import Oscillation
 from weightflip.records import CORE_VALUES, RunInfo, Value
+from weightflip.report import events
 
 WIDE = ("flips", "stalls", "wide")
 
 
 @register
 class Wide(Metric):
-    """A user's metric: how many flips go further than one code, and how far the weights reach."""
+    """A user's metric: how many flips skip a code, and the range of the weights."""
 
     name = "wide"
     values = (
@@ -58,7 +59,7 @@ def train(digits, steps=40, model=None, **options):
 
 
 @pytest.mark.parametrize("where", ["events", "flips.jsonl"])
-def test_a_users_metric_shows_up_everywhere(digits, tmp_path, capsys, monkeypatch, where):
+def test_a_users_metric_appears_everywhere(digits, tmp_path, capsys, monkeypatch, where):
     monkeypatch.delenv("COLUMNS", raising=False)
     path = tmp_path / where
     options = {"log_dir": path} if where == "events" else {"sinks": [path, tmp_path / "sink.csv"]}
@@ -99,7 +100,7 @@ def test_a_users_metric_shows_up_everywhere(digits, tmp_path, capsys, monkeypatc
         assert "weightflip/wide_flips" in tags["images"]
 
 
-def test_a_number_that_is_only_named_is_shown_under_its_name(digits, tmp_path, capsys):
+def test_an_undeclared_value_is_shown_under_its_name(digits, tmp_path, capsys):
     class Bare(Wide):
         name = "bare"
         values = ()
@@ -119,7 +120,7 @@ def test_a_number_that_is_only_named_is_shown_under_its_name(digits, tmp_path, c
     assert "bare gauge" in run_cli(capsys, tmp_path)
 
 
-def test_event_files_alone_say_what_is_a_gauge(digits, tmp_path):
+def test_event_files_alone_identify_gauges(digits, tmp_path):
     train(digits, log_dir=tmp_path)
     for path in tmp_path.glob("*.jsonl"):
         path.unlink()
@@ -129,7 +130,42 @@ def test_event_files_alone_say_what_is_a_gauge(digits, tmp_path):
     assert (value.kind, value.unit, value.description) == ("rate", "share", "share of flips over several codes")
 
 
-def test_runs_of_before_are_read_as_they_were(digits, tmp_path, capsys, monkeypatch):
+def test_event_files_alone_head_columns_with_titles(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    model = digits_model()
+    options = {"metrics": ("flips", "stalls", "oscillation"), "log_dir": tmp_path}
+    with FlipTrackingOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, **options) as optimizer:
+        for step in range(40):
+            backward(model, digits, step)
+            optimizer.step()
+    with_counts = run_cli(capsys, tmp_path)
+    for path in tmp_path.glob("*.jsonl"):
+        path.unlink()
+    heads = [
+        next(line for line in out.splitlines() if "layer " in line and "weights" in line)
+        for out in (with_counts, run_cli(capsys, tmp_path))
+    ]
+    assert "oscillation" in heads[0]
+    assert "oscillation ratio" not in heads[0]
+    # Event files do not tell the order.
+    assert sorted(heads[1].split()) == sorted(heads[0].split())
+
+
+def test_text_panels_without_titles_are_still_read():
+    value = Value("wide_flips", "rate", "far", "share of flips over several codes", "share")
+    panel = RunInfo({}, {}, {"track_every": "1"}, values=(value,)).to_markdown()
+    earlier = (
+        panel.replace("| title |", "|").replace("| far |", "|").replace("|---|---|---|---|---|", "|---|---|---|---|")
+    )
+    assert earlier != panel
+    (read,) = events._info_from_markdown(earlier).values
+    assert (read.name, read.title, read.kind, read.unit) == ("wide_flips", "wide flips", "rate", "share")
+    assert read.description == value.description
+    (read,) = events._info_from_markdown(panel).values
+    assert (read.title, read.description) == (value.title, value.description)
+
+
+def test_runs_of_older_versions_are_read_as_before(digits, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     path = tmp_path / "flips.jsonl"
     model = digits_model()
@@ -158,8 +194,8 @@ def test_runs_of_before_are_read_as_they_were(digits, tmp_path, capsys, monkeypa
     assert [layer.get(name).gauge for name in ("flip_rate", "stable_rank", "oscillation_ratio")] == [False, True, False]
 
 
-def test_what_there_is_says_what_it_is():
-    """Each metric of the library: a title, a sentence and a place of its own for each number."""
+def test_every_value_of_the_library_is_declared():
+    """Each value of each metric has a title, a sentence and its own position."""
     metrics = [metric for metric, _ in make_metrics(dict.fromkeys(metric_names()))]
     metrics = [metric for metric in metrics if type(metric).__module__.startswith("weightflip.metrics.")]
     metrics = [Oscillation(ema=0.01) if metric.name == "oscillation" else metric for metric in metrics]
@@ -172,7 +208,7 @@ def test_what_there_is_says_what_it_is():
         assert len(set(taken)) == len(taken), of
 
 
-def test_mistakes_in_a_declaration_raise_at_once():
+def test_mistakes_in_a_declaration_raise_immediately():
     with pytest.raises(ValueError, match=r"kind of Value\('x'\) must be one of rate, gauge, histogram; got 'ratio'"):
         Value("x", "ratio")
     with pytest.raises(ValueError, match=r"unit of Value\('x'\) must be one of share, count, number; got '%'"):

@@ -1,4 +1,4 @@
-"""Everything around an optimizer works as before: schedulers, AMP, hooks, averaging, compiling, checkpointing."""
+"""Everything around an optimizer works as before: schedulers, AMP, hooks, averaging, compilation, checkpoints."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SCHEDULERS = {
 }
 
 
-def test_every_scheduler_of_torch_is_here():
+def test_every_scheduler_of_torch_is_tested():
     assert {*lr_scheduler.__all__, "SWALR"} - {"LRScheduler"} == set(SCHEDULERS)
 
 
@@ -73,9 +73,9 @@ def test_schedulers(scheduler, form, digits):
                 schedule.step()
             trace.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0].get("betas")))
             if step == 4:
-                # Resume: the loaded groups are new objects, which the scheduler has to find.
+                # Resume: the loaded param groups are new objects, which the scheduler has to find.
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        # OneCycleLR and CyclicLR cycle momentum too.
+        # OneCycleLR and CyclicLR also cycle momentum.
         assert len(set(trace)) > 2 or isinstance(schedule, (lr_scheduler.ConstantLR, lr_scheduler.ReduceLROnPlateau))
         return trace
 
@@ -145,7 +145,7 @@ def test_skipped_steps_are_not_counted_as_steps(form, digits):
     brute.check(tracker)
 
 
-# ---------------------------------------------------------------------- hooks, averaging, steps that are none
+# ---------------------------------------------------------------------- hooks, averaging, steps that initialize state
 
 
 @each_form
@@ -181,7 +181,7 @@ def test_swa_and_ema(form, digits):
             averaged.update_parameters(model)
             schedule.step()
             if step == 4:
-                # The average takes the model's place for a while: these writes are no flips.
+                # The average temporarily replaces the weights: these writes are not flips.
                 kept = copy.deepcopy(model.state_dict())
                 model.load_state_dict(averaged.module.state_dict())
                 backward(model, digits, step)
@@ -195,14 +195,14 @@ def test_swa_and_ema(form, digits):
 @each_form
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["float lr", "tensor lr"])
-def test_distributed_checkpoint_makes_state_by_a_step_that_is_none(lr, make, form, digits):
+def test_a_step_by_which_distributed_checkpoint_initializes_state_does_not_count(lr, make, form, digits):
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     def train(model, optimizer, digits):
         trace = []
         for step in range(4):
             if step in (0, 2):
-                # Without gradients, as at the start of a run that loads: torch makes them, and a step.
+                # Without gradients, as at the start of a resumed run: torch creates them and makes a step.
                 optimizer.zero_grad()
                 saved = get_optimizer_state_dict(model, optimizer)
                 set_optimizer_state_dict(model, optimizer, saved)
@@ -211,7 +211,7 @@ def test_distributed_checkpoint_makes_state_by_a_step_that_is_none(lr, make, for
             optimizer.step()
         return trace
 
-    # The watcher's brute force counts no flip and no update in a step without gradients.
+    # Brute force counts no flips and no updates in a step without gradients.
     same_as_bare(form, lambda p: make(p, lr=copy.deepcopy(lr)), train, digits)
 
     model = digits_model()
@@ -221,7 +221,7 @@ def test_distributed_checkpoint_makes_state_by_a_step_that_is_none(lr, make, for
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """As torchtitan's ``init_optim_state`` does, before it saves or loads."""
+    """Initialize state as torchtitan's ``init_optim_state`` does before saving or loading."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -235,7 +235,7 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
 
 @each_form
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["float lr", "tensor lr"])
-def test_a_step_that_makes_state_is_known_by_what_it_is(lr, form, digits):
+def test_a_step_that_initializes_state_is_recognized_by_its_gradients(lr, form, digits):
     def train(model, optimizer, digits):
         make_state(optimizer)
         for step in range(4):
@@ -248,7 +248,7 @@ def test_a_step_that_makes_state_is_known_by_what_it_is(lr, form, digits):
     optimizer, tracker = form(torch.optim.AdamW(model.parameters(), lr=copy.deepcopy(lr)), model)
     train(model, optimizer, digits)
     assert tracker.step_count == 4
-    # Not a step of 0 later on, nor one whose gradients come in a closure.
+    # Later steps with zero gradients do count, as do steps whose gradients a closure computes.
     optimizer.param_groups[0]["lr"] = 0.0
     backward(model, digits, 0)
     for p in model.parameters():
@@ -258,7 +258,7 @@ def test_a_step_that_makes_state_is_known_by_what_it_is(lr, form, digits):
 
 
 @each_form
-def test_a_later_step_at_rate_zero_without_state_is_a_step(form, digits):
+def test_a_later_step_with_learning_rate_zero_and_no_state_counts(form, digits):
     model = digits_model()
     optimizer, tracker = form(torch.optim.SGD(model.parameters(), lr=0.1), model)
     for rate in (0.1, 0.0):
@@ -270,7 +270,7 @@ def test_a_later_step_at_rate_zero_without_state_is_a_step(form, digits):
 
 
 @each_form
-def test_a_warmup_from_zero_with_a_closure_is_a_step(form, digits):
+def test_a_warmup_from_zero_with_a_closure_counts(form, digits):
     model = digits_model()
     optimizer, tracker = form(torch.optim.AdamW(model.parameters(), lr=0.0), model)
     optimizer.step(lambda: backward(model, digits, 0))
@@ -311,7 +311,7 @@ def test_distributed_checkpoint_saves_the_tracker_as_its_own_object(form, digits
 
 
 @each_form
-def test_a_warmup_from_zero_counts_sparse_gradients_too(form):
+def test_a_warmup_from_zero_counts_sparse_gradients(form):
     table = nn.Embedding(9, 4, sparse=True)
     optimizer, tracker = form(torch.optim.SGD(table.parameters(), lr=0.0), table)
     table(torch.tensor([1, 2])).sum().backward()
@@ -322,7 +322,7 @@ def test_a_warmup_from_zero_counts_sparse_gradients_too(form):
 
 @each_form
 def test_a_warmup_from_zero_counts_its_steps(form, digits):
-    # Learning rate 0 alone is no phantom: these updates are all swallowed.
+    # A learning rate of 0 alone does not make it an initializing step: all these updates are swallowed.
     model = digits_model()
     optimizer, tracker = form(torch.optim.SGD(model.parameters(), lr=0.0), model)
     backward(model, digits, 0)
@@ -336,7 +336,7 @@ def test_a_warmup_from_zero_counts_its_steps(form, digits):
 
 
 class Zoo(nn.Module):
-    """Parameters of every kind, a few of which the optimizer's step moves."""
+    """Parameters of every kind, a few of which the optimizer's step changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -385,8 +385,8 @@ def test_nothing_raises_for_odd_parameters(form):
 
 
 @each_form
-def test_parameters_replaced_in_the_groups_are_followed(form, digits):
-    # As Accelerate does with FSDP2: other tensors in the same group.
+def test_parameters_replaced_in_the_param_groups_are_tracked(form, digits):
+    # As Accelerate does with FSDP2: other tensors in the same param group.
     model = digits_model()
     optimizer, tracker = form(torch.optim.SGD(model.parameters(), 0.05), model)
     backward(model, digits, 0)
@@ -406,9 +406,9 @@ def test_parameters_replaced_in_the_groups_are_followed(form, digits):
     assert sum(brute.flips.values()) > 0
 
 
-def test_nothing_looks_like_a_wrapper_that_frameworks_take_apart():
+def test_frameworks_do_not_unwrap_the_wrapper():
     optimizer, _ = FORMS["wrapper"](torch.optim.SGD(digits_model().parameters(), 0.1), None)
-    # Accelerate and Lightning look for this name and go inside.
+    # Accelerate and Lightning look for this name and unwrap.
     assert not hasattr(optimizer, "optimizer")
 
 
@@ -426,11 +426,11 @@ def test_parameters_converted_after_construction(convert, form, digits):
     before = tracker.get_flip_counts()
     convert(model)
     images = digits[0].to(next(model.parameters()).dtype)
-    # Nothing moves in this step, so that whatever it counts would come from the conversion.
+    # No weight changes in this step, so any count would come from the conversion.
     optimizer.param_groups[0]["lr"] = 0.0
     model(images[:32]).square().mean().backward()
     if next(model.parameters()).dtype is torch.bfloat16:
-        # Another format from here on.
+        # A different format from here on.
         before = dict.fromkeys(before, 0)
         message = "was tracked as float8_e4m3 and is native now; its counts start from zero"
         with pytest.warns(UserWarning, match=message):
@@ -580,7 +580,7 @@ def two_of_one_run(records):
     return model, first, second
 
 
-def test_a_run_goes_on_when_its_first_optimizer_ends(digits):
+def test_a_run_continues_when_its_first_optimizer_ends(digits):
     records = []
     model, first, second = two_of_one_run(records)
     weight = weakref.ref(model[0].weight)
@@ -592,7 +592,7 @@ def test_a_run_goes_on_when_its_first_optimizer_ends(digits):
         brute.before()
         second.step()
         brute.after()
-    # The first one made no step of its own; the second took over, at its own logging points.
+    # The first one made no further step; the second took over, with its own logging points.
     assert [record.step for record in records] == [2, 4, 6]
     assert records[-1].layers[-1].total.flips == brute.flips["2.weight"] > 0
     del model, brute, second
@@ -608,7 +608,7 @@ def test_a_new_optimizer_takes_over_the_weights_of_one_that_ended(digits):
     del second
     gc.collect()
     third = FlipTrackingOptimizer(torch.optim.AdamW(model[2].parameters()), model, log_every=1, sinks=first)
-    # Steps are counted on from where the second left, which was at its first.
+    # The step count continues from that of the second, which was 1.
     third.step()
     first.remove()
     assert [layer.name for layer in records[-1].layers].count("2.weight") == 1
@@ -617,7 +617,7 @@ def test_a_new_optimizer_takes_over_the_weights_of_one_that_ended(digits):
     assert records[-1].model.window.weight_steps == 480
 
 
-def test_steps_go_on_when_all_optimizers_of_a_run_have_ended(digits):
+def test_the_step_count_continues_when_all_optimizers_of_a_run_have_ended(digits):
     records = []
     model = digits_model()
 
@@ -636,7 +636,7 @@ def test_steps_go_on_when_all_optimizers_of_a_run_have_ended(digits):
     assert [record.step for record in records] == [2, 4, 6, 8]
 
 
-def test_a_copy_of_one_optimizer_of_a_run_writes_by_itself(digits):
+def test_a_copy_of_one_optimizer_of_a_run_writes_on_its_own(digits):
     records = []
     model, _first, second = two_of_one_run(records)
     backward(model, digits, 0)
@@ -648,7 +648,7 @@ def test_a_copy_of_one_optimizer_of_a_run_writes_by_itself(digits):
     assert not second.tracker.get_flip_counts().get("2.weight")
 
 
-def test_a_name_that_comes_later_is_not_written_twice(digits):
+def test_a_name_that_appears_later_is_not_written_twice(digits):
     model = digits_model()
     first = FlipTrackingOptimizer(torch.optim.SGD([model[0].weight], 0.05), log_every=1, sinks=[])
     second = FlipTrackingOptimizer(torch.optim.SGD([model[2].bias], 0.05), sinks=first)
@@ -662,7 +662,7 @@ def test_a_name_that_comes_later_is_not_written_twice(digits):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_process_that_ends_writes_nothing_of_its_parents(tmp_path):
+def test_a_forked_process_that_ends_writes_none_of_its_parents_records(tmp_path):
     code = """
 import os, sys, torch
 from weightflip import FlipTrackingOptimizer
@@ -681,8 +681,8 @@ os.wait()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_process_that_goes_on_training_writes_nothing_and_says_so_once(tmp_path):
-    """The threads of a SummaryWriter do not live in it: to flush there would wait for ever."""
+def test_a_forked_process_that_continues_training_writes_nothing_and_warns_once(tmp_path):
+    """The threads of a SummaryWriter do not exist in a forked process, so flushing there would wait forever."""
     code = """
 import os, sys, time, torch, warnings
 from torch.utils.tensorboard import SummaryWriter
@@ -735,9 +735,9 @@ for optimizer in started:
         assert re.search(
             "records of a forked process are not written; create .* in the child process, or pass sinks= ", text
         )
-    # Nothing is open yet, but for the user's own writer.
+    # Nothing is open yet except the user's own writer.
     (text,) = of_unstarted
-    assert re.search("TensorBoardSink failed .* SummaryWriter .* another process.*make it in this one", text)
+    assert re.search("TensorBoardSink failed .* SummaryWriter .* another process.*create it in this process", text)
     assert (tmp_path / "c.jsonl").read_text().count('"record"') == 3
     for name in ("a", "b"):
         events = EventAccumulator(str(tmp_path / name)).Reload()
@@ -751,7 +751,7 @@ for optimizer in started:
 # ---------------------------------------------------------------------- the hook form itself
 
 
-def test_the_optimizer_stays_the_very_same_object(digits):
+def test_the_optimizer_stays_the_same_object(digits):
     model = digits_model()
     optimizer = torch.optim.AdamW(model.parameters())
     kind, attributes = type(optimizer), set(vars(optimizer))
@@ -779,7 +779,7 @@ def test_remove_stops_counting_and_writes_the_last_record(digits, tmp_path):
     assert [record["record"]["step"] for record in records if "record" in record] == [1]
 
 
-def test_checkpoints_go_between_the_forms(digits, tmp_path):
+def test_checkpoints_load_across_both_forms(digits, tmp_path):
     expected = None
     for saver in FORMS.values():
         for loader in FORMS.values():
@@ -806,7 +806,7 @@ def test_checkpoints_go_between_the_forms(digits, tmp_path):
             assert_same(bare.state_dict()["state"], state["state"])
 
 
-def test_removing_gives_memory_back_and_a_handle_can_be_pickled(digits):
+def test_removing_frees_memory_and_a_handle_can_be_pickled(digits):
     model = digits_model()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     handle = track_flips(optimizer, model, sinks=[])
@@ -823,7 +823,7 @@ def test_removing_gives_memory_back_and_a_handle_can_be_pickled(digits):
     assert handle.tracker.get_flip_counts() == counts
 
 
-def test_one_optimizer_is_tracked_once():
+def test_tracking_an_optimizer_twice_is_refused():
     model = digits_model()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     handle = track_flips(optimizer, model, sinks=[])
@@ -834,7 +834,7 @@ def test_one_optimizer_is_tracked_once():
     track_flips(optimizer, model, sinks=[])
 
 
-def test_gradients_are_let_go_when_a_step_raises(digits):
+def test_gradients_are_released_when_a_step_raises(digits):
     class Failing(torch.optim.SGD):
         def step(self, closure=None):
             raise RuntimeError("out of memory")
@@ -849,7 +849,7 @@ def test_gradients_are_let_go_when_a_step_raises(digits):
     assert grad() is None
 
 
-def test_copies_of_a_hooked_optimizer_are_bare(digits):
+def test_copies_of_a_hooked_optimizer_are_not_tracked(digits):
     model = digits_model()
     optimizer, tracker = by_hooks(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), model)
     backward(model, digits, 0)
@@ -860,9 +860,9 @@ def test_copies_of_a_hooked_optimizer_are_bare(digits):
         assert tracker.get_update_counts() == before
 
 
-def test_track_flips_refuses_what_has_no_hooks():
+def test_track_flips_refuses_optimizers_without_hooks():
     class Outer(torch.optim.Optimizer):
-        """As Accelerate's: a subclass that does not call the constructor."""
+        """Like Accelerate's: a subclass that does not call the parent's constructor."""
 
         def __init__(self, inner):
             self.inner_one = inner
@@ -879,7 +879,7 @@ def test_track_flips_refuses_what_has_no_hooks():
 
 
 class Lookahead(torch.optim.Optimizer):
-    """As timm's: without torch's constructor, and so with two kinds of hooks only, which its step does not run."""
+    """Like timm's: does not call torch's constructor, so it has only two kinds of hooks, and its step runs none."""
 
     def __init__(self, base, k=2, alpha=0.5):
         self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
@@ -907,7 +907,7 @@ def hooks_of(optimizer):
     return [hook for name, hooks in vars(optimizer).items() if name.endswith("_hooks") for hook in hooks]
 
 
-def test_an_optimizer_that_lacks_a_kind_of_hook_is_left_as_it_was(digits):
+def test_an_optimizer_that_lacks_a_kind_of_hook_is_not_changed(digits):
     model = digits_model()
     optimizer = Lookahead(torch.optim.SGD(model.parameters(), 0.5))
     with pytest.raises(
@@ -917,7 +917,7 @@ def test_an_optimizer_that_lacks_a_kind_of_hook_is_left_as_it_was(digits):
     assert not hooks_of(optimizer)
     assert not hooks_of(optimizer.base)
 
-    # What the message recommends: all that the outer one does to the weights.
+    # What the message recommends also covers everything the outer optimizer does to the weights.
     brute = BruteForce(model)
     wrapped = FlipTrackingOptimizer(optimizer, model, sinks=[])
     for step in range(6):
@@ -929,7 +929,7 @@ def test_an_optimizer_that_lacks_a_kind_of_hook_is_left_as_it_was(digits):
     assert sum(brute.flips.values()) > 0
 
 
-def test_a_step_that_runs_no_hooks_is_found_out():
+def test_a_step_that_runs_no_hooks_is_detected():
     optimizer = Lookahead(torch.optim.SGD(digits_model().parameters(), 0.5))
     for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
         setattr(optimizer, f"_optimizer_{kind}_hooks", OrderedDict())
@@ -937,7 +937,7 @@ def test_a_step_that_runs_no_hooks_is_found_out():
         track_flips(optimizer, sinks=[])
 
 
-def test_a_fault_while_hooks_are_registered_leaves_none(tmp_path):
+def test_a_fault_while_registering_hooks_leaves_no_hooks(tmp_path):
     class Stubborn(torch.optim.SGD):
         def register_load_state_dict_pre_hook(self, hook, prepend=False):
             raise RuntimeError("no more hooks")
@@ -948,7 +948,7 @@ def test_a_fault_while_hooks_are_registered_leaves_none(tmp_path):
         torch.optim.SGD([nn.Parameter(torch.ones(3, 3))], 0.1), sinks=[tmp_path / "run.jsonl"]
     )
     for _ in range(2):
-        # The second time its weights are nobody's, as at the first.
+        # The second call finds its weights untracked, as the first did.
         with pytest.raises(RuntimeError, match="no more hooks"):
             track_flips(optimizer, model, sinks=other)
         assert not hooks_of(optimizer)
@@ -956,7 +956,7 @@ def test_a_fault_while_hooks_are_registered_leaves_none(tmp_path):
 
 
 class SecondOrder(torch.optim.SGD):
-    """A step of its own kind, which calls the parent's: torch runs the hooks of both."""
+    """Overrides ``step`` and calls the parent's, so torch runs the hooks of both."""
 
     def step(self, closure=None, hessian=None, *, damping):
         super().step(closure)
@@ -1023,8 +1023,8 @@ def test_a_step_that_raises_leaves_tracking_usable(form, digits):
 
 @each_form
 @pytest.mark.parametrize("by_name", [False, True], ids=["step(closure)", "step(closure=closure)"])
-def test_gradients_of_the_last_step_do_not_count_where_a_closure_makes_new_ones(by_name, form, digits):
-    """Lightning's way: each step's closure takes the old gradients away first, and a batch may not use a layer."""
+def test_old_gradients_do_not_count_if_a_closure_computes_new_ones(by_name, form, digits):
+    """As in Lightning: each step's closure first removes the old gradients, and a batch may not use every layer."""
     model = digits_model()
     inner = torch.optim.SGD(model.parameters(), 0.1)
     brute = watched(inner, model)

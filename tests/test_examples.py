@@ -1,7 +1,8 @@
-"""The examples run as users run them, print their table, and write what TensorBoard shows."""
+"""The examples run as users run them, print their table, and write TensorBoard files."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DIGITS_LAYERS = ["input.weight", "hidden.weight"]
-# Of one block; the embeddings and the head, which shares its weight with one of them, are in high precision.
+# One block; the embeddings, and the head that shares its weight with one of them, stay in high precision.
 GPT_LAYERS = [f"blocks.0.{linear}.weight" for linear in ("attention.qkv", "attention.out", "mlp.0", "mlp.2")]
 GPT_SMALL = ["--layers=1", "--width=32", "--heads=2", "--context=32", "--batch=8", "--steps=30", "--device=cpu"]
 
@@ -37,8 +38,8 @@ IMPORTS = (
 
 
 def run_example(script: str, *args: str, bar: str = "training: 100%", imported: tuple[str, ...] = IMPORTS) -> str:
-    """Run an example as a user would and return what it prints; its progress bar is kept apart from that."""
-    # Threads that share such small matrices mostly wait for each other when the machine is busy.
+    """Run an example as a user would, and return what it prints without its progress bar."""
+    # On a busy machine, threads that share matrices this small mostly wait for each other.
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = run_python(f"examples/{script}", *args, imported=imported, cwd=ROOT, env=env)
     assert "weightflip: tracking has stopped" not in done.stderr
@@ -53,7 +54,7 @@ def numbers_after(label: str, output: str) -> list[float]:
 
 
 def check_table(output: str, layers: list[str], quantizer: str) -> None:
-    """Each tracked layer has a row, in order, and the last row adds them up."""
+    """Check that each tracked layer has a row, in order, and that the last row is their sum."""
     rows = [re.split(r"\s{2,}", line.strip()) for line in output.splitlines()]
     start = rows.index(["layer", "quantizer", "weights", "flips", "flips/weight", "stall ratio", "updated"])
     table = rows[start + 1 : start + 2 + len(layers)]
@@ -71,14 +72,14 @@ def check_table(output: str, layers: list[str], quantizer: str) -> None:
 
 
 def check_events(log_dir: Path, layers: list[str], steps: int) -> None:
-    """TensorBoard finds the tags of the model and of each layer, up to the last step."""
+    """Check that TensorBoard finds the tags of the model and of each layer, up to the last step."""
     assert list(log_dir.glob("events.out.tfevents.*"))
     events = EventAccumulator(str(log_dir))
     events.Reload()
     values = ("flip_rate", "cumulative_flip_rate", "stall_ratio")
     tags = ["flips/rate", "flips/cumulative_rate", "flips/stall_ratio", "flips/updated_fraction"]
     tags += [f"{tag}/{layer}" for layer in layers for tag in values] + [f"Model/{tag}" for tag in values]
-    # From where not all weights have a gradient.
+    # Written from the point at which not all weights have a gradient.
     later = {f"updated_fraction/{layer}" for layer in layers} | {"Model/updated_fraction"}
     assert set(events.Tags()["scalars"]) - later == set(tags)
     for tag in tags:
@@ -103,7 +104,7 @@ def test_digits_float8(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quantizer", ["float8_e4m3", "e3m4"])
 def test_bytes_gpt(tmp_path: Path, quantizer: str) -> None:
-    # float8 is what the example's model is by default; any other format is asked for by name.
+    # The example's model uses float8 by default; other formats are selected by name.
     named = [] if quantizer == "float8_e4m3" else [f"--quantizer={quantizer}"]
     output = run_example("bytes_gpt.py", f"--log-dir={tmp_path}", *GPT_SMALL, *named)
     first_loss, last_loss = numbers_after("Validation loss:", output)
@@ -132,7 +133,7 @@ def test_format_comparison(tmp_path: Path) -> None:
     output = run_example("format_comparison.py", f"--log-dir={tmp_path}", "--epochs=2", "--formats", *formats)
     rows = {line.split()[0]: line.split()[1:] for line in output.splitlines() if line.split()[:1] and "%" in line}
     assert list(rows) == formats
-    # A coarser format flips less and swallows more, on the very same updates.
+    # For the same updates, a coarser format has fewer flips and more stalls.
     assert float(rows["bfloat16"][0]) > float(rows["float8_e4m3"][0]) > float(rows["mxfp4"][0]) > 0
     stall_ratios = [float(row[1].rstrip("%")) for row in rows.values()]
     assert stall_ratios[0] < stall_ratios[1] < stall_ratios[2] < 100
@@ -159,7 +160,7 @@ def test_gallery(tmp_path):
     assert (tmp_path / "gallery.png").stat().st_size > 1000
 
 
-# What `torchrun --standalone --nproc-per-node=2` does, with processes that are forked: else each imports all anew.
+# Like `torchrun --standalone --nproc-per-node=2`, with forked processes, which do not import everything again.
 TORCHRUN = """
 import runpy, sys
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -183,3 +184,26 @@ def test_fsdp2_float8(tmp_path: Path) -> None:
     check_table(done.stdout, ["0.weight", "2.weight"], "float8_e4m3")
     check_events(tmp_path / "log", ["0.weight", "2.weight"], steps=30)
     assert (tmp_path / "saved" / ".metadata").is_file()
+
+
+def test_rollout_sync():
+    args = ["--layers=1", "--width=32", "--heads=2", "--context=32", "--pretrain=30", "--steps=32", "--device=cpu"]
+    output = run_example("rollout_sync.py", *args)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
+    assert rows[0] == ["weights", "learning rate", "sync every", "changed", "bits/weight, bound", "bound",
+                       "index + value", "XOR, zstd"]  # fmt: skip
+    cases = [tuple(row[:3]) for row in rows[2:]]
+    rates, syncs = ("1e-06", "1e-05", "1e-04"), ("1", "4", "16")
+    assert cases == list(itertools.product(("float32", "bfloat16"), rates, syncs))
+    changed = {case: float(row[3].rstrip("%")) for case, row in zip(cases, rows[2:], strict=True)}
+    for dtype, lr, every in cases:
+        # Larger steps and longer windows change more.
+        for lower, higher in (*itertools.pairwise(rates), *itertools.pairwise(syncs)):
+            if lower in rates:
+                assert changed[dtype, lower, every] < changed[dtype, higher, every]
+            else:
+                assert changed[dtype, lr, lower] <= changed[dtype, lr, higher]
+    for row in rows[2:]:
+        # The index of 32 bits and the value of 16, and a bound that nothing is below.
+        assert float(row[6].rstrip("%")) == pytest.approx(3 * float(row[3].rstrip("%")), abs=0.06)
+        assert float(row[5].rstrip("%")) <= float(row[7].rstrip("%"))

@@ -1,4 +1,4 @@
-"""Findings about what the documents call dangerous: records of which the truth is known, and real trainings."""
+"""Findings about what the documents call dangerous, on records with known contents and on real trainings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_few_weights_with_a_gradient(tmp_path):
     few = found["few gradients"]
     assert (few.severity, few.layers) == (Severity.WARNING, ("a",))
     assert few.text.startswith("1 of 8,192 weights of a had a gradient per step in the last quarter (0.01 %). ")
-    # As an embedding: a note. More than that, or none at all: something else.
+    # Like an embedding: a note. More gradients than that, or none, is something else.
     for share, expected in ((0.005, ["few gradients"]), (0.02, ["healthy"]), (0.0, ["dead"])):
         for window in windows:
             window["a"] = {"flip": 0.0 if not share else 0.0001, "updates": share, "stall": 0.5}
@@ -51,7 +51,7 @@ def test_few_weights_with_a_gradient_in_a_training(digits, tmp_path):
         optimizer.close()
     text = rules(read_one(tmp_path / "jsonl"))["few gradients"].text
     assert text.startswith("1 of 3,072 weights of 0.weight had a gradient per step in the last quarter (0.03 %)")
-    # Event files of runs that have no updated_fraction do not tell.
+    # Event files of runs without updated_fraction cannot tell.
     from_events = rules(read_one(tmp_path / "events")).get("few gradients")
     assert from_events is None or from_events.text == text
 
@@ -64,7 +64,7 @@ def test_resting_weights(tmp_path):
     assert list(found) == ["resting"]
     assert (found["resting"].severity, found["resting"].layers) == (Severity.NOTE, ("c",))
     assert found["resting"].text.startswith("c rests: in the last quarter, the quantized weights of c travelled 5.0 %")
-    # Those that have no flip are stuck; and the sentence would be wrong if the last quarter were another.
+    # Layers without a flip are stuck. The finding is about the last quarter only.
     for at, window in enumerate(windows):
         window["c"] = {"flip": 0.0, "ratios": {"travel_ratio": 0.0}}
         window["d"] = {"flip": 0.1, "ratios": {"travel_ratio": 0.05 if at < 15 else 0.5}}
@@ -72,7 +72,7 @@ def test_resting_weights(tmp_path):
 
 
 def test_resting_weights_in_a_training(tmp_path):
-    """Weights in the middle of their cells, of which one in a hundred crosses a border: 9.9 steps of 10 rest."""
+    """Weights in the middle of their cells. One in a hundred crosses a border; the rest do not reach another code."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randint(-10, 10, (64, 64)).float())
     weight.data[:, 0] = 127.0
@@ -86,7 +86,7 @@ def test_resting_weights_in_a_training(tmp_path):
     big = torch.rand(64, 64) < 0.01
     big[:, 0] = False
     for _ in range(60):
-        # Up and down again, by a third of a cell; a few by a whole one.
+        # Up and down again, by a third of a cell. A few weights move by a whole cell.
         sign = -sign
         weight.grad = sign * torch.where(big, 1.0, 0.3)
         weight.grad[:, 0] = 0
@@ -103,7 +103,7 @@ def test_a_share_at_the_ends_of_the_format_that_grows(tmp_path):
     windows = [
         {
             "a": {"gauges": {"saturated_fraction": 0.002 + 0.001 * at}},
-            # Evenly spread weights, from the start on; little; and a format of few codes.
+            # Evenly spread weights from the start, little growth, and a format with few codes.
             "b": {"gauges": {"saturated_fraction": 0.035}},
             "c": {"gauges": {"saturated_fraction": 0.0001 * at}},
         }
@@ -121,7 +121,7 @@ def test_flips_that_are_nearly_all_the_scales(tmp_path):
     for window in windows:
         window["a"] = {"flip": 0.1, "ratios": {"weight_driven_fraction": 0.03}}
         window["b"] = {"flip": 0.1, "ratios": {"weight_driven_fraction": 0.3}}
-        # Few flips in all, or most of them the weights'.
+        # Few flips in total, or mostly weight-driven ones.
         window["c"] = {"flip": 0.015, "ratios": {"weight_driven_fraction": 0.03}}
         window["d"] = {"flip": 0.1, "ratios": {"weight_driven_fraction": 0.7}}
     found = find([Script(tmp_path / "a.jsonl").write(windows)])
@@ -143,7 +143,7 @@ def test_steps_below_the_distance_of_two_codes(tmp_path):
     )
     assert "in the last quarter, 2.0 % of their updates moved a weight" in small.text
     assert "Steps at least 25 times as large would move half of them" in small.text
-    # Finer weights add such updates up: nothing to say, unless hardly anything came of it in the whole run.
+    # Master weights accumulate these updates. That is a finding only if hardly any code changed in the whole run.
     assert [*rules(Script(tmp_path / "b.jsonl").write(windows))] == ["healthy"]
     hardly = [{name: {"flip": 0.00002} for name in "abcd"}] * 20
     small = rules(Script(tmp_path / "c.jsonl", size=10_000).write(hardly))["small steps"]
@@ -151,7 +151,7 @@ def test_steps_below_the_distance_of_two_codes(tmp_path):
 
 
 def test_how_large_a_step_moves_half_of_the_weights(tmp_path):
-    """Where weights are spread evenly in their cells, what the sentence says is what such steps do."""
+    """With weights spread evenly in their cells, the numbers in the sentence follow from the step size."""
     torch.manual_seed(0)
     moved = {}
     lr = 0.0005 / 127
@@ -170,7 +170,7 @@ def test_how_large_a_step_moves_half_of_the_weights(tmp_path):
             log_every=2,
         )
         for _ in range(16):
-            # To and fro: the weights stay evenly spread.
+            # Back and forth: the weights stay evenly spread.
             weight.grad = torch.randint(0, 2, weight.shape).float() * 2 - 1
             weight.grad[:, 0] = 0
             optimizer.step()
@@ -190,11 +190,11 @@ def test_empty_deltas(tmp_path):
     assert (empty.severity, empty.layers, empty.step) == (Severity.NOTE, (), 50)
     assert "at 2 of 20 points with a sync, no weight changed its code (float8_e4m3)" in empty.text
     assert "the last such point is at step 120" in empty.text
-    # Half of them.
+    # Half of the points.
     for at in range(12, 20):
         windows[at] = {name: {"ratios": {"changed_fraction": 0.0}} for name in "abcd"}
     assert rules(Script(tmp_path / "c.jsonl").write(windows))["empty deltas"].severity == Severity.WARNING
-    # A layer by itself, all the time.
+    # A single layer, at all points.
     windows = steady(ratios={"changed_fraction": 0.02})
     for window in windows:
         window["c"] = {"ratios": {"changed_fraction": 0.0}}
@@ -205,7 +205,7 @@ def test_empty_deltas(tmp_path):
 
 @pytest.mark.parametrize("sink", ["events", "jsonl"])
 def test_empty_deltas_of_a_training(sink, digits, tmp_path):
-    """Steps too small for 4 bits, and the rule that says so while it trains."""
+    """Steps too small for 4 bits, and the rule that reports it during training."""
     model, told = digits_model(width=64), []
     with SummaryWriter(tmp_path / "events") as writer:
         optimizer = FlipTrackingOptimizer(

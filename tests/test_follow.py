@@ -1,4 +1,4 @@
-"""Reports of a training that goes on, and of much data: read again, drawn again, with a bar."""
+"""Reports on running trainings and on large files: reread, redrawn, with a progress bar."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from weightflip.sinks import JSONLSink, TensorBoardSink
 
 
 class Growing:
-    """A training that writes while others wait."""
+    """A training that writes while the reader waits."""
 
     def __init__(self, path, kind):
         self.script = Script(path / "flips.jsonl")
@@ -48,7 +48,7 @@ def test_follow_reads_again_what_has_grown(tmp_path, kind):
     def sleep(seconds):
         nonlocal growing
         waits.append(seconds)
-        # The directory is not there, then it is; two points; one more; nothing new for a while; one more; enough.
+        # No directory, then a directory, two points, one more, nothing new for a while, one more, end.
         if len(waits) == 2:
             (tmp_path / "run").mkdir()
             growing = Growing(tmp_path / "run", kind)
@@ -87,11 +87,11 @@ def test_the_last_report_stays_on_a_terminal(tmp_path):
     assert "no points yet" in text
     assert "up to step 90" in text
     assert "up to step 120. Press Ctrl+C to stop" in text
-    # What was drawn is taken away, and the last one is printed below.
+    # The live display is cleared, and the last report is printed below.
     last = text[text.rindex("Press Ctrl+C to stop") :]
     assert "\x1b[2K" in last
     assert last.count("Nothing stands out up to step 120") == 2
-    # In a pipe: one below the other.
+    # In a pipe, reports follow each other.
     out = io.StringIO()
     live.watch(reports([], [first], [second]), Console(file=out, width=100))
     assert out.getvalue().index("No points yet.") < out.getvalue().index("up to step 90")
@@ -147,7 +147,7 @@ def test_progress_comes_to_the_size_of_the_files(tmp_path, monkeypatch, kind):
     done = []
     read_runs([tmp_path], progress=done.append)
     assert sum(done) == pytest.approx(size, rel=0.05)
-    # A bar on a terminal, and nothing of it stays.
+    # The progress bar on a terminal is cleared at the end.
     monkeypatch.setattr(live, "_LARGE", 100)
     out = io.StringIO()
     with live.progress_bar([tmp_path], Console(file=out, force_terminal=True, width=80)) as progress:

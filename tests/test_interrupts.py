@@ -1,4 +1,4 @@
-"""Ctrl-C at any line: a step is counted whole or not at all, and the numbers stay right afterwards."""
+"""Ctrl-C at any line: a step is counted completely or not at all, and later numbers are right."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOURCE = str(Path(weightflip.__file__).parent)
 
 
 class InterruptAt:
-    """Raises KeyboardInterrupt before the n-th line of the library that runs, counted from 0; None only counts."""
+    """Raises KeyboardInterrupt before the n-th executed line of the library, counted from 0; None only counts lines."""
 
     def __init__(self, place: int | None) -> None:
         self.place, self.lines, self.where = place, 0, None
@@ -59,7 +59,7 @@ def set_gradients(model: nn.Module, step: int) -> None:
 
 
 def train(form: str, interrupt: InterruptAt, **options):
-    """Five steps, the first three of which may be interrupted; what each was seen to do, and what was counted."""
+    """Train five steps, the first three of which may be interrupted; return what each did, and what was counted."""
     model, optimizer, tracker, _ = make(form, **options)
     brute = BruteForce(model)
     counted = dict.fromkeys(brute.flips, (0, 0, 0))
@@ -117,7 +117,7 @@ OPTIONS = {
 
 
 def interrupt_each(form: str, options: str, first: int, stride: int) -> None:
-    # Once before, because the first run also imports and compiles.
+    # A first run, because it also imports and compiles.
     train(form, InterruptAt(None), **OPTIONS[options])
     counter = InterruptAt(None)
     train(form, counter, **OPTIONS[options])
@@ -130,7 +130,7 @@ def interrupt_each(form: str, options: str, first: int, stride: int) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("form", ["wrapper", "hooks"])
-def test_a_step_is_counted_whole_or_not_at_all(form, options):
+def test_a_step_is_counted_completely_or_not_at_all(form, options):
     interrupt_each(form, options, first=(form == "hooks") + 2 * list(OPTIONS).index(options), stride=29)
 
 

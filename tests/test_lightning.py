@@ -1,4 +1,4 @@
-"""Under Lightning: training is what it was, the counts are right, and a resumed run goes on."""
+"""With Lightning: training is unchanged, the counts are right, and a resumed run continues."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_NORM = 0.25
 
 
 class Digits(lightning.LightningModule):
-    """Nothing but the wrapping differs between two of them."""
+    """A module with or without tracking, otherwise always the same."""
 
     def __init__(self, *, form=None, result: str = "dict", values=float8_values) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Digits(lightning.LightningModule):
 
 
 class ByHand(Digits):
-    """Manual optimization, with and without a closure in turn, and a step every second batch."""
+    """Manual optimization, alternately with and without a closure, with a step every second batch."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -93,7 +93,7 @@ class ByHand(Digits):
 
 
 class Run(NamedTuple):
-    """What a training did."""
+    """The results of a training."""
 
     trainer: lightning.Trainer
     module: Digits
@@ -121,7 +121,7 @@ def train(digits, directory, module, *, epochs=2, load=None, callbacks=(), **opt
             **options,
         )
         trainer.fit(module, loader, ckpt_path=load)
-    # The directories differ, and so does one warning about them.
+    # The directories differ, and so does a warning about them.
     seen = [(w.category, str(w.message).replace(str(directory), "")) for w in caught]
     return Run(trainer, module, monitor, seen)
 
@@ -194,7 +194,7 @@ def test_mixed_precision_leaves_the_weights_float32(digits, tmp_path):
     assert {row[1:] for row in mixed.module.optimizer.info.tracked.values()} == {("float32", "float8_e4m3")}
 
 
-def test_true_bfloat16_weights_are_seen_in_their_own_bits(digits, tmp_path):
+def test_true_bfloat16_weights_are_tracked_as_native(digits, tmp_path):
     bare = train(digits, tmp_path / "bare", Digits(values=Tensor.float), precision="bf16-true")
     run = train(digits, tmp_path / "wrapped", Digits(form=by_wrapper, values=Tensor.float), precision="bf16-true")
     check_same_training(bare, run)
@@ -206,17 +206,17 @@ def test_learning_rate_monitor(digits, tmp_path):
     for result in ("alone", "dict"):
         bare = train(digits, tmp_path / "bare", Digits(result=result))
         run = train(digits, tmp_path / "wrapped", Digits(form=by_wrapper, result=result))
-        # It names its curve after the optimizer's class.
+        # The monitor names its curve after the optimizer's class.
         assert list(bare.monitor.lrs) == ["lr-AdamW"]
         assert list(run.monitor.lrs) == ["lr-FlipTrackingOptimizer"]
         assert bare.monitor.lrs["lr-AdamW"] == run.monitor.lrs["lr-FlipTrackingOptimizer"]
         assert len(run.monitor.lrs["lr-FlipTrackingOptimizer"]) > BATCHES_AN_EPOCH
 
 
-def test_what_lightning_returns_has_the_tracker(digits, tmp_path):
+def test_what_lightning_returns_gives_access_to_the_tracker(digits, tmp_path):
     run = train(digits, tmp_path, Digits(form=by_wrapper), epochs=1)
     assert run.trainer.optimizers == [run.module.optimizer]
-    # self.optimizers() gives Lightning's own wrapper, whose class is a child of ours.
+    # self.optimizers() returns Lightning's own wrapper, whose class is a subclass of ours.
     lightning_optimizer = run.module.optimizers()
     assert isinstance(lightning_optimizer, FlipTrackingOptimizer)
     assert lightning_optimizer is not run.module.optimizer
@@ -227,7 +227,7 @@ def test_what_lightning_returns_has_the_tracker(digits, tmp_path):
 
 @each_form
 @pytest.mark.parametrize("make_module", [Digits, ByHand])
-def test_a_resumed_run_goes_on(make_module, form, digits, tmp_path):
+def test_a_resumed_run_continues(make_module, form, digits, tmp_path):
     whole = train(digits, tmp_path / "whole", make_module(form=form))
     half = train(digits, tmp_path / "half", make_module(form=form), epochs=1)
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
@@ -254,7 +254,7 @@ def test_bare_and_wrapped_runs_load_each_others_checkpoints(saved, loading, digi
 
 @each_form
 def test_a_layer_that_a_batch_does_not_use_has_no_updates_in_its_step(form, digits, tmp_path):
-    """Lightning makes the gradients in a closure: those before the step are the last step's."""
+    """Lightning computes gradients in a closure: those before the step are from the last step."""
 
     class Detour(Digits):
         def __init__(self, **options):
@@ -271,7 +271,7 @@ def test_a_layer_that_a_batch_does_not_use_has_no_updates_in_its_step(form, digi
     assert 0 < run.module.brute.updates["detour.weight"] <= 64 * 64 * BATCHES_AN_EPOCH // 2
 
 
-def test_weight_averaging_swaps_weights_for_validation_and_makes_no_flips(digits, tmp_path):
+def test_weight_averaging_swaps_for_validation_are_not_flips(digits, tmp_path):
     swapped = []
 
     class Validated(Digits):
@@ -294,7 +294,7 @@ def test_weight_averaging_swaps_weights_for_validation_and_makes_no_flips(digits
 
 
 def test_learning_rate_finder(digits, tmp_path):
-    """It puts a scheduler of its own on the optimizer, and loads weights, state and counts back after the search."""
+    """The finder attaches its own scheduler, and restores weights, state and counts after the search."""
     found = []
 
     class Finder(lightning.pytorch.callbacks.LearningRateFinder):

@@ -1,4 +1,4 @@
-"""TensorBoard where a model has many layers: few tags and charts, those of layers that stand out among them."""
+"""TensorBoard with many layers: few tags and charts, including those of outliers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def prefixes(tags) -> dict[str, int]:
 
 
 class Repeated(nn.Module):
-    """24 blocks of 7 small weights, an embedding and a head: 170 of them."""
+    """24 blocks of 7 small weights, an embedding and a head: 170 weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def test_a_transformer_has_few_tags(tmp_path):
     assert "flip_rate/layers.7.mlp.down.weight" in found
     assert "stall_ratio/layers.7.mlp.down.weight" in found
     assert count["flip_rate"] == count["stall_ratio"] <= 12
-    # What TensorBoard opens first: it sorts by tag.
+    # The section that TensorBoard opens first, since it sorts by tag.
     assert {tag for tag in found if tag < "a"} == {
         "Model/flip_rate", "Model/cumulative_flip_rate", "Model/stall_ratio",
     }  # fmt: skip
@@ -146,9 +146,9 @@ def test_what_stands_out_for_a_while_stays(tmp_path):
     for step in range(1, 11):
         rates = even_rates(step)
         if step == 2:
-            rates["embed.weight"] = 0.9  # A moment: no.
+            rates["embed.weight"] = 0.9  # A single point is not enough.
         if 4 <= step <= 7:
-            rates["head.weight"] = 0.0  # Three points in a row: from then on.
+            rates["head.weight"] = 0.0  # Three consecutive points: an outlier from then on.
         records.append(FlipRecord(step, layers_of(rates)))
     write(tmp_path, records)
     found = scalars(tmp_path)
@@ -168,7 +168,7 @@ def test_no_more_than_twelve_stand_out(tmp_path):
     odd = NAMES[10:50:2]
     rates.update({name: 0.001 / (i + 1) for i, name in enumerate(odd)})
     write(tmp_path, [FlipRecord(step, layers_of(rates)) for step in range(1, 6)])
-    # The farthest of them.
+    # The farthest outliers.
     assert {tag for tag in scalars(tmp_path) if tag.startswith("flip_rate/")} == {f"flip_rate/{n}" for n in odd[-12:]}
 
 
@@ -208,7 +208,7 @@ def test_several_quantizers_have_their_own_spread_and_outliers(tmp_path):
             for q, scale in (("e3m4", 1), ("int8", 0.01))
             for name, rate in even_rates(step).items()
         }
-        rates["head.weight@int8"] = 0.1  # As usual for the other.
+        rates["head.weight@int8"] = 0.1  # Normal for the other quantizer.
         records.append(FlipRecord(step, layers_of(rates)))
     write(tmp_path, records)
     found = scalars(tmp_path)
@@ -281,7 +281,7 @@ def test_charts_have_no_line_for_each_layer(tmp_path):
 
 @pytest.mark.parametrize("count", [3, 40])
 def test_what_does_not_vary_has_no_chart_until_it_does(tmp_path, count):
-    """As a stall ratio of 1 at the very beginning of a warm-up, or a share that is always 0."""
+    """For example, a stall ratio of 1 at the start of a warmup, or a fraction that is always 0."""
 
     def record(step, stalled):
         layers = layers_of(dict.fromkeys(NAMES[:count], 0.0))
@@ -324,7 +324,7 @@ def test_numbers_of_metric_groups(tmp_path):
 
 @pytest.mark.parametrize("has_panel", [True, False])
 def test_a_report_of_event_files_knows_every_layer(tmp_path, has_panel):
-    """What TensorBoard has of each layer is the cumulative flip rate: its differences are the flip rates."""
+    """TensorBoard has only the cumulative flip rate of each layer. Its differences are the flip rates."""
     records = []
     train(sinks=[TensorBoardSink(str(tmp_path / "run")), records.append], steps=6)
     if not has_panel:
@@ -346,7 +346,7 @@ def test_a_report_of_event_files_knows_every_layer(tmp_path, has_panel):
 
 
 def test_a_resumed_run_begins_with_its_second_point(tmp_path):
-    """Where the first cumulative rate holds the flips of an earlier run, its window is not known."""
+    """If the first cumulative rate includes the flips of an earlier run, its window is unknown."""
     records = [FlipRecord(step, layers_of(even_rates(step), dict.fromkeys(NAMES, 500_000))) for step in (1010, 1020)]
     write(tmp_path, records)
     (run,) = read_runs([tmp_path])
@@ -362,7 +362,7 @@ def run_dir(tmp_path_factory):
 
 
 class TestReport:
-    """Blocks first, layers that stand out below, never 170 like rows."""
+    """Blocks first, outliers below, never 170 rows."""
 
     def rows(self, text: str) -> list[str]:
         cells = [line.split() for line in text.splitlines() if line.strip()]
@@ -399,7 +399,7 @@ class TestReport:
         assert ">layers.3.mlp.up.weight<" not in before
         assert ">layers.7.mlp.down.weight<" in before
         assert folded.count(".weight</td>") >= 170
-        # The heat map has names of blocks.
+        # The heat map is labeled with block names.
         maps = text[text.index("<h2>Layers over time</h2>") : text.index("<h2>Layers</h2>")]
         assert ">layers.23<" in maps
         assert "layers.0.attn.q.weight" not in maps

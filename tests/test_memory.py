@@ -1,4 +1,4 @@
-"""What tracking holds, and that it gives everything back."""
+"""The memory that tracking holds, and that it frees all of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORMS = pytest.mark.parametrize("form", [wrapped, hooked])
 
 
 class Owned:
-    """Tensors that came into being since, by identity; those of the code under test are among them."""
+    """Tensors created since then, by identity, including those of the code under test."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -42,7 +42,7 @@ class Owned:
         return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
     def bytes(self) -> int:
-        """Of the storages of the new tensors, each counted once."""
+        """Bytes of the new tensors' storages, each counted once."""
         gc.collect()
         found = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
@@ -116,7 +116,7 @@ def test_parameters_are_freed_with_the_step_that_raises(form):
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step(closure)
     if form is hooked:
-        # No hook runs after a step that raises: freed with the next one.
+        # No hook runs after a step that raises, so they are freed at the next one.
         step(model, inner, tracked)
     old = weakref.ref(model[0].weight.untyped_storage())
     inner.param_groups[0]["params"][0] = model[0].weight = nn.Parameter(torch.zeros(512, 512))
@@ -125,7 +125,7 @@ def test_parameters_are_freed_with_the_step_that_raises(form):
 
 @FORMS
 @pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_frozen_weights_give_their_codes_back(form, backend):
+def test_codes_of_frozen_weights_are_freed(form, backend):
     model, inner, tracked = make(form, backend=backend)
     owned = Owned()
     step(model, inner, tracked)
@@ -151,7 +151,7 @@ class Broken:
 
 @FORMS
 @pytest.mark.parametrize("metrics", [("flips", "stalls"), EVERYTHING], ids=len)
-def test_a_fault_gives_codes_and_gradients_back(form, metrics):
+def test_a_fault_frees_codes_and_gradients(form, metrics):
     broken = Broken()
     model, inner, tracked = make(form, quantizer=broken, metrics=metrics)
     owned = Owned()
@@ -165,7 +165,7 @@ def test_a_fault_gives_codes_and_gradients_back(form, metrics):
 
 
 @FORMS
-def test_tracking_that_stops_gives_everything_back(form, monkeypatch):
+def test_tracking_that_stops_frees_everything(form, monkeypatch):
     def fail(*_):
         raise RuntimeError("a fault of the tracker's own")
 
@@ -180,7 +180,7 @@ def test_tracking_that_stops_gives_everything_back(form, monkeypatch):
 
 
 @FORMS
-def test_after_the_last_tracked_step_only_numbers_are_left(form):
+def test_after_the_last_tracked_step_only_numbers_remain(form):
     model, inner, tracked = make(form, end_step=2)
     owned = Owned()
     for _ in range(3):
@@ -189,7 +189,7 @@ def test_after_the_last_tracked_step_only_numbers_are_left(form):
     assert set(tracked.tracker.get_update_counts().values()) == {2 * 512 * 512}
 
 
-def test_remove_gives_everything_back():
+def test_remove_frees_everything():
     model, inner, handle = make(hooked, metrics=EVERYTHING)
     owned = Owned()
     with warnings.catch_warnings():

@@ -24,7 +24,7 @@ FORMATS = ["float8_e4m3", "int4:g16", "mxfp4"]
 
 
 class History:
-    """The values of every weight in a format after each step, in units of its scale, and nothing but that."""
+    """Records the values of every weight in a format after each step, in units of its scale."""
 
     def __init__(self, model: nn.Module, format: str) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
@@ -37,7 +37,7 @@ class History:
             self.codes[name].append(self.numbers(p.detach()))
 
     def numbers(self, weight: Tensor) -> Tensor:
-        # Ordinals are checked against their oracles elsewhere; here they are only compared with each other.
+        # Other tests check ordinals against oracles; here they are only compared with each other.
         return resolve(self.format).encode(weight).ordinals.clone().long()
 
     def flips(self, name: str) -> list[Tensor]:
@@ -64,7 +64,7 @@ def train(format, metrics, digits, steps=40, lr=0.05, **options):
 
 
 def oscillations(flips: list[Tensor]) -> list[Tensor]:
-    """By the definition, one weight after the other: its flips alone, each compared with the one before it."""
+    """Count oscillations by definition, one weight after the other: compare each of its flips with the previous one."""
     directions = torch.stack(flips).flatten(1)
     flags = torch.zeros_like(directions, dtype=torch.bool)
     for i, of_weight in enumerate(directions.T):
@@ -111,7 +111,7 @@ def test_coverage_equals_the_definition(format, digits):
 
 
 @pytest.mark.parametrize("backend", ["eager", "numba"])
-def test_groups_leave_flips_stalls_and_training_alone(digits, backend):
+def test_groups_do_not_change_flips_stalls_or_training(digits, backend):
     alone, _ = train("float8_e4m3", ("flips", "stalls"), digits, backend="eager")
     every = metric_names()
     together, _ = train("float8_e4m3", ("flips", "stalls", *every), digits, oscillation_ema=0.01, backend=backend)
@@ -133,7 +133,7 @@ def test_weights_of_several_slices_and_strides(monkeypatch):
     first_scale = weight.detach().abs().max()
     for _ in range(6):
         weight.grad = torch.randn(32, 24, generator=generator)
-        # The largest weight stays, and with it the scale: values are then as good as codes.
+        # The largest weight, and with it the scale, does not change, so values are equivalent to codes.
         weight.grad[weight.detach().abs() == first_scale] = 0
         optimizer.step()
         codes.append(quantize(weight.detach(), "e3m4"))
@@ -143,7 +143,7 @@ def test_weights_of_several_slices_and_strides(monkeypatch):
     assert layer.gauges["net_flipped"].numerator == int((codes[0] != codes[-1]).sum())
 
 
-def test_a_group_can_look_at_some_steps_only(digits):
+def test_a_group_can_be_limited_to_some_steps(digits):
     optimizer, history = train("float8_e4m3", {"flips": 1, "oscillation": 4}, digits)
     for layer in optimizer.tracker.record().layers:
         flips = history.flips(layer.name)[::4]
@@ -152,7 +152,7 @@ def test_a_group_can_look_at_some_steps_only(digits):
         assert layer.total.ratios["oscillation_ratio"] == expected
 
 
-def test_a_skipped_step_is_no_step_for_groups_either(digits):
+def test_a_skipped_step_does_not_count_for_groups(digits):
     model = digits_model()
     optimizer = FlipTrackingOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.5, fused=True),
@@ -172,7 +172,7 @@ def test_a_skipped_step_is_no_step_for_groups_either(digits):
                 assert torch.equal(tensor, states[name][group][kind]), (name, group, kind)
 
 
-def test_a_resumed_run_goes_on(digits, tmp_path):
+def test_a_resumed_run_continues(digits, tmp_path):
     def build():
         model = digits_model()
         optimizer = FlipTrackingOptimizer(
@@ -213,7 +213,7 @@ def test_a_checkpoint_of_a_run_without_groups_is_loaded(digits):
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
-def test_copies_go_on_by_themselves(digits, twin):
+def test_copies_continue_on_their_own(digits, twin):
     model = digits_model()
     optimizer = FlipTrackingOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
@@ -237,7 +237,7 @@ def test_copies_go_on_by_themselves(digits, twin):
     assert before["weights"]["0.weight"].keys() == {"oscillation", "coverage"}
 
 
-def test_memory_is_what_the_documents_say(digits):
+def test_memory_is_as_documented(digits):
     for metrics, ema, bytes_a_weight in (
         (("flips", "oscillation"), None, 1),
         (("flips", "oscillation"), 0.01, 5),
@@ -266,14 +266,14 @@ def test_memory_is_what_the_documents_say(digits):
         ({"metrics": ("flips", "coverage", Coverage())}, r"are called, or give, \['coverage'"),
     ],
 )
-def test_mistakes_raise_at_once(options, message):
+def test_mistakes_raise_immediately(options, message):
     model = digits_model()
     with pytest.raises(ValueError, match=message):
         FlipTrackingOptimizer(torch.optim.SGD(model.parameters()), model, sinks=[], **options)
 
 
 def own_group(name: str, layer: type[LayerMetric] | None = None, **names: tuple[str, ...]) -> Metric:
-    """A group of these names, with one of ``layer`` for each weight."""
+    """A metric group with these names, and one ``layer`` per weight."""
     return type("Own", (Metric,), {"name": name, "open": lambda *_: None if layer is None else layer(), **names})()
 
 
@@ -283,7 +283,7 @@ class _LargestWeight(LayerMetric):
         gauges[0, 1] = 1
 
 
-def test_a_group_of_ones_own(digits):
+def test_a_user_defined_group(digits):
     @register
     class Largest(Metric):
         name = "largest"
@@ -299,7 +299,7 @@ def test_a_group_of_ones_own(digits):
     assert "largest_weight" in optimizer.tracker.value_names
 
 
-def test_a_group_that_fails_is_dropped_with_a_warning_and_all_else_goes_on(digits):
+def test_a_group_that_fails_is_dropped_with_a_warning_and_the_rest_continues(digits):
     class Failing(LayerMetric):
         def slice(self, part, sums):
             raise RuntimeError("no such thing")
@@ -312,13 +312,13 @@ def test_a_group_that_fails_is_dropped_with_a_warning_and_all_else_goes_on(digit
         assert flips == sum(int((f != 0).sum()) for f in history.flips(name))
 
 
-def test_a_group_may_not_take_a_name_that_is_there():
+def test_a_group_may_not_use_an_existing_name():
     model, mine = digits_model(), own_group("mine", gauges=("flip_rate",))
     with pytest.raises(ValueError, match=r"\['flip_rate'\]"):
         FlipTrackingOptimizer(torch.optim.SGD(model.parameters()), model, metrics=("flips", mine), sinks=[])
 
 
-def test_what_a_group_makes_of_a_skipped_step_is_dropped(digits):
+def test_a_groups_numbers_of_a_skipped_step_are_dropped(digits):
     class Adding(LayerMetric):
         def after(self, weight, sums):
             sums += math.inf
@@ -334,7 +334,7 @@ def test_what_a_group_makes_of_a_skipped_step_is_dropped(digits):
     assert optimizer.tracker.record(may_be_empty=True).model.total.ratios["infinite_ratio"] == (0, 0)
 
 
-def test_weights_that_are_stored_in_another_dtype_now_begin_anew():
+def test_weights_now_stored_in_another_dtype_start_from_zero():
     weight = nn.Parameter(torch.randn(8, 8))
     optimizer = FlipTrackingOptimizer(
         torch.optim.SGD([weight], lr=0.0), quantizer="native", metrics=("flips", "coverage"), sinks=[]
@@ -347,7 +347,7 @@ def test_weights_that_are_stored_in_another_dtype_now_begin_anew():
     assert optimizer.tracker.record().layers[0].gauges["net_flipped"] == (0, 64)
 
 
-def test_what_a_checkpoint_remembers_and_nobody_asks_for_is_dropped_aloud(digits):
+def test_saved_state_of_groups_not_requested_is_dropped_with_a_warning(digits):
     both, _ = train("float8_e4m3", ("flips", "oscillation", "coverage"), digits, steps=3, oscillation_ema=0.1)
     one, _ = train("float8_e4m3", ("flips", "oscillation"), digits, steps=1)
     with pytest.warns(UserWarning, match=r"\['coverage'\] remembered of each weight"):
@@ -360,7 +360,7 @@ def test_what_a_checkpoint_remembers_and_nobody_asks_for_is_dropped_aloud(digits
     assert torch.equal(kept["oscillation"]["directions"] != 0, known != 0)
 
 
-def test_memory_is_given_back_and_not_taken_again(digits):
+def test_memory_is_freed_and_not_allocated_again(digits):
     model = digits_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with track_flips(optimizer, model, metrics=("flips", "coverage", "range"), end_step=3, sinks=[]) as handle:
@@ -372,7 +372,7 @@ def test_memory_is_given_back_and_not_taken_again(digits):
     assert handle.tracker.memory_usage().metrics == 0
 
 
-def test_gauges_are_not_used_up_where_nothing_was_tracked(digits):
+def test_gauges_are_kept_if_nothing_was_tracked(digits):
     model = digits_model()
     have_rank = []
     optimizer = FlipTrackingOptimizer(
@@ -390,7 +390,7 @@ def test_gauges_are_not_used_up_where_nothing_was_tracked(digits):
     assert have_rank == [(4, True), (8, False), (12, True), (16, False)]
 
 
-def test_another_quantizer_again_and_again_takes_no_more_memory():
+def test_repeated_changes_of_the_quantizer_take_no_more_memory():
     weight = nn.Parameter(torch.randn(8, 8))
     tracker, counters = WeightFlipTracker(metrics=("flips", "coverage")), set()
     for step in range(40):

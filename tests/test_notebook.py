@@ -1,4 +1,4 @@
-"""What notebooks show, and the numbers as rows."""
+"""Output in notebooks, and the numbers as rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VOID = {"br", "hr", "img"}
 
 
 class Page(HTMLParser):
-    """Cells of the tables, and tags, which have to close in their order."""
+    """Collects the cells of tables, and checks that tags close in order."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ def test_pandas():
 
 
 def test_without_pandas_the_error_says_what_to_do(monkeypatch):
-    """The import fails as it does where pandas is missing."""
+    """The import fails as if pandas were missing."""
     real = builtins.__import__
 
     def without(name, *args, **kwargs):

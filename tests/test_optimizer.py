@@ -1,4 +1,4 @@
-"""The drop-in: training is bit for bit what it was, and the counts are right at every step."""
+"""The drop-in wrapper: training is unchanged bit for bit, and the counts are right at every step."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_wrapped_equals_bare_and_counts_equal_brute_force(make, quantizer, value
     assert stalled > 0
 
 
-def test_gradients_are_left_alone(digits):
+def test_gradients_are_not_changed(digits):
     model = digits_model()
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
     backward(model, digits, 0)
@@ -109,7 +109,7 @@ def test_default_selection_names_and_reasons():
     assert optimizer.info.tracked["body.weight"] == ("8x8", "float32", "float8_e4m3")
 
 
-def test_the_assumed_format_is_said(caplog):
+def test_the_assumed_format_is_logged(caplog):
     zoo = Zoo()
     FlipTrackingOptimizer(torch.optim.SGD(zoo.parameters(), lr=0.1), zoo, sinks=[])
     assert "Plain float32 weights have no quantizer of their own" in caplog.text
@@ -220,7 +220,7 @@ def test_closure_and_its_loss(digits):
     brute.check(optimizer.tracker)
 
 
-def test_groups_state_and_defaults_are_the_inner_ones(digits):
+def test_param_groups_state_and_defaults_are_the_inner_ones(digits):
     model = digits_model()
     inner = torch.optim.Adam(model.parameters(), lr=0.1)
     optimizer = FlipTrackingOptimizer(inner, model, sinks=[])
@@ -262,7 +262,7 @@ def test_step_hooks_see_the_wrapper_in_the_arguments_and_may_return_new_ones(dig
     seen, calls = [], []
 
     def replace(opt, args, kwargs):
-        # As torch's documentation shows it: the same arguments, a closure more.
+        # As in torch's documentation: the same arguments plus a closure.
         seen.append(args)
         return (*args, lambda: calls.append(None)), kwargs
 
@@ -280,7 +280,7 @@ def test_step_hooks_see_the_wrapper_in_the_arguments_and_may_return_new_ones(dig
 
 
 class Unusual(torch.optim.SGD):
-    """Methods with signatures of their own."""
+    """An optimizer whose methods have their own signatures."""
 
     def step(self, *, closure=None, grads=None):
         self.seen = closure, grads
@@ -332,7 +332,7 @@ def test_methods_show_the_inner_optimizers_signatures(digits):
         assert optimizer.inner.was_strict is False
 
 
-def test_a_method_patched_on_the_inner_optimizer_or_overridden_is_what_counts(digits):
+def test_methods_patched_or_overridden_on_the_inner_optimizer_are_used(digits):
     model = digits_model()
     inner = torch.optim.SGD(model.parameters(), 0.1)
 
@@ -357,7 +357,7 @@ def test_a_method_patched_on_the_inner_optimizer_or_overridden_is_what_counts(di
     assert sum(optimizer.tracker.get_update_counts().values()) > 0
 
 
-def test_new_attributes_are_the_inner_optimizers(digits):
+def test_new_attributes_go_to_the_inner_optimizer(digits):
     class Tunable(torch.optim.SGD):
         def step(self, closure=None):
             if getattr(self, "brand_new", None):
@@ -379,7 +379,7 @@ def test_new_attributes_are_the_inner_optimizers(digits):
     with pytest.raises(AttributeError):
         del optimizer.brand_new
 
-    # What a scheduler and users patch stays: the inner optimizer's own is what it leads to.
+    # What a scheduler or user patches stays on the wrapper, and leads to the inner optimizer's method.
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
     for name in ("zero_grad", "state_dict", "load_state_dict", "add_param_group"):
         setattr(optimizer, name, getattr(optimizer, name))
@@ -389,7 +389,7 @@ def test_new_attributes_are_the_inner_optimizers(digits):
 
 
 @pytest.mark.filterwarnings("error:weightflip")
-def test_deepcopy_and_pickle_go_on_alone(digits, tmp_path):
+def test_deepcopies_and_pickles_continue_on_their_own(digits, tmp_path):
     model = digits_model()
     optimizer = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters()), model, log_dir=tmp_path, log_every=1)
     backward(model, digits, 0)
@@ -427,7 +427,7 @@ def test_attributes_reach_the_right_object():
     assert repr(optimizer).startswith("FlipTrackingOptimizer(AdamW (")
 
 
-def test_found_inf_steps_are_no_steps(digits):
+def test_found_inf_steps_do_not_count(digits):
     model = digits_model()
     optimizer = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), model, sinks=[])
     brute = BruteForce(model)
@@ -444,7 +444,7 @@ def test_found_inf_steps_are_no_steps(digits):
 
 
 def test_module_conversions_by_swapping_work(digits):
-    # torch.utils.swap_tensors refuses tensors that somebody holds weak references to.
+    # torch.utils.swap_tensors fails for tensors that have weak references.
     model = digits_model()
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
     backward(model, digits, 0)
@@ -462,7 +462,7 @@ def test_module_conversions_by_swapping_work(digits):
     assert optimizer.tracker.get_flip_counts() == before
 
 
-def test_a_copy_has_no_model_and_knows_its_quantizers(digits):
+def test_a_copy_without_the_model_remembers_the_quantizers(digits):
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     model = digits_model()
@@ -480,7 +480,7 @@ def test_a_copy_has_no_model_and_knows_its_quantizers(digits):
     assert len(pickle.dumps(optimizer)) < 100_000
 
 
-def test_a_model_converted_after_wrapping_is_seen_at_the_first_step(digits):
+def test_a_model_converted_after_wrapping_is_noticed_at_the_first_step(digits):
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     model = digits_model()
@@ -491,7 +491,7 @@ def test_a_model_converted_after_wrapping_is_seen_at_the_first_step(digits):
     assert optimizer.info.tracked["0.weight"][2] == "float8_e4m3:row:pow2"
 
 
-def test_gradients_that_a_hook_takes_away_in_the_step_count(digits):
+def test_gradients_that_a_hook_removes_during_the_step_count(digits):
     model = digits_model()
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
     optimizer.register_step_post_hook(lambda opt, args, kwargs: opt.zero_grad())
@@ -508,7 +508,7 @@ def test_gradients_that_a_hook_takes_away_in_the_step_count(digits):
 # ---------------------------------------------------------------------- faults
 
 
-def test_counts_that_cannot_be_read_do_not_stop_a_run(digits):
+def test_unreadable_counts_do_not_stop_a_run(digits):
     model = digits_model()
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, sinks=[])
     backward(model, digits, 0)
@@ -524,7 +524,7 @@ def test_counts_that_cannot_be_read_do_not_stop_a_run(digits):
     assert optimizer.tracker.step_count == 1
 
 
-def test_a_fault_in_tracking_warns_once_and_training_goes_on(digits, monkeypatch):
+def test_a_fault_in_tracking_warns_once_and_training_continues(digits, monkeypatch):
     bare_model, model = digits_model(), digits_model()
     bare = torch.optim.SGD(bare_model.parameters(), lr=0.1)
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sinks=[])
@@ -688,14 +688,14 @@ def test_weights_that_no_format_fits():
 
 
 def e3m4_values(weight):
-    # 2**4 * 31/16 is the largest number: exponent field 7, bias 3, and all codes of a finite format are numbers.
+    # 2**4 * 31/16 is the largest number: exponent field 7, bias 3, and in a finite format all codes are numbers.
     scale = weight.detach().abs().max() / 31.0
     grid = torch.tensor(E3M4.values, dtype=torch.float64)
     middles = (grid[1:] + grid[:-1]) / 2
     return grid[torch.bucketize((weight.detach() / scale).double(), middles)]
 
 
-def test_several_quantizers_see_the_same_weights(digits, tmp_path):
+def test_several_quantizers_on_the_same_weights(digits, tmp_path):
     model = digits_model()
     formats = {"float8_e4m3": float8_values, "bfloat16": bfloat16_values, "e3m4": e3m4_values}
     brutes = {name: BruteForce(model, values) for name, values in formats.items()}
@@ -731,13 +731,13 @@ def test_several_quantizers_see_the_same_weights(digits, tmp_path):
     lines = str(optimizer.tracker).splitlines()
     assert next(line.split()[:2] for line in lines if line.startswith("all")) == ["all", "float8_e4m3"]
     events = EventAccumulator(str(tmp_path)).Reload()
-    # By step: event files of one second are read in the order of their names, in which the 10th is before the 9th.
+    # Sorted by step: event files of the same second are read in the order of their names, the 10th before the 9th.
     written = {event.step: event.value for event in events.Scalars("flips/cumulative_rate@float8_e4m3")}
     assert written[2] == pytest.approx(records[0].models["float8_e4m3"].cumulative_flip_rate)
     assert "flip_rate/0.weight@e3m4" in events.Tags()["scalars"]
 
 
-def test_a_list_of_quantizers_names_each_once():
+def test_equal_quantizers_in_a_list_are_used_once():
     model = digits_model()
     for given in (["e3m4", "e3m4"], []):
         with pytest.raises(ValueError, match="a list of different quantizers, got"):
@@ -745,7 +745,7 @@ def test_a_list_of_quantizers_names_each_once():
     optimizer = FlipTrackingOptimizer(
         torch.optim.SGD(model.parameters(), 0.1), model, quantizer=["auto", "float8_e4m3"], sinks=[]
     )
-    # Named like any weight that a list was given for: a layer where "auto" means something else is told apart.
+    # Names still contain the quantizer, so that layers for which "auto" finds another one can be distinguished.
     assert set(optimizer.info.tracked) == {"0.weight@float8_e4m3", "2.weight@float8_e4m3"}
     twin = pickle.loads(pickle.dumps(optimizer))
     backward(model, (torch.rand(64, 64), torch.randint(0, 10, (64,))), 0)
@@ -753,7 +753,7 @@ def test_a_list_of_quantizers_names_each_once():
     assert set(twin.info.tracked) == set(optimizer.info.tracked)
 
 
-def test_quantizers_without_a_name_are_called_by_their_class():
+def test_quantizers_without_a_name_are_named_after_their_class():
     class Sign:
         def encode(self, weight):
             return Codes(weight.sign().to(torch.int8))
@@ -769,7 +769,7 @@ def test_quantizers_without_a_name_are_called_by_their_class():
         )
 
 
-def test_counts_of_another_format_are_not_gone_on_with(digits):
+def test_counts_of_another_format_are_not_continued(digits):
     model = digits_model()
     first = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, quantizer="bfloat16", sinks=[])
     backward(model, digits, 0)

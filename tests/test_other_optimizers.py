@@ -1,4 +1,4 @@
-"""Optimizers that torch does not have: torchao's, schedule-free ones, one whose step takes more than a closure."""
+"""Optimizers from elsewhere: torchao's, schedule-free ones, and one whose step takes more than a closure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 def wide_model() -> nn.Sequential:
-    """Its first weight has 8,192 elements: torchao quantizes the state of no smaller one than 4,096."""
+    """A model whose first weight has 8,192 elements: torchao only quantizes the state of weights with 4,096 or more."""
     return digits_model(width=128)
 
 
@@ -30,7 +30,7 @@ def low_bit(name: str, **options):
 
 @pytest.fixture
 def eager():
-    # These optimizers compile their step, which takes a minute here and does the same.
+    # These optimizers compile their step, which would take a minute and give the same result.
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -55,7 +55,7 @@ def test_torchao_low_bit_optimizers(name, form, digits, eager):
 
 @each_form
 def test_torchao_stochastic_rounding_draws_the_same_numbers(form, digits, eager):
-    # Updates of bfloat16 weights are rounded at random: a single number drawn by tracking would change the training.
+    # Updates of bfloat16 weights are rounded at random: any random number drawn by tracking would change the training.
     def train(model, optimizer, digits):
         images, labels = digits
         for step in range(6):
@@ -100,7 +100,7 @@ def test_schedule_free_train_and_eval(name, form, digits):
             for step in range(4):
                 backward(model, digits, epoch * 4 + step)
                 optimizer.step()
-            # Writes the averaged weights into the parameters; train() writes the others back. No flips of a step.
+            # Writes the averaged weights into the parameters, and train() writes the others back. These are not flips.
             optimizer.eval()
             with torch.no_grad():
                 trace.append(nn.functional.cross_entropy(model(images), labels))
@@ -125,11 +125,11 @@ def test_only_schedule_free_optimizers_have_train_and_eval():
     assert not hasattr(without, "eval")
 
 
-# ---------------------------------------------------------------------- no subclass of torch.optim.Optimizer
+# ---------------------------------------------------------------------- not a subclass of torch.optim.Optimizer
 
 
 class ByHand:
-    """The least that an optimizer is: six names. Its groups are made anew each time, as fastai's are."""
+    """The minimal optimizer: six attributes. Its param groups are created on each access, like fastai's."""
 
     def __init__(self, parameters, lr):
         self.parameters, self.lr, self.state = list(parameters), lr, {}
@@ -215,7 +215,7 @@ def test_objects_with_slots(digits):
 
 
 @pytest.mark.parametrize("missing", ["step", "zero_grad", "state_dict", "load_state_dict", "param_groups", "state"])
-def test_what_lacks_something_is_named_with_its_module(missing):
+def test_objects_that_lack_an_attribute_are_refused_by_name(missing):
     names = {name: value for name, value in vars(ByHand).items() if name not in ("__dict__", "__weakref__", missing)}
     kind = type("Optimizer", (), {**names, "__module__": "fastai.optimizer", "__qualname__": "Optimizer"})
     thing = kind(digits_model().parameters(), 0.1)
@@ -238,7 +238,7 @@ def test_what_lacks_something_is_named_with_its_module(missing):
         lambda parameters: [{"params": None}],
     ],
 )
-def test_groups_that_are_none(groups):
+def test_invalid_param_groups(groups):
     kind = type("Bare", (ByHand,), {"param_groups": property(lambda self: groups(self.parameters))})
     with pytest.raises(
         TypeError, match="Bare, which lacks param_groups that are dictionaries with 'params', a list of tensors"

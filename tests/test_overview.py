@@ -1,4 +1,4 @@
-"""What is said of many layers: the blocks of well-known models, the spread, and the layers that stand out."""
+"""Summaries of many layers: the blocks of well-known models, the spread, and the outliers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODELS = {
         ["transformer.wte.weight", "transformer.wpe.weight", *named("transformer.h", 12, GPT2)],
         ["transformer.wte", "transformer.wpe", *(f"transformer.h.{i}" for i in range(12))],
     ),
-    # fc1 and fc2, mlp.0 and mlp.2 have numbers, too, but are no blocks of several weights.
+    # fc1 and fc2, mlp.0 and mlp.2 have numbers too, but are not blocks of several weights.
     "vit": (named("blocks", 12, VIT), [f"blocks.{i}" for i in range(12)]),
     "bytes_gpt": (
         named("blocks", 4, "attention.qkv attention.out mlp.0 mlp.2"),
@@ -35,12 +35,12 @@ MODELS = {
         named("blocks", 8, "attn.q attn.k attn.v cross.q cross.k cross.v mlp.fc1 mlp.fc2"),
         [f"blocks.{i}" for i in range(8)],
     ),
-    # Few blocks of many weights: their parts.
+    # Few blocks with many weights are split into their parts.
     "shallow": (
         named("blocks", 4, "attn.q attn.k attn.v attn.o mlp.gate mlp.up mlp.down mlp.a mlp.b"),
         [f"blocks.{i}.{part}" for i in range(4) for part in ("attn", "mlp")],
     ),
-    # The stages of a ResNet have too few names to tell much; their blocks do.
+    # The stages of a ResNet are too few to be informative; their blocks are not.
     "resnet": (
         ["conv1.weight"]
         + [f"layer{s}.{b}.conv{c}.weight" for s in range(1, 5) for b in range(4) for c in range(1, 4)]
@@ -59,7 +59,7 @@ MODELS = {
             for name in [*(f"layers.{s}.blocks.{b}" for b in range(blocks)), f"layers.{s} (rest)"]
         ],
     ),
-    # 8 experts in each of 32 blocks are too many to show each.
+    # 8 experts in each of 32 blocks are too many to list.
     "mixtral": (
         named("model.layers", 32, " ".join(f"moe.experts.{e}.w{w}" for e in range(8) for w in range(1, 4)) + " attn.q"),
         [f"model.layers.{i}" for i in range(32)],
@@ -73,7 +73,7 @@ def test_blocks_of_models(model):
     names, expected = MODELS[model]
     found = blocks_of(names)
     assert list(found) == expected
-    # Each weight is in exactly one, so that the blocks add up to the model.
+    # Each weight is in exactly one block, so that the blocks add up to the model.
     assert sorted(name for members in found.values() for name in members) == sorted(names)
     for block, members in found.items():
         assert all(name.startswith(block.removesuffix(" (rest)")) for name in members)
@@ -108,9 +108,9 @@ def test_layers_that_stand_out():
     assert outliers(rates(even)) == []
     assert outliers(rates([*even, 0.00002, 0.6])) == ["layer170", "layer171"], "the farthest first"
     assert outliers(rates([*even, 0.0])) == ["layer170"]
-    # Near 1 it is the distance to 1 that counts, as for stall ratios.
+    # Near 1, the distance to 1 counts, as for stall ratios.
     assert outliers(rates([*(1 - x / 100 for x in even), 0.95])) == ["layer170"]
-    # Twice as much is nothing to name, however close together the others are.
+    # Twice the rate is not an outlier, however close together the others are.
     assert outliers(rates([*[0.1] * 170, 0.15])) == []
     assert outliers(rates([*[0.1] * 170, 0.3])) == ["layer170"]
 
@@ -118,7 +118,7 @@ def test_layers_that_stand_out():
 def test_few_weights_or_few_layers_do_not_stand_out():
     assert outliers(rates([0.1, 0.1, 0.1, 0.0])) == [], "of so few layers none is far from the rest"
     even = [0.02] * 40
-    # 16 weights of which one step flips none: so does chance.
+    # One step flips none of 16 weights: that may be chance.
     assert outliers({**rates(even), "small": Quotient(0, 16)}) == []
     assert outliers({**rates(even), "large": Quotient(0, 100_000)}) == ["large"]
     assert outliers({**rates(even), "nothing": Quotient(0, 0)}) == []

@@ -1,4 +1,4 @@
-"""Pictures of all layers: what an outlier does to the colors, and where the names stand."""
+"""Pictures of all layers: the effect of outliers on colors, and the positions of names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def history_of(records) -> History:
 
 @pytest.mark.parametrize(("odd", "color"), [(0.000_01, BELOW), (0.9, ABOVE)])
 def test_one_outlier_leaves_the_others_their_colours(odd, color):
-    """Of 20 layers between 0.1 and 0.2, one far away: the others are coloured as if it were not there."""
+    """20 layers between 0.1 and 0.2 with one outlier: the others keep their colors."""
     rates = {f"layer{i}": 0.1 + i / 190 for i in range(20)}
     plain = draw(history_of([record_of(step, rates) for step in (1, 2, 3)]), "rates")
     rates["layer20"] = odd
@@ -32,7 +32,7 @@ def test_one_outlier_leaves_the_others_their_colours(odd, color):
     found = cells(picture, 21, 3)
     assert np.abs(found[:20] - cells(plain, 20, 3)).max() <= 6
     assert (found[20] == color).all()
-    # Said in the legend, by the same color.
+    # The legend explains it with the same color.
     below_plot = picture[np.flatnonzero((picture == (96, 96, 96)).all(axis=-1).sum(axis=1) > 400)[-1] + 1 :]
     assert (below_plot == color).all(axis=-1).sum() >= 14 * 14
     assert not (plain == color).all(axis=-1).any()
@@ -42,16 +42,16 @@ def test_one_outlier_leaves_the_others_their_colours(odd, color):
 @pytest.mark.parametrize(
     ("values", "low", "high", "is_logarithmic"),
     [
-        # A burst of one step among 100.
+        # A burst in one of 100 steps.
         ([*np.linspace(0.1, 0.2, 99), 0.97], 0.1, 0.2, False),
-        # A layer of 24 that stands still.
+        # One of 24 layers that does not move.
         ([*np.tile(np.geomspace(0.001, 0.5, 23), 4), *[1e-9] * 4], 0.001, 0.5, True),
-        # Half of the layers are other ones: that is no outlier.
+        # Half of the layers differ, so they are not outliers.
         ([*np.linspace(0.1, 0.2, 50), *np.linspace(0.001, 0.002, 50)], 0.001, 0.2, True),
-        # One decay over all values.
+        # A decay over all values.
         (np.geomspace(1e-4, 0.5, 200), 1e-4, 0.5, True),
         (np.linspace(0.4, 1, 200), 0.4, 1, False),
-        # Nearly all alike: the few others are the picture.
+        # Nearly all values are equal, so the few others are what matters.
         ([*[0.0] * 95, *np.linspace(0.1, 0.5, 5)], 0.0, 0.5, False),
         ([*[1.0] * 95, *np.linspace(0.1, 0.5, 5)], 0.1, 1.0, False),
     ],
@@ -74,7 +74,7 @@ def test_palette_is_viridis():
 
 
 def test_many_layers_stand_by_block():
-    """A parameter group of its own, as for weight decay, puts a layer at the end of all."""
+    """A separate param group, as for weight decay, moves a layer to the end."""
     rates = dict.fromkeys(NAMES, 0.1)
     rates["layers.7.mlp.down.weight"] = 0.0
     order = [name for name in NAMES if name != "layers.7.mlp.down.weight"] + ["layers.7.mlp.down.weight"]
@@ -83,7 +83,7 @@ def test_many_layers_stand_by_block():
     found = cells(picture, len(NAMES), 1)[:, 0]
     at = NAMES.index("layers.7.mlp.down.weight")
     assert np.flatnonzero((found != found[0]).any(axis=-1)).tolist() == [at]
-    # Its name is red and stands beside its row; no other one is.
+    # Its name is red and next to its row. No other name is red.
     red = ((picture[..., 0] > 150) & (picture[..., 1] < 60) & (picture[..., 2] < 80)).any(axis=1)
     plot_top = np.flatnonzero((picture == (96, 96, 96)).all(axis=-1).sum(axis=1) > 400)[0]
     height = plot_of(picture).shape[0] / len(NAMES)
@@ -103,7 +103,7 @@ def test_names_do_not_overlap():
 
 
 def layer_of(name: str, flips: float, expected: float, looked: int = 1) -> LayerRecord:
-    """Flips and expected flips are looked at in every n-th of 4 steps of 1,000,000 weights."""
+    """Flips and expected flips are measured in every n-th of 4 steps of 1,000,000 weights."""
     weights = 1_000_000
     seen = 4 // looked
     ratios = {"flip_excess": Quotient(flips * weights * seen, expected * weights * seen)}
@@ -137,7 +137,7 @@ def test_what_lies_off_the_line_by_chance_is_not_named():
 
 
 def centres(picture: np.ndarray, color: tuple[int, int, int], radius: int = 4) -> list[tuple[float, float]]:
-    """Of discs: what is left of them when a pixel counts only with all that surround it."""
+    """Erosion: keeps a pixel only if all pixels around it belong to the mask."""
     is_it = (picture == color).all(axis=-1)
     inner = is_it.copy()
     for dy in range(1 - radius, radius):
@@ -152,7 +152,7 @@ def centres(picture: np.ndarray, color: tuple[int, int, int], radius: int = 4) -
 
 
 def test_points_lie_where_their_numbers_are():
-    """The axes reach from 0.001 to 1, over a frame of 440 x 380 pixels."""
+    """The axes range from 0.001 to 1, over a frame of 440 x 380 pixels."""
     even, odd = scatter.Spot("even", 0.1, 0.1), scatter.Spot("odd", 0.3, 0.01, is_far=True)
     low = scatter.Spot("low", 0.002, 0.002)
     picture = scatter.draw([even, odd, low], "step / cell width")
@@ -162,7 +162,7 @@ def test_points_lie_where_their_numbers_are():
         shares = [(np.log10(rate) + 3) / 3 for rate in spot[1:3]]
         return plot_left + shares[0] * width, plot_top + (1 - shares[1]) * height
 
-    # On the line: in the color of the others. Far below it: named, and red.
+    # On the line: in the normal color. Far below it: labeled and red.
     found = sorted(centres(picture, (31, 119, 180)))
     assert found == [pytest.approx(place(low), abs=1.5), pytest.approx(place(even), abs=1.5)]
     assert centres(picture, (176, 0, 32)) == [pytest.approx(place(odd), abs=1.5)]
@@ -174,7 +174,7 @@ def test_it_is_there_with_the_metric_that_counts_it(digits, tmp_path):
     train(digits, 20, sinks=sinks, metrics=("flips", "travel"))[0].close()
     tags = events_in(tmp_path).Tags()["images"]
     assert sorted(tags) == ["weightflip/flip_excess", "weightflip/flip_rate"]
-    # Brute force elsewhere: tests of the metric. Here: what is drawn is what was counted.
+    # The metric's own tests use brute force. This one compares the picture with the counts.
     for layer, spot in zip(records[-1].layers, scatter.spots(records[-1].layers, "flip_excess"), strict=True):
         assert spot.flip_rate / spot.expected == pytest.approx(layer.values["flip_excess"])
         assert spot.flip_rate == layer.flip_rate

@@ -1,4 +1,4 @@
-"""Records read as arrays are those that the records' own reader makes, and what one refuses the other does not take."""
+"""Records read as arrays equal those of the record parser, and neither accepts what the other rejects."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_blocks_are_records(tmp_path):
             assert whole.gauges
             assert whole.window_ratios
             assert len(whole.names) > 2
-            # Any number by another value, or any key left out.
+            # Any number replaced by another value, or any key missing.
             places = [at for at, byte in enumerate(line) if byte in b"0123456789" and line[at - 1] in b' [,"']
             for _ in range(150):
                 begin = end = draw.choice(places)
@@ -60,10 +60,10 @@ def test_blocks_are_records(tmp_path):
                 taken += 1
                 assert same(fast, RecordArrays.from_record(FlipRecord.from_dict(data)))
                 if data["step"] == record["step"]:
-                    # And the checks of one number at a time have nothing against it.
+                    # The parser that checks each number also accepts it.
                     assert same(parse_record(broken, record["step"]), fast)
     assert refused > 100 < taken
-    # Of earlier versions: less was counted, and some things were not there.
+    # Earlier versions have fewer counts and fields.
     record = json.loads(next(line for line in path.read_bytes().splitlines() if line.startswith(b'{"record"')))[
         "record"
     ]

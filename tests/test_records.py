@@ -1,4 +1,4 @@
-"""Records: sums before quotients, plain JSON there and back."""
+"""Records: sums are divided last, and records survive plain JSON."""
 
 from __future__ import annotations
 

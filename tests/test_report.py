@@ -1,4 +1,4 @@
-"""``weightflip report``: what was recorded is what is read, and what is said about it is true."""
+"""``weightflip report`` reads what was recorded, and its statements are true."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_jsonl_is_read_as_recorded(digits, tmp_path):
     layer = run.layers["0.weight@mxfp8_e4m3"]
     assert (layer.weights, layer.dtype, layer.quantizer, layer.weight) == (3072, "float32", "mxfp8_e4m3", "0.weight")
     assert {"oscillation_ratio", "net_flipped", "scale_changes"} <= set(layer.values)
-    # Over several windows counts are added up, and then divided.
+    # Over several windows, counts are summed, then divided.
     windows = [next(x for x in record.layers if x.name == layer.name).window for record in records[3:]]
     assert layer.get("stall_ratio").part(21).summary == sum((w for w in windows), Counts()).stall_ratio
     assert layer.get("net_flipped").part(21).summary == records[-1].layers[1].values["net_flipped"]
@@ -102,7 +102,7 @@ def test_event_files_say_the_same_as_jsonl(digits, tmp_path, quantizer):
         for value, series in found.items():
             assert series.steps.tolist() == expected[value].steps.tolist()
             assert series.values == pytest.approx(expected[value].values, rel=1e-6)
-            # Here each weight has a gradient in most steps, so means over windows are near the exact ones.
+            # Here each weight has a gradient in most steps, so means over windows are close to the exact ones.
             assert series.part(events.late).summary == pytest.approx(expected[value].part(jsonl.late).summary, rel=0.02)
     for name, layer in jsonl.layers.items():
         other = events.layers[name]
@@ -125,7 +125,7 @@ def test_runs_below_a_directory_are_named_by_their_path(digits, tmp_path):
     with SummaryWriter(tmp_path / "runs" / "d") as writer:
         writer.add_scalar("loss", 1.0, 1)
     assert sorted(run.name for run in read_runs([tmp_path / "runs"])) == ["a/first", "b", "runs"]
-    # Again by another path: still one run.
+    # Another path to the same run does not add a run.
     twice = read_runs([tmp_path / "runs" / "b", tmp_path / "runs" / "a", tmp_path / "runs" / ".." / "runs" / "b"])
     assert [run.name for run in twice] == ["b", "a/first"]
     assert read_one(tmp_path / "runs" / "c.jsonl").name == "c.jsonl"
@@ -139,7 +139,7 @@ def test_errors_say_what_to_do(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ReportError, match=r"expected a directory, a \.jsonl file or an event file"):
         read_runs([tmp_path / "notes.txt"])
-    # A run that has only just begun.
+    # A run that has just started.
     (tmp_path / "flips.jsonl").write_text('{"info": {"tracked": {"a": ["2x2", "float32", "e4m3"]}}, "first_step": 0}\n')
     with pytest.raises(ReportError, match="log_every= steps"):
         read_runs([tmp_path])
@@ -185,7 +185,7 @@ def test_a_killed_run_is_read_up_to_its_last_record(tmp_path):
     from_events = read_one(events)
     count = len(from_events.steps)
     assert count > 20
-    # The event file is written first: the kill may come between the two.
+    # The event file is written first. The process may be killed between the two writes.
     both = min(count, len(run.steps))
     assert count <= len(run.steps) + 1
     assert from_events.steps.tolist()[:both] == run.steps.tolist()[:both]
@@ -193,7 +193,7 @@ def test_a_killed_run_is_read_up_to_its_last_record(tmp_path):
         run.models[""]["flip_rate"].values[:both], rel=1e-6
     )
 
-    # Cut anywhere within the last record, too.
+    # The last record may be cut off at any byte.
     size = path.stat().st_size
     for cut in (1, 2, 3, 100):
         os.truncate(path, size - cut)
@@ -221,7 +221,7 @@ def test_of_a_resumed_run_the_later_points_count(digits, tmp_path, where):
         first.step()
     first.close()
     assert read_one(tmp_path).steps.tolist() == [10, 20, 30, 40, 50]
-    time.sleep(1.1)  # An event file is named by the second in which it was opened.
+    time.sleep(1.1)  # The name of an event file contains the second in which it was opened.
     records = []
     options = sinks()
     options["sinks"] = [*options.get("sinks", []), records.append] if where != "log_dir" else None
@@ -256,7 +256,7 @@ def test_of_a_long_file_windows_are_added_up(digits, tmp_path, monkeypatch):
 
 
 class Script:
-    """Writes records of which the truth is known: numbers of each window, by layer."""
+    """Writes records with known contents: numbers of each window, by layer."""
 
     def __init__(
         self, path: Path, dtype="float32", quantizer="float8_e4m3", size=1000, every=10, metrics="flips+stalls"
@@ -266,7 +266,7 @@ class Script:
         self.totals: dict[str, Counts] = {}
 
     def write(self, windows: list[dict[str, dict]], alerts=()) -> Run:
-        """Each window: layer to shares (``flip``, ``stall``, ``updates``), ``nonfinite``, ``ratios``, ``gauges``."""
+        """Per window and layer: fractions (``flip``, ``stall``, ``updates``), ``nonfinite``, ``ratios``, ``gauges``."""
         sink = JSONLSink(str(self.path))
         tracked = {name: (str(self.size), self.dtype, self.quantizer) for name in windows[0]}
         sink.start(RunInfo(tracked, {}, {"metrics": self.metrics, "optimizer": "AdamW"}), 0)
@@ -332,7 +332,7 @@ def test_stuck(tmp_path):
     assert native.severity == Severity.SERIOUS
     assert "updates are permanently lost to rounding" in native.text
 
-    # One single flip in the last quarter, and the sentence would be wrong.
+    # With a single flip in the last quarter, the sentence would be wrong.
     windows[-2]["b"] = {"flip": 0.0001}
     assert "stuck" not in rules(Script(tmp_path / "c.jsonl").write(windows))
 
@@ -357,7 +357,7 @@ def test_dead(tmp_path):
     ]
     assert "no gradient for c in the whole run, and no weight changed" in found[0].text
     assert "weight decay or momentum" in found[1].text
-    # Without the metric nobody knows.
+    # Without the metric, nothing is known.
     for window in windows:
         for row in window.values():
             row.update(flip=0.1, updates=0.0)
@@ -393,7 +393,7 @@ def test_oscillation(tmp_path):
     windows = steady()
     for window in windows:
         window["a"] = {"flip": 0.06, "ratios": {"oscillation_ratio": 0.95}, "gauges": {"net_flipped": 0.25}}
-        # Few flips: nothing to worry about. Many that go on: neither.
+        # Few flips are harmless, and so are many flips that do not reverse.
         window["b"] = {"flip": 0.001, "ratios": {"oscillation_ratio": 0.95}}
         window["c"] = {"flip": 0.3, "ratios": {"oscillation_ratio": 0.4}, "gauges": {"oscillating_fraction": 0.5}}
     found = rules(Script(tmp_path / "a.jsonl").write(windows))
@@ -414,7 +414,7 @@ def test_burst(tmp_path):
         "between steps 110 and 120: its weights flipped 1.50 times each, compared with 0.20 times"
         in found["burst"].text
     )
-    # A warmup and a learning rate that falls at once are no bursts.
+    # A warmup and a sudden drop of the learning rate are not bursts.
     steps = [{"a": {"flip": 0.5 if at < 10 else 0.02}, "b": {"flip": 0.05 * at / 20}} for at in range(20)]
     assert [*rules(Script(tmp_path / "b.jsonl").write(steps))] == ["healthy"]
 
@@ -436,7 +436,7 @@ def test_range_scale_and_rank(tmp_path):
     }
     assert "only 10 % of those of a" in found["scale-driven"].text
     assert "from 100.0 at step 10 to 24.0" in found["rank"].text
-    # Coarse formats have many weights at both ends by design.
+    # By design, coarse formats have many weights at both ends.
     coarse = rules(Script(tmp_path / "b.jsonl", quantizer="ternary").write(windows))
     assert {"saturated", "underflow"}.isdisjoint(coarse)
 
@@ -479,7 +479,7 @@ def test_what_differs_between_runs(tmp_path):
     )
     assert "compared with 0.30 % in full/flips.jsonl (stored float32 weights)" in found.text
 
-    # The same grid, but only one of them loses what rounding swallows.
+    # The same format, but only one of them loses stalled updates.
     (found,) = comparison(run("as bfloat16", 0.1, "float32", "bfloat16"), pure)
     assert (
         "In pure/flips.jsonl, 97.0 % of the updates changed no code, compared with 90 % in as bfloat16/flips.jsonl"
@@ -499,7 +499,7 @@ def test_what_differs_between_runs(tmp_path):
     assert found.severity == Severity.INFO
     assert "differ little: 80 % and 79 %" in found.text
 
-    # Unlike formats are not compared.
+    # Different formats are not compared.
     (found,) = comparison(run("eight", 0.05), run("four", 0.01, quantizer="mxfp4"))
     assert found.rule == "not compared"
     assert "float8_e4m3" in found.text
@@ -515,7 +515,7 @@ def test_a_healthy_float8_training_raises_no_alarm(digits, tmp_path):
 
 
 def test_pure_bfloat16_against_float32(digits, tmp_path):
-    """The sentence names the difference, and its numbers are those of the trackers."""
+    """The sentence names the difference, with the numbers of the trackers."""
     images, labels = digits
     lost = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -552,7 +552,7 @@ def test_a_layer_that_is_never_used(digits, tmp_path):
 
 @pytest.fixture(scope="module")
 def two_runs(digits, tmp_path_factory):
-    """Three formats and one, with layers whose names need care."""
+    """Three formats and one, with layer names that need escaping."""
     root = tmp_path_factory.mktemp("two")
     for name, quantizer in (("formats", ["bfloat16", "float8_e4m3", "int4"]), ("single", "float8_e4m3")):
         model = digits_model()
@@ -620,7 +620,7 @@ def test_csv_is_every_record(two_runs, capsys, tmp_path, monkeypatch):
 
 
 class Page(HTMLParser):
-    """Checks that elements close, and collects what could lead outside."""
+    """Checks that elements close, and collects everything that could refer to external resources."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -659,7 +659,7 @@ def test_html_is_one_page_that_needs_nothing_else(two_runs, capsys, tmp_path):
     page = Page(source)
     assert page.references
     assert all(reference.startswith(("#", "data:image/png;base64,")) for reference in page.references)
-    # Addresses are the names of the SVG namespaces only.
+    # The only addresses are the names of the SVG namespaces.
     assert set(re.findall(r"https?://[^\s\"'<>)]+", source)) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
@@ -672,7 +672,7 @@ def test_html_is_one_page_that_needs_nothing_else(two_runs, capsys, tmp_path):
     assert set(re.findall(r"url\(#([^)]+)\)", source)) <= page.ids.keys()
     text = " ".join(page.text)
     assert "a<b>&\"'$x_1$[bold].0@int4" in text
-    # Two sets of curves, one matrix of formats, and maps of three numbers.
+    # Two sets of curves, one format matrix, and heat maps of three numbers.
     assert page.tags["svg"] == 2 + 1 + 3
     for words in ("What stands out", "Formats compared", "Oscillation", "net flipped"):
         assert words in text
@@ -705,7 +705,7 @@ def test_exit_codes_and_messages(two_runs, capsys, tmp_path):
 
 
 def test_as_a_program_without_rich(two_runs):
-    """As users start it; and what it says where the packages of the extra are missing."""
+    """Run as users run it, also with packages of the extra missing."""
     done = run_python("-m", "weightflip.report", str(two_runs / "single"))
     assert done.stderr == ""
     assert "Nothing stands out" in done.stdout

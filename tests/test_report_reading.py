@@ -1,4 +1,4 @@
-"""What a report makes of files that hold more, or less, than one training wrote: damage, other writers, other kinds."""
+"""Reports on files that hold more or less than one training: damage, other writers, other kinds of files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from weightflip.sinks import CompanionSink, TensorBoardSink
 
 
 class Progress(Metric):
-    """Grows from point to point, so that its mean is not its last value."""
+    """Grows with each point, so that its mean differs from its last value."""
 
     name = "progress"
     gauges = ("progress_gauge",)
@@ -103,11 +103,11 @@ def test_two_writers_of_one_jsonl_file_are_kept_apart(digits, tmp_path):
             assert layer.get("flip_rate").numerators.tolist() == other.get("flip_rate").numerators.tolist()
         assert "one of 2 trainings that wrote to this file at the same time" in run.notes[-1]
     assert [run.name for run in runs] == ["writer 1", "writer 2"]
-    # Files of earlier versions do not say who wrote a line.
+    # Files of earlier versions do not name the writer of a line.
     mixed.write_text("\n".join(line[: line.index(', "writer"')] + "}" for line in lines) + "\n")
     (note,) = read_one(mixed).notes
     assert "steps go back 4 times without a restart" in note
-    # One after the other is one training, resumed or begun anew.
+    # One after the other: this is one training, resumed or restarted.
     mixed.write_text("\n".join([*a[:3], *b]) + "\n")
     run = read_one(mixed)
     assert run.steps.tolist() == [10, 20, 30, 40]
@@ -124,7 +124,7 @@ ODD = [
 
 
 def look_at(path, html=None):
-    """All views of a file; what cannot be read at all is said as such."""
+    """All views of a file. Files that cannot be read at all raise an error that says so."""
     try:
         runs = read_runs([path])
     except ReportError:
@@ -195,7 +195,7 @@ def test_no_mutation_of_a_file_ends_a_report(tmp_path):
             elif how == 2:
                 data[begin:begin] = data[: draw.choice((10, 3000))]
             else:
-                # A number, by another value.
+                # A number replaced by another value.
                 end = begin = data.find((b": ", b",")[at >= 300], begin) + (2, 1)[at >= 300]
                 while end < len(data) and data[end] in b"0123456789.":
                     end += 1

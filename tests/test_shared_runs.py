@@ -1,4 +1,4 @@
-"""Several optimizers that are one run are shown as one; two runs in one place are not taken for one."""
+"""Several optimizers that form one run are shown together; separate runs in the same place are not mixed."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_print_shows_the_layers_of_all_optimizers_of_a_run():
         ["2.weight", "int4", "24", str(flips["2.weight"])],
         ["all", "72", str(sum(flips.values())), rows[2][3]],
     ]
-    # What came to its end is in it, too.
+    # It includes the optimizer that has ended.
     second.remove()
     assert cells(str(first.tracker))[2:] == rows
 
 
-def test_print_shows_one_table_of_an_optimizer_for_each_parameter():
+def test_print_shows_one_table_for_one_optimizer_per_parameter():
     model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(5)))
     optimizers = []
     for parameter in model.parameters():
@@ -62,7 +62,7 @@ def test_print_shows_one_table_of_an_optimizer_for_each_parameter():
 
 
 def test_two_runs_in_the_default_place_are_warned_about(tmp_path, monkeypatch):
-    """SummaryWriter names it after the second in which it is opened, at the first record."""
+    """SummaryWriter names its default directory after the second in which it is opened, at the first record."""
     monkeypatch.chdir(tmp_path)
     for _ in range(5):
         before = len(os.listdir("runs")) if os.path.exists("runs") else 0
@@ -90,7 +90,7 @@ def test_two_runs_in_the_default_place_are_warned_about(tmp_path, monkeypatch):
     pytest.fail("every time on the border of two seconds")
 
 
-def test_where_the_first_optimizer_is_not_tracked_any_more_the_next_one_writes():
+def test_when_the_first_optimizer_is_no_longer_tracked_the_next_one_writes():
     model, records = net(), []
     inner = torch.optim.SGD([model[0].weight], lr=0.1)
     first = FlipTrackingOptimizer(inner, model, log_every=2, sinks=[records.append])
@@ -101,7 +101,7 @@ def test_where_the_first_optimizer_is_not_tracked_any_more_the_next_one_writes()
 
     for step in range(8):
         if step == 4:
-            # Neither its steps nor its totals can be had.
+            # Neither its steps nor its totals are available.
             first.tracker.after_step = first.tracker.record = broken
             with pytest.warns(UserWarning, match="tracking has stopped, training continues: RuntimeError: broken on"):
                 first.step()
@@ -121,7 +121,7 @@ def test_where_the_first_optimizer_is_not_tracked_any_more_the_next_one_writes()
     [{"alerts": [Alert("flip_rate > 0.5", layers="typo*")]}, {"groups": {"all": "typo*"}}, {"include": "typo*"}],
     ids=lambda mistake: next(iter(mistake)),
 )
-def test_a_call_that_is_refused_leaves_the_run_as_it_was(mistake):
+def test_a_call_that_raises_does_not_change_the_run(mistake):
     model, records = net(), []
     first = FlipTrackingOptimizer(torch.optim.SGD([model[0].weight], lr=0.1), model, sinks=[records.append])
     gone = track_flips(inner := torch.optim.SGD([model[2].weight], lr=0.1), model, quantizer="int4", sinks=first)
@@ -135,7 +135,7 @@ def test_a_call_that_is_refused_leaves_the_run_as_it_was(mistake):
         FlipTrackingOptimizer(inner, model, quantizer="e3m4", sinks=first, **mistake)
     assert {name: len(found) for name, found in vars(inner).items() if name.endswith("_hooks")} == hooks
     assert str(first.tracker) == text
-    # While the traceback still holds what there was of it.
+    # While the traceback still holds the objects of the failed call.
     second = FlipTrackingOptimizer(inner, model, quantizer="e3m4", sinks=first)
     backward(model)
     second.step()

@@ -1,4 +1,4 @@
-"""Names that a terminal would obey, a spreadsheet would run and no file can hold: people get to see them escaped."""
+"""Names that a terminal would obey, a spreadsheet would run or a file cannot hold are displayed escaped."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def train_evil(steps=12, **options):
 
 
 def assert_safe(text: str) -> None:
-    """As ``unicodedata`` sees it, and not as ``shown`` is written."""
+    """Printability as defined by ``unicodedata``, independent of the implementation."""
     bad = [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
     assert not bad, bad
     text.encode("utf-8")
@@ -81,7 +81,7 @@ def test_people_see_names_escaped(tmp_path, caplog):
         assert "c\\ud800" in text
     assert caplog.text
 
-    # The counts are under the names as they are; event files, for people, have them escaped.
+    # Counts keep the original names. Event files are for display and have them escaped.
     assert list(optimizer.tracker.get_flip_counts()) == EVIL
     (beside,) = read_runs([tmp_path / "events"])
     assert list(beside.layers) == EVIL

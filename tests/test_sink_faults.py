@@ -1,4 +1,4 @@
-"""Output that is closed from inside, deleted midway, or given twice."""
+"""Output that is closed from inside, deleted during the run, or passed twice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def steps(model, optimizer, count=1):
 
 
 def written_steps(model, optimizer, count=1):
-    """Steps whose records are on disk then."""
+    """Run steps until their records are on disk."""
     steps(model, optimizer, count)
     optimizer.flush()
 
@@ -137,7 +137,7 @@ def test_a_file_that_is_deleted_midway(tmp_path, name, how):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_a_file_that_is_emptied_midway_begins_with_its_heading(tmp_path, name):
-    """As logrotate's copytruncate does."""
+    """Like logrotate's copytruncate."""
     path = tmp_path / name
     model, optimizer, _ = make(sinks=[path])
     written_steps(model, optimizer, 2)
@@ -263,7 +263,7 @@ def test_the_place_of_another_live_wrapper_is_warned_about(tmp_path):
         gc.collect()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            # Collected; closed; closed after a step; removed; one that failed.
+            # Garbage-collected, closed, closed after a step, removed, or failed.
             model, third, _ = make(**options)
             third.close()
             model, fourth, _ = make(**options)
@@ -277,7 +277,7 @@ def test_the_place_of_another_live_wrapper_is_warned_about(tmp_path):
             model, fifth, _ = make(**options)
             fifth.close()
             del kept
-        # What goes on after close() opens its sinks again.
+        # Continuing after close() opens the sinks again.
         model, sixth, _ = make(**options)
         with pytest.warns(UserWarning, match="another tracked optimizer also writes there"):
             steps(nn.Linear(8, 8), fourth)

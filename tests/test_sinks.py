@@ -1,4 +1,4 @@
-"""What arrives in real files, read back by the readers that users have."""
+"""Output in real files, read back by the readers that users have."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from weightflip import FlipRecord, FlipTrackingOptimizer
+from weightflip.sinks import JSONLSink, make_sink
+from weightflip.sinks.base import FILE_SINKS
 
 STEPS = 25
 
@@ -29,7 +31,7 @@ def scalars(log_dir) -> dict[str, list[tuple[int, float]]]:
 
 
 def train(digits, steps=STEPS, model=None, **options):
-    """Trains on digits; gives the optimizer and the brute-force totals after each step."""
+    """Trains on digits. Yields the optimizer and the brute-force totals after each step."""
     model = model or digits_model()
     optimizer = FlipTrackingOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), model, **options)
     brute, history = BruteForce(model), []
@@ -51,7 +53,7 @@ def test_tensorboard_tags_steps_and_values(digits, tmp_path):
     expected = {"flips/rate", "flips/cumulative_rate", "flips/stall_ratio", "flips/updated_fraction"}
     values = ("flip_rate", "cumulative_flip_rate", "stall_ratio", "updated_fraction")
     expected |= {f"{tag}/{name}" for tag in values for name in layers}
-    # Once more, under a tag that TensorBoard opens first.
+    # Repeated under a tag that TensorBoard opens first.
     expected |= {f"Model/{tag}" for tag in values}
     assert set(found) == expected
 
@@ -110,7 +112,7 @@ def test_nonfinite_weights_show_up(digits, tmp_path):
         model[0].weight[0, :3] = math.nan
     optimizer, _ = train(digits, 10, model=model, log_dir=tmp_path)
     optimizer.close()
-    # One NaN makes NaN of every activation, and of every weight within one step.
+    # One NaN spreads to all activations, and to all weights within one step.
     assert scalars(tmp_path)["nonfinite_weights/0.weight"][0][1] >= 3
 
 
@@ -120,7 +122,7 @@ def test_jsonl(digits, tmp_path):
     before_close = [json.loads(line) for line in path.read_text().splitlines()]
     optimizer.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines[:-1] == before_close  # a crash loses no finished record
+    assert lines[:-1] == before_close  # a crash loses no complete record
     assert lines[0]["info"]["tracked"]["0.weight"] == ["48x64", "float32", "float8_e4m3"]
     records = [FlipRecord.from_dict(line["record"]) for line in lines[1:]]
     assert [record.step for record in records] == [10, 20, 25]
@@ -187,7 +189,7 @@ def test_a_broken_sink_warns_once_and_the_others_go_on(digits):
 
 
 def test_a_full_disk_costs_records_not_the_run(digits, tmp_path):
-    # A device on which every write fails as on a full disk.
+    # Every write to this device fails like on a full disk.
     (tmp_path / "flips.jsonl").symlink_to("/dev/full")
     with pytest.warns(UserWarning, match="JSONLSink failed .* No space left on device"):
         optimizer, history = train(digits, sinks=[tmp_path / "flips.jsonl"])
@@ -276,3 +278,12 @@ def test_a_torn_line_of_a_killed_run_stays_alone(digits, tmp_path):
     torn, *lines = path.read_text().splitlines()
     assert torn == '{"record": {"st'
     assert FlipRecord.from_dict(json.loads(lines[1])["record"]).step == 10
+
+
+def test_a_new_path_ending_is_one_line_in_one_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(FILE_SINKS, ".txt", JSONLSink)
+    assert isinstance(make_sink(tmp_path / "flips.txt"), JSONLSink)
+    with pytest.raises(ValueError, match=r"must end in \.jsonl or \.csv or \.txt, got .*flips\.xml"):
+        make_sink(tmp_path / "flips.xml")
+    with pytest.raises(TypeError, match=r"paths that end in \.jsonl or \.csv or \.txt, .*got int"):
+        make_sink(5)

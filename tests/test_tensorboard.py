@@ -34,7 +34,7 @@ def events_in(log_dir):
 
 
 def charts(log_dir) -> dict[str, dict[str, list[str]]]:
-    """The layout that TensorBoard shows: category to chart to the patterns of its tags."""
+    """The layout that TensorBoard shows: tag patterns by chart and category."""
     proto = events_in(log_dir).Tensors("custom_scalars__config__")[-1].tensor_proto
     layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(proto).item())
     return {
@@ -47,7 +47,7 @@ def charts(log_dir) -> dict[str, dict[str, list[str]]]:
 
 
 def plot_of(picture: np.ndarray) -> np.ndarray:
-    """What lies inside the frame."""
+    """The pixels inside the frame."""
     framed = (picture == FRAME).all(axis=-1)
     (top, *_, bottom) = np.flatnonzero(framed.sum(axis=1) > 400)
     (left, *_, right) = np.flatnonzero(framed[top : bottom + 1].all(axis=0))
@@ -63,12 +63,12 @@ def cells(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def viridis(shares: np.ndarray) -> np.ndarray:
-    """matplotlib's own, of numbers in [0, 1]."""
+    """matplotlib's viridis, for numbers in [0, 1]."""
     return (matplotlib.colormaps["viridis"](shares)[..., :3] * 255).round().astype(int)
 
 
 def record_of(step: int, rates: dict[str, float | None], weights: int = 100_000) -> FlipRecord:
-    """One tracked step for each; None for a layer without one."""
+    """One tracked step for each rate. None for a layer that is missing."""
     layers = []
     for name, rate in rates.items():
         counts = Counts() if rate is None else Counts(weights, round(rate * weights))
@@ -178,7 +178,7 @@ def test_histograms_are_what_tensorboard_shows(tmp_path):
     (event,) = events.Histograms("travel/fc")
     assert event.step == 3
     assert event.histogram_value.num == 10
-    # As the dashboard gets it: left border, right border, count; empty bins at the ends left out.
+    # As the dashboard gets it: left edge, right edge, count. Empty bins at the ends are dropped.
     raw = next(
         value
         for path in tmp_path.iterdir()
@@ -227,7 +227,7 @@ def test_colors_are_the_values(digits, tmp_path):
     for tag in ("flip_rate", "stall_ratio", "oscillation_ratio"):
         step, picture = pictures(tmp_path, tag)[-1]
         assert step == 25
-        # Before its second flip no weight can oscillate, but a ratio of 0 is a value all the same.
+        # Before its second flip no weight can oscillate, but a ratio of 0 is still a value.
         values = np.array([[record.layers[row].values[tag] for record in records] for row in range(2)])
         low, high = values[values > 0].min(), values.max()
         if high > 50 * low:
@@ -285,7 +285,7 @@ def test_long_histories_are_sums_of_neighbours():
             counts = Counts(100, 0, y, x)
             layers.append(LayerRecord(name, 100, counts, counts))
         history.add(FlipRecord(step + 1, tuple(layers)), step)
-    # 200 columns of one record become 100 of two, and so on: 8 records to a column at the 801st.
+    # 200 columns of one record become 100 of two, and so on: 8 records per column at record 801.
     expected = stalled.view(125, 8, 2).sum(1).double() / updates.view(125, 8, 2).sum(1)
     assert torch.equal(torch.tensor(history.table, dtype=torch.float64).T, expected)
     assert history.edges == list(range(0, 1001, 8))
@@ -346,7 +346,7 @@ def test_copies_draw_pictures_of_their_own(digits, tmp_path, duplicate):
 
 
 def test_no_picture_costs_no_scalars(digits, tmp_path, monkeypatch):
-    # As where Pillow is built without the library for fonts.
+    # Like a Pillow that was built without font support.
     from PIL import ImageFont
 
     def fails(size):

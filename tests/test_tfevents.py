@@ -1,4 +1,4 @@
-"""Event files are read as TensorBoard's own reader reads them, and alerts in them are found again."""
+"""Event files are read exactly as by TensorBoard's own reader, and alerts in them are recovered."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from weightflip.report.tfevents import read
 
 
 def oracle(path):
-    """Tag to steps, times and values, as tensorboard says."""
+    """Steps, times and values by tag, as read by tensorboard."""
     sizes = {"scalars": 0, "tensors": 0, "images": 1}
     events = EventAccumulator(str(path), sizes, purge_orphaned_data=False).Reload()
     return {tag: [(e.step, e.wall_time, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -29,12 +29,12 @@ def files(path):
 
 
 def write_much(path):
-    """Points that are alike, and all that may come between: other steps, other tags, other kinds of events."""
+    """Points with the same layout, and everything that may come between: other steps, tags and kinds of events."""
     draw = random.Random(0)
     with SummaryWriter(path) as writer:
         step = 0
         for point in range(80):
-            # 1, 2 and 3 bytes of step.
+            # Steps of 1, 2 and 3 bytes.
             step += draw.choice((1, 3, 700))
             writer.add_scalar("loss", draw.random(), step - 1)
             if point % 3 == 0:
@@ -54,7 +54,7 @@ def write_much(path):
 
 
 def same(found, expected):
-    """NaN equals NaN. Times of points that are read together are that of the first of them."""
+    """NaN equals NaN. Points that are read together get the time of the first of them."""
     assert found.keys() == expected.keys()
     for tag, points in found.items():
         steps, times, values = zip(*expected[tag], strict=True)
@@ -69,7 +69,7 @@ def test_scalars_are_those_that_tensorboard_reads(tmp_path):
     assert len(found.scalars) > 25
     same(found.scalars, oracle(file))
     assert [text.text for text in found.texts["weightflip/tracking"]] == [f"text {at}" for at in (0, 20, 40, 60)]
-    # Written together: not an array of steps for each tag.
+    # Tags written together share one array of steps.
     assert found.scalars["flip_rate/1"].steps is found.scalars["flip_rate/2"].steps
 
 
@@ -80,7 +80,7 @@ def test_a_torn_file_is_read_up_to_where_it_is_torn(tmp_path):
     for cut in [1, 5, 16, 17, *(draw.randrange(len(data)) for _ in range(12))]:
         file.write_bytes(data[:-cut])
         same(read([file]).scalars, oracle(file))
-    # Zeros, as a file system leaves them after a crash.
+    # Zeros, which a file system may leave after a crash.
     file.write_bytes(data + bytes(5000))
     same(read([file]).scalars, oracle(file))
 
@@ -99,7 +99,7 @@ def test_no_damage_ends_the_reading(tmp_path):
         file.write_bytes(damaged)
         whole = oracle(file)
         found = read([file]).scalars
-        # What comes before the damage is the same.
+        # Everything before the damage is the same.
         for tag, points in whole.items():
             if at > len(data) // 2 and len(points) > 2:
                 assert found[tag].steps.tolist()[:3] == [step for step, _, _ in points[:3]]
@@ -107,7 +107,7 @@ def test_no_damage_ends_the_reading(tmp_path):
 
 @pytest.mark.parametrize("width", [2, 12])
 def test_alerts_of_event_files_are_those_of_jsonl(digits, tmp_path, width):
-    """Of few layers, each by its name; of many at once, by their number."""
+    """A few layers are listed by name, many at once by number."""
     layers = [torch.nn.Linear(64 if at == 0 else 16, 16) for at in range(width)]
     model = torch.nn.Sequential(*layers, torch.nn.Linear(16, 10)) if width > 2 else digits_model()
     rules = ["flip_rate >= 0", Alert("stall_ratio > 0.5 for 10 steps", layers="0.*"), Alert("flip_rate < 2", "model")]
@@ -133,7 +133,7 @@ def test_alerts_of_event_files_are_those_of_jsonl(digits, tmp_path, width):
     assert f"Alert at step 10 for model and {everywhere}: flip_rate >= 0" in texts
     assert "Alert at step 20 for 0.weight: stall_ratio > 0.5 for 10 steps (1, since step 10)" in texts
     assert any(text.startswith("Alert at step 10 for model: flip_rate < 2 (") for text in texts)
-    # By hand: two layers and the model for the first rule, three lines at most; of thirteen, one line.
+    # By hand: two layers and the model for the first rule, at most three lines; one line for thirteen layers.
     text = read(files(tmp_path / "events")).texts["weightflip/tracking_alerts"][0].text
     lines = [line for line in text.splitlines() if "flip_rate >= 0" in line]
     assert len(lines) == (3 if tracked == 2 else 1)

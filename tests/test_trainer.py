@@ -1,4 +1,4 @@
-"""Under the Trainer of transformers: training is what it was, the counts are right, and a resumed run goes on."""
+"""With the Trainer of transformers: training is unchanged, the counts are right, and a resumed run continues."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_NORM = 0.5
 
 
 class Tokens(Dataset):
-    """A digit is a sentence of 64 words, its pixels, of a language of 17 words."""
+    """Reads a digit as a sentence: its 64 pixels are words from a vocabulary of 17."""
 
     def __init__(self, digits, size: int = 96) -> None:
         images, labels = digits
@@ -55,7 +55,7 @@ def tiny_bert() -> nn.Module:
 
 
 class Run(NamedTuple):
-    """What a training did."""
+    """The results of a training."""
 
     trainer: transformers.Trainer
     model: nn.Module
@@ -89,7 +89,7 @@ def settings(directory, **options) -> transformers.TrainingArguments:
 def train(
     digits, directory, *, form=None, resume=None, trainer_class=transformers.Trainer, make=None, **options
 ) -> Run:
-    """Dropout, two micro-batches a step, clipped gradients, warm-up and cosine; only the wrapping differs."""
+    """Train with dropout, two micro-batches per step, clipped gradients, warm-up and cosine, tracked or not."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = tiny_bert()
@@ -127,7 +127,7 @@ def test_tracked_equals_bare_and_counts_equal_brute_force(bf16, form, digits, tm
     assert sum(run.brute.flips.values()) > 0
     assert sum(run.brute.stalled.values()) > 0
     assert run.tracker.step_count == STEPS
-    # Gradients were clipped, and the inner optimizer's rate is the one that the Trainer's scheduler makes.
+    # Gradients were clipped, and the inner optimizer's learning rate follows the Trainer's scheduler.
     assert max(curve(run, "grad_norm")) > MAX_NORM
     factor = transformers.get_cosine_schedule_with_warmup(torch.optim.SGD([nn.Parameter(torch.ones(1))], LR), 2, STEPS)
     assert run.lrs == [LR * factor.lr_lambdas[0](step) for step in range(STEPS)] == bare.lrs
@@ -143,7 +143,7 @@ def test_bf16_is_autocast_and_the_weights_stay_float32(digits, tmp_path):
 @each_form
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad_passes_set_to_none_on(set_to_none, form, digits, tmp_path):
-    """The Trainer's optimizer is Accelerate's, which looks for it in the signature."""
+    """The Trainer uses Accelerate's optimizer, which looks for it in the signature."""
 
     class Zeroes(transformers.TrainerCallback):
         def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
@@ -182,14 +182,14 @@ def test_layers_have_the_models_names(digits, tmp_path):
     ]
 
 
-def test_the_trainers_optimizer_leads_to_the_tracker(digits, tmp_path):
+def test_the_trainers_optimizer_gives_access_to_the_tracker(digits, tmp_path):
     run = train(digits, tmp_path, form=by_wrapper)
     assert run.trainer.optimizer is not run.optimizer  # Accelerate's, around it
     assert run.trainer.optimizer.optimizer is run.optimizer
 
 
 @each_form
-def test_a_resumed_run_goes_on(form, digits, tmp_path):
+def test_a_resumed_run_continues(form, digits, tmp_path):
     whole = train(digits, tmp_path / "whole", form=form)
     resumed = train(
         digits, tmp_path / "resumed", form=form, resume=str(tmp_path / "whole" / f"checkpoint-{STEPS // 2}")
@@ -204,8 +204,8 @@ def test_a_resumed_run_goes_on(form, digits, tmp_path):
     assert resumed.tracker.step_count == STEPS
 
 
-def test_a_resumed_run_goes_on_in_its_event_files(digits, tmp_path):
-    """The points after the checkpoint are drawn again, not twice."""
+def test_a_resumed_run_continues_its_event_files(digits, tmp_path):
+    """The points after the checkpoint are replaced, not duplicated."""
     for resume in (None, str(tmp_path / "whole" / f"checkpoint-{STEPS // 2}")):
 
         def form(inner, model):
@@ -232,7 +232,7 @@ def test_bare_and_wrapped_runs_load_each_others_checkpoints(saved, loading, digi
 
 
 class WrapsItsOwn(transformers.Trainer):
-    """Keeps the Trainer's own choice of optimizer and of weight decay."""
+    """Keeps the Trainer's choice of optimizer and weight decay."""
 
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None:
@@ -242,7 +242,7 @@ class WrapsItsOwn(transformers.Trainer):
         return self.optimizer
 
 
-def test_wrapping_the_optimizer_that_the_trainer_makes(digits, tmp_path):
+def test_wrapping_the_optimizer_that_the_trainer_creates(digits, tmp_path):
     trainers = []
     for trainer_class in (transformers.Trainer, WrapsItsOwn):
         trainer = trainer_class(tiny_bert(), settings(tmp_path / trainer_class.__name__), train_dataset=Tokens(digits))
@@ -255,7 +255,7 @@ def test_wrapping_the_optimizer_that_the_trainer_makes(digits, tmp_path):
     trainer.brute.check(trainer.optimizer.optimizer.tracker)
 
 
-def test_schedule_free_swaps_weights_for_evaluation_and_no_flip_is_counted_for_it(digits, tmp_path):
+def test_schedule_free_weight_swaps_for_evaluation_are_not_flips(digits, tmp_path):
     schedulefree = pytest.importorskip("schedulefree", reason="needs: pip install schedulefree")
     options = {"make": schedulefree.AdamWScheduleFree, "eval_strategy": "steps", "eval_steps": 3}
     bare = train(digits, tmp_path / "bare", **options)

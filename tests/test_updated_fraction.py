@@ -1,4 +1,4 @@
-"""How many weights have a gradient at all: in records, tags, files, alerts and tables."""
+"""The fraction of weights with a gradient: in records, tags, files, alerts and tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS = 4
 
 
 class OneGradient(torch.autograd.Function):
-    """Passes the gradient of the largest weight on, as a tensorwise scale does that is not detached."""
+    """Passes on the gradient of the largest weight only, like a tensorwise scale that is not detached."""
 
     @staticmethod
     def forward(ctx, weight):
@@ -54,7 +54,7 @@ def train(**options):
     return model, optimizer, records
 
 
-# Of 16 rows of the embedding, 2 are used.
+# 2 of the 16 rows of the embedding are used.
 EXPECTED = {"starved.weight": 1 / 8192, "embedding.weight": 2 / 16, "head.weight": 1.0, "unused.weight": 0.0}
 OF_MODEL = (1 + 2 * 128 + 256) / (8192 + 16 * 128 + 256 + 64)
 
@@ -88,7 +88,7 @@ def test_it_is_in_records_files_tags_and_tables(tmp_path):
     tags = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert tags.Scalars("flips/updated_fraction")[-1].value == pytest.approx(OF_MODEL)
     shown = [tag.partition("/")[2] for tag in tags.Tags()["scalars"] if tag.startswith("updated_fraction/")]
-    # Of a layer all of whose weights have gradients, TensorBoard has no line.
+    # A layer in which all weights have gradients has no line in TensorBoard.
     assert sorted(shown) == sorted(name for name, expected in EXPECTED.items() if expected < 1)
     for name in shown:
         assert tags.Scalars(f"updated_fraction/{name}")[-1].value == pytest.approx(EXPECTED[name])
@@ -107,7 +107,7 @@ def test_rows_of_an_earlier_version_and_rows_stay_short():
     seen = []
     train(sinks=[seen.append])
     row = next(row for row in seen[0].to_rows()["rows"] if row[0] == "head.weight")
-    # Weight steps, flips, updates, stalled: nothing more.
+    # Only weight steps, flips, updates and stalled.
     assert len(row[2]) <= 4
     data = seen[0].to_dict()
     for layer in data["layers"]:

@@ -1,4 +1,4 @@
-"""The numbers in a real run of Weights & Biases, kept offline, read back from its file."""
+"""The numbers in a real offline run of Weights & Biases, read back from its file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from wandb.proto import wandb_internal_pb2
 
 
 def stored(path) -> list:
-    """All that wandb keeps of an offline run that is finished; its process may still be writing."""
+    """Everything in a finished offline run. wandb's process may still be writing."""
     for _ in range(300):
         found = read(path)
         if any(record.WhichOneof("record_type") == "exit" for record in found):
@@ -38,7 +38,7 @@ def stored(path) -> list:
 
 
 def read(path) -> list:
-    """Protobufs, in LevelDB's log format after 7 bytes of header; what has no end yet is left out."""
+    """Protobufs in LevelDB's log format, after 7 bytes of header. Incomplete ones are skipped."""
     data = path.read_bytes()
     if not data:
         return []
@@ -76,10 +76,10 @@ def service():
 
 @pytest.fixture
 def init(service, tmp_path, monkeypatch):
-    """For ``wandb.init``: nothing leaves the machine, or is written outside of the test's directory."""
+    """Arguments for ``wandb.init``: no network, and no files outside the test's directory."""
     for place in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(place, str(tmp_path))
-    # Nothing about the machine: this takes time.
+    # Collecting data about the machine takes time.
     settings = wandb.Settings(
         x_disable_meta=True, x_disable_stats=True, disable_git=True, disable_code=True, console="off", silent=True
     )
@@ -120,10 +120,10 @@ def test_a_users_run_gets_the_numbers_beside_its_own(digits, init, tmp_path):
 
     (path,) = files(tmp_path)
     found = stored(path)
-    # The user's steps are the user's, and every loss is at its own.
+    # The user's steps are unchanged, and every loss has its own step.
     of_user = [(row["_step"], row["loss"]) for row in rows(found) if "loss" in row]
     assert [step for step, _ in of_user] == list(range(15))
-    # Every record is there once, at its own step.
+    # Every record exists exactly once, at its own step.
     ours = {row["weightflip/step"]: row for row in rows(found) if "weightflip/step" in row}
     assert [row["weightflip/step"] for row in rows(found) if "weightflip/step" in row] == [5, 10, 15, 20, 25]
     for record in records:
@@ -188,7 +188,7 @@ for _ in range(13):
 
 
 def test_a_script_that_never_closes_loses_nothing(tmp_path):
-    # With a service of its own, which ends with it.
+    # A separate service, which ends with the process.
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)

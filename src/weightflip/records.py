@@ -665,9 +665,10 @@ class RunInfo:
                 for group, names in self.groups.items()
             ]
         if self.values:
-            lines += ["", "| number | kind | unit | what it is |", "|---|---|---|---|"]
+            # The report reads this table back: report.events.
+            lines += ["", "| number | title | kind | unit | what it is |", "|---|---|---|---|---|"]
             lines += [
-                f"| `{printable(value.name)}` | {value.kind} | {value.unit} | "
+                f"| `{printable(value.name)}` | {printable(value.title)} | {value.kind} | {value.unit} | "
                 f"{printable(value.description or value.title)} |"
                 for value in in_display_order((value.name for value in self.values), self.values)
             ]

@@ -1,4 +1,4 @@
-"""What the tests of deltas share: files, changes, and brute force over whole clones of the bits."""
+"""Shared by the delta tests: files, changes, and brute force over cloned bits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bits(tensor: Tensor) -> np.ndarray:
 
 
 def nudged(tensor: Tensor, share: float, seed: int = 0, most: int = 1) -> Tensor:
-    """The same with some elements one to ``most`` stored numbers up or down."""
+    """A copy in which some elements move up or down by 1 to ``most`` stored numbers."""
     random = np.random.default_rng(seed)
     found = bits(tensor)
     at = random.choice(len(found), round(share * len(found)), replace=False)
@@ -31,7 +31,7 @@ def nudged(tensor: Tensor, share: float, seed: int = 0, most: int = 1) -> Tensor
 
 
 def random_bits(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
-    """Any bits at all: NaN with payloads, infinities, -0 and subnormals among them."""
+    """Random bits, including NaN payloads, infinities, -0 and subnormals."""
     random = np.random.default_rng(seed)
     if dtype is torch.bool:
         return torch.from_numpy(random.integers(0, 2, shape, np.uint8)).bool()
@@ -51,7 +51,7 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None
 
 
 def save_sharded(path: Path, shards: list[dict[str, Tensor]]) -> Path:
-    """A directory as transformers writes it."""
+    """A directory as written by transformers."""
     import json
 
     path.mkdir()
@@ -70,19 +70,19 @@ def files_below(path: Path) -> dict[str, bytes]:
 
 
 def program(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The program, in a process of its own."""
+    """Run the program in a separate process."""
     code = "import sys; from weightflip.report.cli import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Bits of one symbol."""
+    """Bits per symbol."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log2(shares)).sum())
 
 
 def bound(old: Tensor, new: Tensor) -> float:
-    """Bytes at least for independent changes: which elements, and by how many stored numbers each moved."""
+    """Minimum bytes for independent changes: which elements changed, and by how many stored numbers."""
     first, second = bits(old), bits(new)
     changed = first != second
     count = int(changed.sum())

@@ -1,4 +1,4 @@
-"""Applying a delta gives the new files back, byte for byte; anything else is refused and leaves nothing."""
+"""Applying a delta recreates the new files byte for byte. Anything else fails and leaves no files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from weightflip.delta import DeltaError, apply, diff
 from weightflip.delta.bits import OF_TORCH
-from weightflip.delta.output import whole_directory, whole_file
+from weightflip.delta.output import atomic_directory, atomic_file
 
 DTYPES = list(OF_TORCH)
 
@@ -34,7 +34,7 @@ def some_checkpoint(tmp_path, name="old", seed=0):
 
 
 def test_files_of_another_process_come_back_byte_for_byte(tmp_path):
-    """Random bits of every dtype that safetensors can write from torch, -0 and NaN payloads among them."""
+    """Random bits of every dtype that safetensors can write from torch, including -0 and NaN payloads."""
     code = """
 import sys, numpy as np, torch
 from safetensors.torch import save_file
@@ -69,7 +69,7 @@ for path, seed in ((sys.argv[1], 0), (sys.argv[2], 1)):
 
 
 def test_every_kind_of_tensor(tmp_path):
-    """All dtypes, and tensors that are added, removed, reshaped, resized, of another dtype, empty, 0-dim, the same."""
+    """All dtypes, and tensors that are added, removed, reshaped, resized, converted, empty, 0-dim or identical."""
     old = {
         **every_dtype(0),
         "same": weights(10, 3),
@@ -108,7 +108,7 @@ def test_every_kind_of_tensor(tmp_path):
 
 
 def test_several_chunks(tmp_path, monkeypatch):
-    """More than one chunk, of which one is the same, and one that is not whole."""
+    """Several chunks, one of them unchanged and one incomplete."""
     monkeypatch.setattr("weightflip.delta.coding.CHUNK", 1000)
     monkeypatch.setattr("weightflip.delta.container.Manifest.__new__.__defaults__", (1000,))
     old = weights(2750)
@@ -140,7 +140,7 @@ def test_shards_come_back_as_shards_from_any_form_of_the_old_weights(tmp_path):
 
 
 def test_files_of_torch_save(tmp_path):
-    """Nested containers, tied and strided tensors: a safetensors file with the same tensors comes out."""
+    """Nested containers, tied and strided tensors become a safetensors file with the same tensors."""
 
     def saved(name, seed):
         base = weights(12, 10, seed=seed)
@@ -182,7 +182,7 @@ def test_anything_but_the_old_weights_is_refused(tmp_path):
     others = {
         "tensor 'c' has other weights": {**tensors, "c": one_bit},
         "tensor 'b' is missing": {name: tensors[name] for name in "ac"},
-        "tensor 'd' is one too many": {**tensors, "d": torch.ones(1)},
+        "tensor 'd' is unexpected": {**tensors, "d": torch.ones(1)},
         r"tensor 'b' is F32 \[48\], expected BF16 \[48\]": {**tensors, "b": tensors["b"].float()},
         r"tensor 'a' is BF16 \[48, 64\], expected BF16 \[64, 48\]": {**tensors, "a": tensors["a"].reshape(48, 64)},
     }
@@ -244,7 +244,7 @@ def test_200_random_corruptions_are_refused(tmp_path):
 
 
 def test_what_has_a_right_checksum_and_makes_other_weights_is_refused(tmp_path):
-    """Altered by somebody who knows how the checksum is made: the digests of the new tensors still tell."""
+    """Modified with a correct checksum: the digests of the new tensors still detect it."""
     import xxhash
 
     old, new = some_checkpoint(tmp_path), some_checkpoint(tmp_path, "new", 3)
@@ -258,7 +258,7 @@ def test_what_has_a_right_checksum_and_makes_other_weights_is_refused(tmp_path):
         bad[512 + int(random.integers(end))] ^= 1 << int(random.integers(8))
         bad[-16:] = xxhash.xxh3_128(bytes(bad[512:-16]) + bytes(bad[:512])).digest()
         whole.write_bytes(bad)
-        with case(trial), pytest.raises(DeltaError, match=r"does not decode|comes out as another"):
+        with case(trial), pytest.raises(DeltaError, match=r"cannot be decoded|differs from the original new tensor"):
             apply(old, whole, tmp_path / "made.safetensors")
         assert not (tmp_path / "made.safetensors").exists()
 
@@ -267,25 +267,25 @@ def test_outputs_that_are_there(tmp_path):
     old, new = some_checkpoint(tmp_path), some_checkpoint(tmp_path, "new", 3)
     delta, made = tmp_path / "delta.safetensors", tmp_path / "made.safetensors"
     diff(old, new, write=delta)
-    with pytest.raises(DeltaError, match=r"there already.*--force"):
+    with pytest.raises(DeltaError, match=r"already exists.*--force"):
         diff(old, new, write=delta)
     diff(old, new, write=delta, force=True)
     made.write_text("something")
-    with pytest.raises(DeltaError, match=r"there already.*--force"):
+    with pytest.raises(DeltaError, match=r"already exists.*--force"):
         apply(old, delta, made)
     assert made.read_text() == "something"
     apply(old, delta, made, force=True)
     assert made.read_bytes() == new.read_bytes()
     for path in (old, new):
-        with pytest.raises(DeltaError, match="somewhere else"):
+        with pytest.raises(DeltaError, match="to another file"):
             diff(old, new, write=path, force=True)
-    with pytest.raises(DeltaError, match="is the delta"):
+    with pytest.raises(DeltaError, match="is the delta itself"):
         apply(old, delta, delta, force=True)
-    with pytest.raises(DeltaError, match="does not end in"):
+    with pytest.raises(DeltaError, match=r"expected a file name that ends in \.safetensors, got"):
         apply(old, delta, tmp_path / "made.pt")
-    with pytest.raises(DeltaError, match="is a directory"):
+    with pytest.raises(DeltaError, match="got the directory"):
         diff(old, new, write=tmp_path, force=True)
-    with pytest.raises(DeltaError, match="make it first"):
+    with pytest.raises(DeltaError, match="create it first"):
         apply(old, delta, tmp_path / "none" / "made.safetensors")
 
 
@@ -293,7 +293,7 @@ def test_in_place(tmp_path):
     old, new = some_checkpoint(tmp_path), some_checkpoint(tmp_path, "new", 3)
     delta = tmp_path / "delta.safetensors"
     diff(old, new, write=delta)
-    with pytest.raises(DeltaError, match="there already"):
+    with pytest.raises(DeltaError, match="already exists"):
         apply(old, delta, old)
     apply(old, delta, old, force=True)
     assert old.read_bytes() == new.read_bytes()
@@ -304,11 +304,11 @@ def test_in_place(tmp_path):
 
 
 def test_interrupted_writes_leave_nothing(tmp_path):
-    for write, target in ((whole_file, tmp_path / "file"), (whole_directory, tmp_path / "directory")):
+    for write, target in ((atomic_file, tmp_path / "file"), (atomic_directory, tmp_path / "directory")):
         with pytest.raises(KeyboardInterrupt), write(target):
             raise KeyboardInterrupt
         assert os.listdir(tmp_path) == []
-    with whole_file(tmp_path / "file") as file:
+    with atomic_file(tmp_path / "file") as file:
         file.write(b"all")
     assert (tmp_path / "file").read_bytes() == b"all"
     plain = tmp_path / "plain"
@@ -323,7 +323,7 @@ def test_a_delta_is_a_safetensors_file_and_never_much_above_the_new_tensors(tmp_
     found = diff(old, new, write=delta)
     assert found.delta_nbytes < second.nbytes + 2000
     assert set(load_file(delta)) == {"data", "digests", "manifest", "checksum"}
-    # The same twice: nothing to send.
+    # Two identical checkpoints: nothing to send.
     shutil.copy(old, new)
     assert diff(old, new, write=delta, force=True).delta_nbytes < 1500
     apply(old, delta, tmp_path / "made.safetensors")

@@ -1,4 +1,4 @@
-"""Chunks: what is decoded is what was encoded, in few bytes, and damage is an error."""
+"""Chunks: decoding inverts encoding, codes are small, and damage raises an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import case
 from delta_cases import bits, bound, nudged, random_bits, weights
 
 from weightflip.delta import DeltaError, coding
-from weightflip.delta.bits import STORED, differences, integers, moved
+from weightflip.delta.bits import STORED, add_differences, differences, integers
 
 DTYPES = {name: stored for name, stored in STORED.items() if stored.dtype is not None}
 
@@ -23,7 +23,7 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_differences_follow_the_order_of_numbers_and_lose_no_bit(width):
-    """Every pair with some of the 65,536 bfloat16, and all pairs of the 256 float8."""
+    """Each of the 65,536 bfloat16 with some others, and all pairs of the 256 float8."""
     dtype = {1: torch.float8_e5m2, 2: torch.bfloat16}[width]
     count = 1 << (8 * width)
     every = np.arange(count, dtype=f"u{width}").view(f"i{width}")
@@ -34,9 +34,9 @@ def test_differences_follow_the_order_of_numbers_and_lose_no_bit(width):
         others = every != every[partner]
         old, new = every[others], np.full(others.sum(), every[partner])
         steps = differences(old, new, True)
-        assert np.array_equal(moved(old, steps, True), new)
+        assert np.array_equal(add_differences(old, steps, True), new)
         before, after = values[others], values[partner]
-        # Those of one sign are less than half of all apart, so that nothing wraps.
+        # Numbers of one sign are less than half the range apart, so nothing wraps.
         alike = np.isfinite(before) & np.isfinite(after) & (np.sign(before) * np.sign(after) > 0)
         assert np.array_equal(steps[alike] % 2 == 1, before[alike] < after)
 
@@ -45,7 +45,7 @@ def test_next_numbers_are_one_step_apart():
     rising = torch.tensor([-2.0, -1.0, -0.0, 0.0, 1.0]).bfloat16()
     up = torch.nextafter(rising, torch.full_like(rising, 9))
     steps = differences(integers(as_bytes(rising), 2), integers(as_bytes(up), 2), True)
-    # From -0 the next number up, by value, is the one behind +0.
+    # The next larger value after -0 is the one after +0.
     assert steps.tolist() == [1, 1, 3, 1, 1]
 
 
@@ -110,7 +110,7 @@ def test_what_training_does_is_near_the_bound():
 
 
 def test_damaged_chunks_decode_to_an_error_or_to_bytes_of_the_same_length():
-    """What the checksum of a file lets nobody see: nothing else is raised, and nothing is read or allocated beyond."""
+    """Damage that a file's checksum catches: only DeltaError is raised, and no read or allocation is out of bounds."""
     random = np.random.default_rng(2)
     old = weights(4096)
     for share, most in ((0.01, 1), (0.5, 300), (1.0, 2)):

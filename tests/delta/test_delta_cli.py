@@ -1,4 +1,4 @@
-"""The commands ``weightflip diff`` and ``weightflip apply``, and what they cost who does not call them."""
+"""The commands ``weightflip diff`` and ``weightflip apply``, and their cost when they are not used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_diff_and_apply(paths, tmp_path, capsys):
     arguments = ["--csv", tmp_path / "n.csv", "--html", tmp_path / "p.html", "--write", delta]
     done = program("diff", *paths, *arguments)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "64 of 647 weights have other bits (9.9 %)." in done.stdout
+    assert "64 of 647 weights have different bits (9.9 %)." in done.stdout
     assert [line for line in done.stdout.splitlines() if line.startswith("Wrote")] == [
         f"Wrote {file}" for file in (delta, tmp_path / "p.html", tmp_path / "n.csv")
     ]
@@ -40,14 +40,14 @@ def test_errors_are_one_line(paths, tmp_path, capsys, monkeypatch):
     assert main(["diff", *map(str, paths), "--quantizer", "mxfp4", "--write", str(delta)]) == 0
     assert "mxfp4 scales" in capsys.readouterr().out
     for arguments, message in (
-        (["diff", paths[0], tmp_path / "none"], "is not there"),
+        (["diff", paths[0], tmp_path / "none"], "does not exist"),
         (["diff", *paths, "--quantizer", "mxfp5"], "unknown quantizer"),
-        (["diff", *paths, "--write", delta], "there already"),
-        (["diff", *paths, "--csv", paths[0]], "would take the place"),
-        (["diff", *paths, "--html", tmp_path / "none" / "p.html"], "make it first"),
+        (["diff", *paths, "--write", delta], "already exists"),
+        (["diff", *paths, "--csv", paths[0]], "would overwrite OLD, NEW or DELTA"),
+        (["diff", *paths, "--html", tmp_path / "none" / "p.html"], "create it first"),
         (["apply", paths[1], delta, tmp_path / "made.safetensors"], "is not the checkpoint that"),
-        (["apply", paths[0], paths[1], tmp_path / "made.safetensors"], "and no delta"),
-        (["apply", paths[0], tmp_path / "none", tmp_path / "made.safetensors"], "is not there"),
+        (["apply", paths[0], paths[1], tmp_path / "made.safetensors"], "got another safetensors file"),
+        (["apply", paths[0], tmp_path / "none", tmp_path / "made.safetensors"], "does not exist"),
     ):
         assert main(list(map(str, arguments))) == 1
         shown = capsys.readouterr()
@@ -71,7 +71,7 @@ def test_a_missing_package_is_named(paths, tmp_path, monkeypatch, capsys):
 
 
 def test_who_does_not_compare_imports_nothing_of_it():
-    """Neither weightflip itself, nor, of other packages, its program before one of the commands runs."""
+    """Importing weightflip does not import it, and the program imports no optional package before a command runs."""
     code = (
         "import sys, weightflip; before = 'weightflip.delta' in sys.modules; import weightflip.report.cli;"
         "print(before, [name for name in ('zstandard', 'xxhash', 'safetensors', 'rich') if name in sys.modules])"

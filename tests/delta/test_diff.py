@@ -1,4 +1,4 @@
-"""What changed: stored bits and codes, against clones of whole tensors; and how it is shown."""
+"""Changes in stored bits and codes, compared with clones of whole tensors, and their display."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ FORMATS = (
 
 
 def scale_bits(codes):
-    """The scales, each as what can be compared: a block format's as its quantizer stores it."""
+    """The scales in a comparable form: those of a block format as its quantizer stores them."""
     if codes.scale is None:
         return None
     return codes.quantizer.scale_codes(codes.scale)
 
 
 def brute(old, new, name) -> Seen:
-    """From the codes of both tensors, encoded whole."""
+    """From the codes of both tensors, each encoded as a whole."""
     first, second = encode(old, name), encode(new, name)
     changed = int((first.ordinals != second.ordinals).sum())
     before, after = scale_bits(first), scale_bits(second)
@@ -57,7 +57,7 @@ def checkpoints(tmp_path, old, new):
 
 
 def test_formats_show_what_whole_tensors_do(tmp_path, monkeypatch):
-    """In parts of a few rows: sparse changes, other largest values, all changed, nothing changed, three dimensions."""
+    """In parts of a few rows: sparse changes, different maxima, everything or nothing changed, three dimensions."""
     monkeypatch.setattr(seen, "_ELEMENTS", 1500)
     old, new = {}, {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -90,7 +90,7 @@ def test_formats_show_what_whole_tensors_do(tmp_path, monkeypatch):
 
 
 def test_what_a_format_cannot_show_has_no_numbers(tmp_path):
-    """One dimension, integers, float8 as stored, and blocks that do not fit: the stored bits are compared."""
+    """One dimension, integers, float8 storage, and unsupported block shapes: only the stored bits are compared."""
     old = {
         "bias": weights(64),
         "whole": torch.ones(4, 64, dtype=torch.int32),
@@ -134,11 +134,11 @@ def test_sums_and_table(tmp_path, capsys):
     names = [
         line[0] for line in lines if len(line) > 2 and line[0] in ("a", "b", "c", "gone", "all") and line[1] != "bytes"
     ]
-    # The largest share first; what is the same is not there.
+    # The largest changed fraction first. Identical tensors are not listed.
     assert names == ["c", "a", "gone", "all"]
     assert "\x1b" not in text
-    assert "640 of 4,840 weights have other bits (13 %)." in text
-    assert "1 of 5 tensors are the same." in text
+    assert "640 of 4,840 weights have different bits (13 %)." in text
+    assert "1 of 5 tensors are identical." in text
     size = (tmp_path / "delta.safetensors").stat().st_size
     assert f"The delta takes {size:,} bytes" in text
 
@@ -161,7 +161,7 @@ def test_sums_and_table(tmp_path, capsys):
 def test_nothing_changed(tmp_path, capsys):
     path = save(tmp_path / "old.safetensors", {"a": weights(4, 4)})
     print_diff(diff(path, path))
-    assert capsys.readouterr().out == "0 of 16 weights have other bits.\n1 of 1 tensors are the same.\n"
+    assert capsys.readouterr().out == "0 of 16 weights have different bits.\n1 of 1 tensors are identical.\n"
 
 
 def test_wrong_calls(tmp_path):
@@ -171,6 +171,6 @@ def test_wrong_calls(tmp_path):
     with pytest.raises(TypeError, match="old must be a path"):
         diff({"a": weights(4)}, path)
     with pytest.raises(
-        DeltaError, match=r"none\.safetensors is not there; expected a checkpoint: a \.safetensors file"
+        DeltaError, match=r"none\.safetensors does not exist; expected a checkpoint: a \.safetensors file"
     ):
         diff(tmp_path / "none.safetensors", path)

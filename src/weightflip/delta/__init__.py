@@ -1,6 +1,6 @@
-"""Changes between two checkpoints: what they are, and files of them that can be applied.
+"""Changes between two checkpoints: comparison, and delta files that can be applied.
 
-Unlike the tracker, which warns and lets the training go on, this raises and has then written nothing.
+Unlike the tracker, which warns and lets training continue, this package raises, and then has written nothing.
 """
 
 from __future__ import annotations

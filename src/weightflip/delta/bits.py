@@ -1,4 +1,4 @@
-"""Stored elements as integers: how wide each dtype is, and differences of ordinals that lose no bit."""
+"""Stored elements as integers: width of each dtype, and lossless differences of ordinals."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Stored(NamedTuple):
     """How a dtype is stored.
 
     Attributes:
-        bits: Of one element of a shape.
-        unit: Bytes that are compared together: those of an element, or one where a byte holds several elements.
-        has_sign_bit: Whether the highest bit of a unit is a sign, and the rest a magnitude.
-        dtype: What torch calls it; None where torch has none.
+        bits: Bits per element.
+        unit: Bytes that are compared together: those of an element, or 1 if a byte holds several elements.
+        has_sign_bit: Whether the highest bit of a unit is a sign and the rest a magnitude.
+        dtype: The torch dtype; None if torch has none.
     """
 
     bits: int
@@ -39,7 +39,7 @@ STORED: dict[str, Stored] = {
     "I32": Stored(32, 4, False, torch.int32),
     "U64": Stored(64, 8, False, torch.uint64),
     "I64": Stored(64, 8, False, torch.int64),
-    # Two to a byte, and four to three bytes. torch has none of them in this form: its float4 is a pair.
+    # Two elements per byte, and four elements per three bytes. torch has no such dtypes: its float4 is a pair.
     "F4": Stored(4, 1, False, None),
     "F6_E2M3": Stored(6, 1, False, None),
     "F6_E3M2": Stored(6, 1, False, None),
@@ -54,7 +54,7 @@ STORED: dict[str, Stored] = {
     "F64": Stored(64, 8, True, torch.float64),
     "C64": Stored(64, 8, False, torch.complex64),
 }
-"""By the names that safetensors has."""
+"""Storage of each dtype, by its safetensors name."""
 
 OF_TORCH = {stored.dtype: name for name, stored in STORED.items() if stored.dtype is not None}
 
@@ -63,34 +63,34 @@ _UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint
 
 
 def integers(data: Bytes, unit: int) -> Integers:
-    """Bytes as signed integers, little-endian as both file formats are; a view."""
-    found: Integers = data.view(np.dtype(_INTEGERS[unit]).newbyteorder("<"))
-    return found
+    """View bytes as signed integers, little-endian like both file formats."""
+    view: Integers = data.view(np.dtype(_INTEGERS[unit]).newbyteorder("<"))
+    return view
 
 
 def differences(old: Integers, new: Integers, has_sign_bit: bool) -> Unsigned:
-    """How far each element moved in the order of its numbers, to and fro as even and odd.
+    """The distance that each element moved in the order of its ordinals, zigzag-encoded.
 
-    Not one bit is lost: -0 and NaN with a payload have places of their own in that order, and what overflows wraps.
+    This is lossless: -0 and NaN payloads have their own positions in the order, and overflows wrap around.
 
     Args:
         old: Stored elements.
-        new: The same elements, each with other bits.
+        new: The same elements. The bits of every element must differ.
         has_sign_bit: As in :class:`Stored`.
 
     Returns:
-        0 for one step down, 1 for one step up, 2 for two down, ...; unsigned, as wide as the elements.
+        0 for one step down, 1 for one step up, 2 for two steps down, ... Unsigned, as wide as the elements.
     """
     last = 8 * old.itemsize - 1
     moved = _ordered(new, has_sign_bit) - _ordered(old, has_sign_bit)
     zigzag: Unsigned = ((moved << 1) ^ (moved >> last)).view(_UNSIGNED[old.itemsize])
-    # Nothing is 0: these elements changed.
-    found: Unsigned = zigzag - zigzag.dtype.type(1)
-    return found
+    # No difference is 0, since every element changed.
+    shifted: Unsigned = zigzag - zigzag.dtype.type(1)
+    return shifted
 
 
-def moved(old: Integers, differences: Unsigned, has_sign_bit: bool) -> Integers:
-    """The inverse: the new elements."""
+def add_differences(old: Integers, differences: Unsigned, has_sign_bit: bool) -> Integers:
+    """The inverse of :func:`differences`: the new elements."""
     zigzag = differences + differences.dtype.type(1)
     signs = (zigzag & zigzag.dtype.type(1)).view(old.dtype)
     steps = (zigzag >> zigzag.dtype.type(1)).view(old.dtype) ^ -signs
@@ -98,7 +98,7 @@ def moved(old: Integers, differences: Unsigned, has_sign_bit: bool) -> Integers:
 
 
 def _ordered(elements: Integers, has_sign_bit: bool) -> Integers:
-    """Sign and magnitude to two's complement, with -0 as -1; its own inverse."""
+    """Convert sign-magnitude to two's complement, with -0 as -1. This function is its own inverse."""
     if not has_sign_bit:
         return elements
     last = 8 * elements.itemsize - 1

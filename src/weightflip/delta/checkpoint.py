@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: which tensors there are, and in which files."""
+"""Checkpoints on disk: their tensors and files."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _INDEX = ".safetensors.index.json"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a path leads to.
+    """An opened checkpoint.
 
     Attributes:
-        path: As it was given.
-        tensors: By name, in the order of their bytes in the files.
-        layout: Files that hold these tensors: its own, or one for a checkpoint of torch.save.
+        path: File or directory of the checkpoint.
+        tensors: Tensors by name, in the order of their bytes in the files.
+        layout: Files that hold these tensors. For a file of torch.save, one equivalent safetensors file.
     """
 
     path: Path
@@ -38,48 +38,49 @@ class Checkpoint:
     layout: Layout
 
     def holds(self, path: Path) -> bool:
-        """Whether a file is one of its own."""
+        """Whether a file belongs to the checkpoint."""
         files = [self.path / file.name for file in self.layout.files] if self.path.is_dir() else [self.path]
         return path.exists() and any(file.exists() and file.samefile(path) for file in files)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Find the tensors of a checkpoint; none of them is read.
+    """Open a checkpoint without reading its tensors.
 
     Args:
-        path: A safetensors file, a directory with an index or with one such file, an index, or a file of torch.save.
+        path: A safetensors file, a directory with an index or with one safetensors file, an index, or a file written by
+            torch.save.
 
     Raises:
         DeltaError: None of these, or damaged.
     """
     given = Path(path)
     if given.is_dir():
-        return _directory(given)
+        return _open_directory(given)
     if not given.is_file():
-        raise DeltaError(f"{printable(str(given))} is not there; expected a checkpoint: {_EXPECTED}")
+        raise DeltaError(f"{printable(str(given))} does not exist; expected a checkpoint: {_EXPECTED}")
     if given.name.endswith(_INDEX):
-        return _sharded(given)
+        return _open_sharded(given)
     if given.suffix == ".safetensors":
-        return _single(given)
+        return _open_single(given)
     if zipfile.is_zipfile(given):
-        return _of_torch(given)
+        return _open_torch(given)
     raise DeltaError(
-        f"{printable(str(given))} is none of the checkpoints that can be read: {_EXPECTED}. A file that torch.save "
-        "wrote before torch 1.6, or with _use_new_zipfile_serialization=False, has to be loaded and saved again"
+        f"{printable(str(given))} is not a supported checkpoint; expected {_EXPECTED}. Load and save files again that "
+        "torch.save wrote before torch 1.6, or with _use_new_zipfile_serialization=False"
     )
 
 
 _EXPECTED = (
-    "a .safetensors file, a directory with model.safetensors.index.json or with one .safetensors file, or a file of "
-    "torch.save"
+    "a .safetensors file, a directory with model.safetensors.index.json or with one .safetensors file, or a file "
+    "written by torch.save"
 )
 
 
 def read_header(path: Path) -> File:
-    """The header of a safetensors file, which safetensors itself has checked.
+    """Read the header of a safetensors file. The safetensors package validates it.
 
     Raises:
-        DeltaError: No such file, or it is damaged.
+        DeltaError: The file is not a safetensors file, or it is damaged.
     """
     safetensors = extra("safetensors", "a .safetensors file")
     try:
@@ -88,63 +89,63 @@ def read_header(path: Path) -> File:
             return File(path.name, file.read(length))
     except safetensors.SafetensorError as error:
         raise DeltaError(
-            f"{printable(str(path))} is not a whole safetensors file ({printable(str(error))}): it was cut short or "
-            "altered, or is something else; write or copy it again"
+            f"{printable(str(path))} is not a valid safetensors file ({printable(str(error))}): it is truncated, "
+            "modified, or not a safetensors file; write or copy it again"
         ) from error
 
 
 # ---------------------------------------------------------------------- safetensors
 
 
-def _single(path: Path) -> Checkpoint:
+def _open_single(path: Path) -> Checkpoint:
     file = read_header(path)
-    return Checkpoint(path, {tensor.name: tensor for tensor in _mapped(path, file)}, Layout((file,), None))
+    return Checkpoint(path, {tensor.name: tensor for tensor in _map_tensors(path, file)}, Layout((file,), None))
 
 
-def _mapped(path: Path, file: File) -> Iterator[MappedTensor]:
+def _map_tensors(path: Path, file: File) -> Iterator[MappedTensor]:
     mapping, base = Mapping(path), len(file.prefix)
     for entry in file.entries():
         yield MappedTensor(entry.name, entry.dtype, entry.shape, mapping, base + entry.begin)
 
 
-def _directory(path: Path) -> Checkpoint:
+def _open_directory(path: Path) -> Checkpoint:
     indices = sorted(path.glob(f"*{_INDEX}"))
     files = sorted(path.glob("*.safetensors"))
     if len(indices) == 1:
-        return _sharded(indices[0])
+        return _open_sharded(indices[0])
     if not indices and len(files) == 1:
-        return _single(files[0])
+        return _open_single(files[0])
     found = [each.name for each in indices or files]
     raise DeltaError(
-        f"{printable(str(path))} is a directory with {_few(found) or 'no .safetensors files'}; expected one index "
-        f"(model{_INDEX}), or one .safetensors file without an index. Name the file or the index itself"
+        f"the directory {printable(str(path))} has {_summarize_names(found) or 'no .safetensors files'}; expected one "
+        f"index (model{_INDEX}), or one .safetensors file and no index. Pass the file or the index instead"
     )
 
 
-def _sharded(index: Path) -> Checkpoint:
+def _open_sharded(index: Path) -> Checkpoint:
     weight_map, text = _read_index(index)
     files, tensors = [], {}
     for name in sorted(set(weight_map.values())):
         path = index.parent / name
         if not is_plain_name(name) or not path.is_file():
             raise DeltaError(
-                f"{printable(str(index))} names the file {printable(name)!r}, which is not in its directory; copy all "
-                "shards"
+                f"{printable(str(index))} lists the file {printable(name)!r}, which does not exist in its directory; "
+                "copy all shards"
             )
         file = read_header(path)
         files.append(file)
-        for tensor in _mapped(path, file):
+        for tensor in _map_tensors(path, file):
             if weight_map.pop(tensor.name, None) != name:
                 raise DeltaError(
-                    f"tensor {printable(tensor.name)!r} is in {printable(name)}, and {printable(str(index))} does not "
-                    "say so: the index and its files are of two checkpoints; save them again"
+                    f"tensor {printable(tensor.name)!r} is in {printable(name)}, but {printable(str(index))} does not "
+                    "list it there: the index and the files belong to different checkpoints; save them again"
                 )
             tensors[tensor.name] = tensor
     if weight_map:
         lost, name = next(iter(weight_map.items()))
         raise DeltaError(
-            f"{printable(str(index))} has tensor {printable(lost)!r} in {printable(name)}, and it is not there; copy "
-            "all shards again, or save them again"
+            f"{printable(str(index))} lists tensor {printable(lost)!r} in {printable(name)}, but the file does not "
+            "contain it; copy all shards again, or save them again"
         )
     return Checkpoint(index.parent, tensors, Layout(tuple(files), (index.name, text)))
 
@@ -155,40 +156,42 @@ def _read_index(index: Path) -> tuple[dict[str, str], str]:
         weight_map = dict(json.loads(text)["weight_map"])
         if all(isinstance(name, str) for name in weight_map.values()):
             return weight_map, text
-        reason = "a file name is no text"
+        reason = "a file name is not a string"
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise DeltaError(
-        f"{printable(str(index))} is no index of a sharded checkpoint: expected JSON with a weight_map from tensors to "
-        f"files ({printable(reason)})"
+        f"{printable(str(index))} is not an index of a sharded checkpoint: expected JSON with a weight_map from "
+        f"tensors to files ({printable(reason)}); save it again"
     )
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name stays in the directory that it is looked for in."""
+    """Whether a file name has no directory part."""
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0", ":"}
 
 
-def _few(names: list[str]) -> str:
+def _summarize_names(names: list[str]) -> str:
     return printable(", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
 
 
 # ---------------------------------------------------------------------- torch.save
 
 
-def _of_torch(path: Path) -> Checkpoint:
+def _open_torch(path: Path) -> Checkpoint:
     mapping = Mapping(path)
     tensors: dict[str, MappedTensor] = {}
     places: dict[tuple[object, ...], str] = {}
-    for name, tensor in _leaves(_load(path), ()):
+    for name, tensor in _iterate_tensors(_load(path), ()):
         if name in tensors:
-            raise DeltaError(f"{printable(str(path))} has two tensors that are called {printable(name)!r}; rename one")
+            raise DeltaError(f"{printable(str(path))} has two tensors named {printable(name)!r}; rename one of them")
         if name == "__metadata__":
-            raise DeltaError(f"{printable(str(path))} has a tensor called {name!r}, which safetensors keeps; rename it")
-        begin, nbytes, dtype, shape, strides = _place(path, name, tensor)
+            raise DeltaError(
+                f"{printable(str(path))} has a tensor named {name!r}, which safetensors reserves; rename it"
+            )
+        begin, nbytes, dtype, shape, strides = _locate(path, name, tensor)
         if begin + nbytes > mapping.nbytes:
             raise DeltaError(
-                f"{printable(str(path))} ends before tensor {printable(name)!r} does; copy or save it again"
+                f"{printable(str(path))} is too short for tensor {printable(name)!r}; copy or save it again"
             )
         place = (begin, dtype, shape, strides)
         first = places.setdefault(place, name) if nbytes else name
@@ -198,56 +201,59 @@ def _of_torch(path: Path) -> Checkpoint:
 
 
 def _load(path: Path) -> Any:
-    """What was saved, with tensors that only know where their memory lies in the file."""
+    """Load with fake tensors, which only know the position of their storage in the file."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with zipfile.ZipFile(path) as archive:
         orders = [archive.read(each) for each in archive.namelist() if each.endswith("/byteorder")]
     if orders != [b"little"]:
-        raise DeltaError(f"{printable(str(path))} is not in little-endian order; save it on a machine that is")
+        raise DeltaError(
+            f"expected a checkpoint in little-endian byte order, got {printable(str(path))}; save it on a "
+            "little-endian machine"
+        )
     try:
         with FakeTensorMode():
             return torch.load(path, weights_only=True, map_location="cpu")
-    # What pickle and torch raise on files that are damaged is of many types.
+    # pickle and torch raise many types of errors for damaged files.
     except Exception as error:
         raise DeltaError(
-            f"{printable(str(path))} does not load with torch.load(weights_only=True): expected tensors in "
-            "dictionaries and lists, such as model.state_dict(); save those alone. torch says: "
+            f"{printable(str(path))} cannot be loaded with torch.load(weights_only=True); expected only tensors in "
+            "dictionaries and lists, such as model.state_dict(). Save only these. Error from torch: "
             f"{printable(_reason(error))}"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, without what torch says of ways around it."""
+    """The cause of an error, without torch's hints on workarounds."""
     text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0]
 
 
-def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in nested containers, under the keys that lead to them."""
+def _iterate_tensors(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in nested containers, named by their keys joined with dots."""
     if isinstance(value, Tensor):
         yield ".".join(path) or "tensor", value
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from _leaves(inner, (*path, str(key)))
+            yield from _iterate_tensors(inner, (*path, str(key)))
     elif isinstance(value, (list, tuple)):
         for at, inner in enumerate(value):
-            yield from _leaves(inner, (*path, str(at)))
+            yield from _iterate_tensors(inner, (*path, str(at)))
 
 
-def _place(path: Path, name: str, tensor: Tensor) -> tuple[int, int, str, tuple[int, ...], tuple[int, ...] | None]:
-    """Where in the file a tensor begins and how far it goes, its dtype, shape, and strides in bytes."""
+def _locate(path: Path, name: str, tensor: Tensor) -> tuple[int, int, str, tuple[int, ...], tuple[int, ...] | None]:
+    """Offset and length of a tensor in the file, its dtype, shape, and strides in bytes."""
     dtype = OF_TORCH.get(tensor.dtype)
     kind = f"of {tensor.dtype}" if tensor.layout is torch.strided else f"of layout {tensor.layout}"
     is_plain = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     if dtype is None or not is_plain:
         raise DeltaError(
             f"tensor {printable(name)!r} of {printable(str(path))} is {kind if is_plain else kind + ', and a view'}, "
-            f"which a delta cannot hold; expected dense tensors of {', '.join(OF_TORCH.values())}. Save it as one of "
+            f"which deltas do not support; expected dense tensors of {', '.join(OF_TORCH.values())}. Save it as one of "
             "these, or leave it out"
         )
     storage = tensor.untyped_storage()
-    # Documented in torch's notes on serialization: where the bytes of a storage begin in the file.
+    # The offset of the storage in the file, documented in torch's notes on serialization.
     offset: int | None = storage._checkpoint_offset
     width = tensor.element_size()
     shape, strides = tuple(tensor.shape), tuple(stride * width for stride in tensor.stride())
@@ -257,6 +263,6 @@ def _place(path: Path, name: str, tensor: Tensor) -> tuple[int, int, str, tuple[
     nbytes = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + width
     if offset is None or first + nbytes > storage.nbytes():
         raise DeltaError(
-            f"tensor {printable(name)!r} of {printable(str(path))} reaches beyond its memory; save it again"
+            f"tensor {printable(name)!r} of {printable(str(path))} extends beyond its storage; save it again"
         )
     return offset + first, nbytes, dtype, shape, None if tensor.is_contiguous() else strides

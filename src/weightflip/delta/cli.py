@@ -18,45 +18,50 @@ COMMANDS = ("diff", "apply")
 
 
 def add_commands(commands: Commands) -> None:
-    """Add the two to the program's commands."""
+    """Add both commands to the program."""
     compare = commands.add_parser(
         "diff",
-        help="what changed between two checkpoints, tensor by tensor",
-        description="Compare two checkpoints in their stored bits, and as number formats show them. No model is "
-        "needed. A checkpoint is a .safetensors file, a directory of them with an index, or a file of torch.save.",
+        help="show what changed between two checkpoints, tensor by tensor",
+        description="Compare the stored bits of two checkpoints, and optionally their codes in number formats. No "
+        "model is needed. A checkpoint is a .safetensors file, a directory of .safetensors files with an index, or a "
+        "file written by torch.save.",
     )
     compare.add_argument("old", metavar="OLD", help="the earlier checkpoint")
     compare.add_argument("new", metavar="NEW", help="the later checkpoint")
     compare.add_argument(
-        "--quantizer", action="append", default=[], metavar="NAME", help="compare in this format, too; several times"
+        "--quantizer",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also compare in this format; can be repeated",
     )
-    compare.add_argument("--csv", metavar="FILE", help="write the numbers of every tensor")
-    compare.add_argument("--html", metavar="FILE", help="write a page with every tensor that differs")
-    compare.add_argument("--write", metavar="DELTA", help="write what makes NEW from OLD, a .safetensors file")
-    compare.add_argument("--force", action="store_true", help="replace a DELTA that is there")
+    compare.add_argument("--csv", metavar="FILE", help="write the numbers of all tensors")
+    compare.add_argument("--html", metavar="FILE", help="write an HTML page with all tensors that differ")
+    compare.add_argument("--write", metavar="DELTA", help="write the delta from OLD to NEW, a .safetensors file")
+    compare.add_argument("--force", action="store_true", help="replace an existing DELTA")
     make = commands.add_parser(
         "apply",
-        help="make the new checkpoint from the old one and a delta",
-        description="Make the checkpoint that weightflip diff --write saw as NEW. Anything but the exact old weights, "
-        "and a delta that is cut short or altered, is refused, and nothing is written then.",
+        help="create the new checkpoint from the old one and a delta",
+        description="Create the checkpoint that was NEW for weightflip diff --write. If OLD does not have exactly the "
+        "same weights, or if the delta is truncated or modified, the command fails and writes nothing.",
     )
     make.add_argument("old", metavar="OLD", help="the checkpoint that the delta starts from")
-    make.add_argument("delta", metavar="DELTA", help="what weightflip diff --write wrote")
-    make.add_argument("new", metavar="NEW", help="the file to write; for shards a new directory")
-    make.add_argument("--force", action="store_true", help="replace a file that is there, which may be OLD")
+    make.add_argument("delta", metavar="DELTA", help="the file written by weightflip diff --write")
+    make.add_argument("new", metavar="NEW", help="the file to write; for a sharded checkpoint, a new directory")
+    make.add_argument("--force", action="store_true", help="replace an existing file, which may be OLD")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one of them.
+    """Run one of the commands.
 
     Returns:
-        0; 1 where it could not be done, and the reason is on standard error; 130 where it was interrupted.
+        Exit status: 0, 1 after an error, which is printed to standard error, or 130 after an interrupt.
     """
     try:
         (_diff if args.command == "diff" else _apply)(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        # `weightflip diff ... | head`: nobody reads on. The interpreter would complain when it flushes at exit.
+        # The reader is gone, as in `weightflip diff ... | head`. Otherwise the interpreter fails to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DeltaError, OSError) as error:
         print(f"weightflip: {printable(str(error))}", file=sys.stderr)
@@ -84,7 +89,7 @@ def _diff(args: argparse.Namespace) -> None:
         if file is not None:
             _check_report(Path(file), (args.old, args.new, args.write))
     threads = torch.get_num_threads()
-    # Parts of tensors already run in threads of their own.
+    # Chunks of tensors already run in separate threads.
     torch.set_num_threads(1)
     try:
         found = diff(args.old, args.new, quantizers=quantizers, write=args.write, force=args.force)
@@ -101,11 +106,11 @@ def _diff(args: argparse.Namespace) -> None:
 
 
 def _check_report(path: Path, others: tuple[str | None, ...]) -> None:
-    """See that a report can be written, before anything is, and takes the place of nothing that this run is about."""
+    """Check that a report can be written and does not overwrite an input or the delta."""
     if not path.parent.is_dir():
-        raise DeltaError(f"the directory {path.parent} is not there; make it first")
+        raise DeltaError(f"the directory {path.parent} does not exist; create it first")
     if any(other is not None and os.path.abspath(other) == os.path.abspath(path) for other in others):
-        raise DeltaError(f"{path} would take the place of OLD, NEW or DELTA; choose another name")
+        raise DeltaError(f"{path} would overwrite OLD, NEW or DELTA; choose another name")
 
 
 def _apply(args: argparse.Namespace) -> None:

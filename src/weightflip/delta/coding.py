@@ -1,9 +1,9 @@
-"""One chunk of a tensor, as the change that leads from its old bits to its new ones.
+"""Encodes the change of one chunk of a tensor from its old bits to its new bits.
 
-A coded chunk begins with its kind: the new bytes as they are, or the number of changed elements, their positions and
-their differences. Positions are the gaps between them under a Rice code, or a bitmap under zstd. Differences of
-ordinals go into fields of 2 or 4 bits, with an escape for larger ones, or straight into planes of bytes, all under
-zstd. Of each the smallest is taken. Numbers in between are LEB128.
+A coded chunk starts with its kind. Then follow either the raw new bytes, or the number of changed elements, their
+positions and their differences. Positions are gaps in a Rice code, or a bitmap compressed with zstd. Differences of
+ordinals are stored in fields of 2 or 4 bits, with an escape for larger ones, or directly in planes of bytes, all
+compressed with zstd. The smallest encoding of each is used. Other numbers are LEB128.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from weightflip.delta.bits import Bytes, Unsigned, differences, integers, moved
+from weightflip.delta.bits import Bytes, Unsigned, add_differences, differences, integers
 from weightflip.delta.errors import DeltaError, extra
 
 CHUNK = 1 << 20
-"""Units that are coded together."""
+"""Units per chunk."""
 
 _RAW, _RICE, _BITMAP = range(3)
 _FIELDS = (2, 4, 8)
-# Level 1 finds few false matches in what is nearly random, and is as fast as the disk.
+# Level 1 finds few useless matches in nearly random data, and is as fast as the disk.
 _LEVEL = 1
 
 
@@ -32,16 +32,17 @@ class _Damaged(Exception):
 
 
 def encode(old: Bytes | None, new: Bytes, unit: int, has_sign_bit: bool) -> tuple[int, bytes]:
-    """Code one chunk.
+    """Encode one chunk.
 
     Args:
-        old: Its old bytes; None for zeros.
-        new: As many new ones.
-        unit: Bytes of an element.
+        old: Old bytes; None for zeros.
+        new: New bytes, same length.
+        unit: Bytes per element.
         has_sign_bit: As in :class:`weightflip.delta.bits.Stored`.
 
     Returns:
-        How many elements differ, and the code: nothing where none does, else at most one byte more than ``new``.
+        Number of elements that differ, and the coded chunk: empty if none differs, else at most one byte longer than
+        ``new``.
     """
     after = integers(new, unit)
     before = np.zeros_like(after) if old is None else integers(old, unit)
@@ -49,22 +50,22 @@ def encode(old: Bytes | None, new: Bytes, unit: int, has_sign_bit: bool) -> tupl
     at = np.flatnonzero(changed)
     if not len(at):
         return 0, b""
-    coded = _positions(changed, at) + _differences(differences(before[at], after[at], has_sign_bit))
+    coded = _encode_positions(changed, at) + _encode_differences(differences(before[at], after[at], has_sign_bit))
     return len(at), coded if len(coded) <= len(new) else bytes([_RAW]) + new.tobytes()
 
 
 def decode(old: Bytes | None, coded: Bytes, nbytes: int, unit: int, has_sign_bit: bool) -> Bytes:
-    """The new bytes.
+    """Decode the new bytes of one chunk.
 
     Args:
-        old: As for :func:`encode`.
-        coded: What it gave.
-        nbytes: Of the chunk.
-        unit: As for :func:`encode`.
-        has_sign_bit: As for :func:`encode`.
+        old: As in :func:`encode`.
+        coded: Result of :func:`encode`.
+        nbytes: Size of the chunk.
+        unit: As in :func:`encode`.
+        has_sign_bit: As in :func:`encode`.
 
     Raises:
-        DeltaError: This is no code of such a chunk.
+        DeltaError: ``coded`` is not a valid chunk.
     """
     new = np.zeros(nbytes, np.uint8) if old is None else old.copy()
     try:
@@ -73,43 +74,45 @@ def decode(old: Bytes | None, coded: Bytes, nbytes: int, unit: int, has_sign_bit
         if len(new) != nbytes:
             raise _Damaged
     except (_Damaged, ValueError, IndexError, OverflowError, _zstd().error) as error:
-        raise DeltaError("a chunk of the delta does not decode: the file was damaged, or not made here") from error
+        raise DeltaError(
+            "a chunk of the delta cannot be decoded: the file is damaged or comes from another program; create it again"
+        ) from error
     return new
 
 
 def changed_count(old: Bytes, new: Bytes, unit: int) -> int:
-    """How many elements differ in any bit."""
+    """Number of elements that differ in any bit."""
     return int(np.count_nonzero(integers(old, unit) != integers(new, unit)))
 
 
 def _decode_into(new: Bytes, reader: _Reader, unit: int, has_sign_bit: bool) -> bool:
-    """Change the elements in place; False where the chunk is not coded."""
+    """Update the elements in place. Returns False if the chunk holds raw bytes."""
     elements = integers(new, unit)
-    kind = reader.byte()
+    kind = reader.read_byte()
     if kind == _RAW:
         return False
-    count = reader.number()
+    count = reader.read_number()
     if not 0 < count <= len(elements):
         raise _Damaged
     at = _read_positions(reader, kind, count, len(elements))
     steps = _read_differences(reader, count, unit)
-    reader.end()
-    elements[at] = moved(elements[at], steps, has_sign_bit)
+    reader.check_end()
+    elements[at] = add_differences(elements[at], steps, has_sign_bit)
     return True
 
 
 # ---------------------------------------------------------------------- positions
 
 
-def _positions(changed: NDArray[np.bool_], at: NDArray[np.intp]) -> bytes:
+def _encode_positions(changed: NDArray[np.bool_], at: NDArray[np.intp]) -> bytes:
     gaps = np.diff(at, prepend=-1) - 1
     mean = float(gaps.mean())
-    # The best parameter is next to the logarithm of mean * ln 2.
+    # The best parameter is close to log2(mean * ln 2).
     guess = max(0, int(np.log2(max(1.0, 0.69 * mean))))
     sizes = {bits: int((gaps >> bits).sum()) + len(gaps) * (1 + bits) for bits in {guess, guess + 1, max(0, guess - 1)}}
     bits = min(sizes, key=lambda bits: sizes[bits])
-    bitmap = _packed(np.packbits(changed))
-    count = _number(len(at))
+    bitmap = _compress(np.packbits(changed))
+    count = _encode_number(len(at))
     if len(bitmap) <= sizes[bits] // 8 + 8:
         return bytes([_BITMAP]) + count + bitmap
     quotients = gaps >> bits
@@ -120,7 +123,7 @@ def _positions(changed: NDArray[np.bool_], at: NDArray[np.intp]) -> bytes:
         bytes([_RICE])
         + count
         + bytes([bits])
-        + _number(len(unary))
+        + _encode_number(len(unary))
         + np.packbits(unary).tobytes()
         + np.packbits(rest.astype(bool)).tobytes()
     )
@@ -128,13 +131,13 @@ def _positions(changed: NDArray[np.bool_], at: NDArray[np.intp]) -> bytes:
 
 def _read_positions(reader: _Reader, kind: int, count: int, elements: int) -> NDArray[np.intp]:
     if kind == _BITMAP:
-        at = np.flatnonzero(np.unpackbits(reader.packed((elements + 7) // 8), count=elements))
+        at = np.flatnonzero(np.unpackbits(reader.read_compressed((elements + 7) // 8), count=elements))
     elif kind == _RICE:
-        bits, length = reader.byte(), reader.number()
+        bits, length = reader.read_byte(), reader.read_number()
         if bits > 32 or not count <= length <= count + elements:
             raise _Damaged
-        ends = np.flatnonzero(np.unpackbits(reader.take((length + 7) // 8), count=length))
-        low = np.unpackbits(reader.take((count * bits + 7) // 8), count=count * bits).reshape(count, bits)
+        ends = np.flatnonzero(np.unpackbits(reader.read_bytes((length + 7) // 8), count=length))
+        low = np.unpackbits(reader.read_bytes((count * bits + 7) // 8), count=count * bits).reshape(count, bits)
         gaps = (np.diff(ends, prepend=-1) - 1) << bits
         gaps += low.astype(np.intp) @ (1 << np.arange(bits, dtype=np.intp))
         at = np.cumsum(gaps + 1) - 1
@@ -148,18 +151,18 @@ def _read_positions(reader: _Reader, kind: int, count: int, elements: int) -> ND
 # ---------------------------------------------------------------------- differences
 
 
-def _differences(steps: Unsigned) -> bytes:
+def _encode_differences(steps: Unsigned) -> bytes:
     coded = []
     for width in _FIELDS:
-        # Where more than the smaller half of all is too large for a field, escapes only add to what is stored.
+        # If half of the differences or more do not fit a field, escapes only increase the size.
         if width == 8 or np.count_nonzero(steps >= (1 << width) - 1) * 2 < len(steps):
-            coded.append(bytes([width]) + _fields(steps, width))
+            coded.append(bytes([width]) + _encode_fields(steps, width))
     return min(coded, key=len)
 
 
-def _fields(steps: Unsigned, width: int) -> bytes:
+def _encode_fields(steps: Unsigned, width: int) -> bytes:
     if width == 8:
-        return _planes(steps)
+        return _encode_planes(steps)
     escape = (1 << width) - 1
     small = np.minimum(steps, escape).astype(np.uint8)
     per_byte = 8 // width
@@ -167,24 +170,24 @@ def _fields(steps: Unsigned, width: int) -> bytes:
     shifts = (width * np.arange(per_byte)).astype(np.uint8)
     packed = np.bitwise_or.reduce(columns << shifts, axis=1)
     large = steps[steps >= escape] - steps.dtype.type(escape)
-    return _packed(packed) + _planes(large)
+    return _compress(packed) + _encode_planes(large)
 
 
-def _planes(steps: Unsigned) -> bytes:
-    """The lowest bytes of all, then the next ones; as many planes as the largest needs, none if all are 0."""
+def _encode_planes(steps: Unsigned) -> bytes:
+    """Byte planes, lowest first. As many as the largest value needs; none if all are 0."""
     planes = steps.astype(steps.dtype.newbyteorder("<")).view(np.uint8).reshape(-1, steps.itemsize)
     used = (int(steps.max()).bit_length() + 7) // 8 if len(steps) else 0
-    return bytes([used]) + b"".join(_packed(np.ascontiguousarray(planes[:, at])) for at in range(used))
+    return bytes([used]) + b"".join(_compress(np.ascontiguousarray(planes[:, at])) for at in range(used))
 
 
 def _read_differences(reader: _Reader, count: int, unit: int) -> Unsigned:
-    width = reader.byte()
+    width = reader.read_byte()
     if width not in _FIELDS:
         raise _Damaged
     if width == 8:
         return _read_planes(reader, count, unit)
     per_byte, escape = 8 // width, (1 << width) - 1
-    packed = reader.packed(-(-count // per_byte))
+    packed = reader.read_compressed(-(-count // per_byte))
     shifts = (width * np.arange(per_byte)).astype(np.uint8)
     small = ((packed[:, None] >> shifts) & np.uint8(escape)).reshape(-1)[:count]
     steps: Unsigned = small.astype(f"u{unit}")
@@ -194,37 +197,37 @@ def _read_differences(reader: _Reader, count: int, unit: int) -> Unsigned:
 
 
 def _read_planes(reader: _Reader, count: int, unit: int) -> Unsigned:
-    used = reader.byte()
+    used = reader.read_byte()
     if used > unit:
         raise _Damaged
     planes = np.zeros((count, unit), np.uint8)
     for at in range(used):
-        planes[:, at] = reader.packed(count)
-    found: Unsigned = planes.view(f"<u{unit}").reshape(count)
-    return found
+        planes[:, at] = reader.read_compressed(count)
+    steps: Unsigned = planes.view(f"<u{unit}").reshape(count)
+    return steps
 
 
 # ---------------------------------------------------------------------- streams
 
 
-def _number(value: int) -> bytes:
-    found = bytearray()
+def _encode_number(value: int) -> bytes:
+    encoded = bytearray()
     while value >= 128:
-        found.append(value & 127 | 128)
+        encoded.append(value & 127 | 128)
         value >>= 7
-    return bytes([*found, value])
+    return bytes([*encoded, value])
 
 
-def _packed(data: Bytes) -> bytes:
-    """Under zstd, or as they are: their length, and 0, says that."""
-    squeezed = _zstd().compress(data)
-    if len(squeezed) < len(data):
-        return _number(len(squeezed)) + squeezed
-    return _number(0) + data.tobytes()
+def _compress(data: Bytes) -> bytes:
+    """Compressed size and compressed data, or 0 and raw data if zstd does not help."""
+    compressed = _zstd().compress(data)
+    if len(compressed) < len(data):
+        return _encode_number(len(compressed)) + compressed
+    return _encode_number(0) + data.tobytes()
 
 
 class _Zstd(threading.local):
-    """Contexts, which threads must not share; to make one takes longer than a small chunk."""
+    """zstd contexts, one per thread. Creating one takes longer than compressing a small chunk."""
 
     def __init__(self) -> None:
         zstandard = extra("zstandard", "a delta")
@@ -240,41 +243,41 @@ def _zstd() -> _Zstd:
 
 
 class _Reader:
-    """Takes a coded chunk apart, and never reads beyond its end."""
+    """Parses a coded chunk. Never reads beyond its end."""
 
     def __init__(self, data: Bytes) -> None:
         self._data = data
         self._at = 0
 
-    def take(self, count: int) -> Bytes:
+    def read_bytes(self, count: int) -> Bytes:
         if count > len(self._data) - self._at:
             raise _Damaged
         self._at += count
         return self._data[self._at - count : self._at]
 
-    def byte(self) -> int:
-        return int(self.take(1)[0])
+    def read_byte(self) -> int:
+        return int(self.read_bytes(1)[0])
 
-    def number(self) -> int:
+    def read_number(self) -> int:
         value, shift = 0, 0
         while shift < 63:
-            byte = self.byte()
+            byte = self.read_byte()
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
             shift += 7
         raise _Damaged
 
-    def packed(self, count: int) -> Bytes:
-        length = self.number()
+    def read_compressed(self, count: int) -> Bytes:
+        length = self.read_number()
         if not length:
-            return self.take(count)
-        squeezed = self.take(length)
-        # Before anything is allocated.
-        if _zstd().size(squeezed) != count:
+            return self.read_bytes(count)
+        compressed = self.read_bytes(length)
+        # Check the size before memory is allocated.
+        if _zstd().size(compressed) != count:
             raise _Damaged
-        return np.frombuffer(_zstd().decompress(squeezed), np.uint8)
+        return np.frombuffer(_zstd().decompress(compressed), np.uint8)
 
-    def end(self) -> None:
+    def check_end(self) -> None:
         if self._at != len(self._data):
             raise _Damaged

@@ -1,4 +1,4 @@
-"""What changed between two checkpoints, tensor by tensor."""
+"""Result of a comparison of two checkpoints, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _Form = tuple[str, tuple[int, ...]]
 
 
 class Seen(NamedTuple):
-    """A change as a format shows it.
+    """The change of a tensor in one number format.
 
     Attributes:
         changed: Weights whose code differs.
-        scales: How many scales the format has for the tensor.
-        scales_changed: Those that differ.
+        scales: Number of scales that the format has for the tensor.
+        scales_changed: Scales that differ.
     """
 
     changed: int
@@ -28,17 +28,18 @@ class Seen(NamedTuple):
 
 @dataclass
 class TensorDiff:
-    """What became of one tensor.
+    """The change of one tensor.
 
     Attributes:
-        name: The key in the checkpoint.
-        old: Dtype, as safetensors calls it, and shape before; None where it is new.
-        new: The same after; None where it is gone.
-        weights: Elements, after; before, where it is gone. Bytes for dtypes that share a byte.
-        changed: Of them those whose stored bits differ; None where dtype or size are others.
-        same_as: Another tensor of the new checkpoint that is the same memory, and is counted there.
-        seen: By the name of a format.
-        nbytes: Of its code in the delta; None where none was written.
+        name: Key in the checkpoint.
+        old: Dtype, as named by safetensors, and shape in the old checkpoint; None for an added tensor.
+        new: The same in the new checkpoint; None for a removed tensor.
+        weights: Number of elements in the new checkpoint, or in the old one for a removed tensor. Number of bytes for
+            dtypes of less than a byte.
+        changed: Number of elements whose stored bits differ; None if dtype or size differ.
+        same_as: Another tensor of the new checkpoint that shares the same memory and is counted instead.
+        seen: Changes in number formats, by format name.
+        nbytes: Size of its coded change in the delta; None if no delta was written.
     """
 
     name: str
@@ -52,12 +53,12 @@ class TensorDiff:
 
     @property
     def changed_fraction(self) -> float | None:
-        """Changed / weights, 0 where there are none; None where ``changed`` is."""
+        """Changed / weights, 0 for an empty tensor; None if ``changed`` is None."""
         return None if self.changed is None else self.changed / max(1, self.weights)
 
     @property
     def note(self) -> str:
-        """Why it is not compared, or what else differs; empty where nothing does."""
+        """Why it is not compared, or which other properties differ; empty if none do."""
         if self.old is None or self.new is None:
             parts = ["added" if self.old is None else "removed"]
         else:
@@ -69,15 +70,15 @@ class TensorDiff:
 
 @dataclass
 class Diff:
-    """What became of a checkpoint.
+    """The changes between two checkpoints.
 
     Attributes:
-        old: The path.
-        new: The path.
-        tensors: Those of the new checkpoint in the order of its files, then those that are gone.
-        formats: Names of the formats that it was seen in.
-        new_nbytes: Of all tensors of the new checkpoint.
-        delta_nbytes: Of the file of the delta; None where none was written.
+        old: Path of the old checkpoint.
+        new: Path of the new checkpoint.
+        tensors: Tensors of the new checkpoint in the order of its files, then removed tensors.
+        formats: Names of the compared number formats.
+        new_nbytes: Total size of the tensors in the new checkpoint.
+        delta_nbytes: Size of the delta file; None if none was written.
     """
 
     old: str
@@ -89,17 +90,17 @@ class Diff:
 
     @property
     def comparable(self) -> list[TensorDiff]:
-        """Tensors that have their dtype and their size in both checkpoints, each memory once."""
+        """Tensors with the same dtype and size in both checkpoints. Shared memory is included once."""
         return [tensor for tensor in self.tensors if tensor.changed is not None]
 
     @property
     def weights(self) -> int:
-        """Elements of all comparable tensors."""
+        """Number of elements of all comparable tensors."""
         return sum(tensor.weights for tensor in self.comparable)
 
     @property
     def changed(self) -> int:
-        """Those of which a stored bit differs."""
+        """Number of elements whose stored bits differ."""
         return sum(tensor.changed or 0 for tensor in self.tensors)
 
     @property
@@ -108,36 +109,36 @@ class Diff:
         return self.changed / max(1, self.weights)
 
     def seen(self, format: str) -> tuple[Seen, int]:
-        """The sums of what a format shows, and how many weights those are."""
+        """The total change in a number format, and the number of weights compared in it."""
         tensors = [tensor for tensor in self.tensors if format in tensor.seen]
         sums = (sum(column) for column in zip(*(tensor.seen[format] for tensor in tensors), strict=True))
         return Seen(*sums) if tensors else Seen(0, 0, 0), sum(tensor.weights for tensor in tensors)
 
 
 class Pair(NamedTuple):
-    """A tensor before and after."""
+    """A tensor in the old and the new checkpoint."""
 
     old: MappedTensor | None
     new: MappedTensor | None
 
     @property
     def base(self) -> MappedTensor | None:
-        """The old tensor, where its elements can be compared with the new ones one by one."""
+        """The old tensor if its elements can be compared with the new ones, else None."""
         if self.old is None or self.new is None or self.new.same_as is not None:
             return None
         return self.old if (self.old.dtype, self.old.nbytes) == (self.new.dtype, self.new.nbytes) else None
 
     def diff(self) -> TensorDiff:
-        """Without what has to be counted."""
-        some = self.new or self.old
-        assert some is not None
+        """The change of the tensor, with all counts still 0."""
+        either = self.new or self.old
+        assert either is not None
         old, new = (None if each is None else (each.dtype, each.shape) for each in self)
         same_as = None if self.new is None else self.new.same_as
-        return TensorDiff(some.name, old, new, some.units, None if self.base is None else 0, same_as)
+        return TensorDiff(either.name, old, new, either.units, None if self.base is None else 0, same_as)
 
 
-def pairs(old: Checkpoint, new: Checkpoint) -> dict[str, Pair]:
-    """By name: those of the new checkpoint in the order of its files, then those that are gone."""
+def pair_tensors(old: Checkpoint, new: Checkpoint) -> dict[str, Pair]:
+    """Pairs by name: tensors of the new checkpoint in the order of its files, then removed tensors."""
     before: Mapping[str, MappedTensor] = old.tensors
     names = dict.fromkeys([each.name for file in new.layout.files for each in file.entries()])
     return {name: Pair(before.get(name), new.tensors.get(name)) for name in [*names, *before]}

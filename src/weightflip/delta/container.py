@@ -1,8 +1,8 @@
-"""The file of a delta: a safetensors file of bytes, with a digest of all of it at its end.
+"""The delta file: a safetensors file of bytes that ends with a digest of its contents.
 
-Its tensors, all of uint8: ``data``, the coded chunks of all changed tensors one after the other; ``digests``, 16 bytes
-for each old tensor and for each new one that the data make; ``manifest``, JSON under zstd; ``checksum``, the digest of
-these three and then of everything before them.
+All its tensors are uint8. ``data``: the coded chunks of all changed tensors, concatenated. ``digests``: 16 bytes for
+each old tensor and for each new tensor created from the data. ``manifest``: JSON compressed with zstd. ``checksum``:
+the digest of these three tensors, followed by everything before them.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from weightflip.records import printable
 
 _SECTIONS = ("data", "digests", "manifest", "checksum")
 _FORMAT = {"format": "weightflip-delta", "version": "1"}
-# The header is written last, when all lengths are known, into a space of this size.
+# Space reserved for the header, which is written last, when all lengths are known.
 _HEADER = 512
 _PART = 1 << 24
 
 
 class Step(NamedTuple):
-    """How one new tensor is made.
+    """How to create one new tensor.
 
     Attributes:
-        name: Of the new tensor.
-        how: ``"same"`` as the old one; ``"changed"`` from it; ``"whole"``, from nothing; ``"copy"`` of a new one.
-        of: Which is copied.
+        name: Name of the new tensor.
+        how: ``"same"``: equal to the old one. ``"changed"``: from the old one and the data. ``"whole"``: from the data
+            alone. ``"copy"``: a copy of another new tensor.
+        of: Name of the tensor to copy.
         chunks: Lengths of the coded chunks in the data.
     """
 
@@ -46,18 +47,18 @@ class Step(NamedTuple):
 
     @property
     def has_digest(self) -> bool:
-        """Whether the delta has one of the new tensor: of the others it follows from the old one's."""
+        """Whether the delta holds a digest of the new tensor. For the others, the digest of the old one suffices."""
         return self.how in ("changed", "whole")
 
 
 class Manifest(NamedTuple):
-    """What there is to know of a delta beside its data.
+    """Metadata of a delta.
 
     Attributes:
         old: Name, dtype and shape of each old tensor.
-        steps: One for each new tensor, in the order of the files.
-        layout: The new files.
-        chunk: Units of each chunk but the last of a tensor.
+        steps: One step per new tensor, in the order of the files.
+        layout: Layout of the new files.
+        chunk: Units per chunk. The last chunk of a tensor may be shorter.
     """
 
     old: tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -65,8 +66,8 @@ class Manifest(NamedTuple):
     layout: Layout
     chunk: int = CHUNK
 
-    def packed(self) -> bytes:
-        """JSON under zstd."""
+    def pack(self) -> bytes:
+        """Encode as JSON, compressed with zstd."""
         content = {
             "old": self.old,
             "steps": self.steps,
@@ -75,20 +76,20 @@ class Manifest(NamedTuple):
             "chunk": self.chunk,
         }
         text = json.dumps(content, separators=(",", ":")).encode()
-        squeezed: bytes = extra("zstandard", "a delta").ZstdCompressor(level=9).compress(text)
-        return squeezed
+        compressed: bytes = extra("zstandard", "a delta").ZstdCompressor(level=9).compress(text)
+        return compressed
 
     @staticmethod
-    def unpacked(data: Bytes) -> Manifest:
-        """The inverse; raises whatever it meets."""
+    def unpack(data: Bytes) -> Manifest:
+        """The inverse of ``pack``. Damaged data may raise any of the errors that ``open_delta`` handles."""
         content = json.loads(extra("zstandard", "a delta").ZstdDecompressor().decompress(data))
         files = tuple(File(name, header.encode()) for name, header in content["files"])
         index = None if content["index"] is None else (str(content["index"][0]), str(content["index"][1]))
         names = [file.name for file in files] + ([] if index is None else [index[0]])
         if not files or len(set(names)) < len(names) or not all(map(is_plain_name, names)):
-            raise ValueError(f"files called {', '.join(names)}")
+            raise ValueError(f"invalid file names {', '.join(names)}")
         if index is None and len(files) > 1:
-            raise ValueError("several files and no index")
+            raise ValueError("several files without an index")
         return Manifest(
             tuple((str(name), str(dtype), tuple(shape)) for name, dtype, shape in content["old"]),
             tuple(Step(name, how, of, tuple(chunks)) for name, how, of, chunks in content["steps"]),
@@ -98,14 +99,14 @@ class Manifest(NamedTuple):
 
 
 class DeltaWriter:
-    """Writes a delta from front to back.
+    """Writes a delta sequentially.
 
     Args:
-        file: Empty, and can be read and sought in.
+        file: An empty, readable and seekable file.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        # Fail here, not after all tensors have been compared.
+        # Fail now, not after all tensors have been compared.
         extra("zstandard", "a delta")
         self._file = file
         self._digest = digests.new_digest()
@@ -120,19 +121,19 @@ class DeltaWriter:
         self._written += len(data)
 
     def finish(self, found: list[bytes], manifest: Manifest) -> int:
-        """Write what follows the data, and the header.
+        """Write the sections after the data, and the header.
 
         Args:
             found: Digests of the old tensors, and of the new ones that have one, in the manifest's order.
-            manifest: What the data are.
+            manifest: Description of the data.
 
         Returns:
-            Bytes of the whole file.
+            Size of the file in bytes.
         """
         self._end_section()
         self.add(b"".join(found))
         self._end_section()
-        self.add(manifest.packed())
+        self.add(manifest.pack())
         self._end_section()
         self._lengths.append(digests.NBYTES)
         header = _header(self._lengths)
@@ -148,14 +149,14 @@ class DeltaWriter:
 
 
 class Delta(NamedTuple):
-    """A delta that has been read, and is whole.
+    """A delta that has been opened and verified.
 
     Attributes:
-        path: The file.
-        manifest: What it makes.
-        old_digests: By name of the old tensor.
-        new_digests: By name of the new one, where its step has one.
-        mapping: The file.
+        path: Path of the file.
+        manifest: Description of the data.
+        old_digests: Digests of the old tensors, by name.
+        new_digests: Digests of those new tensors whose step has one, by name.
+        mapping: The mapped file.
     """
 
     path: Path
@@ -166,54 +167,56 @@ class Delta(NamedTuple):
 
 
 DATA_BEGIN = _HEADER
-"""Where in the file the data begin."""
+"""Offset of the data in the file."""
 
 
 def open_delta(path: Path) -> Delta:
-    """Read a delta, and see that it is whole.
+    """Open a delta and verify that it is complete and unmodified.
 
     Raises:
-        DeltaError: It is none, or it was cut short or altered.
+        DeltaError: The file is not a delta, or it is truncated or modified.
     """
     if not path.is_file():
-        raise DeltaError(f"{printable(str(path))} is not there; expected a delta that weightflip diff --write has made")
+        raise DeltaError(
+            f"{printable(str(path))} does not exist; expected a delta file written by weightflip diff --write"
+        )
     header = read_header(path)
     metadata: dict[str, Any] = json.loads(header.header).get("__metadata__") or {}
     if metadata.get("format") != _FORMAT["format"]:
         raise DeltaError(
-            f"{printable(str(path))} is a safetensors file, and no delta; expected one that weightflip diff --write "
-            "has made. The order is: weightflip apply OLD DELTA NEW"
+            f"expected a delta file written by weightflip diff --write, got another safetensors file, "
+            f"{printable(str(path))}. The order of arguments is: weightflip apply OLD DELTA NEW"
         )
     if metadata != _FORMAT:
         raise DeltaError(
             f"{printable(str(path))} is a delta of version {printable(str(metadata.get('version')))}, expected "
-            f"{_FORMAT['version']}; use the weightflip that made it"
+            f"{_FORMAT['version']}; use the version of weightflip that wrote it"
         )
     mapping = Mapping(path)
     try:
         lengths = [entry.nbytes for entry in header.entries()]
         if header.prefix != _header(lengths):
-            raise ValueError("another header")
+            raise ValueError("wrong header")
         checksum = mapping.view(mapping.nbytes - digests.NBYTES, digests.NBYTES).tobytes()
         if _checksum(mapping, header.prefix) != checksum:
-            raise ValueError("another checksum")
+            raise ValueError("wrong checksum")
         data, table, packed, _ = lengths
-        manifest = Manifest.unpacked(mapping.view(_HEADER + data + table, packed))
+        manifest = Manifest.unpack(mapping.view(_HEADER + data + table, packed))
         found = mapping.view(_HEADER + data, table).reshape(-1, digests.NBYTES)
-        return Delta(path, manifest, *_digests(manifest, found, data), mapping)
+        return Delta(path, manifest, *_split_digests(manifest, found, data), mapping)
     except (ValueError, KeyError, TypeError, AttributeError, extra("zstandard", "a delta").ZstdError) as error:
         raise DeltaError(
-            f"{printable(str(path))} is not what weightflip diff --write has made: it was cut short or altered "
-            f"({printable(str(error))}); copy it again, or make it again"
+            f"{printable(str(path))} was truncated or modified after weightflip diff --write wrote it "
+            f"({printable(str(error))}); copy it again, or create it again"
         ) from error
 
 
-def _digests(manifest: Manifest, found: Bytes, data: int) -> tuple[dict[str, bytes], dict[str, bytes]]:
+def _split_digests(manifest: Manifest, found: Bytes, data: int) -> tuple[dict[str, bytes], dict[str, bytes]]:
     makers = [step.name for step in manifest.steps if step.has_digest]
     if len(found) != len(manifest.old) + len(makers):
-        raise ValueError("another number of digests")
+        raise ValueError("wrong number of digests")
     if sum(sum(step.chunks) for step in manifest.steps) != data:
-        raise ValueError("another length of data")
+        raise ValueError("wrong length of data")
     rows = [row.tobytes() for row in found]
     old = dict(zip([name for name, _, _ in manifest.old], rows, strict=False))
     return old, dict(zip(makers, rows[len(manifest.old) :], strict=True))

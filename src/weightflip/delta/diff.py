@@ -1,4 +1,4 @@
-"""``diff``: two checkpoints to numbers, and to a delta."""
+"""``diff``: compares two checkpoints and writes deltas."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from weightflip import checks
 from weightflip.delta import coding, digests
 from weightflip.delta.bits import Bytes
 from weightflip.delta.checkpoint import Checkpoint, open_checkpoint
-from weightflip.delta.compare import Diff, Pair, TensorDiff, pairs
+from weightflip.delta.compare import Diff, Pair, TensorDiff, pair_tensors
 from weightflip.delta.container import DeltaWriter, Manifest, Step
 from weightflip.delta.errors import DeltaError
-from weightflip.delta.output import check_free, whole_file
-from weightflip.delta.parallel import in_order
-from weightflip.delta.seen import is_weight, seen_as
+from weightflip.delta.output import atomic_file, check_free
+from weightflip.delta.parallel import map_in_order
+from weightflip.delta.seen import compare_in_format, is_weight
 from weightflip.quantizers import BaseQuantizer, adapt, resolve
 from weightflip.quantizers.specs import QuantizerLike
 from weightflip.records import printable
@@ -31,31 +31,31 @@ def diff(
     write: str | os.PathLike[str] | None = None,
     force: bool = False,
 ) -> Diff:
-    """Compare two checkpoints, tensor by tensor, and write what leads from one to the other.
+    """Compare two checkpoints tensor by tensor, and optionally write the delta between them.
 
-    The files are mapped into memory and read in parts, so checkpoints may be larger than the memory is.
+    The files are memory-mapped and read in parts, so checkpoints may be larger than memory.
 
     Args:
-        old: A safetensors file, a directory of shards with an index, or a file of ``torch.save`` with tensors in
-            dictionaries and lists.
-        new: The same, later.
-        quantizers: Formats in which floating-point weights with two dimensions or more are compared, too: names such
-            as ``"mxfp4"``, or what else ``quantizer=`` takes.
-        write: Where the delta goes; None writes none.
-        force: Replace a file that is there.
+        old: A safetensors file, a directory of shards with an index, or a file written by ``torch.save`` with tensors
+            in dictionaries and lists.
+        new: The later checkpoint, in any of these forms.
+        quantizers: Formats in which floating-point weights with at least two dimensions are also compared: names such
+            as ``"mxfp4"``, or anything else that ``quantizer=`` accepts.
+        write: Path of the delta file; None writes none.
+        force: Replace an existing delta file.
 
     Returns:
-        What changed.
+        The changes.
 
     Raises:
-        DeltaError: A checkpoint cannot be read, or the delta cannot be written. Nothing was written then.
-        ValueError: An unknown quantizer.
-        TypeError: No paths, or no quantizers.
+        DeltaError: A checkpoint cannot be read, or the delta cannot be written. Nothing is written then.
+        ValueError: Unknown quantizer.
+        TypeError: An argument is not a path, or not a quantizer.
     """
     old, new = checks.path("old", old), checks.path("new", new)
     formats = [adapt(resolve(quantizer)) for quantizer in quantizers]
     before, after = open_checkpoint(old), open_checkpoint(new)
-    found = pairs(before, after)
+    found = pair_tensors(before, after)
     result = Diff(
         old,
         new,
@@ -71,9 +71,10 @@ def diff(
     for checkpoint in (before, after):
         if checkpoint.holds(path):
             raise DeltaError(
-                f"{printable(str(path))} is a file of {printable(str(checkpoint.path))}; write the delta somewhere else"
+                f"{printable(str(path))} is a file of the checkpoint {printable(str(checkpoint.path))}; write the "
+                "delta to another file"
             )
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         recorder = _Recorder(DeltaWriter(file))
         _count(found, result, formats, recorder)
         result.delta_nbytes = recorder.finish(before, after, found)
@@ -84,7 +85,7 @@ def diff(
 
 
 class _Chunk(NamedTuple):
-    """A part of a pair: its old bytes, where they are compared, its new ones, and whether it is the last."""
+    """A chunk of a pair of tensors."""
 
     pair: Pair
     begin: int
@@ -104,7 +105,7 @@ class _Chunk(NamedTuple):
 
 
 class _Counted(NamedTuple):
-    """What a thread finds in a chunk."""
+    """Result for one chunk."""
 
     old: Bytes | None
     new: Bytes
@@ -113,7 +114,7 @@ class _Counted(NamedTuple):
 
 
 def _chunks(found: Sequence[Pair], whole: bool) -> Iterator[_Chunk]:
-    """All there is to compare; with ``whole``, new tensors without a counterpart too."""
+    """All chunks to compare. With ``whole``, also chunks of new tensors without a counterpart."""
     for pair in found:
         if pair.new is None or pair.new.same_as is not None or (pair.base is None and not whole):
             continue
@@ -136,10 +137,10 @@ def _encode(chunk: _Chunk) -> _Counted:
 
 
 def _count(found: dict[str, Pair], result: Diff, formats: Sequence[BaseQuantizer], recorder: _Recorder | None) -> None:
-    """Fill in the numbers, and hand what was read to the recorder."""
+    """Fill in the counts, and pass each chunk to the recorder."""
     diffs = {tensor.name: tensor for tensor in result.tensors}
     chunks = _chunks(list(found.values()), whole=recorder is not None)
-    for chunk, counted in in_order(_compare if recorder is None else _encode, chunks):
+    for chunk, counted in map_in_order(_compare if recorder is None else _encode, chunks):
         assert chunk.pair.new is not None
         tensor = diffs[chunk.pair.new.name]
         if tensor.changed is not None:
@@ -148,20 +149,20 @@ def _count(found: dict[str, Pair], result: Diff, formats: Sequence[BaseQuantizer
             recorder.add(tensor.name, counted)
         chunk.release()
         if chunk.is_last and formats:
-            _see(chunk.pair, tensor, formats)
+            _compare_formats(chunk.pair, tensor, formats)
 
 
-def _see(pair: Pair, tensor: TensorDiff, formats: Sequence[BaseQuantizer]) -> None:
+def _compare_formats(pair: Pair, tensor: TensorDiff, formats: Sequence[BaseQuantizer]) -> None:
     if pair.base is None or pair.new is None or not is_weight(pair.base, pair.new):
         return
     for format in formats:
-        # A shape that the format has no blocks for leaves the cell empty, as the tracker skips the layer.
+        # The format does not support the shape: leave the cell empty. The tracker skips these layers too.
         with contextlib.suppress(ValueError):
-            tensor.seen[format.name] = seen_as(pair.base, pair.new, format)
+            tensor.seen[format.name] = compare_in_format(pair.base, pair.new, format)
 
 
 class _Recorder:
-    """What of a comparison goes into a delta."""
+    """Collects the contents of a delta during the comparison."""
 
     def __init__(self, writer: DeltaWriter) -> None:
         self._writer = writer
@@ -170,7 +171,7 @@ class _Recorder:
         self.chunks: dict[str, list[int]] = {}
 
     def add(self, name: str, counted: _Counted) -> None:
-        """The next chunk of a tensor."""
+        """Add the next chunk of a tensor."""
         if counted.old is not None:
             self._old.setdefault(name, digests.new_digest()).update(counted.old)
         self._new.setdefault(name, digests.new_digest()).update(counted.new)
@@ -178,7 +179,7 @@ class _Recorder:
         self._writer.add(counted.coded)
 
     def finish(self, old: Checkpoint, new: Checkpoint, found: dict[str, Pair]) -> int:
-        """All that stands behind the data; the number of bytes of the file."""
+        """Write the sections after the data. Returns the size of the file."""
         steps = tuple(self._step(pair) for pair in found.values() if pair.new is not None)
         forms = tuple((tensor.name, tensor.dtype, tensor.shape) for tensor in old.tensors.values())
         rows = [

@@ -1,4 +1,4 @@
-"""xxh3-128 of tensors and files."""
+"""xxh3-128 digests of tensors and files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PART = 1 << 24
 
 
 class Digest(Protocol):
-    """Takes bytes in parts."""
+    """Interface of an incremental digest."""
 
     def update(self, data: Bytes | bytes, /) -> None: ...
 
@@ -21,9 +21,9 @@ class Digest(Protocol):
 
 
 def new_digest() -> Digest:
-    """One that has had nothing yet."""
-    found: Digest = extra("xxhash", "a delta").xxh3_128()
-    return found
+    """Create an empty digest."""
+    digest: Digest = extra("xxhash", "a delta").xxh3_128()
+    return digest
 
 
 def digest_of(tensor: MappedTensor) -> bytes:

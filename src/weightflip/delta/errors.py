@@ -1,4 +1,4 @@
-"""What goes wrong with checkpoints and deltas, and packages that may be missing."""
+"""Errors of checkpoints and deltas, and imports of optional packages."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from types import ModuleType
 
 
 class DeltaError(Exception):
-    """What a person can put right. Nothing has been written."""
+    """An error that the user can fix. Nothing has been written."""
 
 
 def extra(package: str, purpose: str) -> ModuleType:
-    """Import a package of the extra ``delta``, where it is first needed.
+    """Import a package of the extra ``delta`` when it is first needed.
 
     Args:
-        package: What to import.
+        package: Name of the package.
         purpose: What needs it, as the subject of a sentence.
 
     Raises:
-        DeltaError: It is not installed.
+        DeltaError: The package is not installed.
     """
     try:
         return importlib.import_module(package)

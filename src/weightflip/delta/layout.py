@@ -1,4 +1,4 @@
-"""The header of a safetensors file, and how a checkpoint lies in files."""
+"""Headers of safetensors files, and the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from weightflip.records import printable
 
 
 class Entry(NamedTuple):
-    """A tensor, as a header has it.
+    """A tensor in a header.
 
     Attributes:
-        name: The key.
+        name: Key of the tensor.
         dtype: A key of :data:`weightflip.delta.bits.STORED`.
-        shape: In elements.
-        begin: Where its bytes begin, after the header.
-        nbytes: How many there are.
+        shape: Shape in elements.
+        begin: Offset of its bytes after the header.
+        nbytes: Number of bytes.
     """
 
     name: str
@@ -36,8 +36,8 @@ class File(NamedTuple):
     """One safetensors file.
 
     Attributes:
-        name: Without a directory.
-        header: The JSON, with the spaces that follow it.
+        name: File name without a directory.
+        header: The JSON header, including trailing spaces.
     """
 
     name: str
@@ -45,14 +45,14 @@ class File(NamedTuple):
 
     @property
     def prefix(self) -> bytes:
-        """What stands before the tensors."""
+        """The bytes before the tensors."""
         return struct.pack("<Q", len(self.header)) + self.header
 
     def entries(self) -> list[Entry]:
-        """Its tensors, in the order of their bytes.
+        """The tensors, in the order of their bytes.
 
         Raises:
-            DeltaError: A dtype that is not known here, or no header of a safetensors file.
+            DeltaError: Unknown dtype, or not a valid header.
         """
         try:
             content = json.loads(self.header)
@@ -60,7 +60,8 @@ class File(NamedTuple):
             found = [_entry(self.name, name, value) for name, value in content.items()]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DeltaError(
-                f"{printable(self.name)} has no header of a safetensors file: {printable(str(error))}"
+                f"{printable(self.name)} has no valid safetensors header ({printable(str(error))}); write or copy it "
+                "again"
             ) from error
         return sorted(found, key=lambda entry: (entry.begin, entry.nbytes))
 
@@ -70,8 +71,8 @@ class Layout:
     """The files of a checkpoint.
 
     Attributes:
-        files: One, or the shards.
-        index: Name and text of the index of a sharded checkpoint; None for one file.
+        files: A single file, or the shards.
+        index: Name and text of the index of a sharded checkpoint; None for a single file.
     """
 
     files: tuple[File, ...]
@@ -82,8 +83,8 @@ def _entry(file: str, name: str, value: dict[str, object]) -> Entry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if dtype not in STORED:
         raise DeltaError(
-            f"tensor {printable(name)!r} of {printable(file)} has the dtype {printable(str(dtype))}, which is not "
-            f"known here; expected one of {', '.join(STORED)}"
+            f"tensor {printable(name)!r} of {printable(file)} has the unknown dtype {printable(str(dtype))}; expected "
+            f"one of {', '.join(STORED)}"
         )
     assert isinstance(dtype, str)
     if not (isinstance(shape, list) and isinstance(offsets, list)):
@@ -96,13 +97,14 @@ def _entry(file: str, name: str, value: dict[str, object]) -> Entry:
 
 
 def one_file(tensors: Iterable[tuple[str, str, tuple[int, ...]]], name: str = "model.safetensors") -> Layout:
-    """The layout of a safetensors file for tensors that come from elsewhere.
+    """The layout of a single safetensors file for given tensors.
 
-    As the library writes it: the widest dtypes first, so that each tensor is aligned, and a header of whole 8 bytes.
+    As in the safetensors library, the widest dtypes come first, so that each tensor is aligned, and the header size is
+    a multiple of 8 bytes.
 
     Args:
-        tensors: Name, dtype and shape of each.
-        name: Of the file.
+        tensors: Name, dtype and shape of each tensor.
+        name: Name of the file.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0

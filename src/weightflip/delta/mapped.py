@@ -1,4 +1,4 @@
-"""Tensors in memory-mapped files, read in parts; pages that were read are released."""
+"""Tensors in memory-mapped files. They are read in parts, whose pages are then released."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from weightflip.delta.bits import STORED, Bytes, Stored
 
 
 class Mapping:
-    """A file that is mapped into memory, for reading only."""
+    """A read-only memory-mapped file."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
         with open(path, "rb") as file:
@@ -25,11 +25,11 @@ class Mapping:
         self.nbytes = len(self._map)
 
     def view(self, begin: int, nbytes: int) -> Bytes:
-        """Some bytes of the file, without a copy."""
+        """A view of some bytes of the file, without a copy."""
         return np.frombuffer(self._map, np.uint8, nbytes, begin)
 
     def release(self, begin: int, nbytes: int) -> None:
-        """Drop pages from this process's memory. Reading them again maps them again."""
+        """Drop pages from the memory of this process. Reading them again maps them again."""
         if nbytes and hasattr(mmap, "MADV_DONTNEED"):
             start = begin // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, start, begin + nbytes - start)
@@ -40,13 +40,13 @@ class MappedTensor:
     """A tensor of a checkpoint.
 
     Attributes:
-        name: Its key.
+        name: Key of the tensor.
         dtype: A key of :data:`weightflip.delta.bits.STORED`.
-        shape: In elements.
+        shape: Shape in elements.
         mapping: The file.
-        begin: Where its first element lies.
-        strides: In bytes, one for each dimension; None where it is contiguous.
-        same_as: An earlier tensor that is the same memory.
+        begin: Offset of its first element.
+        strides: Strides in bytes; None if it is contiguous.
+        same_as: An earlier tensor that shares the same memory.
     """
 
     name: str
@@ -59,21 +59,21 @@ class MappedTensor:
 
     @property
     def stored(self) -> Stored:
-        """How its dtype is stored."""
+        """Storage of its dtype."""
         return STORED[self.dtype]
 
     @property
     def nbytes(self) -> int:
-        """Of all its elements."""
+        """Total size of its elements."""
         return math.prod(self.shape) * self.stored.bits // 8
 
     @property
     def units(self) -> int:
-        """Elements; bytes where one holds several elements."""
+        """Number of elements, or of bytes if a byte holds several elements."""
         return self.nbytes // self.stored.unit
 
     def read(self, begin: int, end: int) -> Bytes:
-        """Bytes of its elements in row-major order: where they lie in the file, or a copy if it is not contiguous."""
+        """Bytes of its elements in row-major order: a view of the file, or a copy if it is not contiguous."""
         if self.strides is None:
             return self.mapping.view(self.begin + begin, end - begin)
         row = self.nbytes // self.shape[0]
@@ -92,7 +92,7 @@ class MappedTensor:
         """Begin and end of its chunks, in bytes.
 
         Args:
-            units: Of each chunk but the last.
+            units: Units per chunk. The last chunk may be shorter.
         """
         step = units * self.stored.unit
         for begin in range(0, self.nbytes, step):
@@ -107,6 +107,6 @@ class MappedTensor:
     def _strided(self) -> NDArray[Any]:
         assert self.strides is not None
         flat = self.mapping.view(self.begin, self._extent)
-        # Of unsigned integers, since numpy has not all of these dtypes; torch's files are aligned, others need not be.
+        # Unsigned integers, since numpy lacks some of these dtypes. Unlike torch's files, others may be unaligned.
         items = np.ndarray((), f"u{self.stored.unit}", flat)
         return as_strided(items, self.shape, self.strides, writeable=False)

@@ -1,4 +1,4 @@
-"""Files and directories that are written completely, or not at all."""
+"""Files and directories that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from weightflip.records import printable
 
 
 def check_free(path: Path, force: bool) -> None:
-    """See that a file may be written.
+    """Check that a file may be written.
 
     Raises:
-        DeltaError: It is there and ``force`` is False, or it is a directory, or its directory is missing.
+        DeltaError: It exists and ``force`` is False, it is a directory, or its directory does not exist.
     """
     if path.is_dir():
-        raise DeltaError(f"{printable(str(path))} is a directory; expected the name of a file to write")
+        raise DeltaError(f"expected the name of a file to write, got the directory {printable(str(path))}; name a file")
     if not path.parent.is_dir():
-        raise DeltaError(f"the directory {printable(str(path.parent))} is not there; make it first")
+        raise DeltaError(f"the directory {printable(str(path.parent))} does not exist; create it first")
     if path.exists() and not force:
-        raise DeltaError(f"{printable(str(path))} is there already; choose another name, or say --force (force=True)")
+        raise DeltaError(f"{printable(str(path))} already exists; choose another name, or pass --force (force=True)")
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file beside ``path`` that takes its name when the block ends, and is removed where it raises."""
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file next to ``path`` that is renamed to it at the end of the block, or removed after an error."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "w+b") as file:
             yield file
-            _settle(file)
+            _finish_file(file)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -43,11 +43,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """A directory beside ``path``, which must be free or empty, that takes its name when the block ends."""
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory that is renamed to ``path`` at the end. ``path`` must be empty or not exist."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as temporary:
         inner = Path(temporary, "new")
-        # Not the mode of a temporary directory, which is for its owner alone.
+        # A temporary directory itself is accessible to its owner only.
         inner.mkdir()
         yield inner
         os.replace(inner, path)
@@ -55,14 +55,14 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file of such a directory."""
+    """A new file in such a directory."""
     with open(path, "xb") as file:
         yield file
-        _settle(file)
+        _finish_file(file)
 
 
-def _settle(file: BinaryIO) -> None:
-    """On the disk, and with the mode that any new file gets."""
+def _finish_file(file: BinaryIO) -> None:
+    """Flush to disk, and set the default mode of new files."""
     file.flush()
     if hasattr(os, "fchmod"):
         mask = os.umask(0)

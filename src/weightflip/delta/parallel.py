@@ -1,4 +1,4 @@
-"""Work on chunks in threads, with results in order."""
+"""Runs work on chunks in threads and returns the results in order."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Each holds some tens of megabytes; more would wait for the disk.
+# Each worker holds tens of megabytes, and more workers would wait for the disk.
 _WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-    """Each item with its result, in the order of the items.
+def map_in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    """Yield each item with its result, in the order of the items.
 
     Args:
-        function: Called in threads; it spends its time where Python's lock is free, in numpy, zstd or the disk.
-        items: Taken only a few ahead.
+        function: Called in threads. It should spend its time without the GIL: in NumPy, zstd or file access.
+        items: The items. Only a few are taken in advance.
 
     Raises:
-        Exception: What ``function`` raises first, in that order.
+        Exception: The first exception that ``function`` raises, in the order of the items.
     """
     waiting: collections.deque[tuple[T, Future[R]]] = collections.deque()
     with ThreadPoolExecutor(_WORKERS) as pool:

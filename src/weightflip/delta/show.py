@@ -1,4 +1,4 @@
-"""A comparison on a terminal, and as one page of HTML."""
+"""Shows a comparison on a terminal or as an HTML page."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import IO
 
 from weightflip.delta.compare import Diff
 from weightflip.delta.errors import extra
-from weightflip.delta.table import cells, heading, ranked, summary, sums
+from weightflip.delta.table import cells, heading, rank_tensors, summary, total_cells
 from weightflip.records import printable
 
-# Of a pipe or a file, whose reader scrolls.
+# Width for a pipe or a file.
 _PIPE_WIDTH = 200
 _TENSORS_SHOWN = 40
 _STYLE = """
@@ -32,7 +32,7 @@ th.left, td.left { text-align: left; }
 
 
 def check_terminal() -> None:
-    """See that :func:`print_diff` can print.
+    """Check that :func:`print_diff` can print.
 
     Raises:
         DeltaError: rich is missing.
@@ -41,11 +41,11 @@ def check_terminal() -> None:
 
 
 def print_diff(diff: Diff, file: IO[str] | None = None) -> None:
-    """Print the sums and the tensors that changed most.
+    """Print the totals and the tensors that changed most.
 
     Args:
-        diff: What was found.
-        file: Where to; None for standard output.
+        diff: The comparison.
+        file: Output; None for standard output.
 
     Raises:
         DeltaError: rich is missing.
@@ -63,32 +63,32 @@ def print_diff(diff: Diff, file: IO[str] | None = None) -> None:
     table = Table(box=box.SIMPLE_HEAD if is_unicode else box.ASCII, pad_edge=False, show_footer=False)
     for title, is_left in heading(diff):
         table.add_column(Text(title), justify="left" if is_left else "right", overflow="fold")
-    tensors = ranked(diff)
+    tensors = rank_tensors(diff)
     for tensor in tensors[:_TENSORS_SHOWN]:
         table.add_row(*(Text(printable(cell)) for cell in cells(diff, tensor)))
     if tensors:
         table.add_section()
-        table.add_row(*(Text(cell, style="bold") for cell in sums(diff)))
+        table.add_row(*(Text(cell, style="bold") for cell in total_cells(diff)))
         with console.capture() as captured:
             console.print(table)
-        # Without the spaces that fill the last column.
+        # Strip the padding of the last column.
         console.file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
     if len(tensors) > _TENSORS_SHOWN:
-        console.print(f"{len(tensors) - _TENSORS_SHOWN:,} more tensors differ: --html and --csv have all.")
+        console.print(f"{len(tensors) - _TENSORS_SHOWN:,} more tensors differ; use --html or --csv for all.")
     for line in summary(diff):
         console.print(line, markup=False)
 
 
 def write_html(diff: Diff, path: str | PathLike[str]) -> None:
-    """Write a page with all tensors that differ; it needs no network.
+    """Write a self-contained HTML page with all tensors that differ.
 
     Args:
-        diff: What was found.
-        path: The file; one that is there is replaced.
+        diff: The comparison.
+        path: The file. An existing file is replaced.
     """
     lefts = [is_left for _, is_left in heading(diff)]
     titles = "".join(_cell("th", title, is_left) for title, is_left in heading(diff))
-    rows = [_row(sums(diff), lefts, "all"), *(_row(cells(diff, tensor), lefts) for tensor in ranked(diff))]
+    rows = [_row(total_cells(diff), lefts, "all"), *(_row(cells(diff, tensor), lefts) for tensor in rank_tensors(diff))]
     lines = "".join(f"<p>{escape(line)}</p>" for line in summary(diff))
     names = f"{escape(printable(diff.old))} to {escape(printable(diff.new))}"
     with open(path, "w", encoding="utf-8") as file:

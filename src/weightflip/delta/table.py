@@ -1,4 +1,4 @@
-"""The numbers of a comparison as rows of a table: for the terminal, for a page, and as a CSV file."""
+"""The numbers of a comparison as table rows for the terminal, the HTML page and the CSV file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from weightflip.records import csv_cell
 
 
 def percent(part: int, whole: int) -> str:
-    """A share in percent, never rounded to 0 or 100; empty where there is nothing to share.
+    """A fraction as a percentage, never rounded to 0 % or 100 %. Empty if ``whole`` is 0.
 
     Example:
         >>> [percent(part, 100_000) for part in (0, 1, 1234, 50_000, 99_999, 100_000)]
@@ -20,26 +20,26 @@ def percent(part: int, whole: int) -> str:
     if not whole:
         return ""
     number = 100 * part / whole
-    room = min(number, 100 - number)
+    distance = min(number, 100 - number)
     if part in (0, whole):
         return f"{number:.0f} %"
-    if room < 0.01:
+    if distance < 0.01:
         return "<0.01 %" if number < 50 else ">99.99 %"
-    return f"{number:.{0 if room >= 10 else 1 if room >= 1 else 2}f} %"
+    return f"{number:.{0 if distance >= 10 else 1 if distance >= 1 else 2}f} %"
 
 
-def ranked(diff: Diff) -> list[TensorDiff]:
-    """Tensors that differ, the largest changed share first, then those that cannot be compared."""
+def rank_tensors(diff: Diff) -> list[TensorDiff]:
+    """Tensors that differ, the largest changed fraction first, then those that cannot be compared."""
     differing = [tensor for tensor in diff.tensors if tensor.changed != 0 or tensor.note]
     return sorted(differing, key=lambda tensor: -(tensor.changed_fraction or 0.0))
 
 
 def heading(diff: Diff) -> list[tuple[str, bool]]:
-    """Titles of the columns, and whether each is flush left."""
+    """Titles of the columns, and whether each is left-aligned."""
     columns = [("tensor", True), ("dtype", True), ("weights", False), ("changed", False), ("share", False)]
     for format in diff.formats:
         columns.append((format, False))
-        if any(_scales(tensor, format) for tensor in diff.tensors):
+        if any(_scale_count(tensor, format) for tensor in diff.tensors):
             columns.append((f"{format} scales", False))
     if diff.delta_nbytes is not None:
         columns.append(("delta bytes", False))
@@ -47,29 +47,29 @@ def heading(diff: Diff) -> list[tuple[str, bool]]:
 
 
 def cells(diff: Diff, tensor: TensorDiff) -> list[str]:
-    """What stands in these columns of a tensor."""
+    """The cells of one tensor, in the order of :func:`heading`."""
     seen = {format: (tensor.seen[format], tensor.weights) for format in diff.formats if format in tensor.seen}
     form = tensor.new or tensor.old
     assert form is not None
     row = [tensor.name, form[0], f"{tensor.weights:,}"]
     row += ["", ""] if tensor.changed is None else [f"{tensor.changed:,}", percent(tensor.changed, tensor.weights)]
-    return [*row, *_rest(diff, seen, tensor.nbytes), tensor.note]
+    return [*row, *_format_cells(diff, seen, tensor.nbytes), tensor.note]
 
 
-def sums(diff: Diff) -> list[str]:
-    """The same of all tensors together."""
+def total_cells(diff: Diff) -> list[str]:
+    """The cells of the totals over all tensors."""
     row = ["all", "", f"{diff.weights:,}", f"{diff.changed:,}", percent(diff.changed, diff.weights)]
     nbytes = sum(tensor.nbytes or 0 for tensor in diff.tensors)
-    return [*row, *_rest(diff, {format: diff.seen(format) for format in diff.formats}, nbytes), ""]
+    return [*row, *_format_cells(diff, {format: diff.seen(format) for format in diff.formats}, nbytes), ""]
 
 
 def summary(diff: Diff) -> list[str]:
-    """The sums as sentences."""
+    """The totals as sentences."""
     same = sum(tensor.changed == 0 for tensor in diff.comparable)
     lines = [
-        f"{diff.changed:,} of {diff.weights:,} weights have other bits"
+        f"{diff.changed:,} of {diff.weights:,} weights have different bits"
         + (f" ({percent(diff.changed, diff.weights)})." if diff.changed else "."),
-        f"{same:,} of {len(diff.tensors):,} tensors are the same.",
+        f"{same:,} of {len(diff.tensors):,} tensors are identical.",
     ]
     if diff.delta_nbytes is not None:
         share = f", {percent(diff.delta_nbytes, diff.new_nbytes)} of" if diff.delta_nbytes < diff.new_nbytes else " for"
@@ -78,18 +78,18 @@ def summary(diff: Diff) -> list[str]:
 
 
 def write_csv(diff: Diff, path: str | PathLike[str]) -> None:
-    """All tensors, also those that are the same, one a row.
+    """Write all tensors, including identical ones, one per row.
 
     Args:
-        diff: What was found.
-        path: The file; one that is there is replaced.
+        diff: The comparison.
+        path: The file. An existing file is replaced.
     """
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerows([map(csv_cell, row) for row in _rows(diff)])
+        writer.writerows([map(csv_cell, row) for row in _csv_rows(diff)])
 
 
-def _rows(diff: Diff) -> Iterator[list[object]]:
+def _csv_rows(diff: Diff) -> Iterator[list[object]]:
     names = ["changed", "scales", "scales_changed"]
     yield [
         *("tensor", "old_dtype", "new_dtype", "old_shape", "new_shape", "weights", "changed", "same_as"),
@@ -109,16 +109,16 @@ def _rows(diff: Diff) -> Iterator[list[object]]:
         ]
 
 
-def _scales(tensor: TensorDiff, format: str) -> int:
+def _scale_count(tensor: TensorDiff, format: str) -> int:
     return tensor.seen[format].scales if format in tensor.seen else 0
 
 
-def _rest(diff: Diff, seen: dict[str, tuple[Seen, int]], nbytes: int | None) -> list[str]:
+def _format_cells(diff: Diff, seen: dict[str, tuple[Seen, int]], nbytes: int | None) -> list[str]:
     row = []
     for format in diff.formats:
         found, weights = seen.get(format, (Seen(0, 0, 0), 0))
         row.append(percent(found.changed, weights))
-        if any(_scales(tensor, format) for tensor in diff.tensors):
+        if any(_scale_count(tensor, format) for tensor in diff.tensors):
             row.append(percent(found.scales_changed, found.scales))
     if diff.delta_nbytes is not None:
         row.append("" if nbytes is None else f"{nbytes:,}")

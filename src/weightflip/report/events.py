@@ -111,6 +111,12 @@ def read(path: Path, progress: Callable[[float], object] = lambda size: None) ->
 
 _TRACKED, _ALERTS = "weightflip/tracking", (ALERTS_TAG, "weightflip/alerts")
 _ALERT = re.compile(r"^- step (\d{1,18}): ([^:]+): (.*)$", re.M)
+# A row of the text panel's table of numbers. Earlier versions have no title column.
+_VALUE_ROW = re.compile(
+    r"^\| `(?P<name>.+)` \| (?:(?P<title>.*) \| )?(?P<kind>rate|gauge|histogram) \| (?P<unit>share|count|number) \| "
+    r"(?P<description>.*) \|$",
+    re.M,
+)
 _SEVERAL = re.compile(r"(.*) and (\d{1,9}) more")
 
 
@@ -284,10 +290,10 @@ def _info_from_markdown(text: str) -> RunInfo:
     for row in re.finditer(r"^\| `(.+)` \| ([^|]*) \| ([^|]*) \| (.*) \|$", table, re.M):
         tracked[row[1]] = (row[2], row[3], row[4])
     settings = dict(part.split("=", 1) for part in text.splitlines()[-1].split(", ") if "=" in part)
-    numbers = text.partition("| number | kind | unit | what it is |\n")[2].partition("\n\n")[0]
-    rows = re.finditer(r"^\| `(.+)` \| (rate|gauge|histogram) \| (share|count|number) \| (.*) \|$", numbers, re.M)
+    numbers = text.partition("| number | ")[2].partition("\n\n")[0]
     values = [
-        lines.parse_value(dict(zip(("name", "kind", "unit", "description"), row.groups(), strict=True))) for row in rows
+        lines.parse_value({field: cell for field, cell in row.groupdict().items() if cell is not None})
+        for row in _VALUE_ROW.finditer(numbers)
     ]
     notes = tuple(line[2:] for line in text.partition("| weight |")[0].splitlines() if line.startswith("- "))
     return RunInfo(tracked, {}, settings, notes, values=tuple(values))

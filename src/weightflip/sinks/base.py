@@ -11,6 +11,10 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from weightflip import checks
 from weightflip.records import FlipRecord, RunInfo
 from weightflip.sinks.chosen import LayerValues
+from weightflip.sinks.csv import CSVSink
+from weightflip.sinks.jsonl import JSONLSink
+from weightflip.sinks.tensorboard import TensorBoardSink
+from weightflip.sinks.wandb import WandbSink
 
 
 @runtime_checkable
@@ -79,32 +83,31 @@ def _discard(record: FlipRecord) -> None:
     """Replaces a function that could not be pickled."""
 
 
+FILE_SINKS: dict[str, Callable[[str], Sink]] = {".jsonl": JSONLSink, ".csv": CSVSink}
+"""The sink for a path in ``sinks=``, by the ending of the path."""
+
+
 def make_sink(spec: SinkLike, layer_values: LayerValues = None) -> Sink:
     """Create the sink for one element of ``sinks=``.
 
     Args:
-        spec: A ``Sink``, a ``SummaryWriter``, a ``wandb`` run, a path that ends in ``.jsonl`` or ``.csv``, or a
+        spec: A ``Sink``, a ``SummaryWriter``, a ``wandb`` run, a path with an ending in :data:`FILE_SINKS`, or a
             function of a ``FlipRecord``.
         layer_values: As in :class:`TensorBoardSink`.
 
     Raises:
         TypeError: None of the above.
-        ValueError: A path with another ending, or a ``.csv`` file with different columns.
+        ValueError: A path with another ending, or a file that the sink rejects.
         OSError: The path is not writable.
     """
-    from weightflip.sinks.csv import CSVSink
-    from weightflip.sinks.jsonl import JSONLSink
-    from weightflip.sinks.tensorboard import TensorBoardSink
-    from weightflip.sinks.wandb import WandbSink
-
+    endings = " or ".join(FILE_SINKS)
     if isinstance(spec, (str, PathLike)):
         path = checks.path("a path in sinks=", spec)
-        if path.endswith(".jsonl"):
-            return JSONLSink(path)
-        if path.endswith(".csv"):
-            return CSVSink(path)
+        for ending, file_sink in FILE_SINKS.items():
+            if path.endswith(ending):
+                return file_sink(path)
         raise ValueError(
-            f"a path in sinks= must end in .jsonl or .csv, got {path!r}; for a TensorBoard directory use log_dir="
+            f"a path in sinks= must end in {endings}, got {path!r}; for a TensorBoard directory use log_dir="
         )
     if isinstance(spec, type):
         raise TypeError(f"sinks= expects instances, got the class {spec.__name__}; create an instance of it")
@@ -119,7 +122,7 @@ def make_sink(spec: SinkLike, layer_values: LayerValues = None) -> Sink:
     if callable(spec):
         return CallableSink(spec)
     raise TypeError(
-        "sinks= expects SummaryWriters, wandb runs, paths that end in .jsonl or .csv, functions of a FlipRecord, or "
+        f"sinks= expects SummaryWriters, wandb runs, paths that end in {endings}, functions of a FlipRecord, or "
         f"objects with start, write, flush and close; got {type(spec).__name__}"
     )
 
