@@ -57,7 +57,7 @@ address of the numbers of the float64 columns in which they are added, address o
 many bytes its rows are apart; address of the scales of before the step, or 0 for those of now."""
 TASK = 26
 
-# Elements of a chunk, for each of which a scale is written; bytes of each of four buffers for fewer than LANES elements.
+# Elements of a chunk, each with its scale; and bytes of each of four buffers for fewer than LANES elements.
 _CHUNK = 1 << 11
 _ROOM = 4 * (_CHUNK + LANES)
 _SPARE = 4 * LANES
