@@ -18,7 +18,7 @@ from weightflip.counting.scale_table import ScaleTable, table_of
 from weightflip.counting.scaling import in_plain_torch, scaling_of
 from weightflip.formats import ScaleFormula
 
-# A run's elements: so many that starting its threads does not show (2M took a third longer), and so few that the
+# A run's elements: enough that starting its threads costs little (2M took a third longer), and few enough that the
 # scales of its blocks stay small: 4 MiB for blocks of 16.
 _ELEMENTS_PER_RUN = 1 << 24
 
@@ -45,7 +45,7 @@ class Shared(functional.Elementwise, Protocol):
 
 @dataclass(eq=False)
 class Member:
-    """One weight of a batch, as addresses: whoever counts has made sure that they are still right.
+    """One weight of a batch, as addresses; the caller makes sure that they are still right.
 
     Attributes:
         address: Of the weight.
@@ -55,7 +55,7 @@ class Member:
         scale_codes: Of block scales, in their shape; written to. None for formats without.
         quantizer: What makes the codes.
         rounding: Its rounding of this weight.
-        group: How many neighbors share a scale; 0 where there is none. As a stretch has it, as what follows.
+        group: How many neighbors share a scale; 0 without scales. This and the next two as in a stretch.
         width: How many elements a row has, where blocks over several rows share a scale; else 0.
         height: How many rows share a scale.
         run: What counts it.
@@ -108,7 +108,7 @@ class Member:
         return (*of_quantizer, self.dtype, self.codes.dtype, self.group == 0, self.width == 0, self.scaling)
 
     def scales_in(self, numel: int) -> int:
-        """How many scales so many elements have, that begin and end between scales."""
+        """The number of scales of this many elements, which begin and end between scales."""
         if not self.width:
             return numel // self.group
         assert self.scale_codes is not None
@@ -116,7 +116,7 @@ class Member:
 
     @property
     def matrices(self) -> int:
-        """How many there are of which blocks are parts, one after the other in memory."""
+        """The number of matrices that are cut into blocks, one after the other in memory."""
         return math.prod(self.codes.shape[:-2])
 
     def describes(self, weight: Tensor, quantizer: Any, codes: Tensor | None) -> bool:
@@ -188,7 +188,7 @@ def make_member(
         # Metric groups see a scale for each group in each row.
         return None
     if scaling is None and (width or not is_usable(None)):
-        # Neither are there other loops for blocks over several rows.
+        # There are no other loops for blocks over several rows.
         return None
     place = weight.data_ptr(), weight.numel(), weight.dtype
     scale_shape = _shape_of_scale(weight, quantizer)
@@ -488,7 +488,7 @@ def _lay_end_to_end(scale_codes: Sequence[Tensor], parts: Sequence[_Part]) -> No
         return
     whole, first = torch.cat([codes.view(-1) for codes in scale_codes]), 0
     for codes in scale_codes:
-        # The same tensor in another place: layers hold it, too.
+        # The same tensor in another place: layers also hold it.
         codes.set_(whole[first : first + codes.numel()].view(codes.shape))  # type: ignore[call-overload]
         first += codes.numel()
     first = 0

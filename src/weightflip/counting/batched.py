@@ -130,7 +130,7 @@ class BatchedRoute:
                 if gradient is None:
                     gradient = gradients.get(layer.name)
                 if gradient is not None:
-                    update = _address_beside(gradient, member)  # type: ignore[arg-type]
+                    update = _fitting_address(gradient, member)  # type: ignore[arg-type]
                     if not update:
                         alone.append(layer)
                         continue
@@ -292,7 +292,7 @@ def _by_device(members: Sequence[Member]) -> list[list[int]]:
     return list(found.values())
 
 
-def _address_beside(gradient: Tensor, member: Member) -> int:
+def _fitting_address(gradient: Tensor, member: Member) -> int:
     """Where a gradient lies, if it can be read as the member's weight is; else 0."""
     fits = (
         type(gradient) is Tensor

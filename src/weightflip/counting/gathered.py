@@ -125,7 +125,7 @@ class GatheredRoute:
                 update = gradients.get(layer.name) if parameter.grad is None else parameter.grad
             if not _is_as_before(layer, parameter):
                 others.append(layer)
-            elif layer.name not in self._apart and (update is None or _lies_beside(update, parameter)):
+            elif layer.name not in self._apart and (update is None or _has_same_layout(update, parameter)):
                 updates[layer.name] = update
                 together.append(layer)
             else:
@@ -289,7 +289,7 @@ def _quantizer(layer: Layer) -> ElementwiseQuantizer:
 
 
 def _group(quantizer: ElementwiseQuantizer, weight: Tensor) -> int:
-    """How many neighbours share a scale; all, where there is none."""
+    """The number of neighbors that share a scale; all of them if there is no scale."""
     if quantizer.scope == "group":
         return quantizer.grouped(weight).shape[-1]
     return weight.shape[-1] if quantizer.scope == "row" and weight.ndim else weight.numel()
@@ -308,7 +308,7 @@ def _is_as_before(layer: Layer, parameter: Tensor) -> bool:
     )
 
 
-def _lies_beside(update: Tensor, parameter: Tensor) -> bool:
+def _has_same_layout(update: Tensor, parameter: Tensor) -> bool:
     return (
         type(update) is Tensor
         and update.layout is torch.strided

@@ -1,8 +1,8 @@
-"""Scales of blocks that are looked up: two calls of torch, where a format's own rule takes ten.
+"""Look up scales of blocks: two calls of torch, where a format's own rule takes ten.
 
-A scale that is stored in a byte takes at most 256 values, and grows with the largest magnitude under it. So where each
-value begins says all that the rule does. The rule itself is asked for that, on the device, since devices divide and
-take logarithms in ways of their own.
+A scale that is stored in a byte takes at most 256 values and grows with the largest magnitude under it. So the
+magnitudes at which each value begins replace the rule. They are found with the rule itself, on the device, because
+devices divide and take logarithms differently.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from weightflip.formats import E8M0, FP32
 
 _LAST = 0x7FFFFFFF
-# The bit patterns on both sides of a bound that are tried as well.
+# The number of bit patterns on each side of a bound that are also tried.
 _AROUND = 64
 
 

@@ -1,4 +1,4 @@
-"""How the scales of groups are made, as a compiled loop can follow it: by a formula, or by a table of steps."""
+"""How a compiled loop makes the scales of groups: with a formula, or with a table of steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weightflip.counting.scale_table import ScaleTable, flushes_subnormal, table
 from weightflip.formats import FP32, ScaleFormula
 
 _CODES = 256
-# A slot has at most one step. So many are 512 KiB, of which few are looked at.
+# A slot has at most one step. A table of this size takes 384 KiB, of which little is read.
 _MOST_SLOTS = 1 << 15
 
 
@@ -38,10 +38,10 @@ _scalings: dict[tuple[Any, ...], kernels.Scaling | None] = {}
 def scaling_of(
     quantizer: ScaledQuantizer, rounding: object, dtype: torch.dtype, device: torch.device
 ) -> kernels.Scaling | None:
-    """How a quantizer scales its groups; None where it does so in a way of its own.
+    """Describe how a quantizer scales its groups; None if there is no such description.
 
-    Made once for each kind: quantizers of one class, name and rounding have the same rule. Whether it is right is seen
-    when the kernel that follows it is tried.
+    It is made once for each kind: quantizers of one class, name and rounding have the same rule. The trial of the
+    kernel that follows it shows whether it is right.
 
     Args:
         quantizer: One whose scales depend on the largest magnitudes alone.
@@ -89,10 +89,10 @@ def in_plain_torch(quantizer: ScaledQuantizer, dtype: torch.dtype) -> Callable[[
 
 
 def _steps(table: ScaleTable, stored: Callable[[Tensor], tuple[Tensor, Tensor]] | None) -> kernels.ScaleSteps | None:
-    """A table that is looked up without a search."""
+    """Make a table that is looked up without a search; None if it would be too large."""
     bounds = table.bounds.long()
     steps = torch.unique(bounds)
-    # From slots of one exponent on, ever finer ones.
+    # Begin with one slot per exponent, and make them finer.
     shift = FP32.mantissa_bits
     while not _has_one_step_each(starts := _starts(shift, bounds.device), steps):
         shift -= 1

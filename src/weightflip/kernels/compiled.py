@@ -21,7 +21,7 @@ from weightflip.kernels.pointwise import Pointwise
 
 logger = logging.getLogger("weightflip")
 
-# After so many seconds the log says what is going on.
+# Seconds after which the log says what takes time.
 _PATIENCE = 1.0
 
 _INTEGERS = {16: np.int16, 32: np.int32}

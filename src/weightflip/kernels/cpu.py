@@ -19,7 +19,7 @@ from weightflip.kernels.runs import Addresses, Kind, Observed, ScaleCodes, Scale
 
 DEVICE = "cpu"
 
-# So many that starting a thread for them does not show, and so few that threads end together.
+# Enough that starting a thread costs little in comparison, and few enough that threads finish together.
 _ELEMENTS_PER_ITEM = 1 << 16
 
 # For blocks over several rows: the row of an item is long enough for the processor to prefetch it.

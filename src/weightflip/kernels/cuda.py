@@ -3,7 +3,7 @@
 Imported only where Triton is, which comes with torch's builds for CUDA. Under ``TRITON_INTERPRET=1`` Triton runs the
 same kernels on the CPU, slowly: that is how they are tested where there is no GPU.
 
-A program handles a tile: some scales' groups of weights, and some neighbours of each. A table on the device tells where
+A program handles a tile: some scales' groups of weights, and some neighbors of each. A table on the device tells where
 each stretch of memory lies, and a list which stretch a tile belongs to; both are made once.
 """
 
@@ -35,7 +35,7 @@ from weightflip.kernels.runs import (
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 
 _ELEMENTS_PER_TILE = 1 << 12
-# Neighbours in a tile, where there are so many: whole lines of the cache, of one-byte codes too.
+# Neighbors in a tile, where there are so many: whole lines of the cache, of one-byte codes too.
 _NEIGHBOURS = 128
 _WARPS = 8
 # Bytes that a thread can read at once.
@@ -192,7 +192,7 @@ class _Launch(NamedTuple):
     Attributes:
         stretches: Which, as an array of NumPy.
         tiles: The stretch that each tile belongs to, int32.
-        columns: How many neighbours a tile has.
+        columns: How many neighbors a tile has.
         is_aligned: Whether wide reads are possible.
     """
 
@@ -343,7 +343,7 @@ class Run:
 
 
 def _columns(group: int, groups: int) -> int:
-    """How many neighbours a tile has, so that there are few tiles."""
+    """How many neighbors a tile has, so that there are few tiles."""
     width, widths = min(_NEIGHBOURS, 1 << (group - 1).bit_length(), _ELEMENTS_PER_TILE), []
     while width <= _ELEMENTS_PER_TILE:
         widths.append(width)

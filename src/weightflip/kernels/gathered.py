@@ -1,6 +1,6 @@
 """Many tensors as one, in plain torch: each call is for all of them, and none waits for the device.
 
-Tensors are laid end to end. Their sizes, and the numbers of neighbours that share a scale, have a common divisor: in
+Tensors are laid end to end. Their sizes, and the numbers of neighbors that share a scale, have a common divisor: in
 chunks of that width no chunk belongs to two tensors, or to two scales. So the largest magnitudes, and the counts, are
 first those of chunks, as rows of a matrix, and then those of all chunks of a scale or a tensor.
 """
@@ -30,7 +30,7 @@ def is_small(numel: int, group: int) -> bool:
 
     Args:
         numel: Its elements.
-        group: How many neighbours share a scale.
+        group: How many neighbors share a scale.
     """
     return 0 < numel <= (_ELEMENTS_IN_NARROW if _is_narrow(group) else _ELEMENTS)
 
@@ -40,7 +40,7 @@ def pack(numels: Sequence[int], groups: Sequence[int]) -> list[list[int]]:
 
     Args:
         numels: Elements of each.
-        groups: How many neighbours share a scale, in each.
+        groups: How many neighbors share a scale, in each.
     """
     heaps: list[tuple[list[int], int, bool]] = []
     # Narrow ones last, so that they spoil at most one heap of wide ones.
@@ -65,7 +65,7 @@ class Layout:
 
     Args:
         numels: Elements of each.
-        groups: How many neighbours share a scale, in each; ``numels`` where all do, or where there is none.
+        groups: How many neighbors share a scale, in each; ``numels`` where all do, or where there is none.
         device: Where they are.
         width: A divisor of the groups, for chunks of that width; None for the widest.
 

@@ -1,8 +1,8 @@
 """The loops over many weights on the CPU, for Numba. Imported only where Numba is.
 
-They see memory as addresses, so that one call handles many tensors: a row of ``places`` for each stretch of memory,
-with the columns below. The elements of all stretches are numbered consecutively and cut into items. Each thread that
-calls a loop takes items until there are none left, so any number of threads works.
+They see memory as addresses, so that one call goes over many tensors: a row of ``places`` for each stretch of memory,
+with the columns below. The elements of all stretches are numbered through, and cut into items. Each thread that calls a
+loop takes items until there are none, so that any number of threads is right.
 
 A loop is a C function of one address, that of a task, and can be called by any thread pool. Nothing in it allocates or
 raises.
@@ -57,7 +57,7 @@ address of the numbers of the float64 columns in which they are added, address o
 many bytes its rows are apart; address of the scales of before the step, or 0 for those of now."""
 TASK = 26
 
-# Scales that lie beside the weights of so many elements; and bytes of four buffers for fewer than LANES elements.
+# Elements of a chunk, each with its scale; and bytes of each of four buffers for fewer than LANES elements.
 _CHUNK = 1 << 11
 _ROOM = 4 * (_CHUNK + LANES)
 _SPARE = 4 * LANES
@@ -127,7 +127,7 @@ _add, _raise = _atomically("add", 64), _atomically("max", 32)
 
 @_intrinsic
 def _add_float(context, address, value):  # type: ignore[no-untyped-def]
-    """To a float64 that other threads add to as well."""
+    """Add to a float64 that other threads also add to."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], ir.DoubleType().as_pointer())
@@ -211,9 +211,9 @@ def _row_of(places, element):  # type: ignore[no-untyped-def]
 
 @_compile()
 def _rest(task, at, update_at, codes_at, numel, scales, mask, found, spare):  # type: ignore[no-untyped-def]
-    """Fewer than LANES elements, padded with zeros, which stay zeros, under a scale of 1.
+    """Count fewer than LANES elements, padded with zeros, which stay zeros, under a scale of 1.
 
-    The arguments are separate because Numba takes longer to compile an object for them.
+    The arguments are numbers, because Numba takes longer to compile an object that holds them.
     """
     spare_update, spare_codes, spare_scales = spare + _SPARE, spare + 2 * _SPARE, spare + 3 * _SPARE
     _clear(spare, 3 * _SPARE)
@@ -240,7 +240,7 @@ def _spread(scales, index, low, high, group, room):  # type: ignore[no-untyped-d
 
 @_compile()
 def _aim(task, row, first, old_scales, found_at):  # type: ignore[no-untyped-def]
-    """Point the next lanes to the old scales, and to the states of the elements from this one on."""
+    """Have the next lanes find the old scales, and the states of the elements from this one on."""
     found = carray(_pointer(found_at), (FOUND,), np.int64)
     places = carray(_pointer(task[STATE_PLACES]), (task[STATES], task[STRETCHES]), np.int64)
     sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
@@ -251,7 +251,7 @@ def _aim(task, row, first, old_scales, found_at):  # type: ignore[no-untyped-def
 
 @_compile()
 def _take_states(task, numel, found_at, spare):  # type: ignore[no-untyped-def]
-    """Copy the states of fewer than LANES elements to a buffer, and point the lanes there."""
+    """Have fewer than LANES elements find their states in a buffer."""
     found = carray(_pointer(found_at), (FOUND,), np.int64)
     sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
     _clear(spare, task[STATES] * _SPARE)
@@ -262,7 +262,7 @@ def _take_states(task, numel, found_at, spare):  # type: ignore[no-untyped-def]
 
 @_compile()
 def _put_states(task, row, first, numel, spare):  # type: ignore[no-untyped-def]
-    """Copy the states of fewer than LANES elements from the buffer back to their tensors."""
+    """Put them back into their place."""
     places = carray(_pointer(task[STATE_PLACES]), (task[STATES], task[STRETCHES]), np.int64)
     sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
     for state in range(task[STATES]):
@@ -288,7 +288,7 @@ def _count_stretch(task, row, low, high, found, room):  # type: ignore[no-untype
         index = low // group
         until = min((index + 1) * group, high)
         if until - low >= _CHUNK or until == high:
-            # One scale; without those at the end that need the next one beside them.
+            # One scale, without the elements at the end that share a vector with the next scale.
             if until < high:
                 until -= (until - low) % LANES
             _fill(room, scales[index])
@@ -308,7 +308,7 @@ def _count_stretch(task, row, low, high, found, room):  # type: ignore[no-untype
         if low + numel < until:
             at, codes_at = at + numel * task[WEIGHT_SIZE], codes_at + numel * task[CODES_SIZE]
             update_at += numel * task[UPDATE_SIZE]
-            # Those of a single scale lie LANES times in memory as well.
+            # A single scale is also LANES times in memory.
             rest, spare_states = until - low - numel, room + _SPARE_STATES_AT
             _aim(task, row, low + numel, old_room + step * numel, found)
             _take_states(task, rest, found, spare_states)
@@ -398,7 +398,7 @@ _LARGE = 512
 def count_lanes(weight, update, codes, numel, scales, step, mask, constants, found):  # type: ignore[no-untyped-def]
     """Encode, compare, count and store: of :func:`weightflip.kernels.vectors.make_advance`, for the dtypes.
 
-    The arguments are separate because a C function takes no objects.
+    The arguments are numbers, because a C function takes no objects.
     """
     ADVANCE(weight, update, codes, numel, scales, step, mask, constants, found)  # type: ignore[name-defined]  # noqa: F821
 

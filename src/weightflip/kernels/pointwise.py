@@ -63,9 +63,7 @@ class Expression:
         return Expression("*", (self, other))
 
     def __bool__(self) -> bool:
-        raise TypeError(
-            "an expression has no truth value; use & and | for `and` and `or`, where() for `if`"
-        )
+        raise TypeError("an expression has no truth value; use & and | for `and` and `or`, where() for `if`")
 
 
 OLD, NEW = Expression("old"), Expression("new")

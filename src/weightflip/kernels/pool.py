@@ -111,7 +111,7 @@ class _Team:
                 self._changed.notify_all()
 
     def end(self) -> None:
-        """Let nobody join from now on, and wait for those that have; an interrupt has to wait, too."""
+        """Let no thread join from now on, and wait for those that have joined; an interrupt also waits."""
         interrupt: BaseException | None = None
         while True:
             try:

@@ -3,7 +3,7 @@
 What is compiled depends on drivers, compilers and processors that nobody has tested together. So before a kernel counts
 the first weight of a kind, it counts numbers that are hard: every value of 16 bits, values between them, ties, NaN and
 infinities, in stretches of odd lengths and places. What it must find comes from the obvious version: the nearest number
-of a table. On a device that does not share the host's memory it then has to be faster than plain torch, too.
+of a table. On a device that does not share the host's memory, it must also be faster than plain torch.
 
 That is done once for each kind and device, and waits for the device. Random numbers are not drawn.
 """
@@ -59,7 +59,7 @@ class Question(NamedTuple):
     Attributes:
         kind: Of the weights.
         takes_scale: Whether they are scaled before they are rounded.
-        finds_scale: Whether the kernel has to find the largest magnitudes, too.
+        finds_scale: Whether the kernel also has to find the largest magnitudes.
         groups: What metric groups do in the same pass.
         scaling: How it has to make the scales of groups of them, all in one pass; None: it does not.
     """
@@ -203,7 +203,7 @@ def _numbers(rounding: Rounding, device: torch.device) -> Tensor:
 
 
 def hard_numbers(kind: Kind) -> Tensor:
-    """Every value of 16 bits in the weight's dtype; for float32 some of their neighbours and of the ties besides."""
+    """Every value of 16 bits in the weight's dtype; for float32 also some of their neighbors and some ties."""
     patterns = torch.arange(1 << 16, dtype=torch.int32, device="cpu")
     if kind.weight.itemsize == 2:
         return patterns.to(torch.int16).view(kind.weight)
@@ -391,7 +391,7 @@ def _fault_of_counts(found: Tensor, trial: _Trial) -> str | None:
 
 
 def find_fault_in_groups(run: type[Run], question: Question, scales: Scales) -> str | None:
-    """As :func:`find_fault`, of what makes the scales of groups as well.
+    """As :func:`find_fault`, for a kernel that also makes the scales of groups.
 
     Args:
         run: The kernel.

@@ -24,7 +24,7 @@ class Stretch(NamedTuple):
         weight: Address of the first element.
         codes: Address of its code.
         numel: Elements, at least one.
-        group: How many neighbours share a scale; ``numel`` where all do, or where there is none.
+        group: How many neighbors share a scale; ``numel`` where all do, or where there is none.
         width: How many elements a row has, where blocks over several rows share a scale: ``group`` of each row. Blocks
             at the end of a row and in the last rows may be smaller. 0 where there are no such blocks: so in all
             stretches of a run, or in none.
@@ -86,7 +86,7 @@ class Observed(NamedTuple):
         states: Addresses of the first element of each state, int64 of shape (states, stretches), in the groups' order;
             laid out as the weight.
         old_scale: As the scale, of before the step; None where no group looks at it.
-        sums: float64 of shape (any, columns), whose columns are neighbours in memory. Each of the groups' counts is
+        sums: float64 of shape (any, columns), whose columns are neighbors in memory. Each of the groups' counts is
             added to a column, and the flips to the next one, in the row of the stretch.
         columns: int64, the column of each count, in the groups' order.
     """
@@ -199,7 +199,7 @@ class Run(Protocol):
         """As :meth:`count_`, but add what is found to rows of a table.
 
         Args:
-            counts: int64 of shape (any, 3), whose columns are neighbours in memory.
+            counts: int64 of shape (any, 3), whose columns are neighbors in memory.
             rows: int64, the row of each stretch. Stretches may share one.
             scale: As there.
             updates: As there.
@@ -239,7 +239,7 @@ class OnePass(NamedTuple):
 
     Attributes:
         run: The kernel, for the weight's device.
-        may_count: Whether the kernel is to be used for a kind, with a scale or without; None: wherever it can be.
+        may_count: Whether to use the kernel for a kind, with or without a scale; None: whenever it can.
     """
 
     run: type[Run]
@@ -258,7 +258,7 @@ class OnePass(NamedTuple):
 
         Args:
             weight: Before rounding; dense.
-            scale: None, or float32 of one element, or of one for so many neighbours in memory.
+            scale: None, or float32, with one element for all weights or one for each row.
             rounding: How a weight becomes an ordinal.
             codes: Ordinals before the step, laid out as the weight; overwritten.
             update: The gradient, or a bool mask of the weights that had one, laid out as the weight; None counts no
@@ -291,14 +291,14 @@ class OnePass(NamedTuple):
 
 
 def _is_laid_out(tensor: Tensor, like: Tensor) -> bool:
-    """Whether a tensor's memory can be read beside that of ``like``."""
+    """Whether a tensor's memory can be read in step with that of ``like``."""
     if tensor.device != like.device or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     return tensor.shape == like.shape and tensor.stride() == like.stride() and not tensor.is_neg()
 
 
 def _group(weight: Tensor, scale: Tensor | None) -> int | None:
-    """How many neighbours in memory share a scale."""
+    """How many neighbors in memory share a scale."""
     numel = max(1, weight.numel())
     if scale is None or scale.numel() == 1:
         return numel if scale is None or scale.dtype is torch.float32 else None

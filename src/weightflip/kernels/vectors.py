@@ -90,7 +90,7 @@ class Vectors:
         """Floats without their sign, as integers, which have the numbers' order; NaN is above them all."""
         return self.b.and_(self.load(address, of, of.width // 8), self.all(of, (1 << (of.width - 1)) - 1))
 
-    def larger_neighbours(self, x: Any, y: Any) -> Any:
+    def larger_neighbors(self, x: Any, y: Any) -> Any:
         """The larger one of each pair of lanes of two vectors."""
         even, odd = (
             self.b.shuffle_vector(x, y, ir.Constant(self.type(_I32), list(range(first, 2 * self.lanes, 2))))
@@ -279,7 +279,7 @@ def make_advance(
 
 
 def make_largest(weight_bits: int, streams: int) -> Any:
-    """The loop that finds the largest magnitude, at so many places at once.
+    """The loop that finds the largest magnitude, reading from this many places at once.
 
     Returns:
         ``largest(address, numel)``: over a multiple of ``LANES_OF_LARGEST * streams`` weights. Bits of the magnitude.
@@ -332,9 +332,9 @@ def make_largest_of_blocks(weight_bits: int) -> Any:
                     v.prefetch(place, _AHEAD, size)
                     b.store(v.larger(b.load(largest), v.magnitude(place, bits)), largest)
             vectors = [b.load(largest) for largest in found]
-            # Neighbours with neighbours, two vectors to one, until a lane is left of each.
+            # Neighbors with neighbors, two vectors to one, until a lane is left of each.
             while len(vectors) > 1:
-                vectors = [v.larger_neighbours(*vectors[at : at + 2]) for at in range(0, len(vectors), 2)]
+                vectors = [v.larger_neighbors(*vectors[at : at + 2]) for at in range(0, len(vectors), 2)]
             result = vectors[0]
             if weight_bits < 32:
                 result = b.shl(b.zext(result, v.type(_I32)), v.all(_I32, 32 - weight_bits))
