@@ -234,11 +234,15 @@ def register(metric: MetricType) -> MetricType:
     return metric
 
 
-@functools.cache
 def _import_modules() -> None:
     package = importlib.import_module(__package__ or "")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    _import_modules_below(tuple(package.__path__))
+
+
+@functools.cache
+def _import_modules_below(directories: tuple[str, ...]) -> None:
+    for module in pkgutil.iter_modules(directories):
+        importlib.import_module(f"{__package__}.{module.name}")
 
 
 def metric_names() -> list[str]:
