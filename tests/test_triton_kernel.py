@@ -68,7 +68,7 @@ def assert_equals_eager(weight, quantizer, old, update):
 
 @runs_here
 @pytest.mark.parametrize("quantizer", [*QUANTIZERS, "ternary"], ids=str)
-def test_every_bfloat16_and_its_neighbours(quantizer, monkeypatch):
+def test_every_bfloat16_and_its_neighbors(quantizer, monkeypatch):
     # The interpreter takes as long for a small tile as for a large one.
     monkeypatch.setattr(cuda, "_ELEMENTS_PER_TILE", 1 << 16)
     quantizer, generator = resolve(quantizer), torch.Generator().manual_seed(0)

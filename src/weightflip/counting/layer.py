@@ -45,7 +45,7 @@ class TrackedWeight:
 
     @property
     def is_held(self) -> bool:
-        """Whether the parameter is at hand."""
+        """Whether the parameter is available."""
         return hasattr(self, "parameter")
 
     def release(self) -> None:

@@ -33,7 +33,7 @@ class Observation(NamedTuple):
 
 
 class HeldScale:
-    """Scales that neighbours in a batch were encoded with last, end to end.
+    """Scales that neighbors in a batch were encoded with last, end to end.
 
     Attributes:
         scale: As the quantizer gives them; None where there are none.
@@ -71,7 +71,7 @@ class Due(NamedTuple):
 
 
 class Observations:
-    """What metric groups do with neighbours in a batch, as addresses.
+    """What metric groups do with neighbors in a batch, as addresses.
 
     Args:
         parts: Of each weight, or part of one, what groups do, of the same kinds; and the element that it begins with.

@@ -42,7 +42,7 @@ class MemoryUsage(NamedTuple):
     """Bytes that a tracker holds between steps.
 
     Attributes:
-        codes: The codes of the weights: a byte a weight for formats of up to 8 bits.
+        codes: The codes of the weights: one byte per weight for formats of up to 8 bits.
         counters: A few numbers a layer.
         buffers: Scratch memory, of a fixed size once every format was seen.
         metrics: What metric groups remember of each weight.
@@ -96,8 +96,8 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         track_every: Track every n-th step.
         start_step: First step to track, from 0.
         end_step: Track no step from this one on; None for no end.
-        low_memory: Drop the codes after each step instead of keeping them for the next one (saves a byte a weight for
-            8-bit formats, costs a second encoding).
+        low_memory: Drop the codes after each step instead of keeping them for the next one (saves one byte per weight
+            for 8-bit formats, costs a second encoding).
         fresh_snapshots: Encode anew before each step, for scripts that write weights through ``.data``, which leaves
             no trace.
         backend: ``"auto"`` for the fastest there is, ``"eager"`` for plain torch, ``"numba"`` to insist on the
@@ -258,7 +258,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
 
     @_outside_of_autograd
     def before_step(self, weights: Iterable[TrackedWeight]) -> None:
-        """Have the codes of the weights at hand, just before the optimizer's step.
+        """Make sure that the codes of the weights are current, just before the optimizer's step.
 
         The codes after the last step are the codes before this one, unless the weight was written, replaced or moved in
         between; then it is encoded anew, and that change is no flip.
@@ -292,7 +292,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._notices.flush()
 
     def _begin(self, weights: list[TrackedWeight]) -> None:
-        """Follow the weights, and have at hand what processes have to tell each other of them."""
+        """Follow the weights, and exchange what processes need to know about sharded ones."""
         are_others = self._layers.follow(weights)
         if are_others:
             # Batches hold codes, too.

@@ -40,7 +40,7 @@ class Weight(NamedTuple):
     """A weight at one moment, as a group sees it.
 
     Attributes:
-        values: The weight; of formats with a scale for each group of ``g`` neighbours with its last dimension split,
+        values: The weight; of formats with a scale for each group of ``g`` neighbors with its last dimension split,
             ``(..., K // g, g)``.
         codes: Its ordinals, in that shape.
         scale: What the format shares, broadcastable to them; None where it has none.

@@ -26,9 +26,9 @@ class Oscillation(Metric):
 
     An oscillation is a flip in the direction opposite to that weight's previous flip (Nagel et al. 2022,
     arXiv:2203.11086, section 4.1). The direction is that of the code: up where the number grew in units of its scale.
-    One byte a weight remembers it.
+    It takes one byte per weight.
 
-    With ``ema``, four bytes a weight more: each weight's oscillation frequency as an exponential moving average,
+    With ``ema``, four more bytes per weight: each weight's oscillation frequency as an exponential moving average,
     ``f = ema * o + (1 - ema) * f`` with ``o`` 1 in a step in which it oscillates (their equation 4), and
     ``oscillating_fraction``, the share of the weights with ``f > threshold``.
 

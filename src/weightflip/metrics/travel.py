@@ -30,7 +30,7 @@ class Travel(Metric):
       far below: resting.
     * ``flip_excess``: flips / the sum of ``min(1, abs(dw) / cell width)``. 1 for weights spread evenly in their cells
       under a scale that rests, however large the steps are. A cell is what rounds to one code: half way to the
-      neighbours on both sides. The two outermost ones are taken to reach as far out as in.
+      neighbors on both sides. The two outermost ones are taken to reach as far out as in.
     * ``travel_high_fraction``: of the weights that moved since the last point, the share whose own ratio is above 16.
       ``log2_travel_ratio`` is the histogram of these ratios; weights whose code rested are in its first bin.
 
@@ -148,7 +148,7 @@ class _LayerTravel(LayerMetric):
         weights, codes = self._take(weight.values).to(torch.float64), self._take(weight.codes)
         scale = weight.scale
         if codes.dtype is torch.int8 and (scale is None or scale.numel() == 1):
-            # Under one scale a code has one value, and a table of them is shorter than the sample.
+            # With a single scale, each code has one value, and a table of values is shorter than the sample.
             known = _all_codes(codes.device)
             values = self._values(known, None if scale is None else scale.reshape(1).expand(known.shape))
             index = codes.int().add_(_HALF)
