@@ -89,7 +89,7 @@ class Member:
             return None
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.scale_shape)
 
-    def hold(self, scale: Tensor | None) -> None:
+    def set_scale(self, scale: Tensor | None) -> None:
         """Take the scale that its codes were made with elsewhere."""
         self.places = [] if scale is None else [Place(HeldScale(scale.reshape(-1)), 0, scale.numel())]
 
@@ -292,13 +292,13 @@ class Batch:
         parts = [part for _, parts in self._groups for part in parts]
         for part in parts:
             part.take_scale(self.members)
-        self._hand_out_scales(parts)
+        self._pass_scales(parts)
 
-    def _hand_out_scales(self, parts: Sequence[_Part]) -> None:
+    def _pass_scales(self, parts: Sequence[_Part]) -> None:
         for member in self.members:
             member.places = []
         for part in parts:
-            part.hand_out_scale(self.members)
+            part.pass_scale(self.members)
 
     def advance(
         self, updates: Sequence[int], into: tuple[Tensor, Tensor] | None = None, due: Due | None = None
@@ -324,7 +324,7 @@ class Batch:
             except Exception as error:
                 failed += [(index, error) for index in indices]
         if self._keeps_scales and not self._lasts:
-            self._hand_out_scales([part for _, parts in self._groups for part in parts])
+            self._pass_scales([part for _, parts in self._groups for part in parts])
         return Counted(counts, scale_changes, failed)
 
 
@@ -429,7 +429,7 @@ class _Part:
             self.held.scale = torch.cat(found)
             self.held.applied = self.quantizer.applied_scale(self.held.scale)
 
-    def hand_out_scale(self, members: Sequence[Member]) -> None:
+    def pass_scale(self, members: Sequence[Member]) -> None:
         """Have members find the scales of each step here."""
         assert self.held is not None
         at = 0

@@ -63,7 +63,7 @@ class BatchedRoute:
         if not isinstance(quantizer, ElementwiseQuantizer) or (is_observed and not self._observes_on(weight.device)):
             layer.member = None
             return False
-        layer.make_room(weight, quantizer.code_dtype(weight))
+        layer.allocate_codes(weight, quantizer.code_dtype(weight))
         return self._try_join_batch(layer, weight, quantizer)
 
     def _observes_on(self, device: torch.device) -> bool:
@@ -113,7 +113,7 @@ class BatchedRoute:
                 else:
                     assert layer.tracked is not None
                     layer.scale = None
-                    layer.encoded(layer.tracked.parameter)
+                    layer.mark_encoded(layer.tracked.parameter)
 
     def count(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
         together: list[Layer] = []
@@ -137,7 +137,7 @@ class BatchedRoute:
             if stamp is None or not stamp.is_in_place(parameter):
                 alone.append(layer)
                 continue
-            layer.counted_in_place(stamp, parameter._version)
+            layer.mark_counted_in_place(stamp, parameter._version)
             together.append(layer)
             updates.append(update)
         # In a step that was none nothing has changed, and groups keep what they have.
@@ -147,7 +147,7 @@ class BatchedRoute:
 
     def _count_together(self, layers: Sequence[Layer], updates: Sequence[int], due: tuple[str, ...]) -> None:
         members = _members_of(layers)
-        if members != self._members or self._observed.take_news():
+        if members != self._members or self._observed.take_change():
             self._build(layers, members)
         elif self._has_encoded:
             for _, of_device in self._batches:
@@ -167,7 +167,7 @@ class BatchedRoute:
         for layer in layers:
             if layer.scale is not None:
                 # It was counted alone in the step before.
-                layer.member.hold(layer.scale)  # type: ignore[union-attr]
+                layer.member.set_scale(layer.scale)  # type: ignore[union-attr]
                 layer.scale = None
         for indices in _by_device(members):
             of_device = [layers[index] for index in indices]
@@ -214,7 +214,7 @@ class ObservedLayers:
             self._is_new = True
             for layer in layers:
                 if layer.member is not None:
-                    layer.member.observations = self._runner.observations(layer)
+                    layer.member.observations = self._runner.find_observations(layer)
         due = self._runner.due
         if due not in self._plans:
             shown: dict[tuple[Any, ...], bool] = {}
@@ -224,7 +224,7 @@ class ObservedLayers:
             found[not is_together].append(layer)
         return found
 
-    def take_news(self) -> bool:
+    def take_change(self) -> bool:
         """Whether groups do something else with the layers than when this was asked last."""
         is_new, self._is_new = self._is_new, False
         return is_new

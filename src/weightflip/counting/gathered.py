@@ -54,7 +54,7 @@ class GatheredRoute:
         self._alone, self._scratch = alone, scratch
         self._with_updates, self._is_open = with_updates, is_open
         self._kinds: dict[str, tuple[_Kind, torch.Size]] = {}
-        self._apart: set[str] = set()
+        self._ungathered: set[str] = set()
         self.heaps: list[Heap] = []
         """What was gathered last."""
 
@@ -97,21 +97,21 @@ class GatheredRoute:
         if self._kinds.get(layer.name) != (kind, weight.shape):
             self.release()
             self._kinds[layer.name] = kind, weight.shape
-            self._apart.discard(layer.name)
+            self._ungathered.discard(layer.name)
         return True
 
     def encode(self, layers: Sequence[Layer]) -> None:
-        alone = [layer for layer in layers if layer.name in self._apart]
-        for heap in self._heaps_of([layer for layer in layers if layer.name not in self._apart], have_codes=False):
+        alone = [layer for layer in layers if layer.name in self._ungathered]
+        for heap in self._heaps_of([layer for layer in layers if layer.name not in self._ungathered], have_codes=False):
             try:
                 heap.encode(self._scratch)
             except Exception as error:
-                self._take_apart(heap, error)
+                self._stop_gathering(heap, error)
                 alone += heap.layers
             else:
                 for layer in heap.layers:
                     assert layer.tracked is not None
-                    layer.encoded(layer.tracked.parameter)
+                    layer.mark_encoded(layer.tracked.parameter)
         self._alone.encode(alone)
 
     def count(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
@@ -123,9 +123,9 @@ class GatheredRoute:
             if self._with_updates:
                 # As in OneByOne, which says why.
                 update = gradients.get(layer.name) if parameter.grad is None else parameter.grad
-            if not _is_as_before(layer, parameter):
+            if not _has_same_form(layer, parameter):
                 others.append(layer)
-            elif layer.name not in self._apart and (update is None or _has_same_layout(update, parameter)):
+            elif layer.name not in self._ungathered and (update is None or _has_same_layout(update, parameter)):
                 updates[layer.name] = update
                 together.append(layer)
             else:
@@ -134,11 +134,11 @@ class GatheredRoute:
             try:
                 heap.count([updates[layer.name] for layer in heap.layers], self._scratch)
             except Exception as error:
-                self._take_apart(heap, error)
+                self._stop_gathering(heap, error)
                 alone += heap.layers
             else:
                 for layer in heap.layers:
-                    _is_counted(layer)
+                    _mark_counted(layer)
         if self._scratch.nbytes > _KEPT_BYTES:
             # Between two steps the device needs its memory for other things.
             self._scratch.clear()
@@ -165,10 +165,10 @@ class GatheredRoute:
             for indices in kernels.pack([parameter.numel() for parameter in parameters], groups):
                 yield Heap([alike[index] for index in indices], [groups[i] for i in indices], kind, have_codes)
 
-    def _take_apart(self, heap: Heap, error: Exception) -> None:
+    def _stop_gathering(self, heap: Heap, error: Exception) -> None:
         """Count layers one by one from now on: what is wrong with one of them, each finds out by itself."""
         logger.info("%d weights are counted one by one: %s: %s", len(heap.layers), type(error).__name__, error)
-        self._apart.update(layer.name for layer in heap.layers)
+        self._ungathered.update(layer.name for layer in heap.layers)
 
 
 class Heap:
@@ -203,7 +203,7 @@ class Heap:
         self._known = kernels.upload(known, kind.device)
         self._scales = scales
         if self._scale_codes is not None:
-            self._hand_out_scale_codes()
+            self._pass_scale_codes()
 
     @property
     def is_whole(self) -> bool:
@@ -218,7 +218,7 @@ class Heap:
                 layer.scale_codes = layer.scale = None
         else:
             self._scale_codes = self._quantizer.scale_codes(scale).flatten()
-            self._hand_out_scale_codes()
+            self._pass_scale_codes()
 
     def count(self, updates: Sequence[Tensor | None], scratch: kernels.ScratchPool) -> None:
         """Count a step, and keep the new codes. Nothing is changed before all is found."""
@@ -230,7 +230,7 @@ class Heap:
         flipped, updated, stalled = flags
         torch.ne(new, codes, out=flipped)
         if has_updates:
-            updated.copy_(layout.gather(self._filled_up(updates)))
+            updated.copy_(layout.gather(self._fill_missing(updates)))
             torch.gt(updated, flipped, out=stalled)
         new_scale_codes = has_changed = None
         if self._scale_codes is not None:
@@ -264,14 +264,14 @@ class Heap:
         quantizer.encode_into(chunks, of_chunks, layout.chunks(out), scratch)
         return scale
 
-    def _filled_up(self, updates: Sequence[Tensor | None]) -> list[Tensor]:
+    def _fill_missing(self, updates: Sequence[Tensor | None]) -> list[Tensor]:
         """Zeros for a weight without an update."""
         numels = self._layout.numels
         missing = [numel for numel, update in zip(numels, updates, strict=True) if update is None]
         zeros = self._codes.new_zeros(max(missing, default=0), dtype=self._dtype)
         return [zeros[:numel] if update is None else update for numel, update in zip(numels, updates, strict=True)]
 
-    def _hand_out_scale_codes(self) -> None:
+    def _pass_scale_codes(self) -> None:
         assert self._scale_codes is not None
         group = self._quantizer.group
         assert group is not None
@@ -295,7 +295,7 @@ def _group(quantizer: ElementwiseQuantizer, weight: Tensor) -> int:
     return weight.shape[-1] if quantizer.scope == "row" and weight.ndim else weight.numel()
 
 
-def _is_as_before(layer: Layer, parameter: Tensor) -> bool:
+def _has_same_form(layer: Layer, parameter: Tensor) -> bool:
     """Whether a weight can be read as when its codes were made, wherever it lies."""
     stamp, codes = layer.stamp, layer.codes
     assert codes is not None
@@ -317,10 +317,10 @@ def _has_same_layout(update: Tensor, parameter: Tensor) -> bool:
     )
 
 
-def _is_counted(layer: Layer) -> None:
+def _mark_counted(layer: Layer) -> None:
     assert layer.tracked is not None
     parameter, stamp = layer.tracked.parameter, layer.stamp
     if stamp is not None and stamp.is_in_place(parameter):
-        layer.counted_in_place(stamp, parameter._version)
+        layer.mark_counted_in_place(stamp, parameter._version)
     else:
-        layer.counted(parameter)
+        layer.mark_counted(parameter)
