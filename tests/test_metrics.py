@@ -263,7 +263,7 @@ def test_memory_is_as_documented(digits):
         ({"metrics": ("flips", "oscillation"), "oscillation_ema": [0.1, 0.1, 0.1]}, "momentum and a threshold"),
         ({"metrics": None}, "'flips' in it"),
         ({"metrics": ("flips", Coverage)}, r"call it: Coverage\(\)"),
-        ({"metrics": ("flips", "coverage", Coverage())}, r"are called, or give, \['coverage'"),
+        ({"metrics": ("flips", "coverage", Coverage())}, r"use the names \['coverage'"),
     ],
 )
 def test_mistakes_raise_immediately(options, message):

@@ -1,4 +1,4 @@
-"""Many layers in plain torch: gathered into one tensor, encoded and counted there."""
+"""The route that gathers many layers into one tensor, and encodes and counts them in plain torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 
 logger = logging.getLogger("weightflip")
 
-# There a call costs less than the passes over memory, which slices that fit the cache save.
+# On these devices, a call costs less than the extra passes over memory, which slices that fit the cache avoid.
 _NOT_ON = frozenset({"cpu"})
 _KEPT_BYTES = 1 << 26
 
 
 class _Kind(NamedTuple):
-    """What layers have in common that are gathered; quantizers of one class, name and rounding make the same codes."""
+    """The key by which layers are gathered. The same class, name and rounding of quantizers means the same codes."""
 
     quantizer: type[ElementwiseQuantizer]
     name: str
@@ -36,16 +36,16 @@ class _Kind(NamedTuple):
 
 
 class GatheredRoute:
-    """Layers on a device, where a call of torch costs more than what it does to a small weight.
+    """Small weights on a device where a call costs more than the work on such a weight.
 
-    A layer whose gradient or weight does not fit in a step is counted alone in it, and a heap of layers that cannot be
-    counted together goes one by one from then on.
+    A layer is counted alone in a step in which its gradient or weight has another layout. If counting a heap fails, its
+    layers are counted one by one from then on.
 
     Args:
-        alone: What counts a layer alone.
-        scratch: Where temporaries come from.
-        with_updates: Whether gradients are looked at.
-        is_open: Whether there are layers for it at all: metric groups look at each weight by itself.
+        alone: Counts a layer alone.
+        scratch: Provides temporary buffers.
+        with_updates: Whether updates are counted.
+        is_open: Whether the route accepts layers. It cannot if metric groups run in steps.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class GatheredRoute:
         self._kinds: dict[str, tuple[_Kind, torch.Size]] = {}
         self._ungathered: set[str] = set()
         self.heaps: list[Heap] = []
-        """What was gathered last."""
+        """The heaps of the last step."""
 
     def release(self) -> None:
-        """Hold no codes."""
+        """As in :class:`Route`."""
         self.heaps = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,15 +140,15 @@ class GatheredRoute:
                 for layer in heap.layers:
                     _mark_counted(layer)
         if self._scratch.nbytes > _KEPT_BYTES:
-            # Between two steps the device needs its memory for other things.
+            # Leave the memory to the training between two steps.
             self._scratch.clear()
         self._alone.count([*alone, *others], gradients, valid)
         for layer in others:
-            # It may be of another kind now, or of none.
+            # It may have another kind now, or may not be gathered at all.
             layer.leave_route()
 
     def _heaps_of(self, layers: Sequence[Layer], *, have_codes: bool) -> list[Heap]:
-        """Layers by kind, in as few heaps as can be; those of the last time, if they are the same."""
+        """Return as few heaps as possible for the layers. Reuses the last heaps if the layers are the same."""
         held = {id(layer) for heap in self.heaps for layer in heap.layers}
         if held != {id(layer) for layer in layers} or not all(heap.is_whole for heap in self.heaps):
             self.release()
@@ -166,13 +166,13 @@ class GatheredRoute:
                 yield Heap([alike[index] for index in indices], [groups[i] for i in indices], kind, have_codes)
 
     def _stop_gathering(self, heap: Heap, error: Exception) -> None:
-        """Count layers one by one from now on: what is wrong with one of them, each finds out by itself."""
+        """Count layers one by one from now on, so that a failure of one does not affect the others."""
         logger.info("%d weights are counted one by one: %s: %s", len(heap.layers), type(error).__name__, error)
         self._ungathered.update(layer.name for layer in heap.layers)
 
 
 class Heap:
-    """Layers of one kind, whose codes lie end to end."""
+    """Layers of one kind, with their codes in one tensor."""
 
     def __init__(self, layers: Sequence[Layer], groups: Sequence[int], kind: _Kind, have_codes: bool) -> None:
         self.layers = list(layers)
@@ -207,11 +207,11 @@ class Heap:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the layers still have their codes here."""
+        """Whether the codes of all layers are still those of this heap."""
         return all(layer.codes is view for layer, view in zip(self.layers, self._views, strict=True))
 
     def encode(self, scratch: kernels.ScratchPool) -> None:
-        """Make the codes of the weights as they are now."""
+        """Encode the current weights."""
         scale = self._encode_into(self._codes, scratch)
         if self._quantizer.group is None or scale is None:
             for layer in self.layers:
@@ -221,7 +221,7 @@ class Heap:
             self._pass_scale_codes()
 
     def count(self, updates: Sequence[Tensor | None], scratch: kernels.ScratchPool) -> None:
-        """Count a step, and keep the new codes. Nothing is changed before all is found."""
+        """Count a step, and keep the new codes. Writes results only after all of them are computed."""
         layout, codes = self._layout, self._codes
         new = scratch.flat("new", codes.numel(), codes.dtype, codes.device)
         scale = self._encode_into(new, scratch)
@@ -248,7 +248,7 @@ class Heap:
             self._scale_codes.copy_(new_scale_codes)
 
     def _encode_into(self, out: Tensor, scratch: kernels.ScratchPool) -> Tensor | None:
-        """Write the codes of now; the scales."""
+        """Write the current codes to ``out``, and return the scales."""
         layout, quantizer = self._layout, self._quantizer
         chunks = layout.chunks(layout.gather([layer.tracked.parameter for layer in self.layers]))  # type: ignore[union-attr]
         if quantizer.scope == "element":
@@ -265,7 +265,7 @@ class Heap:
         return scale
 
     def _fill_missing(self, updates: Sequence[Tensor | None]) -> list[Tensor]:
-        """Zeros for a weight without an update."""
+        """Replace missing updates by zeros."""
         numels = self._layout.numels
         missing = [numel for numel, update in zip(numels, updates, strict=True) if update is None]
         zeros = self._codes.new_zeros(max(missing, default=0), dtype=self._dtype)
@@ -289,14 +289,14 @@ def _quantizer(layer: Layer) -> ElementwiseQuantizer:
 
 
 def _group(quantizer: ElementwiseQuantizer, weight: Tensor) -> int:
-    """The number of neighbors that share a scale; all of them if there is no scale."""
+    """Return the number of adjacent weights that share a scale; all of them if there is no scale."""
     if quantizer.scope == "group":
         return quantizer.grouped(weight).shape[-1]
     return weight.shape[-1] if quantizer.scope == "row" and weight.ndim else weight.numel()
 
 
 def _has_same_form(layer: Layer, parameter: Tensor) -> bool:
-    """Whether a weight can be read as when its codes were made, wherever it lies."""
+    """Whether a weight has the same shape, dtype and device as when its codes were made. It may have moved."""
     stamp, codes = layer.stamp, layer.codes
     assert codes is not None
     return (
