@@ -84,7 +84,7 @@ class BatchedRoute:
                     layer.codes,
                     self._backend,
                     with_updates=self._with_updates,
-                    observed=bool(self._runner),
+                    observed=self._runner.uses_steps,
                 )
         layer.member = member
         if member is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weightflip import functional, kernels
-from weightflip.counting.layer import Layer, MetricCalls
+from weightflip.counting.layer import CodeState, Layer, MetricCalls
 from weightflip.counting.notices import Notices
 from weightflip.counting.observed import Observation
 from weightflip.counting.schedule import Schedule
@@ -72,6 +72,9 @@ class MetricRunner:
         """
         assert layer.tracked is not None
         assert layer.codes is not None
+        if layer.metric_calls is not None and not layer.metric_calls.before and layer.state is CodeState.KEPT:
+            # Kept codes have the shape and dtype of the last step. This is called for each layer in each step.
+            return
         weight, quantizer = layer.tracked.unwrapped()
         if layer.metric_calls is None or layer.code_kind != _code_kind(layer.codes, quantizer):
             self._open_all(layer, self._of_steps, layer.view_for_metrics(weight, quantizer), is_shard)

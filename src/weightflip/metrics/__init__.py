@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from weightflip.kernels.pointwise import NEW, NEW_UNDER_OLD_SCALE, OLD, Pointwise, differ, state, where
 from weightflip.metrics.base import (
     CORE_VALUES,
     Bins,
@@ -17,13 +18,20 @@ from weightflip.records import Value
 
 __all__ = [
     "CORE_VALUES",
+    "NEW",
+    "NEW_UNDER_OLD_SCALE",
+    "OLD",
     "Bins",
     "LayerMetric",
     "Metric",
+    "Pointwise",
     "Slice",
     "Value",
     "Weight",
+    "differ",
     "make_metrics",
     "metric_names",
     "register",
+    "state",
+    "where",
 ]

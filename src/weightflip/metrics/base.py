@@ -6,6 +6,7 @@ modules of the package are imported when the first name is looked up.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
@@ -233,6 +234,7 @@ def register(metric: MetricType) -> MetricType:
     return metric
 
 
+@functools.cache
 def _import_modules() -> None:
     package = importlib.import_module(__package__ or "")
     for module in pkgutil.iter_modules(package.__path__):

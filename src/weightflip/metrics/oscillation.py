@@ -105,7 +105,7 @@ class _LayerOscillation(LayerMetric):
         sums[0, 0].add_(torch.count_nonzero(oscillates))
         sums[0, 1].add_(torch.count_nonzero(flipped))
         if self.ema is not None:
-            # As a number, and not in float32: 1 - momentum has to be rounded once, in a step that may be none, too.
+            # In float64, so that 1 - momentum is rounded once, as it is without `valid`.
             momentum = self.ema if part.valid is None else part.valid.double() * self.ema
             now = part.scratch("oscillates", part.old, torch.float32).copy_(oscillates).mul_(-momentum)
             self.frequencies[part.index].mul_(1 - momentum).add_(now)

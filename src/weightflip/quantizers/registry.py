@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 import re
@@ -42,6 +43,7 @@ def register(pattern: str, *, examples: tuple[str, ...]) -> Callable[[Factory], 
     return add
 
 
+@functools.cache
 def _import_modules() -> None:
     package = importlib.import_module(__package__ or "")
     for module in pkgutil.iter_modules(package.__path__):
