@@ -336,7 +336,7 @@ def test_compiled_for_a_gpu_it_rounds_as_ieee_says(divides):
 
 @pytest.mark.skipif(IS_INTERPRETED or torch.cuda.is_available(), reason="about a machine without a GPU")
 def test_without_a_gpu_it_says_so():
-    with pytest.raises(ValueError, match="backend='triton' is for weights on a GPU, and torch sees none"):
+    with pytest.raises(ValueError, match="backend='triton' is for weights on a GPU, and torch finds none"):
         WeightFlipTracker(backend="triton")
 
 
