@@ -25,14 +25,14 @@ class Expression:
     operands: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        # Kept, since batches of many weights are told apart by expressions.
+        # Cached, because batches of many weights use expressions as keys.
         object.__setattr__(self, "_hash", hash((self.operation, self.operands)))
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined, no-any-return]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Another process has other hashes.
+        # Hashes differ between processes.
         return Expression, (self.operation, self.operands)
 
     def __lt__(self, other: Operand) -> Expression:

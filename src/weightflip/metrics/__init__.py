@@ -1,4 +1,4 @@
-"""Groups of numbers beside flips and stalls: one file a group, found by name."""
+"""Metric groups in addition to flips and stalls: one file per group, found by name."""
 
 from __future__ import annotations
 
