@@ -255,7 +255,7 @@ class MetricRunner:
             # The routes that count many layers in one call do not keep scales.
             encoding = functional.Encoding(quantizer, self._scratch, self._backend, layer.statistic)
             layer.scale = encoding.scale(quantizer.grouped(weight))
-        return layer.seen(weight, quantizer)
+        return layer.seen(weight, quantizer)._replace(backend=self._backend)
 
     def measured(self, due: Sequence[Group]) -> None:
         """These groups have looked now."""

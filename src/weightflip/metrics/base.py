@@ -45,12 +45,14 @@ class Weight(NamedTuple):
         codes: Its ordinals, in that shape.
         scale: What the format shares, broadcastable to them; None where it has none.
         quantizer: What made the codes.
+        backend: As in :func:`weightflip.kernels.check_backend`.
     """
 
     values: Tensor
     codes: Tensor
     scale: Tensor | None
     quantizer: Quantizer
+    backend: str = "auto"
 
     @property
     def ndim(self) -> int:
