@@ -61,6 +61,8 @@ class Member:
         run: What counts it.
         scaling: How that makes the scales of its groups; None: the quantizer makes them.
         scale_shape: Shape of the quantizer's scale.
+        keeps_scale: Whether the scale that its codes were made with is kept, for metric groups.
+            Only without ``scaling``, and the same for all members of a quantizer.
         places: Where that scale is held, in parts, for metric groups.
         observations: What metric groups do with it; None where a kernel cannot do that.
     """
@@ -78,6 +80,7 @@ class Member:
     run: type[kernels.Run]
     scaling: kernels.Scaling | None
     scale_shape: tuple[int, ...]
+    keeps_scale: bool = False
     places: list[Place] = field(default_factory=list)
     observations: tuple[Observation, ...] | None = ()
 
@@ -249,7 +252,6 @@ class Batch:
         lasts: Whether this goes on from step to step. Then the scale codes of its members are moved into one piece of
             memory, which no other such batch of the same members may do as long as this one is used.
         rows: Where each member is counted, in the tables of :meth:`advance`; None: in the order of the members.
-        keeps_scales: Whether members have the scales that their codes were made with, for metric groups.
     """
 
     def __init__(
@@ -259,7 +261,6 @@ class Batch:
         with_updates: bool,
         lasts: bool = True,
         rows: Sequence[int] | None = None,
-        keeps_scales: bool = False,
     ) -> None:
         self.members = list(members)
         rows = range(len(self.members)) if rows is None else rows
@@ -273,32 +274,32 @@ class Batch:
         self._groups: list[tuple[list[int], list[_Part]]] = []
         for indices in kinds.values():
             parts = [
-                _Part(run, self.members, rows, with_updates=with_updates, keeps_scales=keeps_scales)
-                for run in _runs(indices, self.members, room)
+                _Part(run, self.members, rows, with_updates=with_updates) for run in _runs(indices, self.members, room)
             ]
             if lasts:
                 _lay_end_to_end(
                     [m.scale_codes for m in (self.members[i] for i in indices) if m.scale_codes is not None], parts
                 )
             self._groups.append((indices, parts))
-        self._keeps_scales, self._lasts = keeps_scales, lasts
+        self._lasts = lasts
         if lasts:
             self.take_scales()
 
     def take_scales(self) -> None:
         """Go on from the scales that members have now, and have them find those of each step here."""
-        if not self._keeps_scales:
-            return
-        parts = [part for _, parts in self._groups for part in parts]
-        for part in parts:
+        for part in self._parts_with_scales:
             part.take_scale(self.members)
-        self._hand_out_scales(parts)
+        self._hand_out_scales()
 
-    def _hand_out_scales(self, parts: Sequence[_Part]) -> None:
+    def _hand_out_scales(self) -> None:
         for member in self.members:
             member.places = []
-        for part in parts:
+        for part in self._parts_with_scales:
             part.hand_out_scale(self.members)
+
+    @property
+    def _parts_with_scales(self) -> list[_Part]:
+        return [part for _, parts in self._groups for part in parts if part.held is not None]
 
     def advance(
         self, updates: Sequence[int], into: tuple[Tensor, Tensor] | None = None, due: Due | None = None
@@ -323,8 +324,8 @@ class Batch:
                     part.advance(addresses, counts, scale_changes, due)
             except Exception as error:
                 failed += [(index, error) for index in indices]
-        if self._keeps_scales and not self._lasts:
-            self._hand_out_scales([part for _, parts in self._groups for part in parts])
+        if not self._lasts:
+            self._hand_out_scales()
         return Counted(counts, scale_changes, failed)
 
 
@@ -373,7 +374,6 @@ class _Part:
         rows: Sequence[int],
         *,
         with_updates: bool,
-        keeps_scales: bool,
     ) -> None:
         first = members[pieces[0].member]
         self.quantizer, self.dtype = first.quantizer, first.dtype
@@ -409,10 +409,10 @@ class _Part:
         ]
         self.scale_codes_in_one: Tensor | None = None
         self.table: ScaleTable | None = None
-        self.held = HeldScale() if keeps_scales else None
-        self.scales_of_pieces = _scales_of(of_members) if keeps_scales else []
+        self.held = HeldScale() if first.keeps_scale else None
+        self.scales_of_pieces = _scales_of(of_members) if first.keeps_scale else []
         self.observations = Observations([(members[piece.member].observations or (), piece.first) for piece in pieces])
-        if self.scale_codes and first.run.saves_calls and not keeps_scales:
+        if self.scale_codes and first.run.saves_calls and not first.keeps_scale:
             self.table = table_of(first.quantizer, first.rounding, first.dtype, first.codes.device)
 
     def take_scale(self, members: Sequence[Member]) -> None:
