@@ -167,6 +167,11 @@ class Run(Protocol):
         """The same for :meth:`count_groups_into_`."""
         ...
 
+    @staticmethod
+    def keep(codes: Tensor, new: Tensor) -> Tensor | None:
+        """As :func:`weightflip.kernels.eager.keep_`; None, with nothing done, for tensors that it cannot read."""
+        ...
+
     def largest(self) -> Tensor:
         """The largest magnitude under each scale, float32, stretch after stretch; NaN where there is one.
 

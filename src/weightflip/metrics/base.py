@@ -46,12 +46,14 @@ class Weight(NamedTuple):
         codes: Its ordinals, in the same shape.
         scale: The scale, which broadcasts to the codes; None for formats without one.
         quantizer: The quantizer that made the codes.
+        backend: As in :func:`weightflip.kernels.check_backend`.
     """
 
     values: Tensor
     codes: Tensor
     scale: Tensor | None
     quantizer: Quantizer
+    backend: str = "auto"
 
     @property
     def ndim(self) -> int:
