@@ -208,6 +208,7 @@ class Run:
     saves_calls = True
     observes = False
     longest_group = 0
+    widest_block = 0
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind, self.device = kind, kind.device

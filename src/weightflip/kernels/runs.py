@@ -155,6 +155,9 @@ class Run(Protocol):
     longest_group: int
     """Groups or blocks of at most this many weights can be scaled and counted in one pass; 0: there is no such pass."""
 
+    widest_block: int
+    """The same for the rows of blocks that have several."""
+
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None: ...
 
     @staticmethod
