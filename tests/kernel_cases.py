@@ -34,7 +34,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def hard_numbers() -> Tensor:
-    """Every bfloat16 as a float32 (so all ties of formats with up to 6 mantissa bits), and its two neighbours."""
+    """Every bfloat16 as a float32 (so all ties of formats with up to 6 mantissa bits), and its two neighbors."""
     bits = torch.arange(1 << 16, dtype=torch.int32) << 16
     return torch.cat([bits - 1, bits, bits + 1]).view(torch.float32)
 

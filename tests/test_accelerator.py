@@ -70,7 +70,7 @@ def logarithms_decide(quantizer) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("quantizer", [*QUANTIZERS, *BLOCKS, *SMALLEST], ids=str)
 def test_codes_are_those_of_the_cpu(quantizer, dtype):
-    """Every bfloat16 and its neighbours, with all ties, subnormal numbers, infinities and NaN."""
+    """Every bfloat16 and its neighbors, with all ties, subnormal numbers, infinities and NaN."""
     quantizer = resolve(quantizer)
     finite = hard_numbers()
     whole = (finite, torch.where(finite.isfinite(), finite, 1.0), finite.clamp(-1e4, 1e4))

@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: who may import whom, and what an import costs."""
+"""The rules that a reader relies on: who may import whom, and what an import costs."""
 
 from __future__ import annotations
 

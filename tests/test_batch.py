@@ -102,7 +102,7 @@ def test_formats_side_by_side_and_without_updates():
     assert all(torch.equal(member.codes, codes) for (member, _), (codes, *_) in zip(found, wanted, strict=True))
 
 
-def powers_of_two_and_their_neighbours():
+def powers_of_two_and_their_neighbors():
     exponents = torch.arange(-126, 128, dtype=torch.float64)
     around = torch.exp2(exponents).float().view(torch.int32).view(-1, 1) + torch.arange(-40, 41, dtype=torch.int32)
     return around.view(torch.float32)
@@ -124,7 +124,7 @@ def powers_of_two_and_their_neighbours():
 def test_many_scales_at_once_are_each_the_quantizers_own(name):
     # Logarithms decide between two powers of two: they must not depend on how many are taken at once.
     quantizer = resolve(name)
-    largest = powers_of_two_and_their_neighbours().flatten()
+    largest = powers_of_two_and_their_neighbors().flatten()
     width = quantizer.group or 32
     together = quantizer.scale_of(largest)
     for i in range(0, largest.numel(), 97):

@@ -150,5 +150,5 @@ def test_an_unchanged_nan_is_not_a_write():
 def test_results_on_a_device_are_read_at_the_logging_point():
     canary = Canary()
     canary.pending = [("a", torch.tensor(0)), ("b", torch.tensor(1))]
-    assert canary.answered([0, 1]) == "b"
+    assert canary.receive([0, 1]) == "b"
     assert canary.pending == []

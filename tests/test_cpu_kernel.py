@@ -252,7 +252,7 @@ def test_a_numba_that_cannot_compile_is_warned_about_once(monkeypatch):
     monkeypatch.setattr(items, "count", broken)
     monkeypatch.setattr(compiled, "_loops", {})
     (message,) = fresh_count()
-    assert message.startswith("weightflip: Numba cannot compile, counting goes on without it: TypingError: ")
+    assert message.startswith("weightflip: Numba cannot compile, counting continues without it: TypingError: ")
     assert fresh_count() == []
 
 
@@ -319,13 +319,13 @@ def test_the_log_says_what_takes_time(monkeypatch, caplog):
     monkeypatch.setattr(compiled, "_PATIENCE", 0.01)
     monkeypatch.setattr(compiled, "_loops", {})
     monkeypatch.setattr(compiled, "_compiled", lambda *args: slow(args))
-    compiled._say_what_takes_time.cache_clear()
+    compiled._log_compilation.cache_clear()
     with caplog.at_level("INFO", logger="weightflip"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert compiled.count_loop() is None
         assert compiled.largest_loop() is None
     assert [record.getMessage() for record in caplog.records] == [
-        "Numba compiles the loops that count on the CPU, a few seconds, and keeps them on disk for later runs"
+        "Numba compiles the counting loops for the CPU, which takes a few seconds, and caches them on disk"
     ]
 
 

@@ -63,7 +63,7 @@ def test_resting_weights(tmp_path):
     found = rules(Script(tmp_path / "a.jsonl").write(windows))
     assert list(found) == ["resting"]
     assert (found["resting"].severity, found["resting"].layers) == (Severity.NOTE, ("c",))
-    assert found["resting"].text.startswith("c rests: in the last quarter, the quantized weights of c travelled 5.0 %")
+    assert found["resting"].text.startswith("c rests: in the last quarter, the quantized weights of c traveled 5.0 %")
     # Layers without a flip are stuck. The finding is about the last quarter only.
     for at, window in enumerate(windows):
         window["c"] = {"flip": 0.0, "ratios": {"travel_ratio": 0.0}}
@@ -95,7 +95,7 @@ def test_resting_weights_in_a_training(tmp_path):
     way = int(big.sum())
     of = way + (64 * 63 - way) * 0.3
     text = rules(read_one(tmp_path))["resting"].text
-    (number,) = (float(number) / 100 for number in re.findall(r"travelled ([\d.]+) % of", text))
+    (number,) = (float(number) / 100 for number in re.findall(r"traveled ([\d.]+) % of", text))
     assert number == pytest.approx(way / of, abs=0.002)
 
 

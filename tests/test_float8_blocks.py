@@ -87,9 +87,9 @@ def test_dividing_by_the_scale_gives_the_same_codes_except_for_ties(name):
 def test_powers_of_two_where_a_logarithm_in_float32_is_wrong():
     for exponent in (-30, -9, 0, 7, 40):
         largest = torch.tensor(448.0 * 2.0**exponent)
-        for neighbour, wanted in ((0, exponent), (1, exponent + 1), (-1, exponent)):
+        for neighbor, wanted in ((0, exponent), (1, exponent + 1), (-1, exponent)):
             weight = torch.zeros(1, 128)
-            weight[0, 5] = (largest.view(torch.int32) + neighbour).view(torch.float32)
+            weight[0, 5] = (largest.view(torch.int32) + neighbor).view(torch.float32)
             quantizer = resolve("float8_e4m3:1x128:pow2")
             codes = quantizer.encode(weight)
             assert float(codes.scale) == 2.0**-wanted

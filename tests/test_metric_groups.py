@@ -157,7 +157,7 @@ def test_travel_equals_brute_force_on_training(format, digits):
         assert layer.histograms["log2_travel_ratio"].counts == tuple(expected)
 
 
-def test_cells_are_half_way_to_the_neighbours():
+def test_cells_are_half_way_to_the_neighbors():
     """Weights on a fine grid over all of e2m1's range, each moved by a known step: expected by Fractions."""
     values = [Fraction(x) for x in (-6, -4, -3, -2, Fraction(-3, 2), -1, Fraction(-1, 2), 0)]
     values += [-x for x in values[-2::-1]]
@@ -191,8 +191,8 @@ def test_a_large_layer_counts_in_full_and_its_sample_is_the_same_in_each_run():
         assert torch.equal(state, torch.get_rng_state())
         found.append(optimizer.tracker.record())
     assert found[0] == found[1]
-    travelled = found[0].layers[0].window.ratios["travel_ratio"].denominator
-    assert travelled == pytest.approx(by.abs().sum().item(), rel=0.03)
+    traveled = found[0].layers[0].window.ratios["travel_ratio"].denominator
+    assert traveled == pytest.approx(by.abs().sum().item(), rel=0.03)
     assert optimizer.tracker.memory_usage().metrics == 16384 * (8 + 8 + 8)
 
 

@@ -263,7 +263,7 @@ def test_memory_is_as_documented(digits):
         ({"metrics": ("flips", "oscillation"), "oscillation_ema": [0.1, 0.1, 0.1]}, "momentum and a threshold"),
         ({"metrics": None}, "'flips' in it"),
         ({"metrics": ("flips", Coverage)}, r"call it: Coverage\(\)"),
-        ({"metrics": ("flips", "coverage", Coverage())}, r"are called, or give, \['coverage'"),
+        ({"metrics": ("flips", "coverage", Coverage())}, r"use the names \['coverage'"),
     ],
 )
 def test_mistakes_raise_immediately(options, message):
@@ -350,7 +350,7 @@ def test_weights_now_stored_in_another_dtype_start_from_zero():
 def test_saved_state_of_groups_not_requested_is_dropped_with_a_warning(digits):
     both, _ = train("float8_e4m3", ("flips", "oscillation", "coverage"), digits, steps=3, oscillation_ema=0.1)
     one, _ = train("float8_e4m3", ("flips", "oscillation"), digits, steps=1)
-    with pytest.warns(UserWarning, match=r"\['coverage'\] remembered of each weight"):
+    with pytest.warns(UserWarning, match=r"has per-weight state of \['coverage'\]"):
         one.load_state_dict(both.state_dict())
     one.param_groups[0]["lr"] = 0.0
     one.step()

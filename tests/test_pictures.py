@@ -23,7 +23,7 @@ def history_of(records) -> History:
 
 
 @pytest.mark.parametrize(("odd", "color"), [(0.000_01, BELOW), (0.9, ABOVE)])
-def test_one_outlier_leaves_the_others_their_colours(odd, color):
+def test_one_outlier_leaves_the_others_their_colors(odd, color):
     """20 layers between 0.1 and 0.2 with one outlier: the others keep their colors."""
     rates = {f"layer{i}": 0.1 + i / 190 for i in range(20)}
     plain = draw(history_of([record_of(step, rates) for step in (1, 2, 3)]), "rates")
@@ -56,7 +56,7 @@ def test_one_outlier_leaves_the_others_their_colours(odd, color):
         ([*[1.0] * 95, *np.linspace(0.1, 0.5, 5)], 0.1, 1.0, False),
     ],
 )
-def test_what_the_colours_reach_from_and_to(values, low, high, is_logarithmic):
+def test_what_the_colors_reach_from_and_to(values, low, high, is_logarithmic):
     scale = ColorScale.fit(np.array([values]))
     assert (scale.low, scale.high, scale.is_logarithmic) == (pytest.approx(low), pytest.approx(high), is_logarithmic)
     assert scale.lowest == pytest.approx(min(values))

@@ -268,13 +268,13 @@ def test_a_logarithmic_scale_and_what_was_not_counted():
     assert np.abs(found - expected).max() <= 6
 
 
-def test_one_value_has_one_colour_and_no_division_by_nothing():
+def test_one_value_has_one_color_and_no_division_by_nothing():
     history = History("flip_rate")
     history.add(record_of(10, {"a": 0.25}), 0)
     assert np.abs(cells(draw(history, "rates"), 1, 1) - viridis(np.array([[0.5]]))).max() <= 6
 
 
-def test_long_histories_are_sums_of_neighbours():
+def test_long_histories_are_sums_of_neighbors():
     history = History("stall_ratio")
     torch.manual_seed(0)
     updates = torch.randint(0, 100, (1000, 2))

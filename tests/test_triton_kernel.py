@@ -68,7 +68,7 @@ def assert_equals_eager(weight, quantizer, old, update):
 
 @runs_here
 @pytest.mark.parametrize("quantizer", [*QUANTIZERS, "ternary"], ids=str)
-def test_every_bfloat16_and_its_neighbours(quantizer, monkeypatch):
+def test_every_bfloat16_and_its_neighbors(quantizer, monkeypatch):
     # The interpreter takes as long for a small tile as for a large one.
     monkeypatch.setattr(cuda, "_ELEMENTS_PER_TILE", 1 << 16)
     quantizer, generator = resolve(quantizer), torch.Generator().manual_seed(0)
@@ -336,7 +336,7 @@ def test_compiled_for_a_gpu_it_rounds_as_ieee_says(divides):
 
 @pytest.mark.skipif(IS_INTERPRETED or torch.cuda.is_available(), reason="about a machine without a GPU")
 def test_without_a_gpu_it_says_so():
-    with pytest.raises(ValueError, match="backend='triton' is for weights on a GPU, and torch sees none"):
+    with pytest.raises(ValueError, match="backend='triton' is for weights on a GPU, and torch finds none"):
         WeightFlipTracker(backend="triton")
 
 

@@ -14,6 +14,10 @@ FILES = sorted(
         *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("docs/**/*.rst"),
         *ROOT.glob("examples/**/*.py"),
+        *ROOT.glob("CHANGELOG.md"),
+        *ROOT.glob("src/**/*.py"),
+        *(path for path in ROOT.glob("tests/**/*.py") if path.name != Path(__file__).name),
+        *ROOT.glob("benchmarks/**/*.py"),
     ]
 )
 TABLE = re.compile(r"^\| retired \| write instead \|\n\|---\|---\|\n((?:\|.*\n)+)", re.MULTILINE)

@@ -11,7 +11,7 @@ from weightflip.counting.layer import CodeState
 
 
 def begin(parts, weights, *, anew=False):
-    parts.current.take_up(parts.current.with_codes(weights, parts.shards, anew=anew))
+    parts.current.set_layers(parts.current.encode_current(weights, parts.shards, anew=anew))
     return [(layer.name, layer.state) for layer in parts.current]
 
 
@@ -62,9 +62,9 @@ def test_other_layers_continue_without_one_that_fails():
     parts, weights = make(), [weight("a", "float8_e4m3"), weight("bb", "ternary")]
     step(parts, weights)
     parts.layers.fail("a", ValueError("it broke"))
-    parts.current.leave_out_failed()
+    parts.current.drop_failed()
     assert [layer.name for layer in parts.current] == ["bb"]
-    assert [layer.name for layer in parts.current.with_codes(weights, parts.shards, anew=False)] == ["bb"]
+    assert [layer.name for layer in parts.current.encode_current(weights, parts.shards, anew=False)] == ["bb"]
 
 
 def test_a_copy_holds_no_step():

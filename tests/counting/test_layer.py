@@ -16,16 +16,16 @@ def test_each_transition():
     assert layer.state is CodeState.ABSENT
     layer.distrust()
     assert layer.state is CodeState.ABSENT
-    layer.encoded(tensor)
+    layer.mark_encoded(tensor)
     assert layer.state is CodeState.FRESH
-    layer.counted(tensor)
+    layer.mark_counted(tensor)
     assert layer.state is CodeState.KEPT
     layer.distrust()
     assert (layer.state, layer.stamp) == (CodeState.STALE, None)
-    layer.encoded(tensor)
-    layer.counted(tensor, has_state=True)
+    layer.mark_encoded(tensor)
+    layer.mark_counted(tensor, has_state=True)
     assert layer.state is CodeState.STALE
-    layer.encoded(tensor)
+    layer.mark_encoded(tensor)
     layer.drop_codes()
     assert layer.state is CodeState.ABSENT
     assert layer.is_unwritten(layer.tracked.parameter, tensor)  # of use where a scale is shared

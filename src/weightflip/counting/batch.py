@@ -1,4 +1,4 @@
-"""Many weights at once: a few calls for all of them, where each alone would cost more in calls than in bytes."""
+"""Count many weights with a few kernel calls, because the calls for small weights cost more than the work."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from weightflip.counting.scale_table import ScaleTable, table_of
 from weightflip.counting.scaling import in_plain_torch, scaling_of
 from weightflip.formats import ScaleFormula
 
-# A run's elements: enough that starting its threads costs little (2M took a third longer), and few enough that the
-# scales of its blocks stay small: 4 MiB for blocks of 16.
+# Maximum elements of a run: enough that starting threads costs little (2M took a third longer), and few enough that
+# its block scales stay small: 4 MiB for blocks of 16.
 _ELEMENTS_PER_RUN = 1 << 24
 
 
 class Shared(functional.Elementwise, Protocol):
-    """What is needed here of an elementwise quantizer; those of one class and name make the same codes."""
+    """The part of an elementwise quantizer that a batch needs. The same class and name means the same codes."""
 
     name: str
     group: int | None
@@ -45,26 +45,27 @@ class Shared(functional.Elementwise, Protocol):
 
 @dataclass(eq=False)
 class Member:
-    """One weight of a batch, as addresses; the caller makes sure that they are still right.
+    """One weight of a batch, as addresses. The caller ensures that they are valid.
 
     Attributes:
-        address: Of the weight.
-        numel: Its elements.
-        dtype: Its dtype; an update has the same.
-        codes: Ordinals, laid out as the weight; written to.
-        scale_codes: Of block scales, in their shape; written to. None for formats without.
-        quantizer: What makes the codes.
-        rounding: Its rounding of this weight.
-        group: How many neighbors share a scale; 0 without scales. This and the next two as in a stretch.
-        width: How many elements a row has, where blocks over several rows share a scale; else 0.
-        height: How many rows share a scale.
-        run: What counts it.
-        scaling: How that makes the scales of its groups; None: the quantizer makes them.
+        address: Address of the weight.
+        numel: Number of elements.
+        dtype: The dtype of the weight and of its update.
+        codes: Ordinals with the layout of the weight; written to.
+        scale_codes: Stored block scales, in their shape; written to. None for formats without block scales.
+        quantizer: Encodes the weight.
+        rounding: The quantizer's rounding of this weight.
+        group: The number of adjacent weights that share a scale; 0 without scales. This and the next two are as in
+            :class:`weightflip.kernels.Stretch`.
+        width: The number of elements in a row if blocks over several rows share a scale; otherwise 0.
+        height: The number of rows that share a scale.
+        run: The kernel's class of runs.
+        scaling: How the kernel computes the scales of groups; None if the quantizer computes them.
         scale_shape: Shape of the quantizer's scale.
-        keeps_scale: Whether the scale that its codes were made with is kept, for metric groups.
-            Only without ``scaling``, and the same for all members of a quantizer.
-        places: Where that scale is held, in parts, for metric groups.
-        observations: What metric groups do with it; None where a kernel cannot do that.
+        keeps_scale: Whether the scale of its codes is kept, for metric groups. Only without ``scaling``, and the same
+            for all members of a quantizer.
+        places: The positions of the parts of that scale, for metric groups.
+        observations: What metric groups compute for it; None if a kernel cannot do that.
     """
 
     address: int
@@ -86,18 +87,18 @@ class Member:
 
     @property
     def scale(self) -> Tensor | None:
-        """What its codes were made with, as the quantizer gives it, where that was kept."""
+        """The scale of the codes as the quantizer returned it; None if it was not kept."""
         parts = [part for place in self.places if (part := place.scale) is not None]
         if not parts:
             return None
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.scale_shape)
 
-    def hold(self, scale: Tensor | None) -> None:
-        """Take the scale that its codes were made with elsewhere."""
+    def set_scale(self, scale: Tensor | None) -> None:
+        """Set the scale of codes that were not made in a batch."""
         self.places = [] if scale is None else [Place(HeldScale(scale.reshape(-1)), 0, scale.numel())]
 
     def can_be_observed(self, groups: tuple[kernels.Pointwise, ...], backend: str, *, with_updates: bool) -> bool:
-        """Whether its kernel was shown to do what these metric groups do with each weight."""
+        """Whether a kernel has been tested to compute what these metric groups need."""
         kind = kernels.Kind(
             self.dtype, self.dtype if with_updates else None, self.codes.dtype, self.rounding, self.codes.device
         )
@@ -106,12 +107,12 @@ class Member:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What members have in common that are counted in one call."""
+        """The key by which members are grouped into one call."""
         of_quantizer = (type(self.quantizer), self.quantizer.name, self.rounding)
         return (*of_quantizer, self.dtype, self.codes.dtype, self.group == 0, self.width == 0, self.scaling)
 
     def scales_in(self, numel: int) -> int:
-        """The number of scales of this many elements, which begin and end between scales."""
+        """Return the number of scales for this many elements, which must start and end at scale boundaries."""
         if not self.width:
             return numel // self.group
         assert self.scale_codes is not None
@@ -119,11 +120,11 @@ class Member:
 
     @property
     def matrices(self) -> int:
-        """The number of matrices that are cut into blocks, one after the other in memory."""
+        """The number of matrices, each of which is divided into blocks."""
         return math.prod(self.codes.shape[:-2])
 
     def describes(self, weight: Tensor, quantizer: Any, codes: Tensor | None) -> bool:
-        """Whether this is still the same memory, encoded in the same way."""
+        """Whether a weight is still in the same memory and encoded in the same way."""
         is_same_quantizer = self.quantizer is quantizer or (
             type(self.quantizer) is type(quantizer)
             and self.quantizer.name == quantizer.name
@@ -141,15 +142,15 @@ class Member:
 def make_member(
     weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, *, with_updates: bool, observed: bool = False
 ) -> Member | None:
-    """The weight as a member of a batch, if it can be one: contiguous, and of a format and on a device with a kernel.
+    """Return a weight as a member of a batch; None if it is not contiguous or no kernel supports it.
 
     Args:
-        weight: Detached.
-        quantizer: What makes its codes.
-        codes: Of the weight's shape.
+        weight: The detached weight.
+        quantizer: Encodes the weight.
+        codes: Codes in the weight's shape.
         backend: As in :func:`weightflip.kernels.check_backend`.
-        with_updates: Whether its updates will be counted.
-        observed: Whether metric groups look at it. Its scales are then made before it is counted.
+        with_updates: Whether updates will be counted.
+        observed: Whether metric groups run in steps. If so, the scales are computed before the weight is counted.
     """
     run, rounding = kernels.run(backend, weight.device), quantizer.rounding(weight)
     if run is None or rounding is None or not quantizer.only_needs_amax:
@@ -160,7 +161,7 @@ def make_member(
         return None
     if weight.data_ptr() == 0 or weight.data_ptr() % weight.element_size():
         return None
-    group, width, height = _places_of_scales(weight, quantizer)
+    group, width, height = _scale_layout(weight, quantizer)
     scale_codes = None
     if quantizer.group is not None:
         scale_codes = quantizer.scale_codes(weight.new_ones((), dtype=torch.float32))
@@ -188,24 +189,24 @@ def make_member(
     if scaling is not None and not is_usable(scaling):
         scaling = None
     if observed and quantizer.tile is not None and quantizer.tile[0] > 1:
-        # Metric groups see a scale for each group in each row.
+        # Metric groups expect one scale per group in each row.
         return None
     if scaling is None and (width or not is_usable(None)):
-        # There are no other loops for blocks over several rows.
+        # No other kernel supports blocks over several rows.
         return None
     place = weight.data_ptr(), weight.numel(), weight.dtype
     scale_shape = _shape_of_scale(weight, quantizer)
     return Member(*place, codes, scale_codes, quantizer, rounding, group, width, height, run, scaling, scale_shape)
 
 
-def _places_of_scales(weight: Tensor, quantizer: Shared) -> tuple[int, int, int]:
-    """Group, width and height, as :class:`Member` has them."""
+def _scale_layout(weight: Tensor, quantizer: Shared) -> tuple[int, int, int]:
+    """Return group, width and height as in :class:`Member`."""
     columns = weight.shape[-1] if weight.ndim else 1
     if quantizer.tile is not None:
         height, across = quantizer.tile
         rows, across = weight.shape[-2] if weight.ndim > 1 else 1, min(across, columns)
         height = min(height, rows)
-        # A block that is as wide as its matrix has neighbors only.
+        # The elements of a block as wide as its matrix are adjacent in memory.
         is_flat = columns % across == 0 if height == 1 else columns == across and rows % height == 0
         return (across * height, 0, 1) if is_flat else (across, columns, height)
     if quantizer.group is not None:
@@ -220,7 +221,7 @@ def _shape_of_scale(weight: Tensor, quantizer: Shared) -> tuple[int, ...]:
 
 
 def _shape_of_scale_codes(weight: Tensor, quantizer: Shared) -> tuple[int, ...]:
-    """``(..., blocks in a column, blocks in a row, 1)``."""
+    """Return ``(..., blocks in a column, blocks in a row, 1)``."""
     assert quantizer.group is not None
     height, across = quantizer.tile or (1, quantizer.group)
     *rows, columns = weight.shape or (1,)
@@ -230,12 +231,12 @@ def _shape_of_scale_codes(weight: Tensor, quantizer: Shared) -> tuple[int, ...]:
 
 
 class Counted(NamedTuple):
-    """What became of a batch, on its device.
+    """The result of counting a batch, on its device.
 
     Attributes:
         counts: int64 of shape (rows, 3): flips, updates, stalled.
         scale_changes: int64 of shape (rows,): block scales whose stored value changed.
-        failed: Members that could not be counted, and why.
+        failed: The index of each member that could not be counted, and the reason.
     """
 
     counts: Tensor
@@ -244,14 +245,14 @@ class Counted(NamedTuple):
 
 
 class Batch:
-    """Weights that are counted together. Holds their codes, and not the weights.
+    """Weights that are counted together. Holds their codes, but not the weights.
 
     Args:
         members: The weights, on one device.
         with_updates: Whether updates are counted.
-        lasts: Whether this goes on from step to step. Then the scale codes of its members are moved into one piece of
-            memory, which no other such batch of the same members may do as long as this one is used.
-        rows: Where each member is counted, in the tables of :meth:`advance`; None: in the order of the members.
+        lasts: Whether the batch is used for several steps. If so, the scale codes of its members are moved into one
+            piece of memory, and the members must not be in another such batch at the same time.
+        rows: The row of each member in the tables of :meth:`advance`; None: in the order of the members.
     """
 
     def __init__(
@@ -266,7 +267,7 @@ class Batch:
         rows = range(len(self.members)) if rows is None else rows
         self.with_updates = with_updates
         self._device = self.members[0].codes.device
-        room = _ELEMENTS_PER_RUN if self._device.type == "cpu" else sys.maxsize
+        most = _ELEMENTS_PER_RUN if self._device.type == "cpu" else sys.maxsize
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, member in enumerate(self.members):
             kind = member.kind, tuple(observation.kind for observation in member.observations or ())
@@ -274,10 +275,10 @@ class Batch:
         self._groups: list[tuple[list[int], list[_Part]]] = []
         for indices in kinds.values():
             parts = [
-                _Part(run, self.members, rows, with_updates=with_updates) for run in _runs(indices, self.members, room)
+                _Part(run, self.members, rows, with_updates=with_updates) for run in _runs(indices, self.members, most)
             ]
             if lasts:
-                _lay_end_to_end(
+                _concatenate_scale_codes(
                     [m.scale_codes for m in (self.members[i] for i in indices) if m.scale_codes is not None], parts
                 )
             self._groups.append((indices, parts))
@@ -286,16 +287,16 @@ class Batch:
             self.take_scales()
 
     def take_scales(self) -> None:
-        """Go on from the scales that members have now, and have them find those of each step here."""
+        """Take over the current scales of the members, which then refer to the scales of this batch."""
         for part in self._parts_with_scales:
             part.take_scale(self.members)
-        self._hand_out_scales()
+        self._pass_scales()
 
-    def _hand_out_scales(self) -> None:
+    def _pass_scales(self) -> None:
         for member in self.members:
             member.places = []
         for part in self._parts_with_scales:
-            part.hand_out_scale(self.members)
+            part.pass_scale(self.members)
 
     @property
     def _parts_with_scales(self) -> list[_Part]:
@@ -304,13 +305,13 @@ class Batch:
     def advance(
         self, updates: Sequence[int], into: tuple[Tensor, Tensor] | None = None, due: Due | None = None
     ) -> Counted:
-        """Encode all weights anew, count what changed against their codes, and keep the new codes there.
+        """Encode all weights again, count the changes, and replace the old codes with the new ones.
 
         Args:
-            updates: Addresses of the gradients, laid out as the weights and of their dtypes; 0 for one without.
-                Not looked at where updates are not counted.
-            into: Tables to add to, as in :class:`Counted`; None for new ones, with a row for each member.
-            due: The metric groups that look, of those that members name; None for none.
+            updates: Addresses of the gradients, which must have the layout and dtype of the weights; 0 if there is no
+                gradient. Ignored if updates are not counted.
+            into: Tables to add to, as in :class:`Counted`; None for new ones with one row per member.
+            due: The metric groups that are due; None for none.
         """
         if into is None:
             table = torch.zeros(len(self.members), 4, dtype=torch.int64, device=self._device)
@@ -325,12 +326,12 @@ class Batch:
             except Exception as error:
                 failed += [(index, error) for index in indices]
         if not self._lasts:
-            self._hand_out_scales()
+            self._pass_scales()
         return Counted(counts, scale_changes, failed)
 
 
 class _Piece(NamedTuple):
-    """A part of a member, or all of it."""
+    """A member or a part of one."""
 
     member: int
     first: int
@@ -338,34 +339,34 @@ class _Piece(NamedTuple):
 
 
 def _runs(indices: Sequence[int], members: Sequence[Member], elements: int) -> Iterator[list[_Piece]]:
-    """Pieces of members of one kind, cut between scales where they are large; not many more elements in a run."""
+    """Yield the pieces of each run. Large members are split at scale boundaries to keep runs near ``elements``."""
     run: list[_Piece] = []
-    room = elements
+    remaining = elements
     for index in indices:
         member = members[index]
         numel, matrix = member.numel, member.numel // member.matrices
-        # Blocks over several rows are those of one matrix.
+        # A piece with blocks over several rows must not cross matrices.
         unit = matrix if member.width else member.group or 1
         first = 0
         while first < numel:
-            whole = max(1, room // unit) * unit
-            if whole > room and run:
-                whole = 0
+            size = max(1, remaining // unit) * unit
+            if size > remaining and run:
+                size = 0
             if member.width:
-                whole = min(whole, matrix)
-            piece = _Piece(index, first, min(whole, numel - first))
+                size = min(size, matrix)
+            piece = _Piece(index, first, min(size, numel - first))
             if piece.numel:
                 run.append(piece)
-            first, room = first + piece.numel, room - piece.numel
-            if room <= 0 or (first < numel and (not member.width or not piece.numel)):
+            first, remaining = first + piece.numel, remaining - piece.numel
+            if remaining <= 0 or (first < numel and (not member.width or not piece.numel)):
                 yield run
-                run, room = [], elements
+                run, remaining = [], elements
     if run:
         yield run
 
 
 class _Part:
-    """A run, and how it lies in the members."""
+    """A run, and the positions of its pieces in the members."""
 
     def __init__(
         self,
@@ -401,7 +402,7 @@ class _Part:
         rows_of_pieces = torch.tensor([rows[member] for member in self.members], device="cpu")
         self.rows_there = kernels.upload(rows_of_pieces, first.codes.device)
         self.offsets = np.array([piece.first * item for piece in pieces], dtype=np.int64)
-        # Of these pieces' scales, and all of them in one piece of memory, where a lasting batch has put them there.
+        # The stored scales of these pieces, and all of them in one tensor if a lasting batch has moved them there.
         self.scale_codes = [
             member.scale_codes.view(-1)[member.scales_in(piece.first) :][: member.scales_in(piece.numel)]
             for piece, member in of_members
@@ -416,7 +417,7 @@ class _Part:
             self.table = table_of(first.quantizer, first.rounding, first.dtype, first.codes.device)
 
     def take_scale(self, members: Sequence[Member]) -> None:
-        """Go on from the scales of the members."""
+        """Take over the current scales of the members."""
         assert self.held is not None
         scales = [members[member].scale for member in self.members] if self.is_scaled else []
         found = [
@@ -429,8 +430,8 @@ class _Part:
             self.held.scale = torch.cat(found)
             self.held.applied = self.quantizer.applied_scale(self.held.scale)
 
-    def hand_out_scale(self, members: Sequence[Member]) -> None:
-        """Have members find the scales of each step here."""
+    def pass_scale(self, members: Sequence[Member]) -> None:
+        """Let the members refer to the scales of this part."""
         assert self.held is not None
         at = 0
         for member, (_, number) in zip(self.members, self.scales_of_pieces, strict=False):
@@ -449,7 +450,7 @@ class _Part:
         observed = None if due is None else self.observations.of(due)
         if observed is not None:
             if factors is not None and old_factors is None:
-                raise RuntimeError("expected the scales of before the step, and there are none")
+                raise RuntimeError("expected the scales from before the step, but there are none")
             observed = observed._replace(old_scale=old_factors)
         stored = self.scale_codes_in_one
         if stored is None and self.scale_codes:
@@ -464,7 +465,7 @@ class _Part:
             torch._foreach_copy_(self.scale_codes, torch.split(stored, [codes.numel() for codes in self.scale_codes]))
 
     def _scales(self) -> tuple[Tensor | None, Tensor | None]:
-        """What the weights are multiplied or divided by, and what is stored of it; None where there is none."""
+        """Compute the scale factors and the stored scales; None for what the format does not have."""
         if not self.is_scaled:
             return self.quantizer.applied_scale(None), None
         largest = self.run.largest()
@@ -478,17 +479,17 @@ class _Part:
 
 
 def _scales_of(pieces: Sequence[tuple[_Piece, Member]]) -> list[tuple[int, int]]:
-    """Of each piece, the first scale in its member, and how many it has."""
+    """Return for each piece its first scale in the member, and the number of its scales."""
     return [(at.first // member.group, -(-at.numel // member.group)) for at, member in pieces if member.group]
 
 
-def _lay_end_to_end(scale_codes: Sequence[Tensor], parts: Sequence[_Part]) -> None:
-    """Move scale codes of members, in their order, into one piece of memory, and tell the parts where theirs are."""
+def _concatenate_scale_codes(scale_codes: Sequence[Tensor], parts: Sequence[_Part]) -> None:
+    """Move the scale codes of members into one tensor, in their order, and set the parts' views of it."""
     if not scale_codes:
         return
     whole, first = torch.cat([codes.view(-1) for codes in scale_codes]), 0
     for codes in scale_codes:
-        # The same tensor in another place: layers also hold it.
+        # Change the tensor in place, because layers also hold it.
         codes.set_(whole[first : first + codes.numel()].view(codes.shape))  # type: ignore[call-overload]
         first += codes.numel()
     first = 0

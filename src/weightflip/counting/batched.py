@@ -1,4 +1,4 @@
-"""Many layers in one call."""
+"""The route that counts many layers in one kernel call."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 
 
 class BatchedRoute:
-    """Layers whose codes a kernel makes from addresses alone, all of a device at once.
+    """Layers that a kernel encodes from addresses alone, all layers of a device at once.
 
-    A layer whose gradient or place does not fit in a step, or whose slices a metric group has to see, is counted alone
-    in it.
+    A layer is counted alone in a step in which its gradient has another layout or its weight has moved, or a metric
+    group needs its slices.
 
     Args:
-        layers: Where faults go.
-        alone: What counts a layer alone.
+        layers: Receives failures.
+        alone: Counts a layer alone.
         runner: The metric groups.
-        backend: Which kernel.
-        with_updates: Whether gradients are looked at.
+        backend: As in :func:`weightflip.kernels.check_backend`.
+        with_updates: Whether updates are counted.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class BatchedRoute:
 
     @property
     def batches(self) -> list[Batch]:
-        """Those of the last step, one for each device."""
+        """The batches of the last step, one per device."""
         return [of_device.batch for _, of_device in self._batches]
 
     def release(self) -> None:
-        """Hold no codes."""
+        """As in :class:`Route`."""
         self._members, self._batches = [], []
         self._observed.release()
 
@@ -63,7 +63,7 @@ class BatchedRoute:
         if not isinstance(quantizer, ElementwiseQuantizer) or (is_observed and not self._observes_on(weight.device)):
             layer.member = None
             return False
-        layer.make_room(weight, quantizer.code_dtype(weight))
+        layer.allocate_codes(weight, quantizer.code_dtype(weight))
         return self._try_join_batch(layer, weight, quantizer)
 
     def _observes_on(self, device: torch.device) -> bool:
@@ -71,7 +71,7 @@ class BatchedRoute:
         return run is not None and run.observes
 
     def _try_join_batch(self, layer: Layer, weight: Tensor, quantizer: ElementwiseQuantizer) -> bool:
-        """Make a layer a member, with a place for the scales of its blocks; whether it can be one."""
+        """Make a layer a member of a batch, with memory for its block scales, and return whether it can be one."""
         assert layer.tracked is not None
         assert layer.codes is not None
         member = layer.member
@@ -84,7 +84,7 @@ class BatchedRoute:
                     layer.codes,
                     self._backend,
                     with_updates=self._with_updates,
-                    observed=bool(self._runner),
+                    observed=self._runner.uses_steps,
                 )
             if member is not None:
                 member.keeps_scale = self._runner.keeps_scale(quantizer)
@@ -115,7 +115,7 @@ class BatchedRoute:
                 else:
                     assert layer.tracked is not None
                     layer.scale = None
-                    layer.encoded(layer.tracked.parameter)
+                    layer.mark_encoded(layer.tracked.parameter)
 
     def count(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
         together: list[Layer] = []
@@ -132,24 +132,24 @@ class BatchedRoute:
                 if gradient is None:
                     gradient = gradients.get(layer.name)
                 if gradient is not None:
-                    update = _fitting_address(gradient, member)  # type: ignore[arg-type]
+                    update = _address_if_compatible(gradient, member)  # type: ignore[arg-type]
                     if not update:
                         alone.append(layer)
                         continue
             if stamp is None or not stamp.is_in_place(parameter):
                 alone.append(layer)
                 continue
-            layer.counted_in_place(stamp, parameter._version)
+            layer.mark_counted_in_place(stamp, parameter._version)
             together.append(layer)
             updates.append(update)
-        # In a step that was none nothing has changed, and groups keep what they have.
+        # A skipped step changes nothing, so the groups are not called.
         due = self._runner.due if self._runner.uses_steps and (valid is None or bool(valid)) else ()
         self._count_together(together, updates, due)
         self._count_alone(alone, gradients, valid)
 
     def _count_together(self, layers: Sequence[Layer], updates: Sequence[int], due: tuple[str, ...]) -> None:
         members = _members_of(layers)
-        if members != self._members or self._observed.take_news():
+        if members != self._members or self._observed.take_change():
             self._build(layers, members)
         elif self._has_encoded:
             for _, of_device in self._batches:
@@ -168,8 +168,8 @@ class BatchedRoute:
         self._members, self._batches = [], []
         for layer in layers:
             if layer.scale is not None:
-                # It was counted alone in the step before.
-                layer.member.hold(layer.scale)  # type: ignore[union-attr]
+                # It was counted alone in the last step.
+                layer.member.set_scale(layer.scale)  # type: ignore[union-attr]
                 layer.scale = None
         for indices in _by_device(members):
             of_device = [layers[index] for index in indices]
@@ -178,14 +178,14 @@ class BatchedRoute:
             except Exception as error:
                 for layer in of_device:
                     self._layers.fail(layer.name, error)
-        # Last: what was interrupted is built again.
+        # Last, so that after an interrupt the batches are built again.
         self._members = members
 
     def _count_alone(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
         self._alone.count(layers, gradients, valid)
         for layer in layers:
             if layer.member is not None and layer.tracked is not None:
-                # For its gradient or its place; maybe not in the next step.
+                # Check whether it can be counted with others in the next step.
                 try:
                     if not self.accepts(layer, *layer.tracked.unwrapped()):
                         layer.leave_route()
@@ -194,12 +194,12 @@ class BatchedRoute:
 
 
 class ObservedLayers:
-    """Which layers can be counted together while metric groups look at them.
+    """Finds the layers that can be counted together although metric groups run in steps.
 
     Args:
         runner: The metric groups.
-        backend: Which kernel.
-        with_updates: Whether gradients are looked at.
+        backend: As in :func:`weightflip.kernels.check_backend`.
+        with_updates: Whether updates are counted.
     """
 
     def __init__(self, runner: MetricRunner, backend: str, with_updates: bool) -> None:
@@ -209,55 +209,55 @@ class ObservedLayers:
         self._plans: dict[tuple[str, ...], list[bool]] = {}
 
     def split(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
-        """Those that are counted together in this step, and the others."""
+        """Return the layers that are counted together in this step, and the others."""
         members = [layer.member for layer in layers]
         if members != self._members or self._changes != self._runner.changes:
             self._members, self._changes, self._plans = members, self._runner.changes, {}
             self._is_new = True
             for layer in layers:
                 if layer.member is not None:
-                    layer.member.observations = self._runner.observations(layer)
+                    layer.member.observations = self._runner.find_observations(layer)
         due = self._runner.due
         if due not in self._plans:
-            shown: dict[tuple[Any, ...], bool] = {}
-            self._plans[due] = [self._is_together(layer, due, shown) for layer in layers]
+            supported: dict[tuple[Any, ...], bool] = {}
+            self._plans[due] = [self._is_together(layer, due, supported) for layer in layers]
         found: tuple[list[Layer], list[Layer]] = [], []
         for layer, is_together in zip(layers, self._plans[due], strict=True):
             found[not is_together].append(layer)
         return found
 
-    def take_news(self) -> bool:
-        """Whether groups do something else with the layers than when this was asked last."""
+    def take_change(self) -> bool:
+        """Return whether layers or their observations have changed since the last call."""
         is_new, self._is_new = self._is_new, False
         return is_new
 
     def release(self) -> None:
-        """Hold no codes."""
+        """Release the members, which hold codes."""
         self._members, self._plans = [], {}
 
-    def _is_together(self, layer: Layer, due: tuple[str, ...], shown: dict[tuple[Any, ...], bool]) -> bool:
+    def _is_together(self, layer: Layer, due: tuple[str, ...], supported: dict[tuple[Any, ...], bool]) -> bool:
         member = layer.member
         if member is None or member.observations is None or self._runner.needs_slices(layer):
             return False
         groups = tuple(one.pointwise for one in member.observations if one.group in due)
         key = member.kind, groups
-        if groups and key not in shown:
-            shown[key] = member.can_be_observed(groups, self._backend, with_updates=self._with_updates)
-        return not groups or shown[key]
+        if groups and key not in supported:
+            supported[key] = member.can_be_observed(groups, self._backend, with_updates=self._with_updates)
+        return not groups or supported[key]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_members": [], "_plans": {}}
 
 
 class _LayerBatch:
-    """A batch on one device, and where its layers are counted."""
+    """A batch on one device, and the rows of its layers."""
 
     def __init__(self, layers: Sequence[Layer], with_updates: bool) -> None:
         rows = [layer.row for layer in layers if layer.row is not None]
         indices = [row.index for row in rows]
         self.batch = Batch(_members_of(layers), with_updates=with_updates, rows=indices)
         self._ledger = rows[0].ledger
-        # What every step counts: in all rows at once.
+        # The counts that are the same in every step.
         known = torch.zeros(max(indices) + 1, COLUMNS, dtype=torch.int64, device="cpu")
         known[indices, WEIGHT_STEPS] = torch.tensor([layer.weights for layer in layers], device="cpu")
         scales = [0 if layer.scale_codes is None else layer.scale_codes.numel() for layer in layers]
@@ -265,11 +265,11 @@ class _LayerBatch:
         self._known = kernels.upload(known, self._ledger.device)
 
     def count(self, updates: Sequence[int], groups: tuple[str, ...]) -> list[tuple[int, Exception]]:
-        """Count a step; the layers that could not be counted, and why.
+        """Count a step, and return the layers that could not be counted, with the reasons.
 
         Args:
             updates: Addresses of the gradients.
-            groups: The metric groups that look.
+            groups: The metric groups that are due.
         """
         step, sums = self._ledger.step, self._ledger.more_step
         step[: len(self._known)].add_(self._known)
@@ -278,24 +278,24 @@ class _LayerBatch:
 
 
 def _members_of(layers: Iterable[Layer]) -> list[Member]:
-    """One for each layer, in their order."""
+    """Return the members of the layers, in their order."""
     members = [layer.member for layer in layers]
     if None in members:
         names = ", ".join(repr(layer.name) for layer in layers if layer.member is None)
-        raise RuntimeError(f"expected layers with a place in a batch, and {names} have none")
+        raise RuntimeError(f"expected layers that are members of a batch, but {names} are not")
     return members  # type: ignore[return-value]
 
 
 def _by_device(members: Sequence[Member]) -> list[list[int]]:
-    """Indices of members that lie on one device."""
+    """Return the indices of the members on each device."""
     found: dict[torch.device, list[int]] = {}
     for index, member in enumerate(members):
         found.setdefault(member.codes.device, []).append(index)
     return list(found.values())
 
 
-def _fitting_address(gradient: Tensor, member: Member) -> int:
-    """Where a gradient lies, if it can be read as the member's weight is; else 0."""
+def _address_if_compatible(gradient: Tensor, member: Member) -> int:
+    """Return the address of a gradient if it has the layout and dtype of the member's weight; otherwise 0."""
     fits = (
         type(gradient) is Tensor
         and gradient.dtype is member.dtype

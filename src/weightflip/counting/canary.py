@@ -88,7 +88,7 @@ class Canary:
         self.pending.append((sample.name, (bits != sample.bits).any().to(torch.int64)))
         return None
 
-    def answered(self, answers: Sequence[int]) -> str | None:
+    def receive(self, answers: Sequence[int]) -> str | None:
         """Receive the values of ``pending``, and return the name of a weight that was written, if any."""
         names = [name for (name, _), answer in zip(self.pending, answers, strict=True) if answer]
         self.pending = []

@@ -1,4 +1,4 @@
-"""The layers of one step: each has its codes, and the route that made them counts them."""
+"""The layers of one step: brings their codes up to date, and counts them on their routes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class CurrentLayers:
 
     Args:
         layers: All layers.
-        routes: They are asked in turn which layers they take.
+        routes: The routes. The first one that accepts a layer encodes and counts it.
 
     Attributes:
-        layers: In the order of the weights.
+        layers: The current layers, in the order of the weights.
     """
 
     def __init__(self, layers: LayerTable, routes: Sequence[Route]) -> None:
@@ -34,21 +34,21 @@ class CurrentLayers:
     def __bool__(self) -> bool:
         return bool(self.layers)
 
-    def with_codes(self, weights: Iterable[TrackedWeight], shards: Shards, *, anew: bool) -> list[Layer]:
-        """The layers of the weights, each with its codes of now.
+    def encode_current(self, weights: Iterable[TrackedWeight], shards: Shards, *, anew: bool) -> list[Layer]:
+        """Encode the weights whose codes are outdated, and return their layers with current codes.
 
         Args:
-            weights: Some of those of the step.
-            shards: Says which codes may be kept.
-            anew: Keep none.
+            weights: Some or all of the weights of the step.
+            shards: Tells which codes may be kept.
+            anew: Whether to encode all of them.
         """
         layers, found = self._table.by_name, []
         stale: dict[Route, list[Layer]] = {}
         for tracked in weights:
             try:
                 layer = layers.get(tracked.name)
-                if layer is None or anew or not layer.is_as_it_was(tracked):
-                    layer = self._look_at(tracked, stale, shards, anew)
+                if layer is None or anew or not layer.is_current(tracked):
+                    layer = self._check(tracked, stale, shards, anew)
             except Exception as error:
                 self._table.fail(tracked.name, error)
                 continue
@@ -58,13 +58,13 @@ class CurrentLayers:
             route.encode(of_route)
         if self._table.has_lost:
             self.release()
-            found = _counted(found)
+            found = _without_failed(found)
         return found
 
-    def _look_at(
+    def _check(
         self, tracked: TrackedWeight, stale: dict[Route, list[Layer]], shards: Shards, anew: bool
     ) -> Layer | None:
-        """The layer of a weight, and among the stale ones if its codes are not those of now; None if none counts it."""
+        """Return a weight's layer, and add it to ``stale`` if its codes are outdated. None if it is not tracked."""
         if tracked.name in self._table.failed:
             return None
         if not tracked.is_active:
@@ -82,12 +82,12 @@ class CurrentLayers:
             layer.route = next(route for route in self._routes if route.accepts(layer, weight, quantizer))
             self._has_rerouted = True
         if layer.state is not CodeState.KEPT:
-            # Also where the route has made room for other codes.
+            # Also if the route has allocated memory for other codes.
             stale.setdefault(layer.route, []).append(layer)
         return layer
 
-    def take_up(self, layers: list[Layer]) -> None:
-        """These are the layers of the step that begins."""
+    def set_layers(self, layers: list[Layer]) -> None:
+        """Set the layers of the step that begins."""
         if self._has_rerouted or layers != self.layers:
             self._set(layers)
 
@@ -98,29 +98,29 @@ class CurrentLayers:
             assert layer.route is not None
             self._by_route.setdefault(layer.route, []).append(layer)
 
-    def leave_out_failed(self) -> None:
-        """Go on without those that have failed since this was called last."""
+    def drop_failed(self) -> None:
+        """Remove the layers that have failed since the last call."""
         if self._table.has_lost:
             self._table.has_lost = False
             self.release()
-            self.layers = _counted(self.layers)
-            # Not by their routes of now: one that has left its route in this step has none until the next.
-            self._by_route = {route: _counted(layers) for route, layers in self._by_route.items()}
+            self.layers = _without_failed(self.layers)
+            # Do not use layer.route: a layer that has left its route in this step has none until the next one.
+            self._by_route = {route: _without_failed(layers) for route, layers in self._by_route.items()}
 
     def count(self, gradients: Gradients, valid: Tensor | None) -> None:
-        """Count what the step did, on each route; see :meth:`Route.count`."""
-        self.leave_out_failed()
+        """Count the step on each route. See :meth:`Route.count`."""
+        self.drop_failed()
         for route, layers in self._by_route.items():
             route.count(layers, gradients, valid)
-        self.leave_out_failed()
+        self.drop_failed()
 
     def clear(self) -> None:
-        """There is no step, and nothing is held for one."""
+        """Remove all layers, and release what routes hold."""
         self._set([])
         self.release()
 
     def release(self) -> None:
-        """Have no route hold codes of layers."""
+        """Make all routes release the codes that they hold."""
         for route in self._routes:
             route.release()
 
@@ -128,6 +128,6 @@ class CurrentLayers:
         return {**self.__dict__, "layers": [], "_by_route": {}}
 
 
-def _counted(layers: Iterable[Layer]) -> list[Layer]:
-    """Those that have not been given up."""
+def _without_failed(layers: Iterable[Layer]) -> list[Layer]:
+    """Return the layers that have not failed."""
     return [layer for layer in layers if layer.state is not CodeState.FAILED]

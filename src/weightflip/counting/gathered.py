@@ -1,4 +1,4 @@
-"""Many layers in plain torch: gathered into one tensor, encoded and counted there."""
+"""The route that gathers many layers into one tensor, and encodes and counts them in plain torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 
 logger = logging.getLogger("weightflip")
 
-# There a call costs less than the passes over memory, which slices that fit the cache save.
+# On these devices, a call costs less than the extra passes over memory, which slices that fit the cache avoid.
 _NOT_ON = frozenset({"cpu"})
 _KEPT_BYTES = 1 << 26
 
 
 class _Kind(NamedTuple):
-    """What layers have in common that are gathered; quantizers of one class, name and rounding make the same codes."""
+    """The key by which layers are gathered. The same class, name and rounding of quantizers means the same codes."""
 
     quantizer: type[ElementwiseQuantizer]
     name: str
@@ -36,16 +36,16 @@ class _Kind(NamedTuple):
 
 
 class GatheredRoute:
-    """Layers on a device, where a call of torch costs more than what it does to a small weight.
+    """Small weights on a device where a call costs more than the work on such a weight.
 
-    A layer whose gradient or weight does not fit in a step is counted alone in it, and a heap of layers that cannot be
-    counted together goes one by one from then on.
+    A layer is counted alone in a step in which its gradient or weight has another layout. If counting a heap fails, its
+    layers are counted one by one from then on.
 
     Args:
-        alone: What counts a layer alone.
-        scratch: Where temporaries come from.
-        with_updates: Whether gradients are looked at.
-        is_open: Whether there are layers for it at all: metric groups look at each weight by itself.
+        alone: Counts a layer alone.
+        scratch: Provides temporary buffers.
+        with_updates: Whether updates are counted.
+        is_open: Whether the route accepts layers. It cannot if metric groups run in steps.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class GatheredRoute:
         self._alone, self._scratch = alone, scratch
         self._with_updates, self._is_open = with_updates, is_open
         self._kinds: dict[str, tuple[_Kind, torch.Size]] = {}
-        self._apart: set[str] = set()
+        self._ungathered: set[str] = set()
         self.heaps: list[Heap] = []
-        """What was gathered last."""
+        """The heaps of the last step."""
 
     def release(self) -> None:
-        """Hold no codes."""
+        """As in :class:`Route`."""
         self.heaps = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,21 +97,21 @@ class GatheredRoute:
         if self._kinds.get(layer.name) != (kind, weight.shape):
             self.release()
             self._kinds[layer.name] = kind, weight.shape
-            self._apart.discard(layer.name)
+            self._ungathered.discard(layer.name)
         return True
 
     def encode(self, layers: Sequence[Layer]) -> None:
-        alone = [layer for layer in layers if layer.name in self._apart]
-        for heap in self._heaps_of([layer for layer in layers if layer.name not in self._apart], have_codes=False):
+        alone = [layer for layer in layers if layer.name in self._ungathered]
+        for heap in self._heaps_of([layer for layer in layers if layer.name not in self._ungathered], have_codes=False):
             try:
                 heap.encode(self._scratch)
             except Exception as error:
-                self._take_apart(heap, error)
+                self._stop_gathering(heap, error)
                 alone += heap.layers
             else:
                 for layer in heap.layers:
                     assert layer.tracked is not None
-                    layer.encoded(layer.tracked.parameter)
+                    layer.mark_encoded(layer.tracked.parameter)
         self._alone.encode(alone)
 
     def count(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
@@ -123,9 +123,9 @@ class GatheredRoute:
             if self._with_updates:
                 # As in OneByOne, which says why.
                 update = gradients.get(layer.name) if parameter.grad is None else parameter.grad
-            if not _is_as_before(layer, parameter):
+            if not _has_same_form(layer, parameter):
                 others.append(layer)
-            elif layer.name not in self._apart and (update is None or _has_same_layout(update, parameter)):
+            elif layer.name not in self._ungathered and (update is None or _has_same_layout(update, parameter)):
                 updates[layer.name] = update
                 together.append(layer)
             else:
@@ -134,21 +134,21 @@ class GatheredRoute:
             try:
                 heap.count([updates[layer.name] for layer in heap.layers], self._scratch)
             except Exception as error:
-                self._take_apart(heap, error)
+                self._stop_gathering(heap, error)
                 alone += heap.layers
             else:
                 for layer in heap.layers:
-                    _is_counted(layer)
+                    _mark_counted(layer)
         if self._scratch.nbytes > _KEPT_BYTES:
-            # Between two steps the device needs its memory for other things.
+            # Leave the memory to the training between two steps.
             self._scratch.clear()
         self._alone.count([*alone, *others], gradients, valid)
         for layer in others:
-            # It may be of another kind now, or of none.
+            # It may have another kind now, or may not be gathered at all.
             layer.leave_route()
 
     def _heaps_of(self, layers: Sequence[Layer], *, have_codes: bool) -> list[Heap]:
-        """Layers by kind, in as few heaps as can be; those of the last time, if they are the same."""
+        """Return as few heaps as possible for the layers. Reuses the last heaps if the layers are the same."""
         held = {id(layer) for heap in self.heaps for layer in heap.layers}
         if held != {id(layer) for layer in layers} or not all(heap.is_whole for heap in self.heaps):
             self.release()
@@ -165,14 +165,14 @@ class GatheredRoute:
             for indices in kernels.pack([parameter.numel() for parameter in parameters], groups):
                 yield Heap([alike[index] for index in indices], [groups[i] for i in indices], kind, have_codes)
 
-    def _take_apart(self, heap: Heap, error: Exception) -> None:
-        """Count layers one by one from now on: what is wrong with one of them, each finds out by itself."""
+    def _stop_gathering(self, heap: Heap, error: Exception) -> None:
+        """Count layers one by one from now on, so that a failure of one does not affect the others."""
         logger.info("%d weights are counted one by one: %s: %s", len(heap.layers), type(error).__name__, error)
-        self._apart.update(layer.name for layer in heap.layers)
+        self._ungathered.update(layer.name for layer in heap.layers)
 
 
 class Heap:
-    """Layers of one kind, whose codes lie end to end."""
+    """Layers of one kind, with their codes in one tensor."""
 
     def __init__(self, layers: Sequence[Layer], groups: Sequence[int], kind: _Kind, have_codes: bool) -> None:
         self.layers = list(layers)
@@ -203,25 +203,25 @@ class Heap:
         self._known = kernels.upload(known, kind.device)
         self._scales = scales
         if self._scale_codes is not None:
-            self._hand_out_scale_codes()
+            self._pass_scale_codes()
 
     @property
     def is_whole(self) -> bool:
-        """Whether the layers still have their codes here."""
+        """Whether the codes of all layers are still those of this heap."""
         return all(layer.codes is view for layer, view in zip(self.layers, self._views, strict=True))
 
     def encode(self, scratch: kernels.ScratchPool) -> None:
-        """Make the codes of the weights as they are now."""
+        """Encode the current weights."""
         scale = self._encode_into(self._codes, scratch)
         if self._quantizer.group is None or scale is None:
             for layer in self.layers:
                 layer.scale_codes = layer.scale = None
         else:
             self._scale_codes = self._quantizer.scale_codes(scale).flatten()
-            self._hand_out_scale_codes()
+            self._pass_scale_codes()
 
     def count(self, updates: Sequence[Tensor | None], scratch: kernels.ScratchPool) -> None:
-        """Count a step, and keep the new codes. Nothing is changed before all is found."""
+        """Count a step, and keep the new codes. Writes results only after all of them are computed."""
         layout, codes = self._layout, self._codes
         new = scratch.flat("new", codes.numel(), codes.dtype, codes.device)
         scale = self._encode_into(new, scratch)
@@ -230,7 +230,7 @@ class Heap:
         flipped, updated, stalled = flags
         torch.ne(new, codes, out=flipped)
         if has_updates:
-            updated.copy_(layout.gather(self._filled_up(updates)))
+            updated.copy_(layout.gather(self._fill_missing(updates)))
             torch.gt(updated, flipped, out=stalled)
         new_scale_codes = has_changed = None
         if self._scale_codes is not None:
@@ -248,7 +248,7 @@ class Heap:
             self._scale_codes.copy_(new_scale_codes)
 
     def _encode_into(self, out: Tensor, scratch: kernels.ScratchPool) -> Tensor | None:
-        """Write the codes of now; the scales."""
+        """Write the current codes to ``out``, and return the scales."""
         layout, quantizer = self._layout, self._quantizer
         chunks = layout.chunks(layout.gather([layer.tracked.parameter for layer in self.layers]))  # type: ignore[union-attr]
         if quantizer.scope == "element":
@@ -264,14 +264,14 @@ class Heap:
         quantizer.encode_into(chunks, of_chunks, layout.chunks(out), scratch)
         return scale
 
-    def _filled_up(self, updates: Sequence[Tensor | None]) -> list[Tensor]:
-        """Zeros for a weight without an update."""
+    def _fill_missing(self, updates: Sequence[Tensor | None]) -> list[Tensor]:
+        """Replace missing updates by zeros."""
         numels = self._layout.numels
         missing = [numel for numel, update in zip(numels, updates, strict=True) if update is None]
         zeros = self._codes.new_zeros(max(missing, default=0), dtype=self._dtype)
         return [zeros[:numel] if update is None else update for numel, update in zip(numels, updates, strict=True)]
 
-    def _hand_out_scale_codes(self) -> None:
+    def _pass_scale_codes(self) -> None:
         assert self._scale_codes is not None
         group = self._quantizer.group
         assert group is not None
@@ -289,14 +289,14 @@ def _quantizer(layer: Layer) -> ElementwiseQuantizer:
 
 
 def _group(quantizer: ElementwiseQuantizer, weight: Tensor) -> int:
-    """The number of neighbors that share a scale; all of them if there is no scale."""
+    """Return the number of adjacent weights that share a scale; all of them if there is no scale."""
     if quantizer.scope == "group":
         return quantizer.grouped(weight).shape[-1]
     return weight.shape[-1] if quantizer.scope == "row" and weight.ndim else weight.numel()
 
 
-def _is_as_before(layer: Layer, parameter: Tensor) -> bool:
-    """Whether a weight can be read as when its codes were made, wherever it lies."""
+def _has_same_form(layer: Layer, parameter: Tensor) -> bool:
+    """Whether a weight has the same shape, dtype and device as when its codes were made. It may have moved."""
     stamp, codes = layer.stamp, layer.codes
     assert codes is not None
     return (
@@ -317,10 +317,10 @@ def _has_same_layout(update: Tensor, parameter: Tensor) -> bool:
     )
 
 
-def _is_counted(layer: Layer) -> None:
+def _mark_counted(layer: Layer) -> None:
     assert layer.tracked is not None
     parameter, stamp = layer.tracked.parameter, layer.stamp
     if stamp is not None and stamp.is_in_place(parameter):
-        layer.counted_in_place(stamp, parameter._version)
+        layer.mark_counted_in_place(stamp, parameter._version)
     else:
-        layer.counted(parameter)
+        layer.mark_counted(parameter)

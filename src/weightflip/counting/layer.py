@@ -1,4 +1,4 @@
-"""What is known of one weight between steps."""
+"""The state of one weight between steps."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from weightflip.counting.routes import Route
 
 _storage_has_expired: Callable[[int], bool] = torch.UntypedStorage._expired  # type: ignore[assignment]
-# By far the most weights: of their types it is known that they are not spread over processes.
+# A fast path for the common case: weights of these types are not sharded.
 _PLAIN = (nn.Parameter, Tensor)
 
 
 class TrackedWeight:
     """One weight of a step: its name, the parameter, and how it is quantized.
 
-    Frameworks replace parameters between two steps, and the old ones may be a whole unsharded model. So whoever makes
-    these objects for many steps calls ``release`` after each step and sets ``parameter`` again before the next one.
+    Frameworks replace parameters between two steps, and the old ones may be a whole unsharded model. Callers that keep
+    these objects over many steps must call ``release`` after each step and set ``parameter`` again before the next one.
     """
 
     __slots__ = ("name", "parameter", "quantizer")
@@ -45,54 +45,54 @@ class TrackedWeight:
 
     @property
     def is_held(self) -> bool:
-        """Whether the parameter is at hand."""
+        """Whether the parameter is available."""
         return hasattr(self, "parameter")
 
     def release(self) -> None:
-        """Let go of the parameter; reading it raises AttributeError from here on."""
+        """Release the parameter. Reading it then raises AttributeError."""
         if self.is_held:
             del self.parameter
 
     @property
     def is_dtensor(self) -> bool:
-        """Whether this process may hold only a part of it."""
+        """Whether the parameter is a DTensor, of which this process may hold only a part."""
         return type(self.parameter) not in _PLAIN and distributed.is_dtensor(self.parameter)
 
     @property
     def is_active(self) -> bool:
-        """Whether it is quantized now."""
+        """Whether the weight is quantized now."""
         return self.quantizer.is_active
 
     @property
     def is_batchable(self) -> bool:
-        """Whether nothing but its quantizer and its memory decides on its codes."""
+        """Whether the codes depend only on the quantizer and the weight's memory."""
         return self.quantizer.batchable and not self.parameter.is_inference() and not self.is_dtensor
 
     def _local(self) -> Tensor:
         return distributed.local(self.parameter) if self.is_dtensor else self.parameter
 
     def unwrapped(self) -> tuple[Tensor, BaseQuantizer]:
-        """What is encoded, and by what: of a shard, this process's; where a subclass holds a master copy, that."""
+        """Return the tensor to encode and its quantizer: the local shard, or the master copy that a subclass holds."""
         quantizer = self.quantizer
         inner = quantizer.encodes
         if inner is None:
             return self._local().detach(), quantizer
-        # Not of a detached subclass: the copy inside it has a version counter of its own.
+        # Detach the copy, not the subclass: the copy in a detached subclass has a new version counter.
         return quantizer.plain(self._local()).detach(), inner
 
     def plain(self) -> Tensor:
-        """A tensor of a plain type whose non-finite elements are those of the weight."""
+        """Return a plain tensor whose non-finite elements are those of the weight."""
         return self.quantizer.plain(self._local().detach())
 
 
 @dataclass
 class Stamp:
-    """Tells whether a parameter was written, replaced, moved or viewed in another way since."""
+    """Identifies a parameter at one moment, to detect whether it is later written, replaced, moved or reshaped."""
 
     # An id, not a weak reference: torch.utils.swap_tensors, and with it Module.to(), refuses tensors that have one. If
-    # the id is given to another parameter, its storage differs as well.
+    # the id is reused for another parameter, its storage differs as well.
     parameter: int
-    # Memory that was given back may be given out again for the next storage: an address alone does not tell.
+    # An address alone is not enough: freed memory may be reused for the next storage.
     storage: StorageWeakRef
     data_ptr: int
     shape: torch.Size
@@ -102,7 +102,12 @@ class Stamp:
 
     @classmethod
     def of(cls, parameter: Tensor, weight: Tensor) -> Stamp | None:
-        """Of a parameter and what is encoded of it: the same, or the master copy inside it."""
+        """Make a stamp; None for inference tensors.
+
+        Args:
+            parameter: The parameter.
+            weight: What is encoded: the same tensor, or the master copy inside it.
+        """
         if parameter.is_inference():
             # Inference tensors have no version counter.
             return None
@@ -117,22 +122,22 @@ class Stamp:
         )
 
     def is_in_place(self, weight: Tensor) -> bool:
-        """Whether a weight lies in the memory that it lay in, and in the same way."""
+        """Whether a weight is in the same memory, with the same shape, strides and dtype."""
         address = weight.data_ptr()
         return (
             address == self.data_ptr
             and weight.shape == self.shape
             and weight.dtype is self.dtype
             and weight.stride() == self.strides
-            # As StorageWeakRef.expired() asks, which takes six times as long; tensors without memory share an address.
-            and (not _storage_has_expired(self.storage.cdata) if address else self._is_of_storage(weight))
+            # The same as StorageWeakRef.expired(), but six times faster. Tensors without memory share an address.
+            and (not _storage_has_expired(self.storage.cdata) if address else self._has_same_storage(weight))
         )
 
-    def _is_of_storage(self, weight: Tensor) -> bool:
+    def _has_same_storage(self, weight: Tensor) -> bool:
         return bool(self.storage == StorageWeakRef(weight.untyped_storage()))  # type: ignore[no-untyped-call]
 
     def is_unwritten(self, parameter: Tensor, weight: Tensor) -> bool:
-        """Whether it is also the same parameter, and no version counter has moved."""
+        """Whether it is also the same parameter, and no version counter has changed."""
         of_parameter, of_weight = self.versions
         return (
             id(parameter) == self.parameter
@@ -142,13 +147,13 @@ class Stamp:
         )
 
 
-class Looks(NamedTuple):
-    """How metric groups look at a layer: each with what it keeps of it.
+class MetricCalls(NamedTuple):
+    """The metric groups to call for a layer in a step, with their state.
 
     Attributes:
-        before: Those that look at the weight before the step.
-        slices: Those that look at every slice, or have the kernel do the same.
-        after: Those that look at the weight after the step.
+        before: Those called before the step.
+        slices: Those called for each slice, unless a kernel does the same.
+        after: Those called after the step.
     """
 
     before: tuple[tuple[Group, LayerMetric], ...] = ()
@@ -157,118 +162,118 @@ class Looks(NamedTuple):
 
 
 class CodeState(Enum):
-    """What the codes of a layer are worth. The methods of :class:`Layer` below are all transitions there are."""
+    """The validity of a layer's codes. Only the transitions of :class:`Layer` change it."""
 
-    ABSENT = "there are none"
-    FRESH = "made just before the step that is under way"
-    KEPT = "of the end of the last counted step, which is before the next one unless the weight is written"
-    STALE = "nobody knows of when; only their memory is of use"
-    FAILED = "given up"
+    ABSENT = "there are no codes"
+    FRESH = "made just before the current step"
+    KEPT = "made after the last counted step, and valid before the next one unless the weight is written"
+    STALE = "outdated, but their memory can be reused"
+    FAILED = "the layer is no longer tracked"
 
 
 @dataclass(eq=False)
 class Layer:
-    """What is known of one weight between steps."""
+    """The state of one weight between steps."""
 
     name: str
     weights: int
     quantizer: str
     settled: list[float]
-    """Counted before and elsewhere: in a loaded checkpoint. Of a sharded weight also what all processes have counted
-    up to their last synchronization."""
+    """Counts from a loaded checkpoint, and for a sharded weight those of all processes up to their last
+    synchronization."""
     local_before: list[float]
-    """What this process has counted in rows on other devices."""
+    """Counts of this process in earlier rows on other devices."""
     restarts: int = 0
-    """How often its counts have started anew, because it was another weight."""
+    """The number of times its counts were reset because it became another weight."""
     row: Row | None = None
     state: CodeState = CodeState.ABSENT
     codes: Tensor | None = None
     scale_codes: Tensor | None = None
-    """Of block and group scales."""
+    """The stored block or group scales."""
     statistic: Tensor | None = None
-    """What the quantizer has to know of the whole of a sharded weight, as of the last collective."""
+    """The statistic of the whole sharded weight that the quantizer needs, from the last collective."""
     scale: Tensor | None = None
-    """Of the codes, where they were made alone; kept for metric groups."""
+    """The scale of the codes if the layer was encoded alone; kept for metric groups."""
     stamp: Stamp | None = None
-    """Of the weight when its codes were made; None where it has no version counter, or is not to be trusted."""
+    """Identifies the weight when its codes were made; None if it has no version counter or may have been written."""
     tracked: TrackedWeight | None = None
-    """The weight, as it was handed in last."""
+    """The weight that was passed last."""
     route: Route | None = None
-    """What encodes and counts it; None until a step finds one."""
+    """Encodes and counts the layer; None until a step chooses one."""
     member: Member | None = None
     """Its place in a batch."""
     is_gathered: bool = False
-    """Whether it is counted in plain torch together with others."""
+    """Whether plain torch counts it together with other layers."""
     metrics: dict[str, LayerMetric | None] | None = None
-    """Name of a group to what it keeps, once there is a baseline; None for a group without numbers for this layer."""
+    """The state of each metric group by name, once there is a baseline. None for a group that does not support it."""
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """What groups kept in a checkpoint, or on another device."""
+    """The state of groups from a checkpoint or another device."""
     code_kind: tuple[torch.Size, torch.dtype] | None = None
-    """Shape and dtype of the codes that groups began with."""
-    looks: Looks | None = None
-    """How groups look at it, since ``metrics`` were opened."""
+    """Shape and dtype of the codes for which the groups were opened."""
+    metric_calls: MetricCalls | None = None
+    """The groups to call in a step, once ``metrics`` are opened."""
 
     # ------------------------------------------------------------------ transitions
 
-    def encoded(self, weight: Tensor) -> None:
-        """Its codes are those of the weight as it is now."""
+    def mark_encoded(self, weight: Tensor) -> None:
+        """Note that the codes are those of the current weight."""
         assert self.tracked is not None
         self.stamp = Stamp.of(self.tracked.parameter, weight)
         self.state = CodeState.FRESH
 
-    def counted(self, weight: Tensor, *, has_state: bool = False) -> None:
-        """Its codes are those of the weight after the step, and kept for the next one.
+    def mark_counted(self, weight: Tensor, *, has_state: bool = False) -> None:
+        """Note that the codes are those of the weight after the step, and kept for the next one.
 
         Args:
-            weight: What was encoded.
-            has_state: Whether codes depend on more than the weight, so that they cannot be kept.
+            weight: The tensor that was encoded.
+            has_state: Whether the codes also depend on a state, so that they cannot be kept.
         """
         assert self.tracked is not None
         self.stamp = Stamp.of(self.tracked.parameter, weight)
         self.state = CodeState.STALE if has_state or self.stamp is None else CodeState.KEPT
 
-    def counted_in_place(self, stamp: Stamp, version: int) -> None:
-        """As ``counted``, where the weight is the parameter itself and lies where it did."""
+    def mark_counted_in_place(self, stamp: Stamp, version: int) -> None:
+        """As ``mark_counted``, if the weight is the parameter itself and has not moved."""
         stamp.versions = (version, version)
         self.state = CodeState.KEPT
 
     def distrust(self) -> None:
-        """It may have been written since its codes were made."""
+        """Note that the weight may have been written since its codes were made."""
         self.stamp = None
         if self.state in (CodeState.FRESH, CodeState.KEPT):
             self.state = CodeState.STALE
 
     def drop_codes(self, *, metrics: bool = False) -> None:
-        """Give back memory; with ``metrics``, also what metric groups remember of each weight.
+        """Release the codes; with ``metrics``, also the state of metric groups.
 
-        The stamp stays: it tells whether what is known of the weight beside its codes still holds.
+        The stamp stays, since it also tells whether other state of the weight is still valid.
         """
         self.codes = self.scale_codes = self.scale = None
         self.leave_route()
         if self.state is not CodeState.FAILED:
             self.state = CodeState.ABSENT
         if metrics:
-            self.metrics, self.looks, self.saved = None, None, {}
+            self.metrics, self.metric_calls, self.saved = None, None, {}
 
     def leave_route(self) -> None:
-        """Its route takes it no more: the next step finds another one."""
+        """Leave the current route, so that the next step chooses one."""
         self.member = self.route = None
         self.is_gathered = False
 
     def fail(self) -> None:
-        """Count it no more."""
+        """Stop tracking the layer."""
         self.drop_codes(metrics=True)
         self.stamp = self.tracked = None
         self.state = CodeState.FAILED
 
-    # ------------------------------------------------------------------ questions
+    # ------------------------------------------------------------------ queries
 
     def is_unwritten(self, parameter: Tensor, weight: Tensor) -> bool:
-        """Whether a weight is the one that was stamped, as far as writing it leaves a trace."""
+        """Whether a weight is the stamped one and was not written since, as far as writes leave a trace."""
         return self.stamp is not None and self.stamp.is_unwritten(parameter, weight)
 
-    def is_as_it_was(self, tracked: TrackedWeight) -> bool:
-        """Whether a layer that is counted together with others has the codes of now, asked as cheaply as can be."""
+    def is_current(self, tracked: TrackedWeight) -> bool:
+        """Whether a layer that is counted together with others has current codes. A fast check without other cases."""
         stamp = self.stamp
         return (
             self.tracked is tracked
@@ -278,8 +283,8 @@ class Layer:
             and stamp.is_unwritten(parameter := tracked.parameter, parameter)
         )
 
-    def seen(self, weight: Tensor, quantizer: Quantizer) -> Weight:
-        """The weight as metric groups see it."""
+    def view_for_metrics(self, weight: Tensor, quantizer: Quantizer) -> Weight:
+        """Return the weight in the form that metric groups receive."""
         assert self.codes is not None
         if isinstance(quantizer, ElementwiseQuantizer):
             return Weight(quantizer.grouped(weight), quantizer.grouped(self.codes), self.scale_of_codes, quantizer)
@@ -287,42 +292,42 @@ class Layer:
 
     @property
     def scale_of_codes(self) -> Tensor | None:
-        """The quantizer's scale, wherever it is kept for metric groups."""
+        """The scale of the codes, kept for metric groups by the layer or its batch."""
         return self.member.scale if self.scale is None and self.member is not None else self.scale
 
     @property
     def code_bytes(self) -> int:
-        """Of the codes, and what belongs to them."""
+        """Bytes of the codes and their scales."""
         return sum(kept.nbytes for kept in (self.codes, self.scale_codes, self.scale_of_codes) if kept is not None)
 
     @property
     def metric_bytes(self) -> int:
-        """Of what metric groups remember."""
+        """Bytes of the state of metric groups."""
         kept = sum(metric.nbytes for metric in (self.metrics or {}).values() if metric is not None)
         return kept + sum(tensor.nbytes for tensors in self.saved.values() for tensor in tensors.values())
 
     # ------------------------------------------------------------------ memory
 
-    def make_room(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor for codes of this weight; a new one holds none yet."""
+    def allocate_codes(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor for the codes of a weight, reusing the old one if it fits."""
         if self.codes is None or self.codes.shape != weight.shape or self.codes.dtype != dtype:
             self.distrust()
             self.codes = torch.empty_like(weight, dtype=dtype)
         return self.codes
 
     def close_metrics(self) -> None:
-        """Groups begin anew with the next codes, from what they kept."""
+        """Close the groups, and save their state for when they are opened again with the next codes."""
         self.saved = self.metric_tensors()
-        self.metrics = self.looks = None
+        self.metrics = self.metric_calls = None
 
     def metric_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What groups keep of each weight, by group and name."""
+        """Return the per-weight state of the groups, by group and name."""
         kept = {group: dict(tensors) for group, tensors in self.saved.items()}
         is_open = (self.metrics or {}).items()
         return kept | {group: metric.tensors for group, metric in is_open if metric is not None and metric.state}
 
     def __getstate__(self) -> dict[str, Any]:
-        # The stamp is about this process's parameter: a copy encodes its own anew.
+        # The stamp identifies a parameter of this process. A copy of the layer encodes its weight again.
         names = (
             "codes",
             "scale_codes",
@@ -333,7 +338,7 @@ class Layer:
             "route",
             "member",
             "metrics",
-            "looks",
+            "metric_calls",
         )
         state = self.state if self.state is CodeState.FAILED else CodeState.ABSENT
         return {**self.__dict__, **dict.fromkeys(names), "saved": self.metric_tensors(), "state": state}

@@ -1,4 +1,4 @@
-"""Runs the metric groups: lets them see the weights, and isolates their faults."""
+"""Run the metric groups, and isolate their failures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weightflip import functional, kernels
-from weightflip.counting.layer import Layer, Looks
+from weightflip.counting.layer import CodeState, Layer, MetricCalls
 from weightflip.counting.notices import Notices
 from weightflip.counting.observed import Observation
 from weightflip.counting.schedule import Schedule
@@ -20,14 +20,14 @@ from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 
 
 class MetricRunner:
-    """The groups beside flips and stalls, and when each looks at a layer.
+    """Runs the metric groups when they are due.
 
     Args:
-        groups: What was asked for.
-        schedule: Says which step it is.
-        notices: Where faults are noted.
-        scratch: Where temporaries come from.
-        backend: What encodes.
+        groups: The requested groups.
+        schedule: Counts the steps.
+        notices: Receives warnings about failures.
+        scratch: Provides temporary buffers.
+        backend: As in :func:`weightflip.kernels.check_backend`.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class MetricRunner:
         self._of_steps = [group for group in groups if group.metric.uses_steps]
         self._of_marks = [group for group in groups if group.metric.uses_marks]
         self.changes = 0
-        """Rises whenever a group begins or ends with a layer."""
-        self.has_news = False
+        """Increases whenever a group starts or stops running for a layer."""
+        self.has_new_counts = False
         """Whether anything was counted since the last logging point."""
 
     def __bool__(self) -> bool:
@@ -72,63 +72,66 @@ class MetricRunner:
     # ------------------------------------------------------------------ in a step
 
     def before(self, layer: Layer, *, is_shard: bool) -> None:
-        """Open the groups of a layer that has its baseline now, and let them see the weight before the step.
+        """Before the step, open the groups of a layer that are not open yet, and call them.
 
         Args:
-            layer: With its codes.
+            layer: A layer with its current codes.
             is_shard: Whether other processes have parts of the same weight.
         """
         assert layer.tracked is not None
         assert layer.codes is not None
+        if layer.metric_calls is not None and not layer.metric_calls.before and layer.state is CodeState.KEPT:
+            # Kept codes have the shape and dtype of the last step. This is called for each layer in each step.
+            return
         weight, quantizer = layer.tracked.unwrapped()
-        if layer.looks is None or layer.code_kind != _code_kind(layer.codes, quantizer):
-            self._open_all(layer, self._of_steps, layer.seen(weight, quantizer), is_shard)
-            self._find_looks(layer)
-        assert layer.looks is not None
-        for group, metric in self._due(layer.looks.before):
-            self._ask(layer, group, metric.before, layer.seen(weight, quantizer))
+        if layer.metric_calls is None or layer.code_kind != _code_kind(layer.codes, quantizer):
+            self._open_all(layer, self._of_steps, layer.view_for_metrics(weight, quantizer), is_shard)
+            self._set_metric_calls(layer)
+        assert layer.metric_calls is not None
+        for group, metric in self._due(layer.metric_calls.before):
+            self._call(layer, group, metric.before, layer.view_for_metrics(weight, quantizer))
 
-    def _open_all(self, layer: Layer, groups: Sequence[Group], seen: Weight, is_shard: bool) -> None:
-        """Open those of the groups that are not open yet."""
-        kind = seen.codes.shape, seen.codes.dtype
+    def _open_all(self, layer: Layer, groups: Sequence[Group], weight: Weight, is_shard: bool) -> None:
+        """Open the groups that are not open yet."""
+        kind = weight.codes.shape, weight.codes.dtype
         if layer.metrics is None or layer.code_kind != kind:
-            # Stored in another dtype now: what was remembered is of other codes.
-            layer.metrics, layer.code_kind, layer.looks = {}, kind, None
+            # The codes have a new shape or dtype, so the old state does not fit.
+            layer.metrics, layer.code_kind, layer.metric_calls = {}, kind, None
         for group in groups:
             if group.metric.name not in layer.metrics:
-                self._ask(layer, group, self._open, layer, group, seen, is_shard)
+                self._call(layer, group, self._open, layer, group, weight, is_shard)
 
-    def _open(self, layer: Layer, group: Group, seen: Weight, is_shard: bool) -> None:
+    def _open(self, layer: Layer, group: Group, weight: Weight, is_shard: bool) -> None:
         assert layer.metrics is not None
         if is_shard and not group.metric.of_shards:
             layer.metrics[group.metric.name] = None
             return
-        metric = layer.metrics[group.metric.name] = group.metric.open(layer.name, seen)
+        metric = layer.metrics[group.metric.name] = group.metric.open(layer.name, weight)
         saved = layer.saved.pop(group.metric.name, {})
         for name, tensor in {} if metric is None else metric.tensors.items():
             kept = saved.get(name)
             if kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype):
                 tensor.copy_(kept)
 
-    def _find_looks(self, layer: Layer) -> None:
-        """What to call for a layer in each step: methods that do nothing are left out."""
+    def _set_metric_calls(self, layer: Layer) -> None:
+        """Find the methods to call for a layer in each step. Methods that are not overridden are left out."""
         found = [
             (group, metric)
             for group in self._of_steps
             if layer.metrics is not None and (metric := layer.metrics.get(group.metric.name)) is not None
         ]
-        layer.looks = Looks(
+        layer.metric_calls = MetricCalls(
             before=tuple((g, metric) for g, metric in found if type(metric).before is not LayerMetric.before),
             slices=tuple((g, metric) for g, metric in found if type(metric).slice is not LayerMetric.slice),
             after=tuple((g, metric) for g, metric in found if type(metric).after is not LayerMetric.after),
         )
         self.changes += 1
 
-    def observer(
+    def make_observer(
         self, layer: Layer, weight: Tensor, quantizer: Quantizer, valid: Tensor | None
     ) -> functional.Observer | None:
-        """What shows each slice of a weight to the groups; None if none wants to see it."""
-        due = self._due(layer.looks.slices) if layer.looks is not None else []
+        """Return a function that passes each slice of a weight to the groups; None if no group needs it."""
+        due = self._due(layer.metric_calls.slices) if layer.metric_calls is not None else []
         if not due:
             return None
         values = quantizer.grouped(weight) if isinstance(quantizer, ElementwiseQuantizer) else weight
@@ -139,18 +142,18 @@ class MetricRunner:
         def observe(index: kernels.Index, old: Tensor, new: Tensor) -> None:
             part = Slice(index, values[index], old, new, old_scale, valid, self._scratch, self._backend)
             for group, metric in due:
-                self._ask(layer, group, metric.slice, part, _sums(layer, group))
+                self._call(layer, group, metric.slice, part, _sums(layer, group))
 
         return observe
 
-    def observations(self, layer: Layer) -> tuple[Observation, ...] | None:
-        """What the groups do with each weight of a layer, for a kernel; None where it cannot read what they keep.
+    def find_observations(self, layer: Layer) -> tuple[Observation, ...] | None:
+        """Return what the groups compute for each weight of a layer; None if a kernel cannot access their state.
 
-        Groups that can only be shown slices are not among them: see :meth:`needs_slices`.
+        Groups that need slices are not included. See :meth:`needs_slices`.
         """
         assert layer.codes is not None
         found = []
-        for group, metric in () if layer.looks is None else layer.looks.slices:
+        for group, metric in () if layer.metric_calls is None else layer.metric_calls.slices:
             if metric.pointwise is None:
                 continue
             states = []
@@ -169,30 +172,32 @@ class MetricRunner:
         return tuple(found)
 
     def needs_slices(self, layer: Layer) -> bool:
-        """Whether a group that looks at this step has to be shown the slices of a layer."""
-        return layer.looks is not None and any(metric.pointwise is None for _, metric in self._due(layer.looks.slices))
+        """Whether a group that is due in this step needs the slices of a layer."""
+        return layer.metric_calls is not None and any(
+            metric.pointwise is None for _, metric in self._due(layer.metric_calls.slices)
+        )
 
     def after(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> None:
-        """Let the groups see a weight after the step, once all of it is counted."""
-        for group, metric in () if layer.looks is None else self._due(layer.looks.after):
-            self._ask(layer, group, metric.after, layer.seen(weight, quantizer), _sums(layer, group))
+        """Call the groups after the step, once the whole weight is counted."""
+        for group, metric in () if layer.metric_calls is None else self._due(layer.metric_calls.after):
+            self._call(layer, group, metric.after, layer.view_for_metrics(weight, quantizer), _sums(layer, group))
 
     def after_all(self, layers: Sequence[Layer]) -> None:
-        """As :meth:`after`, of layers that are counted together."""
+        """As :meth:`after`, for layers that are counted together."""
         for layer in layers:
-            if layer.looks is not None and layer.looks.after and layer.tracked is not None:
+            if layer.metric_calls is not None and layer.metric_calls.after and layer.tracked is not None:
                 self.after(layer, *layer.tracked.unwrapped())
 
     @property
     def due(self) -> tuple[str, ...]:
-        """The names of the groups that look at this step."""
+        """The names of the groups that are due in this step."""
         steps = self._schedule.tracked_steps
         return tuple(group.metric.name for group in self._of_steps if steps % group.every == 0)
 
-    def _due(self, looks: Sequence[tuple[Group, LayerMetric]]) -> list[tuple[Group, LayerMetric]]:
-        """Those of some groups that look at this step."""
+    def _due(self, calls: Sequence[tuple[Group, LayerMetric]]) -> list[tuple[Group, LayerMetric]]:
+        """Return those of the calls that are due in this step."""
         steps = self._schedule.tracked_steps
-        return [(group, metric) for group, metric in looks if steps % group.every == 0]
+        return [(group, metric) for group, metric in calls if steps % group.every == 0]
 
     # ------------------------------------------------------------------ at a mark
 
@@ -204,17 +209,17 @@ class MetricRunner:
             is_shard: Whether other processes have parts of the same weight.
         """
         assert layer.row is not None
-        seen = self._seen(layer)
-        self._open_all(layer, self._of_marks, seen, is_shard)
+        weight = self._view_between_steps(layer)
+        self._open_all(layer, self._of_marks, weight, is_shard)
         for group in self._of_marks:
             metric = (layer.metrics or {}).get(group.metric.name)
             if metric is not None:
                 sums = layer.row.more_total(group.sums).view(-1, 2)
-                self._ask(layer, group, metric.mark, seen, sums, self._scratch)
-        self.has_news = True
+                self._call(layer, group, metric.mark, weight, sums, self._scratch)
+        self.has_new_counts = True
 
     def forget_mark(self, layer: Layer) -> None:
-        """Drop what the groups remember of the last mark: the layer is not part of the current one."""
+        """Drop the state of the last mark, because the layer is not part of the current one."""
         for group in self._of_marks:
             layer.saved.pop(group.metric.name, None)
             if layer.metrics and layer.metrics.get(group.metric.name) is not None:
@@ -223,7 +228,7 @@ class MetricRunner:
     # ------------------------------------------------------------------ at a logging point
 
     def begin_measure(self, layers: LayerTable) -> list[Group]:
-        """Forget what was found at the last logging point; the groups that look at this one.
+        """Reset the gauges of the last logging point, and return the groups that are due at this one.
 
         Args:
             layers: All layers.
@@ -237,29 +242,29 @@ class MetricRunner:
             if group.gauges.start < group.bins.stop
             and steps - self._measured.get(group.metric.name, -group.every) >= group.every
         ]
-        has_news, self.has_news = self.has_news, False
-        return due if has_news else []
+        has_new_counts, self.has_new_counts = self.has_new_counts, False
+        return due if has_new_counts else []
 
     def measure(self, layer: Layer, due: Sequence[Group]) -> None:
-        """Let groups look at a layer that has its codes.
+        """Compute the gauges of a layer.
 
         Args:
-            layer: One of the last step.
-            due: As ``begin_measure`` has it.
+            layer: A layer of the last step, with its current codes.
+            due: The groups that ``begin_measure`` returned.
         """
         assert layer.row is not None
-        seen = self._seen(layer)
+        weight = self._view_between_steps(layer)
         for group in due:
             metric = (layer.metrics or {}).get(group.metric.name)
             if metric is not None:
                 gauges, bins = layer.row.more_total(group.gauges).view(-1, 2), layer.row.more_total(group.bins)
-                self._ask(layer, group, metric.gauge, seen, gauges, bins)
+                self._call(layer, group, metric.gauge, weight, gauges, bins)
 
-    def _seen(self, layer: Layer) -> Weight:
-        """Return a weight between two steps as the groups see it."""
+    def _view_between_steps(self, layer: Layer) -> Weight:
+        """Return a weight between two steps in the form that metric groups receive."""
         assert layer.tracked is not None
         weight, quantizer = layer.tracked.unwrapped()
-        seen = layer.seen(weight, quantizer)._replace(backend=self._backend)
+        seen = layer.view_for_metrics(weight, quantizer)._replace(backend=self._backend)
         member = layer.member
         has_scale = self.uses_steps or (member is not None and member.keeps_scale and seen.scale is not None)
         if has_scale or not isinstance(quantizer, ElementwiseQuantizer):
@@ -267,20 +272,20 @@ class MetricRunner:
         encoding = functional.Encoding(quantizer, self._scratch, self._backend, layer.statistic)
         return seen._replace(scale=encoding.scale(seen.values))
 
-    def measured(self, due: Sequence[Group]) -> None:
-        """These groups have looked now."""
+    def mark_measured(self, due: Sequence[Group]) -> None:
+        """Note that the gauges of these groups are computed at this logging point."""
         self._measured.update({group.metric.name: self._schedule.steps for group in due})
 
-    def _ask(self, layer: Layer, group: Group, action: Callable[..., None], *args: Any) -> None:
-        """A group that fails on a layer is warned about once; everything else goes on."""
+    def _call(self, layer: Layer, group: Group, action: Callable[..., None], *args: Any) -> None:
+        """Call a method of a group. If it fails, warn once, and stop running the group for this layer."""
         try:
             action(*args)
         except Exception as error:
             assert layer.metrics is not None
             layer.metrics[group.metric.name] = None
-            self._find_looks(layer)
+            self._set_metric_calls(layer)
             self._notices.add(
-                f"{layer.name!r} has no numbers of {group.metric.name!r} any more, all else goes on: "
+                f"{layer.name!r} has no numbers of {group.metric.name!r} any more, everything else continues: "
                 f"{type(error).__name__}: {error}"
             )
 

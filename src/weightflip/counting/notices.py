@@ -43,7 +43,7 @@ class Noted:
 
     @property
     def holds_warnings(self) -> bool:
-        """Whether whoever calls takes the warnings, and gives them when no process waits for this one."""
+        """Whether the caller takes the warnings, and issues them when no process waits for this one."""
         return self._notices.hold
 
     @holds_warnings.setter
@@ -51,5 +51,5 @@ class Noted:
         self._notices.hold = hold
 
     def take_warnings(self) -> list[str]:
-        """What has not been warned about yet, where ``holds_warnings`` is set."""
+        """Return the pending warnings, if ``holds_warnings`` is set."""
         return self._notices.take()

@@ -1,4 +1,4 @@
-"""What metric groups do with weights that are counted together, and the scales that they need for it."""
+"""The work of metric groups on weights that are counted together, and the scales that they need."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from weightflip import kernels
 
 
 class Observation(NamedTuple):
-    """What a metric group does with each weight of a layer.
+    """What a metric group computes for each weight of a layer.
 
     Attributes:
-        group: Its name.
-        pointwise: The same as an expression.
-        states: The tensors that the expression reads and writes, laid out as the codes.
-        columns: Where each of its counts is added, among the columns of all groups.
+        group: The name of the group.
+        pointwise: The computation as an expression.
+        states: The tensors that the expression reads and writes, with the layout of the codes.
+        columns: The column to which each count is added, among those of all groups.
     """
 
     group: str
@@ -28,16 +28,16 @@ class Observation(NamedTuple):
 
     @property
     def kind(self) -> tuple[str, kernels.Pointwise, tuple[int, ...]]:
-        """What layers have in common that are counted in one call."""
+        """The key by which layers are grouped into one call."""
         return self.group, self.pointwise, self.columns
 
 
 class HeldScale:
-    """Scales that neighbours in a batch were encoded with last, end to end.
+    """The last scales of adjacent weights in a batch, concatenated.
 
     Attributes:
-        scale: As the quantizer gives them; None where there are none.
-        applied: What the weights were multiplied or divided by.
+        scale: The scales as returned by the quantizer; None if there are none.
+        applied: The factors by which the weights were multiplied or divided.
     """
 
     __slots__ = ("applied", "scale")
@@ -47,7 +47,7 @@ class HeldScale:
 
 
 class Place(NamedTuple):
-    """Where in such scales those of a weight are, or of a part of it."""
+    """The position of the scales of a weight, or a part of it, in a :class:`HeldScale`."""
 
     held: HeldScale
     first: int
@@ -59,11 +59,11 @@ class Place(NamedTuple):
 
 
 class Due(NamedTuple):
-    """The metric groups that look at a step.
+    """The metric groups that are due in a step.
 
     Attributes:
         groups: Their names.
-        sums: float64, the columns of all groups, a row for each layer; added to.
+        sums: float64, the columns of all groups, one row per layer. Counts are added to it.
     """
 
     groups: tuple[str, ...]
@@ -71,10 +71,11 @@ class Due(NamedTuple):
 
 
 class Observations:
-    """What metric groups do with neighbours in a batch, as addresses.
+    """The observations of adjacent weights in a batch, as addresses for a kernel.
 
     Args:
-        parts: Of each weight, or part of one, what groups do, of the same kinds; and the element that it begins with.
+        parts: For each weight or part of a weight, its observations, which must be of the same kinds for all, and the
+            index of its first element.
     """
 
     def __init__(self, parts: Sequence[tuple[Sequence[Observation], int]]) -> None:
@@ -82,22 +83,22 @@ class Observations:
         self._known: dict[tuple[str, ...], kernels.Observed | None] = {}
 
     def of(self, due: Due) -> kernels.Observed | None:
-        """What the kernel is given in a step, but for the scales of before it; None where no group looks."""
+        """Return the kernel's arguments for a step, except the old scales; None if no group is due."""
         if due.groups not in self._known:
-            self._known[due.groups] = self._addressed(due)
+            self._known[due.groups] = self._with_addresses(due)
         known = self._known[due.groups]
         return None if known is None else known._replace(sums=due.sums)
 
-    def _addressed(self, due: Due) -> kernels.Observed | None:
-        looking = [([one for one in of_one if one.group in due.groups], first) for of_one, first in self._parts]
-        of_first = looking[0][0]
+    def _with_addresses(self, due: Due) -> kernels.Observed | None:
+        due_parts = [([one for one in of_one if one.group in due.groups], first) for of_one, first in self._parts]
+        of_first = due_parts[0][0]
         if not of_first:
             return None
         addresses = [
             [state.data_ptr() + first * state.element_size() for one in of_one for state in one.states]
-            for of_one, first in looking
+            for of_one, first in due_parts
         ]
-        states = np.array(addresses, dtype=np.int64).reshape(len(looking), -1)
+        states = np.array(addresses, dtype=np.int64).reshape(len(due_parts), -1)
         columns = np.array([column for one in of_first for column in one.columns], dtype=np.int64)
         groups = tuple(one.pointwise for one in of_first)
         return kernels.Observed(groups, np.ascontiguousarray(states.T), None, due.sums, columns)

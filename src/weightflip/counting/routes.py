@@ -1,4 +1,4 @@
-"""How layers are encoded and counted: one by one here, many at once in ``batched.py``."""
+"""Routes encode and count layers: one by one here, many at once in ``batched.py`` and ``gathered.py``."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ from weightflip.counting.table import LayerTable
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer, bits_of_scale
 
 Gradients = Mapping[str, Tensor | None]
-"""Of the layers, as they were before the step."""
+"""Gradients by layer name, as they were before the step."""
 
 
 class Route(Protocol):
-    """One way from weights to codes and counts. A layer that fails on it is given up, and the others go on."""
+    """A way to get codes and counts from weights. A layer that fails is no longer tracked; the others continue."""
 
     def accepts(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> bool:
-        """Take a layer over, if this route can. Asked when the layer is opened, or changes.
+        """Take a layer over and return True if this route supports it. Called when the layer is opened or changes.
 
         Args:
-            layer: With its weight in ``tracked``.
-            weight: What is encoded of it.
-            quantizer: By what.
+            layer: The layer, with its weight in ``tracked``.
+            weight: The tensor to encode.
+            quantizer: Encodes it.
         """
         ...
 
     def encode(self, layers: Sequence[Layer]) -> None:
-        """Make the codes of the weights as they are now."""
+        """Encode the current weights."""
         ...
 
     def count(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
-        """Encode the weights anew, count what changed, and keep the new codes.
+        """Encode the weights again, count the changes, and keep the new codes.
 
         Args:
-            layers: With the codes of before the step.
-            gradients: Of before the step; after it, the parameters' own come first.
-            valid: 0-dim: whether the step was one at all; None: it was.
+            layers: Layers with the codes from before the step.
+            gradients: The gradients before the step. Gradients that parameters have after it take precedence.
+            valid: 0-dim: False if the step was skipped. None: it was not.
         """
         ...
 
     def release(self) -> None:
-        """Hold no codes of layers; the next step finds them in the layers."""
+        """Release all codes. The next step takes them from the layers."""
         ...
 
 
 class OneByOne(ABC):
-    """Each layer by itself.
+    """Encodes and counts each layer separately.
 
     Args:
-        layers: Where faults go.
-        runner: The metric groups, which see each weight.
-        scratch: Where temporaries come from.
-        backend: What encodes.
-        with_updates: Whether gradients are looked at.
+        layers: Receives failures.
+        runner: The metric groups.
+        scratch: Provides temporary buffers.
+        backend: As in :func:`weightflip.kernels.check_backend`.
+        with_updates: Whether updates are counted.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class OneByOne(ABC):
 
     @abstractmethod
     def _encode(self, layer: Layer, weight: Tensor, quantizer: Any) -> Tensor | None:
-        """Put the codes of a weight into the layer; its scale."""
+        """Write the codes of a weight to the layer, and return the scale."""
 
     @abstractmethod
     def _advance(
@@ -86,10 +86,10 @@ class OneByOne(ABC):
         update: Tensor | None,
         observe: functional.Observer | None,
     ) -> Tensor | None:
-        """Count what changed into the layer's row, and keep the new codes; the scale."""
+        """Add the changes to the layer's row, keep the new codes, and return the scale."""
 
     def release(self) -> None:
-        """As in :class:`Route`: codes are held by the layers only."""
+        """As in :class:`Route`. Nothing to do: only the layers hold codes."""
         return
 
     def encode(self, layers: Sequence[Layer]) -> None:
@@ -100,7 +100,7 @@ class OneByOne(ABC):
                 scale = self._encode(layer, weight, quantizer)
                 layer.scale_codes = _scale_codes(quantizer, scale, weight, layer.tracked)
                 layer.scale = scale if self._runner else None
-                layer.encoded(weight)
+                layer.mark_encoded(weight)
             except Exception as error:
                 self._layers.fail(layer.name, error)
 
@@ -124,7 +124,9 @@ class OneByOne(ABC):
             at = tuple(sparse.indices())
             before = layer.codes[at]
         dense = None if gradient is None or sparse is not None else gradient.detach()
-        scale = self._advance(layer, weight, quantizer, dense, self._runner.observer(layer, weight, quantizer, valid))
+        scale = self._advance(
+            layer, weight, quantizer, dense, self._runner.make_observer(layer, weight, quantizer, valid)
+        )
         layer.scale = scale if self._runner else None
         self._runner.after(layer, weight, quantizer)
         scale_codes = _scale_codes(quantizer, scale, weight, layer.tracked)
@@ -138,10 +140,13 @@ class OneByOne(ABC):
             counts[kernels.UPDATES].add_(torch.count_nonzero(updated))
             counts[kernels.STALLED].add_(torch.count_nonzero(updated & (layer.codes[at] == before)))
         step[WEIGHT_STEPS].fill_(weight.numel())
-        layer.counted(weight, has_state=quantizer.has_state)
+        layer.mark_counted(weight, has_state=quantizer.has_state)
 
     def _gradient(self, layer: Layer, gradients: Gradients) -> Tensor | None:
-        """After the step, since a closure makes them in it; before the step, where a hook has taken them away in it."""
+        """Return the gradient after the step, or the one before it if there is none any more.
+
+        A closure computes gradients during the step, and a hook may remove them during the step.
+        """
         assert layer.tracked is not None
         if not self._with_updates:
             return None
@@ -154,13 +159,13 @@ class OneByOne(ABC):
 
 
 class ElementwiseRoute(OneByOne):
-    """Quantizers that look at each element by itself once they have a scale: in slices, or in one pass of a kernel."""
+    """Quantizers that encode each element separately once they have a scale: in slices, or in one kernel pass."""
 
     def accepts(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> bool:
         return isinstance(quantizer, ElementwiseQuantizer)
 
     def _encode(self, layer: Layer, weight: Tensor, quantizer: ElementwiseQuantizer) -> Tensor | None:
-        codes = layer.make_room(weight, quantizer.code_dtype(weight))
+        codes = layer.allocate_codes(weight, quantizer.code_dtype(weight))
         return functional.encode_into(weight, self._encoding(layer, quantizer), codes)
 
     def _advance(
@@ -181,14 +186,14 @@ class ElementwiseRoute(OneByOne):
 
 
 class WholeWeightRoute(OneByOne):
-    """Quantizers of which no more is known than that they make codes of a weight."""
+    """All other quantizers, which encode a whole weight at once."""
 
     def accepts(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> bool:
         return True
 
     def _encode(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> Tensor | None:
         encoded = quantizer.encode(weight)
-        # A copy: these codes are written to, and a quantizer may hand out a view of the weight.
+        # A copy, because these codes are written to, and a quantizer may return a view of the weight.
         layer.codes = encoded.ordinals.clone()
         return encoded.scale
 
@@ -208,7 +213,7 @@ class WholeWeightRoute(OneByOne):
 
 
 def _scale_codes(quantizer: Quantizer, scale: Tensor | None, weight: Tensor, tracked: TrackedWeight) -> Tensor | None:
-    """What is stored of scales that are codes themselves: those of blocks and groups, ``(..., K // group, 1)``."""
+    """Return the stored form of block and group scales, ``(..., K // group, 1)``; None for other scales."""
     if scale is None:
         return None
     if isinstance(quantizer, ElementwiseQuantizer):

@@ -1,4 +1,4 @@
-"""Look up scales of blocks: two calls of torch, where a format's own rule takes ten.
+"""Look up block scales with two calls of torch, while a format's own rule takes ten.
 
 A scale that is stored in a byte takes at most 256 values and grows with the largest magnitude under it. So the
 magnitudes at which each value begins replace the rule. They are found with the rule itself, on the device, because
@@ -21,7 +21,7 @@ _AROUND = 64
 
 
 class ScaleRule(Protocol):
-    """What is needed here of a quantizer."""
+    """The part of a quantizer that this module needs."""
 
     name: str
 
@@ -33,24 +33,24 @@ class ScaleRule(Protocol):
 
 
 class ScaleTable(NamedTuple):
-    """What a rule gives, by the bits of the largest magnitude.
+    """The results of a rule, by the bits of the largest magnitude.
 
     Attributes:
-        bounds: int32, ascending: the first bit pattern of float32 from which on the stored scale is 1, 2, 3, ...
-        factors: float32: what weights are multiplied or divided by under a stored scale of 0, 1, 2, 3, ...
+        bounds: int32, ascending: the first bit pattern of float32 for which the stored scale is 1, 2, 3, ...
+        factors: float32: the factors by which weights are multiplied or divided for a stored scale of 0, 1, 2, 3, ...
     """
 
     bounds: Tensor
     factors: Tensor
 
     def look_up(self, largest: Tensor) -> tuple[Tensor, Tensor]:
-        """What the weights are multiplied or divided by, and the scales as they are stored.
+        """Return the factors by which the weights are multiplied or divided, and the stored scales.
 
         Args:
             largest: Magnitudes, float32; NaN without a sign.
 
         Returns:
-            float32 and int32, of their shape.
+            float32 and int32, in the shape of ``largest``.
         """
         codes = torch.bucketize(largest.view(torch.int32), self.bounds, out_int32=True, right=True)
         return self.factors.index_select(0, codes), codes
@@ -62,30 +62,31 @@ _tables: dict[tuple[Any, ...], ScaleTable | None] = {}
 def table_of(
     quantizer: ScaleRule, rounding: object, dtype: torch.dtype, device: torch.device, *, is_stored: bool = True
 ) -> ScaleTable | None:
-    """The table of a quantizer; None where it does not say exactly what the quantizer's rule does.
+    """Return the table of a quantizer; None if it does not reproduce the quantizer's rule exactly.
 
-    Made once for each kind, which waits for the device. Quantizers of one class, name and rounding have the same rule.
+    It is made once for each kind, with a device synchronization. Quantizers with the same class, name and rounding have
+    the same rule.
 
     Args:
-        quantizer: One whose scales depend on the largest magnitudes alone.
-        rounding: What it does to weights.
-        dtype: Of the weights.
-        device: Where they are.
-        is_stored: Whether scales are stored in a byte. If not, they are powers of two, and their exponents are what is
-            looked up.
+        quantizer: A quantizer whose scales depend only on the largest magnitudes.
+        rounding: Its rounding of weights.
+        dtype: The dtype of the weights.
+        device: Their device.
+        is_stored: Whether scales are stored in a byte. If not, they are powers of two, and the table returns their
+            exponents.
     """
     key = (type(quantizer), quantizer.name, rounding, dtype, device, is_stored, flushes_subnormal())
     if key not in _tables:
         try:
             _tables[key] = _make(quantizer, dtype, device, is_stored)
         except Exception:
-            # The rule is asked in each step then, and what is wrong with it is found there.
+            # The rule is then evaluated in each step, which reports the error.
             _tables[key] = None
     return _tables[key]
 
 
 def flushes_subnormal() -> bool:
-    """Whether the processor takes subnormal numbers for 0 now: some rules then give other scales near them."""
+    """Whether the processor currently treats subnormal numbers as 0, which changes the scales of some rules."""
     return bool(np.float32(FP32.smallest_subnormal) * np.float32(2.0) == 0)
 
 
@@ -99,7 +100,7 @@ def _make(quantizer: ScaleRule, dtype: torch.dtype, device: torch.device, is_sto
     if stored not in (torch.int8, torch.uint8):
         return None
     wanted = torch.arange(1, torch.iinfo(stored).max + 1, device=device)
-    # All bounds at once, each halved in turn. The pattern after the last one is none that a number has.
+    # Bisect all bounds at once. The last pattern is larger than that of any number.
     low, high = torch.zeros_like(wanted), torch.full_like(wanted, _LAST)
     for _ in range(31):
         middle = (low + high) // 2
@@ -113,13 +114,13 @@ def _make(quantizer: ScaleRule, dtype: torch.dtype, device: torch.device, is_sto
 
 
 def _exponents(factor: Tensor) -> Tensor:
-    """Codes of factors that are powers of two and fall with the largest magnitude. As in E8M0, NaN is the last."""
+    """Return codes of factors that are powers of two, larger for smaller factors. As in E8M0, NaN is the last code."""
     exponent = factor.float().view(torch.int32) >> FP32.mantissa_bits
     return torch.where(factor.isnan(), E8M0.nan_code, E8M0.max_code - exponent).to(torch.uint8)
 
 
 def _is_exact(table: ScaleTable, rule: Any) -> bool:
-    """Whether it says what the rule says: of all values of 16 bits, and around each bound."""
+    """Whether the table agrees with the rule for all values of 16 bits, and around each bound."""
     device = table.bounds.device
     around = table.bounds.long().unsqueeze(1) + torch.arange(-_AROUND, _AROUND + 1, device=device)
     bits = torch.cat([torch.arange(1 << 15, device=device) << 16, around.flatten().clamp(0, _LAST)])

@@ -1,4 +1,4 @@
-"""How a compiled loop makes the scales of groups: with a formula, or with a table of steps."""
+"""Describe how a kernel computes the scales of groups: with a formula, or with a table of steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_SLOTS = 1 << 15
 
 
 class ScaledQuantizer(Protocol):
-    """What is needed here of a quantizer."""
+    """The part of a quantizer that this module needs."""
 
     name: str
     group: int | None
@@ -40,14 +40,14 @@ def scaling_of(
 ) -> kernels.Scaling | None:
     """Describe how a quantizer scales its groups; None if there is no such description.
 
-    It is made once for each kind: quantizers of one class, name and rounding have the same rule. The trial of the
-    kernel that follows it shows whether it is right.
+    It is made once for each kind: quantizers with the same class, name and rounding have the same rule. The test of
+    the kernel that uses it shows whether it is correct.
 
     Args:
-        quantizer: One whose scales depend on the largest magnitudes alone.
-        rounding: What it does to weights.
-        dtype: Of the weights.
-        device: Where they are.
+        quantizer: A quantizer whose scales depend only on the largest magnitudes.
+        rounding: Its rounding of weights.
+        dtype: The dtype of the weights.
+        device: Their device.
     """
     key = (type(quantizer), quantizer.name, rounding, dtype, device, flushes_subnormal())
     if key not in _scalings:
@@ -62,7 +62,7 @@ def _make(
     rule = quantizer.scale_rule(dtype)
     if rule is None or isinstance(rule, ScaleFormula):
         return None if rule is None else kernels.Scaling(rule, is_stored)
-    # Where a code has several factors (NaN and 0), only the factors' exponents tell them apart.
+    # If a code has several factors (NaN and 0), only their exponents distinguish them.
     for by_code in (True, False) if is_stored else (False,):
         table = table_of(quantizer, rounding, dtype, device, is_stored=by_code)
         if table is not None:
@@ -72,11 +72,11 @@ def _make(
 
 
 def in_plain_torch(quantizer: ScaledQuantizer, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The quantizer's own way to make scales.
+    """Return a function that computes scales with the quantizer itself.
 
     Returns:
-        From the largest magnitudes under each scale, float32: what weights of this dtype are multiplied or divided by,
-        and what is stored.
+        A function of the largest magnitude under each scale, float32. It returns the factors for weights of this dtype,
+        and the stored scales.
     """
 
     def scales(largest: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ def _slots(shift: int) -> int:
 
 
 def _starts(shift: int, device: torch.device) -> Tensor:
-    """The bits with which each slot begins, and the end of the last one."""
+    """Return the first bit pattern of each slot, and the end of the last one."""
     return torch.arange(_slots(shift) + 1, device=device) << shift
 
 

@@ -86,7 +86,7 @@ class ShardedRun:
             if name in before:
                 self._stop_adding_up(name)
             if name not in self._layers.failed:
-                self._layers.fail(name, ValueError(reason), tells=name not in self._weights.reported_elsewhere)
+                self._layers.fail(name, ValueError(reason), warns=name not in self._weights.reported_elsewhere)
         self._open_layers(weights)
 
     def _stop_adding_up(self, name: str) -> None:
@@ -189,7 +189,7 @@ class ShardedRun:
                 totals[member.name] = self._add_new_counts(member, new_counts, local_counts)
                 if failures and member.name not in self._layers.failed:
                     error = RuntimeError("it is no longer tracked on another process")
-                    self._layers.fail(member.name, error, tells=team.is_reporter(failures))
+                    self._layers.fail(member.name, error, warns=team.is_reporter(failures))
         self._synchronized_totals = steps, totals
 
     def _add_new_counts(

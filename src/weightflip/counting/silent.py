@@ -34,7 +34,7 @@ class SilentWrites:
         """Bytes held between steps."""
         return self._canary.nbytes
 
-    def look(self, weights: Sequence[TrackedWeight]) -> None:
+    def check(self, weights: Sequence[TrackedWeight]) -> None:
         """Before a step, check its weights."""
         self._distrust_codes(self._canary.find(weights, self._is_unwritten))
 
@@ -48,12 +48,12 @@ class SilentWrites:
 
     @property
     def pending(self) -> list[Tensor]:
-        """0-dim int64 tensors whose values ``answered`` must receive."""
+        """0-dim int64 tensors whose values ``receive`` must receive."""
         return [answer for _, answer in self._canary.pending]
 
-    def answered(self, values: Sequence[int]) -> None:
+    def receive(self, values: Sequence[int]) -> None:
         """Receive the values of ``pending``."""
-        self._distrust_codes(self._canary.answered(values))
+        self._distrust_codes(self._canary.receive(values))
 
     def forget(self) -> None:
         """Expect writes from now on."""

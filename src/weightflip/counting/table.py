@@ -123,13 +123,13 @@ class LayerTable(Mapping[str, Layer]):
 
     # ------------------------------------------------------------------ failures and codes
 
-    def fail(self, name: str, error: Exception, *, tells: bool = True) -> None:
+    def fail(self, name: str, error: Exception, *, warns: bool = True) -> None:
         """Give up on a weight.
 
         Args:
             name: Its name.
             error: The reason.
-            tells: Whether to warn; False if another process does.
+            warns: Whether to warn; False if another process does.
         """
         self.failed.add(name)
         self.has_lost = True
@@ -138,7 +138,7 @@ class LayerTable(Mapping[str, Layer]):
             if layer.row is not None:
                 layer.row.discard()
             layer.fail()
-        if tells:
+        if warns:
             self._notices.add(f"{name!r} is no longer tracked, training continues: {type(error).__name__}: {error}")
 
     def abandon(self, names: Iterable[str]) -> None:

@@ -39,7 +39,7 @@ class Totals:
         skipped = self._schedule.progress.skipped
         pending = self._silent.pending
         rows, values = self._layers.rows(pending if skipped is None else [*pending, skipped])
-        self._silent.answered(values[: len(pending)])
+        self._silent.receive(values[: len(pending)])
         return self._schedule.steps - sum(values[len(pending) :]), rows
 
     def read(self, shards: Shards) -> Numbers:
@@ -114,14 +114,14 @@ class Totals:
 
 
 def parse(
-    state_dict: Any, columns: Columns, asked: set[str]
+    state_dict: Any, columns: Columns, requested: set[str]
 ) -> tuple[int, list[Layer], dict[str, list[float]], set[str]]:
     """Parse what :meth:`Totals.state_dict` returned.
 
     Args:
         state_dict: Any object: a checkpoint may come from another program, or be damaged.
         columns: The columns of the resumed run.
-        asked: The metric groups of the resumed run.
+        requested: The metric groups of the resumed run.
 
     Returns:
         Steps, layers, their totals at the last record, and the metric groups in the checkpoint that were not requested.
@@ -133,7 +133,7 @@ def parse(
     steps, saved = checkpoint.parse(state_dict)
     layers: list[Layer] = []
     window_base: dict[str, list[float]] = {}
-    unasked: set[str] = set()
+    unrequested: set[str] = set()
     more = columns.zeros()[COLUMNS:]
     for name, of in saved.items():
         layer = Layer(name, of.weights, of.quantizer, [*of.total, *more], columns.zeros())
@@ -142,7 +142,7 @@ def parse(
             at = columns.ratio(ratio)
             if at is not None:
                 layer.settled[at], base[at] = numbers[:2], numbers[2:]
-        layer.saved = {group: tensors for group, tensors in of.tensors.items() if group in asked}
-        unasked.update(of.tensors.keys() - asked)
+        layer.saved = {group: tensors for group, tensors in of.tensors.items() if group in requested}
+        unrequested.update(of.tensors.keys() - requested)
         layers.append(layer)
-    return steps, layers, window_base, unasked
+    return steps, layers, window_base, unrequested

@@ -1,4 +1,4 @@
-"""The face of what counts: its options, one step, and the numbers."""
+"""The tracker: its options, the steps, and the counts."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class MemoryUsage(NamedTuple):
     """Bytes that a tracker holds between steps.
 
     Attributes:
-        codes: The codes of the weights: a byte a weight for formats of up to 8 bits.
-        counters: A few numbers a layer.
-        buffers: Scratch memory, of a fixed size once every format was seen.
-        metrics: What metric groups remember of each weight.
+        codes: The codes of the weights: one byte per weight for formats of up to 8 bits.
+        counters: A few numbers per layer.
+        buffers: Scratch memory. Its size is fixed once every format has been encoded.
+        metrics: The per-weight state of metric groups.
     """
 
     codes: int
@@ -59,17 +59,17 @@ Taking: TypeAlias = Callable[[], AbstractContextManager[Sequence[TrackedWeight]]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def _outside_of_autograd(method: _Method) -> _Method:
-    """Without gradients, and not in inference mode: what is made there could not be written to later."""
+def _without_autograd(method: _Method) -> _Method:
+    """Disable gradients and inference mode, since tensors made in inference mode cannot be written to later."""
     return torch.inference_mode(False)(torch.no_grad()(method))
 
 
-def _checked(weights: Any) -> list[TrackedWeight]:
+def _check_weights(weights: Any) -> list[TrackedWeight]:
     found = list(weights) if isinstance(weights, Iterable) else [weights]
     for weight in found:
         if not isinstance(weight, TrackedWeight):
             raise TypeError(
-                f"weights are TrackedWeight objects, got {checks.describe(weight)}; make each with "
+                f"weights are TrackedWeight objects, got {checks.describe(weight)}; make each one with "
                 "weightflip.counting.layer.TrackedWeight(name, parameter, quantizer), or wrap the optimizer in "
                 "FlipTrackingOptimizer"
             )
@@ -79,33 +79,33 @@ def _checked(weights: Any) -> list[TrackedWeight]:
 class WeightFlipTracker(Displayed, Scheduled, Noted):
     """Counts how many weights change their quantized code in an optimizer step.
 
-    Two ways to use it. By name, one weight at a time: ``snapshot_pre_step``, the optimizer's step,
-    ``compute_flips_post_step``. Or for many weights at once and without waiting for the device, as
-    :class:`FlipTrackingOptimizer` does: ``before_step``, the optimizer's step, ``after_step``, and ``record`` at
+    There are two ways to use it. To count one weight at a time, by name, call ``snapshot_pre_step``, the optimizer's
+    step, and ``compute_flips_post_step``. To count many weights at once without synchronizing with the device, as
+    :class:`FlipTrackingOptimizer` does, call ``before_step``, the optimizer's step, ``after_step``, and ``record`` at
     logging points.
 
     Args:
-        metrics: ``"flips"``, and what else is counted: ``"stalls"`` (needs the gradients), the groups of
-            :func:`weightflip.metrics.metric_names`, or ``Metric`` objects. As a mapping, every how many tracked steps
-            each group looks.
+        metrics: ``"flips"``, and what else to count: ``"stalls"`` (needs the gradients), the groups of
+            :func:`weightflip.metrics.metric_names`, or ``Metric`` objects. A mapping also sets for each group the
+            number of tracked steps between two evaluations.
         oscillation_ema: Momentum of the moving average of each weight's oscillation frequency, or a tuple of it and the
             threshold above which a weight counts as oscillating; see
             :class:`~weightflip.metrics.oscillation.Oscillation`.
         sync_every: For the group ``"sync"``: number of steps between two syncs. The weights before the first step are
             the first sync. None: a sync is where ``mark_sync`` is called.
         track_every: Track every n-th step.
-        start_step: First step to track, from 0.
-        end_step: Track no step from this one on; None for no end.
-        low_memory: Drop the codes after each step instead of keeping them for the next one (saves a byte a weight for
-            8-bit formats, costs a second encoding).
-        fresh_snapshots: Encode anew before each step, for scripts that write weights through ``.data``, which leaves
-            no trace.
-        backend: ``"auto"`` for the fastest there is, ``"eager"`` for plain torch, ``"numba"`` to insist on the
-            compiled kernel for weights on the CPU, ``"triton"`` for the one for weights on a GPU. They count the same:
-            a kernel is tried before it is used. What it does not cover, or counts otherwise, goes to eager.
+        start_step: The first step to track, counted from 0.
+        end_step: The first step that is no longer tracked; None for no end.
+        low_memory: Drop the codes after each step instead of keeping them for the next one. Saves one byte per weight
+            for 8-bit formats, and costs a second encoding.
+        fresh_snapshots: Encode the weights again before each step, for scripts that write weights through ``.data``,
+            which leaves no trace.
+        backend: ``"auto"`` for the fastest available, ``"eager"`` for plain torch, ``"numba"`` to require the compiled
+            kernel for weights on the CPU, ``"triton"`` to require the one for weights on a GPU. All of them count the
+            same: a kernel is tested before it is used. Plain torch counts what a kernel does not support or gets wrong.
 
     Raises:
-        ValueError: An unknown metric or backend, ``"triton"`` without a GPU, or step numbers that make no sense.
+        ValueError: Unknown metric or backend, ``"triton"`` without a GPU, or invalid step numbers.
         ImportError: ``backend="numba"`` without Numba, ``"triton"`` without Triton.
 
     Example:
@@ -132,9 +132,9 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         fresh_snapshots: bool = False,
         backend: str = "auto",
     ) -> None:
-        """Start with nothing counted.
+        """Create a tracker that has counted nothing.
 
-        Size: each option is a keyword of its own, which users write as to :class:`FlipTrackingOptimizer`.
+        Size: each option is a separate keyword, as in :class:`FlipTrackingOptimizer`.
         """
         kernels.check_backend(backend)
         names, self._groups = make_groups(metrics, oscillation_ema)
@@ -152,7 +152,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything counted, the number of steps included."""
+        """Reset all counts, including the number of steps."""
         with_updates = "stalls" in self.metrics
         self._schedule.progress = Progress()
         self._scratch = kernels.ScratchPool()
@@ -162,53 +162,53 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._totals = Totals(self._columns, self._layers, self._schedule, self._silent)
         self._runner = MetricRunner(self._groups, self._schedule, self._notices, self._scratch, self.backend)
         self._marks = SyncMarks(self._runner, self._schedule, self._layers, self._notices, self._sync_every)
-        alone = (self._layers, self._runner, self._scratch, self.backend, with_updates)
-        elementwise = ElementwiseRoute(*alone)
+        parts = (self._layers, self._runner, self._scratch, self.backend, with_updates)
+        elementwise = ElementwiseRoute(*parts)
         self._batched = BatchedRoute(self._layers, elementwise, self._runner, self.backend, with_updates)
         is_open = not self._runner.uses_steps
         self._gathered = GatheredRoute(elementwise, self._scratch, with_updates, is_open)
-        routes = (self._batched, self._gathered, elementwise, WholeWeightRoute(*alone))
+        routes = (self._batched, self._gathered, elementwise, WholeWeightRoute(*parts))
         self._current = CurrentLayers(self._layers, routes)
         self._shards: Shards = SingleProcess(self._layers, self._columns)
         self._gradients: dict[str, Tensor | None] = {}
         self._in_step = False
 
-    # ------------------------------------------------------------------ what was asked for
+    # ------------------------------------------------------------------ options
 
     @property
     def value_names(self) -> frozenset[str]:
-        """What the records' ``values`` may hold."""
+        """The names that ``values`` of a record can have."""
         groups = (group.metric for group in self._groups)
         return frozenset(CORE_VALUES).union(*((*metric.ratios, *metric.gauges) for metric in groups))
 
     @property
     def declared_values(self) -> tuple[Value, ...]:
-        """Those that metric groups give, and how each is shown."""
+        """The values of the metric groups, and how to show each of them."""
         return tuple(value for group in self._groups for value in group.metric.declared)
 
     @property
     def layers(self) -> Mapping[str, Layer]:
-        """What is known of each layer between steps. To look at, not to change."""
+        """The state of each layer between steps. Read-only."""
         return self._layers
 
     @property
     def batches(self) -> list[Batch]:
-        """The layers of the last step that are counted in one call, a batch for each device."""
+        """The layers of the last step that are counted in one call, one batch per device."""
         return self._batched.batches
 
     @property
     def heaps(self) -> list[Heap]:
-        """The layers of the last step that plain torch counts together on a device."""
+        """The layers of the last step that plain torch counts together, grouped by kind."""
         return self._gathered.heaps
 
     # ------------------------------------------------------------------ one weight at a time
 
     @property
     def prev_quantized(self) -> dict[str, Tensor]:
-        """Codes of the weights that have a snapshot and no post-step count yet."""
+        """The codes of weights that have a snapshot but no post-step count yet."""
         return self._named.codes
 
-    @_outside_of_autograd
+    @_without_autograd
     def snapshot_pre_step(
         self,
         name: str,
@@ -217,71 +217,71 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         scale: Tensor | float | None = None,
         grad: Tensor | None = None,
     ) -> None:
-        """Remember the codes of a weight before the optimizer's step.
+        """Store the codes of a weight before the optimizer's step.
 
         Args:
-            name: The layer's name; a second snapshot of the same name replaces the first.
-            weight: Floating-point, any shape.
+            name: The layer's name. A second snapshot with the same name replaces the first.
+            weight: A floating-point tensor of any shape.
             format: A quantizer name, ``FloatFormat``, quantizer object or function.
             scale: What the weight is divided by before rounding, instead of the format's own rule.
-            grad: The gradient of this step, dense or sparse; None counts no updates.
+            grad: The gradient of this step, dense or sparse. None: updates are not counted.
 
         Raises:
-            TypeError: The weight or the gradient is no tensor, or the weight is sparse.
-            ValueError: Unknown format, or a weight, scale or gradient that does not fit.
+            TypeError: The weight or the gradient is not a tensor, or the weight is sparse.
+            ValueError: Unknown format, or the format does not fit the weight, scale or gradient.
         """
         self._named.take(name, weight, format, scale, grad)
         self._notices.flush()
 
-    @_outside_of_autograd
+    @_without_autograd
     def compute_flips_post_step(
         self, name: str, weight: Tensor, format: Any, scale: Tensor | float | None = None
     ) -> int:
-        """Count the flips since the snapshot, add them up, and drop the snapshot.
+        """Count the flips since the snapshot, add them to the totals, and drop the snapshot.
 
         Args:
             name: As in ``snapshot_pre_step``.
             weight: The weight after the step.
             format: As in ``snapshot_pre_step``.
-            scale: The scale of now; training may have changed it.
+            scale: The current scale, which training may have changed.
 
         Returns:
-            Weights whose code changed. Reading the number waits for the device.
+            The number of weights whose code changed. Synchronizes with the device.
 
         Raises:
             KeyError: There is no snapshot of this name.
-            ValueError: The weight has another shape than its snapshot.
+            ValueError: The shapes of the weight and its snapshot differ.
         """
         return self._named.compare(name, weight, format, scale)
 
-    # ------------------------------------------------------------------ many weights, a step at a time
+    # ------------------------------------------------------------------ many weights, one step at a time
 
-    @_outside_of_autograd
+    @_without_autograd
     def before_step(self, weights: Iterable[TrackedWeight]) -> None:
-        """Have the codes of the weights at hand, just before the optimizer's step.
+        """Make sure that the codes of the weights are current, just before the optimizer's step.
 
         The codes after the last step are the codes before this one, unless the weight was written, replaced or moved in
-        between; then it is encoded anew, and that change is no flip.
+        between. Then it is encoded again, and that change does not count as a flip.
 
         Args:
-            weights: The weights of this step; names are unique. They are looked at until the next step begins, as far
-                as they have not been released.
+            weights: The weights of this step, with unique names. The tracker reads them until the next step begins,
+                unless they are released.
 
         Raises:
-            TypeError: Something else than ``TrackedWeight`` objects.
+            TypeError: The weights are not ``TrackedWeight`` objects.
         """
-        weights = _checked(weights)
+        weights = _check_weights(weights)
         self._layers.settle()
         if self._in_step:
-            # The last step raised half way: nobody knows what it wrote.
+            # The last step raised an exception half way, and may have written any weights.
             self._forget_codes()
         self._in_step = True
         if not self.is_tracking:
             return
         self._gradients = {}
         self._begin(weights)
-        self._silent.look(weights)
-        self._current.take_up(self._with_codes(weights))
+        self._silent.check(weights)
+        self._current.set_layers(self._encode_current(weights))
         if self._runner.uses_steps:
             for layer in self._current:
                 self._runner.before(layer, is_shard=layer.name in self._shards)
@@ -292,49 +292,50 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._notices.flush()
 
     def _begin(self, weights: list[TrackedWeight]) -> None:
-        """Follow the weights, and have at hand what processes have to tell each other of them."""
+        """Set the weights of a step, and exchange what processes need to know about sharded ones."""
         are_others = self._layers.follow(weights)
         if are_others:
-            # Batches hold codes, too.
+            # Batches also hold codes.
             self._current.release()
             self._shards = self._shards.for_weights(weights)
         self._shards.begin(weights, are_others=are_others, anew=self.fresh_snapshots)
 
-    def _with_codes(self, weights: Iterable[TrackedWeight]) -> list[Layer]:
-        return self._current.with_codes(weights, self._shards, anew=self.fresh_snapshots)
+    def _encode_current(self, weights: Iterable[TrackedWeight]) -> list[Layer]:
+        return self._current.encode_current(weights, self._shards, anew=self.fresh_snapshots)
 
     def take_weights_from(self, holding: Holding, taking: Taking) -> None:
-        """Set how to reference weights between two steps, if they are released after each step.
+        """Set how to access weights between two steps, if they are released after each step.
 
         Args:
-            holding: References the weights of ``before_step``. A method, as ``taking``; the objects are not kept alive.
-            taking: Yields the weights that a step would track now, for ``mark_sync``.
+            holding: Holds references to the weights of ``before_step`` while its context is entered. Like ``taking``, a
+                method whose object is not kept alive.
+            taking: Provides the weights that a step would track now, for ``mark_sync``.
         """
         self._holding, self._taking = weakref.WeakMethod(holding), weakref.WeakMethod(taking)
 
     def take_summary_from(self, show: Callable[..., str]) -> None:
-        """Say what ``print(tracker)`` and notebooks show, where the table is one of several optimizers.
+        """Set what ``print(tracker)`` and notebooks show, if the table covers several optimizers.
 
         Args:
-            show: A method that takes another form than plain text, a function of steps, layers and a note; its object
-                is not kept alive.
+            show: A method. Its optional argument is a function of steps, layers and a note, which renders the table in
+                another form than plain text. The method's object is not kept alive.
         """
         self._show = weakref.WeakMethod(show)
 
     def forget_gradients(self) -> None:
-        """Let go of the gradients of ``before_step``: a closure makes the step's own.
+        """Release the gradients of ``before_step``, because a closure computes those of the step.
 
-        The old ones would count for a weight that gets none, and take memory beside the new ones.
+        The old ones would count for weights that get no new gradient, and take memory in addition to the new ones.
         """
         self._gradients = {}
 
-    @_outside_of_autograd
+    @_without_autograd
     def after_step(self, valid: Tensor | None = None) -> None:
         """Count what the optimizer's step did to the weights of ``before_step``.
 
         Args:
-            valid: 0-dim, on any device: whether the step was one at all (a fused optimizer under a gradient scaler
-                skips steps without telling the host). None: it was.
+            valid: 0-dim, on any device: False if the step was skipped. A fused optimizer with a gradient scaler skips
+                steps on the device, without a synchronization. None: the step was not skipped.
         """
         after = self._schedule.progress.next(valid)
         if not self.is_tracking:
@@ -345,20 +346,20 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
             self._count(valid)
             self._layers.prepare(valid)
         except BaseException as error:
-            # Some codes are of before the step, some of after it.
+            # Some codes may be those before the step, others those after it.
             self._forget_codes()
             if isinstance(error, Exception):
-                # Other processes go on, and the number of steps says when they need this one.
+                # Other processes continue, and the number of steps determines when they need this one.
                 self._schedule.progress, self._in_step = after, False
                 self._mark_if_due()
             raise
-        # Up to here the step is not counted, from here on it is.
+        # An interrupt before this line leaves the step uncounted, and one after it leaves it counted.
         self._schedule.progress = after._replace(is_settled=False)
         self._layers.settle()
-        self._runner.has_news = True
+        self._runner.has_new_counts = True
         self._mark_if_due()
         self._keep_codes()
-        # Last: what is interrupted before makes the next step take its snapshots anew.
+        # Last, so that after an interrupt the next step takes new snapshots.
         self._in_step = False
         self._notices.flush()
 
@@ -370,9 +371,9 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._gradients = {}
 
     def _keep_codes(self) -> None:
-        """Keep, after a step, what the next one can use."""
+        """After a step, keep the codes that the next one can use."""
         if not self.is_tracking:
-            # An untracked step changes weights, and not every optimizer's kernel moves their version counters.
+            # An untracked step changes weights, and not all optimizer kernels increment version counters.
             self._forget_codes()
         elif self.low_memory:
             self._drop_codes()
@@ -382,7 +383,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
             self._scratch.clear()
 
     def _forget_codes(self) -> None:
-        """Weights may have been written, on all processes alike, since their codes were made."""
+        """Invalidate all codes, because weights may have been written on all processes."""
         self._shards.forget()
         self._silent.forget()
         self._layers.distrust()
@@ -394,12 +395,12 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._current.release()
 
     def drop_codes(self) -> None:
-        """Give back all memory but that of the numbers; the next step starts with a baseline."""
+        """Release all memory except that of the counts. The next step starts with a baseline."""
         self._layers.forget_weights()
         self._shards.release()
-        self._give_back()
+        self._release_memory()
 
-    def _give_back(self) -> None:
+    def _release_memory(self) -> None:
         self._current.clear()
         self._silent.release()
         self._scratch.clear()
@@ -407,58 +408,58 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
 
     # ------------------------------------------------------------------ logging points
 
-    @_outside_of_autograd
+    @_without_autograd
     def record(self, *, may_be_empty: bool = False) -> FlipRecord | None:
-        """What was counted since the last record, and altogether. One transfer from each device.
+        """Return the counts since the last record and in total. One transfer from each device.
 
-        Where weights are sharded over processes, all of them have to call it: see :meth:`synchronize`.
+        If weights are sharded over processes, all processes have to call it. See :meth:`synchronize`.
 
         Args:
-            may_be_empty: Give a record also when nothing was counted since the last one.
+            may_be_empty: Return a record even if nothing was counted since the last one.
 
         Returns:
-            The record; None when no step was tracked, and no window of ``mark_sync`` ended, since the last one.
+            The record; None if no step was tracked and no window of ``mark_sync`` ended since the last one.
         """
         self._layers.settle()
         try:
-            self._look()
+            self._inspect_weights()
         finally:
             self._add_up()
         record = self._totals.close_window(self._shards)
         self._notices.flush()
         return record if may_be_empty or record.model.is_new else None
 
-    def _look(self) -> None:
-        """Find what is found at logging points."""
+    def _inspect_weights(self) -> None:
+        """Compute what is computed at logging points only: non-finite weights, gauges and histograms."""
         holding = None if self._holding is None else self._holding()
         with nullcontext() if holding is None else holding():
             count_nonfinite(self._current, self._layers, self._scratch)
-            self._current.leave_out_failed()
+            self._current.drop_failed()
             self._measure()
 
     def _measure(self) -> None:
         due = self._runner.begin_measure(self._layers) if self._runner else []
         if not due or not self._current:
             return
-        self._runner.measured(due)
+        self._runner.mark_measured(due)
         held = [layer.tracked for layer in self._current if layer.tracked is not None and layer.tracked.is_held]
-        for layer in self._looked_at(held):
+        for layer in self._encode_between_steps(held):
             self._runner.measure(layer, due)
-        self._current.leave_out_failed()
+        self._current.drop_failed()
 
-    def _looked_at(self, weights: Iterable[TrackedWeight]) -> Iterator[Layer]:
+    def _encode_between_steps(self, weights: Iterable[TrackedWeight]) -> Iterator[Layer]:
         """Yield the layers of the weights, each with its current codes, between two steps."""
-        for layer in self._with_codes(weights):
+        for layer in self._encode_current(weights):
             yield layer
             if layer.state is CodeState.FRESH:
-                # The next step may be an untracked one, which need not leave a trace.
+                # The next step may be untracked, and then may write the weight without a trace.
                 layer.distrust()
             if self.low_memory or self._schedule.is_over():
                 layer.drop_codes()
 
     # ------------------------------------------------------------------ marks
 
-    @_outside_of_autograd
+    @_without_autograd
     def mark_sync(self) -> None:
         """Mark that the training publishes its weights now.
 
@@ -482,30 +483,31 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
             found = nullcontext(self._layers.listed) if taking is None else taking()
             with self._marks.guarded(), found as weights:
                 self._begin(list(weights))
-                self._marks.make(self._looked_at(tracked for tracked in weights if tracked.is_held), self._shards)
+                self._marks.make(
+                    self._encode_between_steps(tracked for tracked in weights if tracked.is_held), self._shards
+                )
             self._notices.flush()
 
     # ------------------------------------------------------------------ many processes
 
     @property
     def is_sharded(self) -> bool:
-        """Whether weights lie in parts on several processes, so that their counts have to be added up."""
+        """Whether weights are sharded over processes, so that their counts have to be added up."""
         return bool(self._shards)
 
-    @_outside_of_autograd
+    @_without_autograd
     def synchronize(self, *, is_logging_point: bool = False) -> None:
-        """Add up what the processes have counted of weights that are sharded over them.
+        """Add up the processes' counts of sharded weights.
 
-        One collective (for each group of processes, where there are several); none where nothing is sharded. All
-        processes have to call it. Between two such calls, all numbers of a sharded run are those of the first one, on
-        each process the same.
+        There is one collective per group of processes, and none if no weights are sharded. All processes have to call
+        it. Until the next call, all numbers of a sharded run stay those of this call, the same on each process.
 
         Args:
-            is_logging_point: Whether another process makes a record now, for which all find what is found then.
+            is_logging_point: Whether another process makes a record now, which also needs this process's gauges.
         """
         try:
             if self._shards and is_logging_point:
-                self._look()
+                self._inspect_weights()
         finally:
             self._add_up()
         self._notices.flush()
@@ -515,24 +517,24 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
             self._shards.add_up(*self._totals.rows())
 
     def expect_others(self, *, are_known: bool) -> None:
-        """Have the processes compare, before the next tracked step, which sharded weights they track.
+        """Let the processes compare, before the next tracked step, which sharded weights they track.
 
-        All processes have to call it where the parameters themselves are others: replaced, added, or frozen.
+        All processes have to call it when parameters are replaced, added or frozen.
 
         Args:
-            are_known: Whether this process has found out. If not, all give the sharded weights up.
+            are_known: Whether this process knows its new weights. If not, no process tracks sharded weights any more.
         """
         self._shards = self._shards.expect_others(are_known=are_known)
 
     def give_up(self, name: str, reason: str) -> None:
-        """Count a weight no more; where it is sharded, others do so, too, from the next logging point on."""
+        """Stop tracking a weight. If it is sharded, other processes stop at the next logging point."""
         if name not in self._layers.failed:
             self._layers.fail(name, ValueError(reason))
 
     def abandon(self) -> None:
-        """Count nothing more, and go on taking part in what other processes wait for."""
+        """Stop tracking all weights, but still take part in the collectives that other processes wait for."""
         self._layers.abandon(self._shards.names)
-        self._give_back()
+        self._release_memory()
 
     # ------------------------------------------------------------------ totals
 
@@ -540,31 +542,31 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         return {name: self._columns.counts(row) for name, row in self._totals.read(self._shards)[1].items()}
 
     def get_flip_counts(self) -> dict[str, int]:
-        """Flips of each layer since tracking began. Waits for the device, as all of these."""
+        """Return the flips of each layer since tracking began. Synchronizes with the device, like all these methods."""
         return {name: counts.flips for name, counts in self._counts().items()}
 
     def get_flip_rates(self) -> dict[str, float]:
-        """Cumulative flip rate of each layer: flips / weights; can exceed 1. 0.0 for an empty layer."""
+        """Return the cumulative flip rate of each layer: flips / weights. It can exceed 1; 0.0 for an empty layer."""
         weights = {name: layer.weights for name, layer in self._layers.items()}
         return {name: counts.flips / weights[name] if weights[name] else 0.0 for name, counts in self._counts().items()}
 
     def get_update_counts(self) -> dict[str, int]:
-        """Updates of each layer: weights whose gradient was not exactly 0, open snapshots included."""
+        """Return the updates of each layer, including open snapshots: weights whose gradient was not exactly 0."""
         updates = {name: counts.updates for name, counts in self._counts().items()}
         for name, pending in self._named.pending_updates().items():
             updates[name] = updates.get(name, 0) + pending
         return updates
 
     def get_stall_counts(self) -> dict[str, int]:
-        """Stalled weights of each layer: those with an update and no flip."""
+        """Return the stalled weights of each layer: those with an update and no flip."""
         return {name: counts.stalled for name, counts in self._counts().items()}
 
     def get_stall_ratios(self) -> dict[str, float]:
-        """Stalled / updates of each layer, in [0, 1]; 0.0 without updates."""
+        """Return stalled / updates of each layer, in [0, 1]; 0.0 without updates."""
         return {name: counts.stall_ratio if counts.updates else 0.0 for name, counts in self._counts().items()}
 
     def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
-        """Steps; and of each layer its name, its quantizer, how many weights it has, and its counts since the start."""
+        """Return the number of steps, and for each layer its name, quantizer, number of weights and total counts."""
         steps, rows = self._totals.read(self._shards)
         layers = ((self._layers[name], self._columns.counts(row)) for name, row in rows.items())
         return steps, [(layer.name, layer.quantizer, layer.weights, counts) for layer, counts in layers]
@@ -577,12 +579,12 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         return f"<{type(self).__name__}: {len(self._layers):,} layers; print() shows what was counted>"
 
     def __str__(self) -> str:
-        """A table: what each layer, and all together, did since tracking began."""
+        """Return a table of the totals of each layer, and of all together."""
         show = None if self._show is None else self._show()
         return summary.as_text(*self.totals()) if show is None else show()
 
     def memory_usage(self) -> MemoryUsage:
-        """Bytes held now, on all devices together."""
+        """Return the bytes held now, on all devices together."""
         return MemoryUsage(
             codes=sum(layer.code_bytes for layer in self._layers.values()),
             counters=self._layers.counter_bytes,
@@ -593,35 +595,35 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts and step number, as plain numbers, and what metric groups remember of each weight, as tensors.
+        """Return counts and step number as plain numbers, and the per-weight state of metric groups as tensors.
 
-        Loads with ``weights_only=True``. Codes are not in it: those of the loaded weights are the same. But for those
-        tensors, which start anew there, its keys are always the same ones, as ``torch.distributed.checkpoint`` needs
-        them, which loads what it finds in a fresh object's state.
+        It loads with ``weights_only=True``. It does not contain codes, since the loaded weights have the same ones. The
+        other keys are always the same, as ``torch.distributed.checkpoint`` needs them, which only loads what is in the
+        state of a new object. The tensors of metric groups start again there.
 
-        Where weights are sharded over processes, all of them have to call it, and get the same; it loads on any number
-        of processes. What metric groups remember of each weight of a shard is not in it.
+        If weights are sharded over processes, all processes have to call it. They get the same result, which loads on
+        any number of processes. It does not contain the per-weight state of metric groups for shards.
         """
         self.synchronize()
         return self._totals.state_dict(self._shards)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from ``state_dict``. The next step's first snapshot is a baseline.
+        """Continue from ``state_dict``. The first snapshot after it is a baseline.
 
-        A layer that has another number of weights now starts anew, with a warning.
+        The counts of a layer with another number of weights start from zero, with a warning.
 
         Raises:
             TypeError: Not a dictionary.
-            ValueError: Not a tracker's state, a damaged one, or one of a later version. The tracker is as it was.
+            ValueError: Not a tracker's state, a damaged one, or one of a later version. The tracker stays unchanged.
         """
-        asked = {group.metric.name for group in self._groups}
-        steps, layers, window_base, unasked = totals.parse(state_dict, self._columns, asked)
+        requested = {group.metric.name for group in self._groups}
+        steps, layers, window_base, unrequested = totals.parse(state_dict, self._columns, requested)
         self.reset()
         self._totals.load(steps, layers, window_base)
-        if unasked and distributed.is_writer():
+        if unrequested and distributed.is_writer():
             warnings.warn(
-                f"weightflip: what {sorted(unasked)} remembered of each weight in the checkpoint is dropped, since "
-                "metrics= does not ask for it",
+                f"weightflip: the checkpoint has per-weight state of {sorted(unrequested)}, which metrics= does not "
+                "include; the state is dropped",
                 stacklevel=2,
             )
 

@@ -1,7 +1,7 @@
 """The hot path: encode, compare, count, store.
 
-``reference`` is the obvious version. ``eager`` and, where Numba or Triton is installed, ``cpu`` and ``cuda`` equal it
-exactly.
+``reference`` is the simple version. ``eager``, and with Numba or Triton installed ``cpu`` and ``cuda``, give exactly
+the same results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from weightflip.kernels.scratch import ScratchPool
 from weightflip.kernels.slices import Index, slice_elements, slices, take
 
 FLIPS, UPDATES, STALLED = range(3)
-"""Columns of what ``count_`` adds to."""
+"""The columns of the counts."""
 
 __all__ = [
     "FLIPS",

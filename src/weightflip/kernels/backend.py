@@ -1,4 +1,4 @@
-"""Which implementation does the work: the fastest that there is, or the one that was asked for."""
+"""Choose the implementation: the fastest available, or the requested one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weightflip import checks
 
-# The pool is not used here, but has to note forks before the first kernel is used.
+# The pool is not used here, but must register its fork handlers before the first kernel is used.
 from weightflip.kernels import pool, proof  # noqa: F401
 from weightflip.kernels.eager import keep_ as keep_in_plain_torch
 from weightflip.kernels.runs import Kind, OnePass, Run
@@ -19,8 +19,8 @@ from weightflip.kernels.scratch import ScratchPool
 
 BACKENDS = ("auto", "eager", "numba", "triton")
 
-# Type of a device to what "auto" tries there.
-_BY_ITSELF = {"cpu": "numba", "cuda": "triton"}
+# The backend that "auto" tries on each type of device.
+_AUTOMATIC = {"cpu": "numba", "cuda": "triton"}
 
 _MODULES = {"numba": "weightflip.kernels.cpu", "triton": "weightflip.kernels.cuda"}
 _EXTRAS = {"numba": "pip install 'weightflip[numba]'", "triton": "torch's builds for CUDA on Linux bring it"}
@@ -29,16 +29,16 @@ _EXTRAS = {"numba": "pip install 'weightflip[numba]'", "triton": "torch's builds
 class _Compiled(NamedTuple):
     run: type[Run]
     device: str
-    """The type of device that it runs on."""
+    """The type of device on which it runs."""
 
 
 @functools.cache
 def _compiled(name: str) -> _Compiled | str:
-    """The kernels, or why there are none. Never the exception itself: its traceback holds the caller's whole stack."""
+    """Return the kernels, or the reason why there are none. Not the exception, whose traceback keeps stacks alive."""
     try:
         module = importlib.import_module(_MODULES[name])
     except Exception as error:
-        # Also an llvmlite that cannot be loaded, or a NumPy that Numba does not know.
+        # Including an llvmlite that fails to load, or a NumPy version that Numba does not support.
         return f"{type(error).__name__}: {error}"
     return _Compiled(module.Run, module.DEVICE)
 
@@ -47,8 +47,8 @@ def check_backend(backend: str) -> None:
     """Refuse a backend that does not exist or cannot run here.
 
     Raises:
-        ValueError: An unknown name, or ``"triton"`` where torch sees no GPU.
-        ImportError: ``"numba"`` or ``"triton"`` without a Numba or Triton that can be imported.
+        ValueError: Unknown name, or ``"triton"`` if torch finds no GPU.
+        ImportError: ``"numba"`` or ``"triton"`` if Numba or Triton cannot be imported.
     """
     if not isinstance(backend, str) or backend not in BACKENDS:
         meant = checks.closest_match(backend, BACKENDS)
@@ -61,14 +61,14 @@ def check_backend(backend: str) -> None:
         raise ImportError(f"backend={backend!r} needs {backend.capitalize()}: {_EXTRAS[backend]} ({compiled})")
     if compiled.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"backend={backend!r} is for weights on a GPU, and torch sees none; leave it out, or take 'eager'"
+            f"backend={backend!r} is for weights on a GPU, and torch finds none; leave it out, or use 'eager'"
         )
 
 
 def one_pass(backend: str, device: torch.device, eager: proof.Eager) -> OnePass | None:
-    """The kernel that encodes, compares, counts and stores at once on this device; None where eager torch has to.
+    """Return the kernel that encodes, compares, counts and stores in one pass; None if there is none for the device.
 
-    It does nothing, and says so, for a weight of a kind that it cannot do or has not been shown to do.
+    For a weight of a kind that it does not support, or for which it failed its test, it does nothing and returns False.
     """
     kernel = run(backend, device)
     if kernel is None:
@@ -83,17 +83,17 @@ def one_pass(backend: str, device: torch.device, eager: proof.Eager) -> OnePass 
 def run_for(
     backend: str, question: proof.Question, eager: proof.Eager, scales: proof.Scales | None = None
 ) -> type[Run] | None:
-    """The kernel for many weights of a kind in one call, if it was shown to count as plain torch; else None.
+    """Return the kernel for many weights of a kind in one call; None unless it counts the same as plain torch.
 
-    The first call for a kind compiles, and tries it, which waits for the device: see
-    :mod:`weightflip.kernels.proof`. A kernel that is asked for by name may be slower than plain torch, but not count
-    otherwise.
+    The first call for a kind compiles and tests the kernel, which synchronizes with the device. See
+    :mod:`weightflip.kernels.proof`. A kernel that is requested by name may be slower than plain torch, but must give
+    the same results.
 
     Args:
         backend: As in :func:`check_backend`.
-        question: What the kernel is to do.
-        eager: Plain torch's way, to race against.
-        scales: Plain torch's way to make scales, where the kernel has to make them.
+        question: What the kernel must do.
+        eager: Counts in plain torch, to compare the speed.
+        scales: Computes scales in plain torch, if the kernel must compute them.
     """
     kernel = run(backend, question.kind.device)
     if kernel is None or not question.can_be_asked(kernel):
@@ -104,11 +104,11 @@ def run_for(
 
 
 def _name(backend: str, device: torch.device) -> str:
-    return _BY_ITSELF.get(device.type, "eager") if backend == "auto" else backend
+    return _AUTOMATIC.get(device.type, "eager") if backend == "auto" else backend
 
 
 def run(backend: str, device: torch.device) -> type[Run] | None:
-    """The kernel that there is for this device, whether or not it was shown to count right; None for none."""
+    """Return the kernel for this device, tested or not; None if there is none."""
     name = _name(backend, device)
     compiled = _compiled(name) if name in _MODULES else None
     return compiled.run if isinstance(compiled, _Compiled) and compiled.device == device.type else None

@@ -1,4 +1,4 @@
-"""The loops over weights on the CPU, compiled by Numba and kept on disk. Imported only where Numba is."""
+"""Compile the loops over weights on the CPU with Numba, and cache them on disk. Imported only if Numba is installed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from weightflip.kernels.pointwise import Pointwise
 
 logger = logging.getLogger("weightflip")
 
-# Seconds after which the log says what takes time.
+# Seconds after which a log line says that loops are being compiled.
 _PATIENCE = 1.0
 
 _INTEGERS = {8: np.int8, 16: np.int16, 32: np.int32}
@@ -31,10 +31,10 @@ class Loop(NamedTuple):
     """A C function.
 
     Attributes:
-        address: Of its code.
-        call: Calls it with integers, without holding Python's lock.
-        is_from_cache: Whether it was found on disk.
-        owner: What keeps the code in memory.
+        address: Address of its code.
+        call: Calls it with integers, without holding the GIL.
+        is_from_cache: Whether it was loaded from disk.
+        owner: The object that keeps the code in memory.
     """
 
     address: int
@@ -109,12 +109,12 @@ def count_groups_loop() -> Loop | None:
 
 
 def scales_loop(form: int | None, *, is_half: bool, stores: bool) -> Loop | None:
-    """What makes the scales of groups: :func:`weightflip.kernels.groups.scales_by_formula`, or ``scales_by_steps``.
+    """Return the loop for group scales: :func:`weightflip.kernels.groups.scales_by_formula` or ``scales_by_steps``.
 
     Args:
-        form: Of the formula; None for steps.
+        form: The form of the formula; None for steps.
         is_half: Whether the formula's scale is rounded to bfloat16.
-        stores: Whether scales are stored, so that changes of them are counted.
+        stores: Whether scales are stored, so that their changes are counted.
     """
     if form is None:
         return _loop(groups.scales_by_steps, 6, (stores,), lambda: {"STORES": stores})
@@ -130,7 +130,7 @@ def _loop(
 ) -> Loop | None:
     name = "_".join([function.__name__, *(part if isinstance(part, str) else str(int(part)) for part in kind)])
     if name not in _loops:
-        note = threading.Timer(_PATIENCE, _say_what_takes_time)
+        note = threading.Timer(_PATIENCE, _log_compilation)
         note.daemon = True
         note.start()
         try:
@@ -139,7 +139,7 @@ def _loop(
             _loops[name] = None
             message = str(error).strip().splitlines()[:1]
             warnings.warn(
-                "weightflip: Numba cannot compile, counting goes on without it: "
+                "weightflip: Numba cannot compile, counting continues without it: "
                 f"{type(error).__name__}: {' '.join(message)}",
                 stacklevel=2,
             )
@@ -149,20 +149,20 @@ def _loop(
 
 
 @functools.cache
-def _say_what_takes_time() -> None:
-    logger.info("Numba compiles the loops that count on the CPU, a few seconds, and keeps them on disk for later runs")
+def _log_compilation() -> None:
+    logger.info("Numba compiles the counting loops for the CPU, which takes a few seconds, and caches them on disk")
 
 
 def _compiled(function: Any, name: str, arguments: int, instructions: dict[str, Any]) -> Loop:
-    own = types.FunctionType(function.__code__, {**function.__globals__, **instructions}, name)
-    own.__qualname__ = name
-    own.__module__ = function.__module__
+    renamed = types.FunctionType(function.__code__, {**function.__globals__, **instructions}, name)
+    renamed.__qualname__ = name
+    renamed.__module__ = function.__module__
     signature = numba.types.void(*[numba.types.int64] * arguments)
     for cache in (True, False):
         try:
-            compiled = numba.cfunc(signature, cache=cache, error_model="numpy")(own)
+            compiled = numba.cfunc(signature, cache=cache, error_model="numpy")(renamed)
         except Exception:
-            # Mostly a cache that has no place, or cannot be written or read.
+            # Usually the cache directory does not exist, or cannot be written or read.
             if not cache:
                 raise
         else:
@@ -173,14 +173,14 @@ def _compiled(function: Any, name: str, arguments: int, instructions: dict[str, 
 
 @functools.cache
 def _digest() -> str:
-    """Of the processor and of what the loops are made of.
+    """Return a digest of the processor and of the loops' source code.
 
-    Numba's cache holds one file of a name for all of a function's signatures, and processes that start together can mix
-    them up; under a name of its own for each they write the same. And it sees changes in a function's own file alone.
+    Numba's cache has one file per function name for all signatures, which processes that start together can corrupt.
+    With a separate name for each, they write identical files. Numba also misses changes outside of a function's file.
     """
     host = llvmlite.binding
-    # What NUMBA_CPU_NAME and NUMBA_CPU_FEATURES ask for instead, if set.
-    asked = numba.config.CPU_NAME, numba.config.CPU_FEATURES  # type: ignore[attr-defined]
-    processor = f"{host.get_host_cpu_name()} {host.get_host_cpu_features().flatten()} {asked}"
+    # Set by NUMBA_CPU_NAME and NUMBA_CPU_FEATURES.
+    requested = numba.config.CPU_NAME, numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    processor = f"{host.get_host_cpu_name()} {host.get_host_cpu_features().flatten()} {requested}"
     sources = [inspect.getsource(module) for module in (groups, items, lowering, vectors)]
     return hashlib.sha256("\n".join([processor, *sources]).encode()).hexdigest()[:12]

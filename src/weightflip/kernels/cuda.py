@@ -36,7 +36,7 @@ DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 
 _ELEMENTS_PER_TILE = 1 << 12
 # Neighbors in a tile, where there are so many: whole lines of the cache, of one-byte codes too.
-_NEIGHBOURS = 128
+_NEIGHBORS = 128
 _WARPS = 8
 # Bytes that a thread can read at once.
 _ALIGNMENT = 16
@@ -348,7 +348,7 @@ class Run:
 
 def _columns(group: int, groups: int) -> int:
     """How many neighbors a tile has, so that there are few tiles."""
-    width, widths = min(_NEIGHBOURS, 1 << (group - 1).bit_length(), _ELEMENTS_PER_TILE), []
+    width, widths = min(_NEIGHBORS, 1 << (group - 1).bit_length(), _ELEMENTS_PER_TILE), []
     while width <= _ELEMENTS_PER_TILE:
         widths.append(width)
         width *= 2

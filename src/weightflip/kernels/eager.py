@@ -1,4 +1,4 @@
-"""Counting in as few passes as eager torch allows, through reused buffers."""
+"""Count in as few passes as eager torch allows, with reused buffers."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ _ALIGNMENT = 8 * _LANES
 def count_(
     codes: Tensor, new: Callable[[Index], Tensor], update: Tensor | None, counts: Tensor, scratch: ScratchPool
 ) -> None:
-    """Add flips, updates and stalled weights to ``counts``, and store the new codes in ``codes``, a slice at a time.
+    """Add flips, updates and stalled weights to ``counts``, and store the new codes in ``codes``, one slice at a time.
 
-    Equal to :func:`weightflip.kernels.reference.count`. Nothing here waits for the device.
+    Equal to :func:`weightflip.kernels.reference.count`. There is no device synchronization.
 
     Args:
         codes: Ordinals before the step; overwritten.
-        new: Gives the ordinals after it, for a slice.
-        update: The gradient, or a bool mask of the weights that had one, of the codes' shape; None counts no updates.
+        new: Returns the ordinals after the step for a slice.
+        update: The gradient, or a bool mask of the weights with an update, in the codes' shape. None: updates are not
+            counted.
         counts: int64 of shape (3,), on the same device.
-        scratch: Where temporaries come from.
+        scratch: Provides temporary buffers.
     """
     if codes.numel() == 0:
         return
     rows = 1 if update is None else 3
     limit = slice_elements(codes)
-    # Backwards: whoever read the weight last, for its amax, left the end of it in the cache.
+    # Backwards, because the computation of the amax has left the end of the weight in the cache.
     parts = list(slices(codes, limit))[::-1]
     padded = -(-min(limit, codes.numel()) // _ALIGNMENT) * _ALIGNMENT
     flags = scratch.flat("flags", rows * padded, torch.bool, codes.device).view(rows, padded)
@@ -58,7 +59,7 @@ def count_(
         torch.sum(lanes, dim=1, out=sums[part])
         before.copy_(after)
 
-    # The int64 sums hold eight counts each, one a byte.
+    # Each int64 sum holds eight counts, one per byte.
     counts[:rows].add_(sums.view(torch.uint8).sum((0, 2), dtype=torch.int64))
 
 
@@ -70,7 +71,7 @@ def keep_(codes: Tensor, new: Tensor, scratch: ScratchPool) -> Tensor:
     Args:
         codes: Old ordinals; overwritten.
         new: New ordinals, of the same shape and dtype.
-        scratch: Provides temporaries.
+        scratch: Provides temporary buffers.
 
     Returns:
         0-dim int64.
@@ -80,7 +81,7 @@ def keep_(codes: Tensor, new: Tensor, scratch: ScratchPool) -> Tensor:
     # Smaller slices than above: the new codes are still in the cache when they are stored.
     limit = max(1, slice_elements(codes) // 4)
     padded = -(-min(limit, codes.numel()) // _ALIGNMENT) * _ALIGNMENT
-    # Of the codes' dtype: torch does not vectorize comparisons of wider integers with a bool result.
+    # The flags have the codes' dtype, since torch does not vectorize comparisons of wider integers with a bool result.
     flags = scratch.flat("kept", padded, codes.dtype, codes.device)
     lanes = flags.view(torch.int64).view(_LANES, -1)
     parts = list(slices(codes, limit))

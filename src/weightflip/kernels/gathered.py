@@ -1,8 +1,8 @@
-"""Many tensors as one, in plain torch: each call is for all of them, and none waits for the device.
+"""Process many tensors as one in plain torch: each call is for all of them, without a device synchronization.
 
-Tensors are laid end to end. Their sizes, and the numbers of neighbors that share a scale, have a common divisor: in
-chunks of that width no chunk belongs to two tensors, or to two scales. So the largest magnitudes, and the counts, are
-first those of chunks, as rows of a matrix, and then those of all chunks of a scale or a tensor.
+The tensors are concatenated. Their sizes and group sizes have a common divisor, and a chunk of that width never belongs
+to two tensors or two scales. So largest magnitudes and counts are first computed per chunk, as rows of a matrix, and
+then reduced over the chunks of each scale or tensor.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch._utils import _flatten_dense_tensors
 
 from weightflip.kernels.runs import upload
 
-# 64 MiB of float32. What a format and the counts need besides is up to 16 bytes an element.
+# 64 MiB of float32. Formats and counts need up to 16 more bytes per element.
 _ELEMENTS = 1 << 24
-# Where chunks are narrower than this, there are nearly as many of them as elements, each with an index and a scale.
+# Narrower chunks are nearly as many as elements, and each needs an index and a scale.
 _NARROW = 16
 _ELEMENTS_IN_NARROW = 1 << 20
 
@@ -29,21 +29,21 @@ def is_small(numel: int, group: int) -> bool:
     """Whether a tensor can be gathered with others.
 
     Args:
-        numel: Its elements.
-        group: How many neighbors share a scale.
+        numel: Number of elements.
+        group: The number of adjacent elements that share a scale.
     """
     return 0 < numel <= (_ELEMENTS_IN_NARROW if _is_narrow(group) else _ELEMENTS)
 
 
 def pack(numels: Sequence[int], groups: Sequence[int]) -> list[list[int]]:
-    """Which tensors to gather together, by index; as few heaps of small ones as there can well be.
+    """Distribute tensors over few heaps that are gathered together, and return the indices of each heap.
 
     Args:
-        numels: Elements of each.
-        groups: How many neighbors share a scale, in each.
+        numels: Number of elements of each tensor.
+        groups: The number of adjacent elements that share a scale in each tensor.
     """
     heaps: list[tuple[list[int], int, bool]] = []
-    # Narrow ones last, so that they spoil at most one heap of wide ones.
+    # Narrow ones last, so that they reduce the size of at most one heap of wide ones.
     for index in sorted(range(len(numels)), key=lambda index: (_is_narrow(groups[index]), -numels[index])):
         is_narrow = _is_narrow(groups[index])
         for at, (heap, numel, has_narrow) in enumerate(heaps):
@@ -61,17 +61,18 @@ def _is_narrow(group: int) -> bool:
 
 
 class Layout:
-    """How tensors lie end to end.
+    """The layout of concatenated tensors.
 
     Args:
-        numels: Elements of each.
-        groups: How many neighbors share a scale, in each; ``numels`` where all do, or where there is none.
-        device: Where they are.
-        width: A divisor of the groups, for chunks of that width; None for the widest.
+        numels: Number of elements of each tensor.
+        groups: The number of adjacent elements that share a scale in each tensor; ``numels`` if all of them do, or if
+            there is no scale.
+        device: The device of the tensors.
+        width: Width of the chunks, a divisor of the groups; None for the largest possible width.
 
     Attributes:
-        numels: As above.
-        width: Of the chunks.
+        numels: Number of elements of each tensor.
+        width: Width of the chunks.
     """
 
     def __init__(
@@ -96,16 +97,16 @@ class Layout:
 
     @staticmethod
     def gather(tensors: Sequence[Tensor]) -> Tensor:
-        """The tensors in one; a single one itself, flat, if its memory is."""
+        """Concatenate tensors. A single contiguous tensor is returned as a view."""
         flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
         return flat
 
     def chunks(self, flat: Tensor) -> Tensor:
-        """A view of a gathered tensor, a row for each chunk."""
+        """Return a view of a gathered tensor with one row per chunk."""
         return flat.view(-1, self.width)
 
     def scales_of_chunks(self) -> Tensor | None:
-        """Which scale each chunk has, int64; None where each has its own."""
+        """Return the index of each chunk's scale, int64; None if each chunk has a separate scale."""
         if self._chunks_of_scales is None:
             return None
         of_scales = self._chunks_of_scales
@@ -115,32 +116,32 @@ class Layout:
 
     @staticmethod
     def magnitudes(chunks: Tensor) -> Tensor:
-        """The largest magnitude of each chunk, in their dtype, NaN where there is one; ``(chunks, 1)``."""
+        """Return the largest magnitude of each chunk in the chunks' dtype, NaN if it has one; ``(chunks, 1)``."""
         low, high = torch.aminmax(chunks, dim=-1, keepdim=True)
-        # Last abs: what torch makes of two NaN may have a sign.
+        # abs comes last, because the maximum of two NaN may have a sign.
         return torch.maximum(low.neg_(), high).abs_()
 
     def largest(self, magnitudes: Tensor, scales: Tensor | None) -> Tensor:
-        """The largest magnitude under each scale, ``(scales, 1)``.
+        """Return the largest magnitude under each scale, ``(scales, 1)``.
 
         Args:
-            magnitudes: Of the chunks.
-            scales: As ``scales_of_chunks`` gives them.
+            magnitudes: The magnitudes of the chunks.
+            scales: The result of ``scales_of_chunks``.
         """
         if scales is None:
             return magnitudes
         wide = magnitudes if magnitudes.dtype in _BITS else magnitudes.float()
-        # Of numbers without a sign the bit patterns have the numbers' order, and NaN is above them all.
+        # Bit patterns of numbers without a sign are ordered like the numbers, with NaN above all of them.
         bits = wide.view(_BITS[wide.dtype]).squeeze(1)
         largest = bits.new_zeros(self._scales).scatter_reduce_(0, scales, bits, "amax")
         return largest.view(wide.dtype).to(magnitudes.dtype).unsqueeze(1)
 
     def sums(self, flags: Tensor, of_chunks: Tensor | None = None) -> Tensor:
-        """How many flags of each tensor are set.
+        """Count the set flags of each tensor.
 
         Args:
             flags: bool of shape (rows, elements).
-            of_chunks: bool, one for each chunk; None for no row of these.
+            of_chunks: bool, one per chunk; None to leave that row out.
 
         Returns:
             int64 of shape (rows, tensors); the last row is that of the chunks.

@@ -247,7 +247,7 @@ def _spread(scales, index, low, high, group, room):  # type: ignore[no-untyped-d
 
 @_compile()
 def _aim(task, row, first, old_scales, found_at):  # type: ignore[no-untyped-def]
-    """Have the next lanes find the old scales, and the states of the elements from this one on."""
+    """Point the next lanes to the old scales, and to the states of the elements from this one on."""
     found = carray(_pointer(found_at), (FOUND,), np.int64)
     places = carray(_pointer(task[STATE_PLACES]), (task[STATES], task[STRETCHES]), np.int64)
     sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
@@ -258,7 +258,7 @@ def _aim(task, row, first, old_scales, found_at):  # type: ignore[no-untyped-def
 
 @_compile()
 def _take_states(task, numel, found_at, spare):  # type: ignore[no-untyped-def]
-    """Have fewer than LANES elements find their states in a buffer."""
+    """Copy the states of fewer than LANES elements to a buffer, and point the lanes there."""
     found = carray(_pointer(found_at), (FOUND,), np.int64)
     sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
     _clear(spare, task[STATES] * _SPARE)
@@ -269,7 +269,7 @@ def _take_states(task, numel, found_at, spare):  # type: ignore[no-untyped-def]
 
 @_compile()
 def _put_states(task, row, first, numel, spare):  # type: ignore[no-untyped-def]
-    """Put them back into their place."""
+    """Copy the states of fewer than LANES elements from the buffer back to their tensors."""
     places = carray(_pointer(task[STATE_PLACES]), (task[STATES], task[STRETCHES]), np.int64)
     sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
     for state in range(task[STATES]):

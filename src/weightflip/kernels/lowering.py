@@ -1,4 +1,4 @@
-"""What metric groups do with each weight, in LLVM's vectors. Imported only where Numba is."""
+"""What metric groups do with each weight, as LLVM vector instructions. Imported only where Numba is."""
 
 from __future__ import annotations
 

@@ -18,11 +18,22 @@ class Expression:
     """A number or a flag of one weight.
 
     ``<``, ``>``, :func:`differ`, ``&``, ``|``, ``^``, ``~``, ``+``, ``-``, ``*`` and :func:`where` make new ones.
-    Plain numbers take the dtype of the other operand, and tensors of two dtypes do not go together.
+    A plain number takes the dtype of the other operand. Two operands have the same dtype.
     """
 
     operation: str
     operands: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Cached, because batches of many weights use expressions as keys.
+        object.__setattr__(self, "_hash", hash((self.operation, self.operands)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined, no-any-return]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Hashes differ between processes.
+        return Expression, (self.operation, self.operands)
 
     def __lt__(self, other: Operand) -> Expression:
         return Expression("<", (self, other))
@@ -52,7 +63,7 @@ class Expression:
         return Expression("*", (self, other))
 
     def __bool__(self) -> bool:
-        raise TypeError("an expression has no truth value: take & and | for `and` and `or`, where() for `if`")
+        raise TypeError("an expression has no truth value; use & and | for `and` and `or`, where() for `if`")
 
 
 OLD, NEW = Expression("old"), Expression("new")
@@ -78,7 +89,7 @@ def differ(one: Expression, other: Operand) -> Expression:
 
 
 def where(flag: Expression, one: Operand, other: Operand) -> Expression:
-    """``one`` if the flag is set, else ``other``; one of them is no plain number."""
+    """``one`` if the flag is set, else ``other``. At least one of them is an expression."""
     return Expression("where", (flag, one, other))
 
 

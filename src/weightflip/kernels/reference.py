@@ -1,4 +1,4 @@
-"""Counting, written to be read. Every faster version equals this one bit for bit."""
+"""The simple version of counting. All faster versions equal it bit for bit."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def count(old: Tensor, new: Tensor, update: Tensor | None = None) -> Tensor:
-    """Flips, updates and stalled weights between two sets of codes.
+    """Count flips, updates and stalled weights between two sets of codes.
 
     Args:
         old: Ordinals before the step.
         new: Ordinals after it, of the same shape.
-        update: The gradient, or a bool mask of the weights that had one; None counts no updates.
+        update: The gradient, or a bool mask of the weights with an update. None: updates are not counted.
 
     Returns:
-        int64 of shape (3,): weights whose code changed, weights with ``update != 0``, those of them that kept their
-        code.
+        int64 of shape (3,): weights whose code changed, weights with ``update != 0``, and those of them that kept
+        their code.
     """
     flipped = old != new
     updated = torch.zeros_like(flipped) if update is None else update != 0

@@ -1,4 +1,4 @@
-"""Buffers that are allocated once and reused: fresh large allocations cost more than the arithmetic on them."""
+"""Reusable buffers, because large allocations cost more than the arithmetic on them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class ScratchPool:
-    """Lends one buffer a slot, dtype and device, as large as the largest request so far."""
+    """Holds one buffer per slot, dtype and device, as large as the largest request so far."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self._views: dict[tuple[str, torch.dtype, torch.device, torch.Size], Tensor] = {}
 
     def __call__(self, slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A contiguous buffer of ``like``'s shape and device; the next call with this slot and dtype takes it back."""
+        """Return a contiguous buffer with the shape and device of ``like``, valid until the next call for this slot."""
         key = (slot, dtype, like.device, like.shape)
         view = self._views.get(key)
         if view is None:
@@ -25,7 +25,7 @@ class ScratchPool:
         return view
 
     def flat(self, slot: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A 1-d buffer of ``numel`` elements."""
+        """Return a 1-d buffer of ``numel`` elements."""
         key = (slot, dtype, device)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < numel:
@@ -39,7 +39,7 @@ class ScratchPool:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def clear(self) -> None:
-        """Give all buffers back."""
+        """Release all buffers."""
         self._buffers.clear()
         self._views.clear()
 

@@ -1,4 +1,4 @@
-"""Cutting tensors of any shape and strides into slices that fit the cache."""
+"""Split tensors of any shape and strides into slices that fit the cache."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 Index: TypeAlias = tuple[slice, ...]
 
-# On CPU the buffers of a slice fit the outer caches, and each operation is long enough to hide its start.
+# On the CPU, the buffers of a slice fit the outer caches, and each operation is long enough to hide its overhead.
 _CPU_ELEMENTS = 1 << 20
-# Elsewhere there is no cache to fit, and fewer starts: 64 MiB of buffers, of up to 16 bytes an element.
+# Elsewhere, fewer calls matter more than the cache: 64 MiB of buffers with up to 16 bytes per element.
 _DEVICE_ELEMENTS = 1 << 22
 
 
 def slice_elements(tensor: Tensor) -> int:
-    """Elements handled at a time on the tensor's device."""
+    """Return the number of elements per slice on the tensor's device."""
     return _CPU_ELEMENTS if tensor.device.type == "cpu" else _DEVICE_ELEMENTS
 
 
 def slices(like: Tensor, limit: int) -> Iterator[Index]:
-    """Indices that cut a tensor into parts of at most ``limit`` elements, along the outermost dimensions in memory."""
+    """Yield indices of parts with at most ``limit`` elements, split along the outermost dimensions in memory."""
     if like.numel() <= limit:
         yield (slice(None),) * like.ndim
         return
@@ -43,7 +43,7 @@ def _cut(like: Tensor, dims: list[int], index: list[slice], numel: int, limit: i
 
 
 def take(tensor: Tensor, index: Index) -> Tensor:
-    """The part of ``tensor`` that goes with a slice of a larger tensor to which it broadcasts."""
+    """Return the part of ``tensor`` that belongs to a slice of a larger tensor to which it broadcasts."""
     if tensor.ndim == 0:
         return tensor
     aligned = index[len(index) - tensor.ndim :]

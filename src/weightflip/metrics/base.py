@@ -1,11 +1,12 @@
-"""What a metric group is, and how one is found by name.
+"""The base classes of metric groups, and their registry.
 
-A new group is one new file in this folder: a class with :class:`Metric`'s attributes and methods under ``@register``.
-Every module of the folder is imported when the first name is looked up.
+To add a group, add a file to this package with a subclass of :class:`Metric` that is decorated with ``@register``. All
+modules of the package are imported when the first name is looked up.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
@@ -21,15 +22,15 @@ from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 from weightflip.records import Kind, Value
 
 CORE_VALUES = tuple(value.name for value in records.CORE_VALUES if value.unit != "count")
-"""What records' ``values`` have without any group."""
+"""The names in ``values`` of a record without any metric group."""
 
 
 class Bins(NamedTuple):
-    """A histogram that a group keeps.
+    """A histogram of a metric group.
 
     Attributes:
-        name: What it is called in records and tags.
-        edges: Ascending, finite borders, one more than there are bins.
+        name: Its name in records and tags.
+        edges: Finite bin edges in ascending order, one more than there are bins.
     """
 
     name: str
@@ -37,14 +38,14 @@ class Bins(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A weight at one moment, as a group sees it.
+    """A weight at one moment, as passed to a metric group.
 
     Attributes:
-        values: The weight; of formats with a scale for each group of ``g`` neighbours with its last dimension split,
+        values: The weight. For formats with one scale per group of ``g`` adjacent weights, the last dimension is split:
             ``(..., K // g, g)``.
-        codes: Its ordinals, in that shape.
-        scale: What the format shares, broadcastable to them; None where it has none.
-        quantizer: What made the codes.
+        codes: Its ordinals, in the same shape.
+        scale: The scale, which broadcasts to the codes; None for formats without one.
+        quantizer: The quantizer that made the codes.
         backend: As in :func:`weightflip.kernels.check_backend`.
     """
 
@@ -56,13 +57,13 @@ class Weight(NamedTuple):
 
     @property
     def ndim(self) -> int:
-        """Dimensions of the weight itself."""
+        """The number of dimensions of the weight itself."""
         is_split = self.elementwise is not None and self.elementwise.group is not None
         return self.values.ndim - is_split
 
     @property
     def elementwise(self) -> ElementwiseQuantizer | None:
-        """The quantizer, where any part of the weight can be encoded and decoded by itself."""
+        """The quantizer if it can encode and decode each part of the weight separately; otherwise None."""
         return self.quantizer if isinstance(self.quantizer, ElementwiseQuantizer) else None
 
 
@@ -71,15 +72,15 @@ class Slice:
     """A part of a weight, just after the optimizer's step.
 
     Attributes:
-        index: Which part.
-        values: The weights there.
-        old: Their ordinals before the step; a buffer that the next slice takes back.
-        new: Their ordinals after it.
-        old_scale: Of the whole weight, before the step; None where the format has none.
-        valid: 0-dim bool on the device: whether the step was one at all; None: it was. What is added to sums in a step
-            that was none is dropped by the caller, and codes are the same before and after.
-        scratch: Where temporaries come from.
-        backend: What encodes: as in :func:`weightflip.kernels.check_backend`.
+        index: The index of the part.
+        values: The weights of the part.
+        old: Their ordinals before the step, in a buffer that the next slice reuses.
+        new: Their ordinals after the step.
+        old_scale: The scale of the whole weight before the step; None for formats without one.
+        valid: 0-dim bool on the device: False if the step was skipped. None: it was not. In a skipped step, codes do
+            not change, and the caller drops what is added to sums.
+        scratch: Provides temporary buffers.
+        backend: As in :func:`weightflip.kernels.check_backend`.
     """
 
     index: Index
@@ -92,11 +93,11 @@ class Slice:
     backend: str
 
     def codes_under(self, scale: Tensor, quantizer: ElementwiseQuantizer) -> Tensor:
-        """What the ordinals of ``values`` would be under another scale; a buffer that the next slice takes back.
+        """Return the ordinals of ``values`` under another scale, in a buffer that the next slice reuses.
 
         Args:
-            scale: Of the whole weight.
-            quantizer: Of the weight.
+            scale: The other scale, of the whole weight.
+            quantizer: The weight's quantizer.
         """
         ordinals = self.scratch("under", self.old, self.old.dtype)
         encoding = functional.Encoding(quantizer, self.scratch, self.backend)
@@ -105,34 +106,34 @@ class Slice:
 
 
 class LayerMetric:
-    """What a group keeps of one weight, and how it counts, without gradients.
+    """The state of a metric group for one weight, and the methods that update it. They run without gradients.
 
-    ``before``, ``slice`` and ``after`` must not wait for the device.
+    ``before``, ``slice`` and ``after`` must not synchronize with the device.
 
-    ``sums`` and ``gauges`` are float64 and hold a numerator and a denominator for each name, in the group's order.
+    ``sums`` and ``gauges`` are float64 and have a numerator and a denominator for each name, in the group's order.
     """
 
     state: tuple[str, ...] = ()
-    """Attributes with one tensor element a weight: saved in checkpoints, counted as memory."""
+    """Names of attributes that are tensors with one element per weight. They are saved in checkpoints."""
 
     pointwise: Pointwise | None = None
-    """What :meth:`slice` does, as an expression for each weight, which kernels compile into the pass that counts flips.
-    They read and write the tensors that it names in place. None: there is none, and every slice is shown to ``slice``,
-    which is slower. A class that overrides ``slice`` sets it as well."""
+    """What :meth:`slice` computes, as an expression for each weight. Kernels compile it into the pass that counts
+    flips, and update the tensors that it names in place. None: ``slice`` is called for every slice, which is slower. A
+    class that overrides ``slice`` also sets this."""
 
     def before(self, weight: Weight) -> None:
-        """Just before the optimizer's step."""
+        """Called just before the optimizer's step."""
 
     def slice(self, part: Slice, sums: Tensor) -> None:
-        """Just after it, for each part of the weight in turn.
+        """Called after the step, for one part of the weight after the other.
 
         Args:
             part: The part.
-            sums: Added to, float64 of shape (ratios, 2).
+            sums: float64 of shape (ratios, 2), to add to.
         """
 
     def after(self, weight: Weight, sums: Tensor) -> None:
-        """Once all parts are done.
+        """Called after all parts.
 
         Args:
             weight: The whole weight.
@@ -140,53 +141,53 @@ class LayerMetric:
         """
 
     def mark(self, weight: Weight, sums: Tensor, scratch: ScratchPool) -> None:
-        """At a mark of ``mark_sync`` or ``sync_every=``. Must not synchronize with the device.
+        """Called at a mark of ``mark_sync`` or ``sync_every=``. Must not synchronize with the device.
 
         Args:
             weight: The whole weight.
-            sums: As in ``slice``, but added to the totals at once.
-            scratch: Provides temporaries.
+            sums: As in ``slice``, but added directly to the totals.
+            scratch: Provides temporary buffers.
         """
 
     def gauge(self, weight: Weight, gauges: Tensor, bins: Tensor) -> None:
-        """At a logging point.
+        """Called at a logging point.
 
         Args:
             weight: The whole weight.
-            gauges: Written to, float64 of shape (gauges, 2); zeros so far.
-            bins: Written to, float64 of shape (all bins,); zeros so far.
+            gauges: float64 zeros of shape (gauges, 2), to write to.
+            bins: float64 zeros of shape (all bins,), to write to.
         """
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The state, by name."""
+        """The tensors of ``state``, by name."""
         return {name: getattr(self, name) for name in self.state}
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held between steps."""
+        """Bytes held between steps."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
 
 class Metric(ABC):
-    """A group of numbers that ``metrics=`` asks for by ``name``.
+    """A group of values that ``metrics=`` selects by ``name``.
 
-    A number is a numerator and a denominator, each of which is summed over layers, steps and processes before they are
-    divided. Rates are counted in steps, gauges and histograms are found at logging points.
+    A value consists of a numerator and a denominator. Each is summed over layers, steps and processes before they are
+    divided. Rates are counted in steps; gauges and histograms are computed at logging points.
     """
 
     name: ClassVar[str]
     values: tuple[Value, ...] = ()
-    """What it gives, and how each number is shown, everywhere: in charts, tables and reports."""
+    """The values of the group, and how charts, tables and reports show each of them."""
     histograms: tuple[Bins, ...] = ()
     every: int = 1
-    """Steps, or steps between logging points, from one look to the next, unless the user says otherwise."""
+    """The default number of steps between two evaluations: tracked steps for rates, all steps for gauges."""
     uses_steps: bool = True
     """Whether it has ``before``, ``slice`` or ``after``. If no group does, many weights are counted in one call."""
     uses_marks: bool = False
     """Whether it has ``mark``. A group with ``mark`` only is opened at the first mark."""
     of_shards: bool = True
-    """Whether the sums over the shards of a weight are those of the whole; else sharded weights have no numbers."""
+    """Whether the sums over the shards of a weight equal those of the whole. If not, sharded weights are left out."""
 
     @property
     def ratios(self) -> tuple[str, ...]:
@@ -203,7 +204,7 @@ class Metric(ABC):
 
     @property
     def declared(self) -> tuple[Value, ...]:
-        """Every number that it gives, also one that ``values`` does not describe, with the charts it stands among."""
+        """All values with their charts, including those that ``values`` does not describe."""
         kinds: dict[str, Kind] = dict.fromkeys(self.ratios, "rate")
         kinds.update(dict.fromkeys(self.gauges, "gauge"))
         kinds.update(dict.fromkeys((bins.name for bins in self.histograms), "histogram"))
@@ -213,14 +214,14 @@ class Metric(ABC):
 
     @abstractmethod
     def open(self, name: str, weight: Weight) -> LayerMetric | None:
-        """What is kept of one weight from here on.
+        """Create the state for one weight.
 
         Args:
-            name: The layer's.
-            weight: As it is now: the baseline.
+            name: The layer's name.
+            weight: The current weight, which is the baseline.
 
         Returns:
-            None for a weight, or a quantizer, that this group has no numbers for.
+            The state; None if the group does not support the weight or its quantizer.
         """
 
 
@@ -230,19 +231,24 @@ MetricType = TypeVar("MetricType", bound=type[Metric])
 
 
 def register(metric: MetricType) -> MetricType:
-    """Make a group available by its ``name``. Its class is called without arguments."""
+    """Register a group under its ``name``. The class must work without arguments."""
     _registry[metric.name] = metric
     return metric
 
 
 def _import_modules() -> None:
     package = importlib.import_module(__package__ or "")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    _import_modules_below(tuple(package.__path__))
+
+
+@functools.cache
+def _import_modules_below(directories: tuple[str, ...]) -> None:
+    for module in pkgutil.iter_modules(directories):
+        importlib.import_module(f"{__package__}.{module.name}")
 
 
 def metric_names() -> list[str]:
-    """The names of all groups.
+    """Return the names of all groups.
 
     Example:
         >>> "oscillation" in metric_names()
@@ -253,32 +259,31 @@ def metric_names() -> list[str]:
 
 
 def make_metrics(groups: Mapping[Any, int | None]) -> list[tuple[Metric, int]]:
-    """The groups that were asked for, and how often each looks.
+    """Return the requested groups, with the number of steps between two evaluations.
 
     Args:
-        groups: Names or :class:`Metric` objects, to the number of steps from one look to the next; None for the group's
-            own default.
+        groups: Maps names or :class:`Metric` objects to that number of steps; None for the group's default.
 
     Raises:
-        ValueError: An unknown name, two groups that give the same number, or a number of steps below 1.
-        TypeError: A group whose ``values`` are something else.
+        ValueError: Unknown name, two groups with the same value, or a number of steps below 1.
+        TypeError: The ``values`` of a group are not :class:`Value` objects.
     """
     made: list[tuple[Metric, int]] = []
     taken = {"flips", "stalls", *(value.name for value in records.CORE_VALUES)}
     for spec, every in groups.items():
         metric = spec if isinstance(spec, Metric) else _by_name(spec)
         every = metric.every if every is None else every
-        every = checks.whole_number(f"metrics={{{metric.name!r}: n}} looks every n steps, and n", every, 1)
+        every = checks.whole_number(f"metrics={{{metric.name!r}: n}} runs every n steps, and n", every, 1)
         for value in metric.values:
             if not isinstance(value, Value):
                 raise TypeError(
                     f"values of the group {metric.name!r} in metrics= are Value objects, got {value!r}; "
-                    f"Value({str(value)!r}) is the shortest"
+                    f"use Value({str(value)!r}), for example"
                 )
         names = {metric.name, *(value.name for value in metric.declared)}
         if taken & names:
             raise ValueError(
-                f"two in metrics= are called, or give, {sorted(taken & names)}; leave one out or rename it"
+                f"two groups in metrics= use the names {sorted(taken & names)}; leave one out or rename it"
             )
         taken |= names
         made.append((metric, every))

@@ -1,4 +1,4 @@
-"""``metrics=``: the groups that are asked for, and where in a layer's counters each has its columns."""
+"""Parse ``metrics=``, and assign columns of a layer's counters to each group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MetricsLike: TypeAlias = "Sequence[str | Metric] | Mapping[str | Metric, int | N
 
 
 class Group(NamedTuple):
-    """A metric group, and its columns among those that all groups have."""
+    """A metric group, and its columns among those of all groups."""
 
     metric: Metric
     every: int
@@ -26,7 +26,7 @@ class Group(NamedTuple):
 
 
 def make_groups(metrics: Any, oscillation_ema: float | tuple[float, float] | None) -> tuple[list[str], list[Group]]:
-    """The names in ``metrics=``, and the groups beside flips and stalls."""
+    """Return the names in ``metrics=``, and the groups other than flips and stalls."""
     asked: dict[Any, Any] = {}
     if isinstance(metrics, Mapping):
         asked = dict(metrics)
@@ -38,14 +38,14 @@ def make_groups(metrics: Any, oscillation_ema: float | tuple[float, float] | Non
     if "flips" not in asked:
         hint = "did you mean 'flips'? " if any(checks.closest_match(name, METRICS) == "flips" for name in asked) else ""
         raise ValueError(
-            "metrics= is a sequence with 'flips' in it, or a mapping from such names to every how many steps each is "
-            f"looked at; {hint}got {metrics!r}"
+            "metrics= is a sequence with 'flips' in it, or a mapping from such names to the number of steps between "
+            f"two evaluations; {hint}got {metrics!r}"
         )
     for name in METRICS:
         every = asked.pop(name, None)
         if (
             every is not None
-            and checks.whole_number(f"metrics={{{name!r}: n}} looks every n steps, and n", every, 1) != 1
+            and checks.whole_number(f"metrics={{{name!r}: n}} runs every n steps, and n", every, 1) != 1
         ):
             raise ValueError(f"metrics= counts {name!r} in every tracked step; use track_every= for fewer")
     if oscillation_ema is not None:
@@ -66,21 +66,21 @@ def make_groups(metrics: Any, oscillation_ema: float | tuple[float, float] | Non
 
 
 def ratios_of(groups: Sequence[Group], row: Sequence[float]) -> dict[str, Quotient]:
-    """What the groups have counted of a layer, from their columns of its row."""
+    """Return the groups' ratios of a layer from their columns of its row."""
     return {name: pair for group in groups for name, pair in _pairs(group.metric.ratios, row[group.sums])}
 
 
 def gauges_of(groups: Sequence[Group], row: Sequence[float]) -> tuple[dict[str, Quotient], dict[str, Histogram]]:
-    """What the groups have found of a layer at a logging point."""
+    """Return the groups' gauges and histograms of a layer from their columns of its row."""
     gauges, histograms = {}, {}
     for group in groups:
-        # Without a denominator it was not looked at now.
+        # A denominator of 0 means that the group was not due.
         gauges.update({name: q for name, q in _pairs(group.metric.gauges, row[group.gauges]) if q.denominator})
         counts = [int(count) for count in row[group.bins]]
         for bins in group.metric.histograms:
-            own, counts = tuple(counts[: len(bins.edges) - 1]), counts[len(bins.edges) - 1 :]
-            if any(own):
-                histograms[bins.name] = Histogram(bins.edges, own)
+            of_bins, counts = tuple(counts[: len(bins.edges) - 1]), counts[len(bins.edges) - 1 :]
+            if any(of_bins):
+                histograms[bins.name] = Histogram(bins.edges, of_bins)
     return gauges, histograms
 
 

@@ -1,4 +1,4 @@
-"""How much of a weight has moved at all, and how much has got anywhere."""
+"""The share of weights that have flipped at all, and the share that differ from their first code."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _LayerCoverage(LayerMetric):
     def __init__(self, weight: Weight) -> None:
         self.first_codes = weight.codes.clone()
         self.changed_bits = torch.zeros_like(weight.codes)
-        """Of the codes, in any flip so far: not 0 where there was one. Two passes over bytes, without a mask."""
+        """The bits of each code that any flip has changed; 0 without flips. Updating it needs no mask."""
 
     def slice(self, part: Slice, sums: Tensor) -> None:
         changed = torch.bitwise_xor(part.old, part.new, out=part.scratch("changed", part.old, part.old.dtype))

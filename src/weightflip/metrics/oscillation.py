@@ -11,7 +11,7 @@ from weightflip.kernels.pointwise import NEW, OLD, Pointwise, state, where
 from weightflip.metrics.base import LayerMetric, Metric, Slice, Weight, register
 from weightflip.records import Value
 
-# The share that Nagel et al. call oscillating in their tables.
+# The frequency above which Nagel et al. call a weight oscillating in their tables.
 _THRESHOLD = 0.005
 
 
@@ -25,19 +25,19 @@ class Oscillation(Metric):
     """``metrics=("flips", "oscillation")``: ``oscillation_ratio`` = oscillations / flips.
 
     An oscillation is a flip in the direction opposite to that weight's previous flip (Nagel et al. 2022,
-    arXiv:2203.11086, section 4.1). The direction is that of the code: up where the number grew in units of its scale.
-    One byte a weight remembers it.
+    arXiv:2203.11086, section 4.1). The direction is that of the code, that is, of the value relative to its scale. The
+    last direction takes one byte per weight.
 
-    With ``ema``, four bytes a weight more: each weight's oscillation frequency as an exponential moving average,
-    ``f = ema * o + (1 - ema) * f`` with ``o`` 1 in a step in which it oscillates (their equation 4), and
-    ``oscillating_fraction``, the share of the weights with ``f > threshold``.
+    With ``ema``, there is also ``oscillating_fraction``, the share of weights with ``f > threshold``. Here ``f`` is the
+    oscillation frequency of a weight as an exponential moving average, ``f = ema * o + (1 - ema) * f``, with ``o = 1``
+    in steps in which the weight oscillates, otherwise 0 (their equation 4). It takes four more bytes per weight.
 
     Args:
-        ema: The momentum, in (0, 1]; None for no average. Nagel et al. take 0.01.
-        threshold: 0.005, as there.
+        ema: The momentum, in (0, 1]; None for no average. Nagel et al. use 0.01.
+        threshold: The threshold of ``f``. Nagel et al. also use 0.005.
 
     Raises:
-        ValueError: A momentum or a threshold that makes no sense.
+        ValueError: Invalid momentum or threshold.
     """
 
     name = "oscillation"
@@ -87,7 +87,7 @@ def _pointwise(ema: float | None) -> Pointwise:
 class _LayerOscillation(LayerMetric):
     def __init__(self, weight: Weight, ema: float | None, threshold: float) -> None:
         self.directions = torch.zeros_like(weight.codes, dtype=torch.int8)
-        """Of the last flip: 1, -1, or 0 before the first."""
+        """Direction of the last flip: 1 or -1; 0 before the first flip."""
         self.state = ("directions",)
         self.ema, self.threshold, self.pointwise = ema, threshold, _pointwise(ema)
         if ema is not None:
@@ -105,11 +105,11 @@ class _LayerOscillation(LayerMetric):
         sums[0, 0].add_(torch.count_nonzero(oscillates))
         sums[0, 1].add_(torch.count_nonzero(flipped))
         if self.ema is not None:
-            # As a number, and not in float32: 1 - momentum has to be rounded once, in a step that may be none, too.
+            # In float64, so that 1 - momentum is rounded once, as it is without `valid`.
             momentum = self.ema if part.valid is None else part.valid.double() * self.ema
             now = part.scratch("oscillates", part.old, torch.float32).copy_(oscillates).mul_(-momentum)
             self.frequencies[part.index].mul_(1 - momentum).add_(now)
-        # last * (1 - flipped) + direction: the direction where there is one.
+        # last * (1 - flipped) + direction: the new direction of weights that flipped.
         last.sub_(flipped.mul_(last)).add_(direction)
 
     def gauge(self, weight: Weight, gauges: Tensor, bins: Tensor) -> None:

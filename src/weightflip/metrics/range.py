@@ -1,4 +1,4 @@
-"""Where in the format's range the weights lie."""
+"""The shares of weights at 0 and at the ends of the format's range."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from weightflip.records import Value
 
 @register
 class Range(Metric):
-    """``metrics=("flips", "range")``: ``zero_fraction``, ``saturated_fraction`` and ``underflow_fraction`` now.
+    """``metrics=("flips", "range")``: current ``zero_fraction``, ``saturated_fraction`` and ``underflow_fraction``.
 
-    Of all weights, those whose code stands for 0, and those with one of the two outermost codes: under a scale that
-    follows the largest weight, that weight is always among them. Underflows are the weights other than 0 whose code
-    stands for 0, of the weights other than 0. Quantizers that encode the whole weight at once have no such numbers, nor
-    has ``binary``, which has no 0.
+    * ``zero_fraction``: weights whose code stands for 0 / weights.
+    * ``saturated_fraction``: weights with one of the two outermost codes / weights. If the scale follows the largest
+      weight, that weight is always one of them.
+    * ``underflow_fraction``: weights other than 0 whose code stands for 0 / weights other than 0.
+
+    Quantizers that encode the whole weight at once do not have these values. Neither has ``binary``, which has no 0.
     """
 
     name = "range"
@@ -47,10 +49,10 @@ class _LayerRange(LayerMetric):
     def gauge(self, weight: Weight, gauges: Tensor, bins: Tensor) -> None:
         zeros, saturated, underflows = gauges
         for index in slices(weight.codes, slice_elements(weight.codes)):
-            codes, is_something = weight.codes[index], weight.values[index] != 0
+            codes, is_nonzero = weight.codes[index], weight.values[index] != 0
             is_zero = codes == 0
             zeros[0] += torch.count_nonzero(is_zero)
             saturated[0] += torch.count_nonzero((codes == self.smallest) | (codes == self.largest))
-            underflows[0] += torch.count_nonzero(is_zero & is_something)
-            underflows[1] += torch.count_nonzero(is_something)
+            underflows[0] += torch.count_nonzero(is_zero & is_nonzero)
+            underflows[1] += torch.count_nonzero(is_nonzero)
         gauges[:2, 1] = weight.codes.numel()

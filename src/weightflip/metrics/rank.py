@@ -1,4 +1,4 @@
-"""How many directions a weight matrix still uses."""
+"""Stable and effective rank of weight matrices."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from weightflip.records import Value
 class Rank(Metric):
     """``metrics=("flips", "rank")``: ``stable_rank`` and ``effective_rank``, every 500 steps, from one SVD.
 
-    With ``s`` the singular values of the weight in float32 (its dimensions but the first flattened): the stable rank is
-    ``sum(s**2) / max(s)**2``; the effective rank is ``exp(-sum(p * log(p)))`` with ``p = s / sum(s)`` (Roy & Vetterli
-    2007, "The effective rank", equation 4). Both lie between 1 and ``min(rows, columns)``. Of the model and of groups:
-    the mean over their layers. A weight of one dimension, of zeros, with NaN or infinities, or that is sharded over
-    processes has none. The SVD waits for the device.
+    Let ``s`` be the singular values of the weight in float32, with all dimensions but the first flattened. The stable
+    rank is ``sum(s**2) / max(s)**2``. The effective rank is ``exp(-sum(p * log(p)))`` with ``p = s / sum(s)`` (Roy &
+    Vetterli 2007, "The effective rank", equation 4). Both lie between 1 and ``min(rows, columns)``. The value of a
+    model or a group of layers is the mean over its layers. Weights with one dimension, with only zeros, with NaN or
+    infinities, or that are sharded over processes have no rank. The SVD synchronizes with the device.
     """
 
     name = "rank"

@@ -1,4 +1,4 @@
-"""Flips that the weight made by itself, and flips that came with a new scale."""
+"""The share of flips that the weight caused, and not a new scale."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from weightflip.records import Value
 class Scale(Metric):
     """``metrics=("flips", "scale")``: ``weight_driven_fraction`` = weight-driven flips / flips.
 
-    A flip is weight-driven if it is there also when the new weight is encoded with the old scale; the rest are
-    scale-driven. Formats without a scale, and quantizers that encode the whole weight at once, have no such number.
+    A flip is weight-driven if the code also changes when the new weight is encoded with the old scale. All other flips
+    are scale-driven. Formats without a scale, and quantizers that encode the whole weight at once, do not have this
+    value.
     """
 
     name = "scale"

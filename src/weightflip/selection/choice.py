@@ -197,7 +197,10 @@ def _find_owners(model: nn.Module) -> dict[int, nn.Module]:
     """Map the id of each parameter to the module that owns it; of several, to the first one from torchao."""
     owners: dict[int, nn.Module] = {}
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
+        # module.parameters(recurse=False) takes ten times as long.
+        for parameter in module._parameters.values():
+            if parameter is None:
+                continue
             held = owners.get(id(parameter))
             if held is None or (not torchao_classes(held) and torchao_classes(module)):
                 owners[id(parameter)] = module
@@ -216,7 +219,7 @@ def _torchao_quantizer(parameter: Tensor, owner: nn.Module | None) -> tuple[Quan
     classes = torchao_classes(shard)
     if classes:
         return quantizer_of_subclass(shard, classes, owner)
-    modules = [] if owner is None else torchao_classes(owner)
+    modules = () if owner is None else torchao_classes(owner)
     if any(name.endswith("FakeQuantizer") for name in modules):
         raise Skip(f"a scale or zero point that torchao's {modules[0]} learns, not a weight")
     if modules and parameter is not getattr(owner, "bias", None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -16,9 +17,14 @@ from weightflip.selection.rules import Skip, dtype_name
 _STORED_CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def torchao_classes(thing: object) -> list[str]:
+def torchao_classes(thing: object) -> tuple[str, ...]:
     """Return the names of the torchao classes in the type's MRO, without importing torchao."""
-    return [cls.__name__ for cls in type(thing).__mro__ if cls.__module__.split(".")[0] == "torchao"]
+    return _torchao_classes_of(type(thing))  # type: ignore[arg-type]  # types are hashable
+
+
+@functools.lru_cache(maxsize=256)
+def _torchao_classes_of(cls: type) -> tuple[str, ...]:
+    return tuple(base.__name__ for base in cls.__mro__ if base.__module__.split(".")[0] == "torchao")
 
 
 def quantizes_weights(optimizer: Any) -> bool:

@@ -34,7 +34,7 @@ def find_oscillating(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
             clauses.append(f"{percent(share)} of them moved back and forth shortly before the end")
         if not math.isnan(travel):
             clauses.append(
-                f"its quantized weights travelled {format_factor(travel)} times as far as the weights themselves"
+                f"its quantized weights traveled {format_factor(travel)} times as far as the weights themselves"
             )
         flips = layer.get("cumulative_flip_rate").summary
         if flips > 1 and not math.isnan(net):

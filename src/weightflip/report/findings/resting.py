@@ -26,7 +26,7 @@ def find_resting(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
     name, travel = min(travels.items(), key=lambda item: item[1])
     text = (
         f"{list_layers(list(travels), len(run.layers))} {'rests' if len(travels) == 1 else 'rest'}: in the last "
-        f"quarter, the quantized weights of {name} travelled {percent(travel)} of the distance of the weights "
+        f"quarter, the quantized weights of {name} traveled {percent(travel)} of the distance of the weights "
         "themselves. The weights move back and forth inside their cells, and the forward pass sees little of it"
     )
     yield Finding(Severity.NOTE, "resting", text, (run.name,), tuple(travels))
