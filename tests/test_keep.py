@@ -11,8 +11,8 @@ from conftest import case
 from weightflip import kernels
 from weightflip.kernels import proof, reference
 
-# Around a vector, an item, and several items.
-LENGTHS = [0, 1, 15, 16, 63, 64, 65, 1000, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 3 * (1 << 16) + 77]
+# Around a vector, as many as are read at once, an item, and several items.
+LENGTHS = [0, 1, 15, 16, 63, 64, 65, 255, 256, 257, 1000, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 3 * (1 << 16) + 77]
 DTYPES = (torch.int8, torch.int16, torch.int32)
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs Numba")

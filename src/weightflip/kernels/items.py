@@ -29,6 +29,7 @@ from weightflip.kernels.vectors import (
     MOST_STATES,
     OLD_SCALES_AT,
     STATES_AT,
+    STREAMS_OF_KEEP,
     WIDE_OF_LARGEST,
     Vectors,
 )
@@ -408,7 +409,7 @@ def keep(address):  # type: ignore[no-untyped-def]
             break
         numel = min(task[ITEM], task[TOTAL] - start)
         codes_at, new_at = task[KEEP_CODES] + start * SIZE, task[KEEP_NEW] + start * SIZE  # type: ignore[name-defined]  # noqa: F821
-        lanes = BYTES_OF_KEEP // SIZE  # type: ignore[name-defined]  # noqa: F821
+        lanes = STREAMS_OF_KEEP * BYTES_OF_KEEP // SIZE  # type: ignore[name-defined]  # noqa: F821
         whole = numel // lanes * lanes
         changed += KEEP(codes_at, new_at, whole)  # type: ignore[name-defined]  # noqa: F821
         codes = carray(_pointer(codes_at), (numel,), BITS)  # type: ignore[name-defined]  # noqa: F821
