@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
 import pickle
 
@@ -12,7 +13,8 @@ import torch
 from conftest import assert_same, backward, digits_model
 from torch import Tensor, nn
 
-from weightflip import FlipTrackingOptimizer, WeightFlipTracker, track_flips
+from weightflip import FlipTrackingOptimizer, WeightFlipTracker, functional, track_flips
+from weightflip.metrics.sync import _LayerSync
 from weightflip.quantizers import resolve
 
 FORMATS = ["float8_e4m3", "float8_e4m3:row", "int4:g16", "mxfp4", "bfloat16"]
@@ -449,3 +451,73 @@ def test_wrong_calls(digits):
         wrapped(model, metrics=("flips",)).tracker.mark_sync()
     with pytest.raises(ValueError, match=r"'sync'"):
         WeightFlipTracker(sync_every=3)
+
+
+# ------------------------------------------------------------------ the scale at a mark
+
+
+def seen_scales(monkeypatch):
+    """Collect the weights that the group sees at marks, with copies of their codes and scales."""
+    seen = []
+    mark = _LayerSync.mark
+
+    def observe(self, weight, sums, scratch):
+        seen.append((weight.values.clone(), weight.codes.clone(), weight.scale.clone(), weight.quantizer))
+        mark(self, weight, sums, scratch)
+
+    monkeypatch.setattr(_LayerSync, "mark", observe)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("format", ["float8_e4m3", "float8_e4m3:row", "int8", "int4:g16"])
+def test_the_scale_at_a_mark_is_that_of_the_codes(format, dtype, monkeypatch):
+    seen = seen_scales(monkeypatch)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 32)).to(dtype)
+    optimizer = wrapped(model, format, lr=0.1)
+
+    def step(kind):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        if kind == "sparse":
+            # This layer is counted alone in the step.
+            model[0].weight.grad = model[0].weight.grad.to_sparse()
+        if kind == "none":
+            model[1].weight.grad = None
+        optimizer.step()
+        if kind == "written":
+            with torch.no_grad():
+                model[0].weight.mul_(3)
+
+    kinds = ["plain", "plain", "sparse", "plain", "written", "plain", "none", "sparse", "sparse", "plain"]
+    for number, kind in enumerate(kinds):
+        step(kind)
+        optimizer.tracker.mark_sync()
+        if number == 5:
+            # A new tensor, elsewhere.
+            model[1].weight.data = model[1].weight.data.clone() * 2
+    assert len(seen) == 2 * len(kinds)
+    for values, codes, scale, quantizer in seen:
+        expected = quantizer.encode(values.flatten(-2) if format == "int4:g16" else values)
+        assert torch.equal(expected.scale.reshape(scale.shape), scale)
+        assert torch.equal(expected.ordinals.reshape(codes.shape), codes)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs Numba")
+@pytest.mark.parametrize("format", ["float8_e4m3", "float8_e4m3:row"])
+def test_a_mark_after_a_step_does_not_compute_the_scale_again(format, digits, monkeypatch):
+    model = digits_model(width=64)
+    optimizer = wrapped(model, format)
+    backward(model, digits, 0)
+    optimizer.step()
+
+    def fail(self, weight):
+        raise AssertionError("the scale of the step's codes was expected to be kept")
+
+    monkeypatch.setattr(functional.Encoding, "scale", fail)
+    optimizer.tracker.mark_sync()
+    backward(model, digits, 1)
+    optimizer.step()
+    optimizer.tracker.mark_sync()
+    assert optimizer.tracker.record().model.window.ratios["scale_changed_fraction"].denominator > 0

@@ -62,6 +62,8 @@ class Member:
         run: The kernel's class of runs.
         scaling: How the kernel computes the scales of groups; None if the quantizer computes them.
         scale_shape: Shape of the quantizer's scale.
+        keeps_scale: Whether the scale of its codes is kept, for metric groups. Only without ``scaling``, and the same
+            for all members of a quantizer.
         places: The positions of the parts of that scale, for metric groups.
         observations: What metric groups compute for it; None if a kernel cannot do that.
     """
@@ -79,6 +81,7 @@ class Member:
     run: type[kernels.Run]
     scaling: kernels.Scaling | None
     scale_shape: tuple[int, ...]
+    keeps_scale: bool = False
     places: list[Place] = field(default_factory=list)
     observations: tuple[Observation, ...] | None = ()
 
@@ -250,7 +253,6 @@ class Batch:
         lasts: Whether the batch is used for several steps. If so, the scale codes of its members are moved into one
             piece of memory, and the members must not be in another such batch at the same time.
         rows: The row of each member in the tables of :meth:`advance`; None: in the order of the members.
-        keeps_scales: Whether to keep the scales of the codes, for metric groups.
     """
 
     def __init__(
@@ -260,7 +262,6 @@ class Batch:
         with_updates: bool,
         lasts: bool = True,
         rows: Sequence[int] | None = None,
-        keeps_scales: bool = False,
     ) -> None:
         self.members = list(members)
         rows = range(len(self.members)) if rows is None else rows
@@ -274,32 +275,32 @@ class Batch:
         self._groups: list[tuple[list[int], list[_Part]]] = []
         for indices in kinds.values():
             parts = [
-                _Part(run, self.members, rows, with_updates=with_updates, keeps_scales=keeps_scales)
-                for run in _runs(indices, self.members, most)
+                _Part(run, self.members, rows, with_updates=with_updates) for run in _runs(indices, self.members, most)
             ]
             if lasts:
                 _concatenate_scale_codes(
                     [m.scale_codes for m in (self.members[i] for i in indices) if m.scale_codes is not None], parts
                 )
             self._groups.append((indices, parts))
-        self._keeps_scales, self._lasts = keeps_scales, lasts
+        self._lasts = lasts
         if lasts:
             self.take_scales()
 
     def take_scales(self) -> None:
         """Take over the current scales of the members, which then refer to the scales of this batch."""
-        if not self._keeps_scales:
-            return
-        parts = [part for _, parts in self._groups for part in parts]
-        for part in parts:
+        for part in self._parts_with_scales:
             part.take_scale(self.members)
-        self._pass_scales(parts)
+        self._pass_scales()
 
-    def _pass_scales(self, parts: Sequence[_Part]) -> None:
+    def _pass_scales(self) -> None:
         for member in self.members:
             member.places = []
-        for part in parts:
+        for part in self._parts_with_scales:
             part.pass_scale(self.members)
+
+    @property
+    def _parts_with_scales(self) -> list[_Part]:
+        return [part for _, parts in self._groups for part in parts if part.held is not None]
 
     def advance(
         self, updates: Sequence[int], into: tuple[Tensor, Tensor] | None = None, due: Due | None = None
@@ -324,8 +325,8 @@ class Batch:
                     part.advance(addresses, counts, scale_changes, due)
             except Exception as error:
                 failed += [(index, error) for index in indices]
-        if self._keeps_scales and not self._lasts:
-            self._pass_scales([part for _, parts in self._groups for part in parts])
+        if not self._lasts:
+            self._pass_scales()
         return Counted(counts, scale_changes, failed)
 
 
@@ -374,7 +375,6 @@ class _Part:
         rows: Sequence[int],
         *,
         with_updates: bool,
-        keeps_scales: bool,
     ) -> None:
         first = members[pieces[0].member]
         self.quantizer, self.dtype = first.quantizer, first.dtype
@@ -410,10 +410,10 @@ class _Part:
         ]
         self.scale_codes_in_one: Tensor | None = None
         self.table: ScaleTable | None = None
-        self.held = HeldScale() if keeps_scales else None
-        self.scales_of_pieces = _scales_of(of_members) if keeps_scales else []
+        self.held = HeldScale() if first.keeps_scale else None
+        self.scales_of_pieces = _scales_of(of_members) if first.keeps_scale else []
         self.observations = Observations([(members[piece.member].observations or (), piece.first) for piece in pieces])
-        if self.scale_codes and first.run.saves_calls and not keeps_scales:
+        if self.scale_codes and first.run.saves_calls and not first.keeps_scale:
             self.table = table_of(first.quantizer, first.rounding, first.dtype, first.codes.device)
 
     def take_scale(self, members: Sequence[Member]) -> None:

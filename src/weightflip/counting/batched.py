@@ -86,6 +86,8 @@ class BatchedRoute:
                     with_updates=self._with_updates,
                     observed=self._runner.uses_steps,
                 )
+            if member is not None:
+                member.keeps_scale = self._runner.keeps_scale(quantizer)
         layer.member = member
         if member is None:
             return False
@@ -102,7 +104,7 @@ class BatchedRoute:
         for indices in _by_device(members := _members_of(layers)):
             try:
                 of_device = [members[index] for index in indices]
-                batch = Batch(of_device, with_updates=False, lasts=False, keeps_scales=self._runner.uses_steps)
+                batch = Batch(of_device, with_updates=False, lasts=False)
                 failed = dict(batch.advance([]).failed)
             except Exception as error:
                 failed = dict.fromkeys(range(len(indices)), error)
@@ -172,7 +174,7 @@ class BatchedRoute:
         for indices in _by_device(members):
             of_device = [layers[index] for index in indices]
             try:
-                self._batches.append((indices, _LayerBatch(of_device, self._with_updates, self._runner.uses_steps)))
+                self._batches.append((indices, _LayerBatch(of_device, self._with_updates)))
             except Exception as error:
                 for layer in of_device:
                     self._layers.fail(layer.name, error)
@@ -250,10 +252,10 @@ class ObservedLayers:
 class _LayerBatch:
     """A batch on one device, and the rows of its layers."""
 
-    def __init__(self, layers: Sequence[Layer], with_updates: bool, keeps_scales: bool) -> None:
+    def __init__(self, layers: Sequence[Layer], with_updates: bool) -> None:
         rows = [layer.row for layer in layers if layer.row is not None]
         indices = [row.index for row in rows]
-        self.batch = Batch(_members_of(layers), with_updates=with_updates, rows=indices, keeps_scales=keeps_scales)
+        self.batch = Batch(_members_of(layers), with_updates=with_updates, rows=indices)
         self._ledger = rows[0].ledger
         # The counts that are the same in every step.
         known = torch.zeros(max(indices) + 1, COLUMNS, dtype=torch.int64, device="cpu")

@@ -61,6 +61,14 @@ class MetricRunner:
         """Whether any group runs at marks."""
         return bool(self._of_marks)
 
+    def keeps_scale(self, quantizer: ElementwiseQuantizer) -> bool:
+        """Whether layers that are counted in one call keep the scale of their codes for the groups.
+
+        For marks, only where one number per weight or row saves reading the weight again. Scales of blocks would take
+        up to half a byte per weight.
+        """
+        return self.uses_steps or (self.uses_marks and quantizer.group is None)
+
     # ------------------------------------------------------------------ in a step
 
     def before(self, layer: Layer, *, is_shard: bool) -> None:
@@ -256,11 +264,13 @@ class MetricRunner:
         """Return a weight between two steps in the form that metric groups receive."""
         assert layer.tracked is not None
         weight, quantizer = layer.tracked.unwrapped()
-        if not self.uses_steps and isinstance(quantizer, ElementwiseQuantizer):
-            # The routes that count many layers in one call do not keep scales.
-            encoding = functional.Encoding(quantizer, self._scratch, self._backend, layer.statistic)
-            layer.scale = encoding.scale(quantizer.grouped(weight))
-        return layer.view_for_metrics(weight, quantizer)
+        seen = layer.view_for_metrics(weight, quantizer)._replace(backend=self._backend)
+        member = layer.member
+        has_scale = self.uses_steps or (member is not None and member.keeps_scale and seen.scale is not None)
+        if has_scale or not isinstance(quantizer, ElementwiseQuantizer):
+            return seen
+        encoding = functional.Encoding(quantizer, self._scratch, self._backend, layer.statistic)
+        return seen._replace(scale=encoding.scale(seen.values))
 
     def mark_measured(self, due: Sequence[Group]) -> None:
         """Note that the gauges of these groups are computed at this logging point."""

@@ -7,8 +7,8 @@ the same results.
 from __future__ import annotations
 
 from weightflip.formats import Rounding
-from weightflip.kernels.backend import check_backend, one_pass, run, run_for
-from weightflip.kernels.eager import count_, keep_
+from weightflip.kernels.backend import check_backend, keep_, one_pass, run, run_for
+from weightflip.kernels.eager import count_
 from weightflip.kernels.gathered import Layout, is_small, pack
 from weightflip.kernels.pointwise import Pointwise
 from weightflip.kernels.proof import Question

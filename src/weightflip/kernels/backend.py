@@ -7,12 +7,15 @@ import importlib
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from weightflip import checks
 
 # The pool is not used here, but must register its fork handlers before the first kernel is used.
 from weightflip.kernels import pool, proof  # noqa: F401
+from weightflip.kernels.eager import keep_ as keep_in_plain_torch
 from weightflip.kernels.runs import Kind, OnePass, Run
+from weightflip.kernels.scratch import ScratchPool
 
 BACKENDS = ("auto", "eager", "numba", "triton")
 
@@ -109,3 +112,23 @@ def run(backend: str, device: torch.device) -> type[Run] | None:
     name = _name(backend, device)
     compiled = _compiled(name) if name in _MODULES else None
     return compiled.run if isinstance(compiled, _Compiled) and compiled.device == device.type else None
+
+
+def keep_(codes: Tensor, new: Tensor, scratch: ScratchPool, backend: str = "auto") -> Tensor:
+    """Store the new codes in ``codes``, and count how many differ. No device synchronization.
+
+    Args:
+        codes: Old ordinals, contiguous; overwritten.
+        new: New ordinals, of the same shape and dtype.
+        scratch: Provides temporaries.
+        backend: As in :func:`check_backend`.
+
+    Returns:
+        0-dim int64.
+    """
+    kernel = run(backend, codes.device)
+    if kernel is not None and proof.may_keep(kernel, codes.dtype):
+        changed = kernel.keep(codes, new)
+        if changed is not None:
+            return changed
+    return keep_in_plain_torch(codes, new, scratch)

@@ -24,7 +24,7 @@ logger = logging.getLogger("weightflip")
 # Seconds after which a log line says that loops are being compiled.
 _PATIENCE = 1.0
 
-_INTEGERS = {16: np.int16, 32: np.int32}
+_INTEGERS = {8: np.int8, 16: np.int16, 32: np.int32}
 
 
 class Loop(NamedTuple):
@@ -92,6 +92,15 @@ def largest_lanes(weight_bits: int) -> Loop | None:
         }
 
     return _loop(items.largest_lanes, 4, (weight_bits,), instructions)
+
+
+def keep_loop(code_bits: int) -> Loop | None:
+    """:func:`weightflip.kernels.items.keep` for codes of 8, 16 or 32 bits."""
+
+    def instructions() -> dict[str, Any]:
+        return {"KEEP": vectors.make_keep(code_bits), "BITS": _INTEGERS[code_bits], "SIZE": code_bits // 8}
+
+    return _loop(items.keep, 1, (code_bits,), instructions)
 
 
 def count_groups_loop() -> Loop | None:

@@ -87,6 +87,21 @@ class Run:
         loops = [compiled.count_groups_loop(), compiled.largest_lanes(8 * kind.weight.itemsize), _scales_loop(scaling)]
         return all(loop is not None for loop in loops)
 
+    @staticmethod
+    def keep(codes: Tensor, new: Tensor) -> Tensor | None:
+        if codes.dtype not in _CODES or new.dtype is not codes.dtype or new.shape != codes.shape:
+            return None
+        if not all(type(tensor) is Tensor and tensor.is_contiguous() for tensor in (codes, new)):
+            return None
+        loop = compiled.keep_loop(8 * codes.itemsize)
+        if loop is None:
+            return None
+        task = np.zeros(items.KEEP_TASK, dtype=np.int64)
+        task[items.TOTAL], task[items.ITEM] = codes.numel(), _ELEMENTS_PER_ITEM
+        task[items.KEEP_CODES], task[items.KEEP_NEW] = codes.data_ptr(), new.data_ptr()
+        pool.run(loop.address, loop.call, task.ctypes.data, -(-codes.numel() // _ELEMENTS_PER_ITEM))
+        return torch.tensor(task[items.KEEP_CHANGED], device="cpu")
+
     def largest(self) -> Tensor:
         largest = torch.zeros(self._scales, dtype=torch.float32, device="cpu")
         task = self._task.copy()

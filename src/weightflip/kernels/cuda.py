@@ -245,6 +245,10 @@ class Run:
     def can_scale(kind: Kind, scaling: Scaling) -> bool:
         return False
 
+    @staticmethod
+    def keep(codes: Tensor, new: Tensor) -> Tensor | None:
+        return None
+
     def count_groups_into_(
         self,
         counts: Tensor,

@@ -21,6 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from weightflip.kernels.vectors import (
+    BYTES_OF_KEEP,
     COUNTS_AT,
     FOUND,
     LANES,
@@ -56,6 +57,11 @@ element of each in each stretch (a row for each state), and of the bytes of an e
 address of the numbers of the float64 columns in which they are added, address of the table with these columns, and how
 many bytes its rows are apart; address of the scales of before the step, or 0 for those of now."""
 TASK = 26
+
+KEEP_CODES, KEEP_NEW, KEEP_CHANGED = range(3, 6)
+"""The entries of a task of :func:`keep` after those of the next item and the numbers of elements: addresses of the kept
+and the new codes, and the number of codes that differ."""
+KEEP_TASK = 6
 
 # The number of elements in a chunk, each with its scale, and the bytes of each of four buffers for fewer than LANES
 # elements.
@@ -388,6 +394,30 @@ def largest(address):  # type: ignore[no-untyped-def]
                     low = until
             start = place[START] + high
             row += 1
+
+
+# ---------------------------------------------------------------------- what is kept
+
+
+def keep(address):  # type: ignore[no-untyped-def]
+    """Store new codes where they differ from those that are kept, in as many items as there are left."""
+    task = carray(_pointer(address), (KEEP_TASK,), np.int64)
+    changed = np.int64(0)
+    while True:
+        start = _add(address + 8 * NEXT, 1) * task[ITEM]
+        if start >= task[TOTAL]:
+            break
+        numel = min(task[ITEM], task[TOTAL] - start)
+        codes_at, new_at = task[KEEP_CODES] + start * SIZE, task[KEEP_NEW] + start * SIZE  # type: ignore[name-defined]  # noqa: F821
+        lanes = BYTES_OF_KEEP // SIZE  # type: ignore[name-defined]  # noqa: F821
+        whole = numel // lanes * lanes
+        changed += KEEP(codes_at, new_at, whole)  # type: ignore[name-defined]  # noqa: F821
+        codes = carray(_pointer(codes_at), (numel,), BITS)  # type: ignore[name-defined]  # noqa: F821
+        new = carray(_pointer(new_at), (numel,), BITS)  # type: ignore[name-defined]  # noqa: F821
+        for i in range(whole, numel):
+            changed += codes[i] != new[i]
+            codes[i] = new[i]
+    _add(address + 8 * KEEP_CHANGED, changed)
 
 
 # ---------------------------------------------------------------------- the loops over lanes

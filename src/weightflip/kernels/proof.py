@@ -10,6 +10,7 @@ The test runs once for each kind and device, and synchronizes with the device. I
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -573,3 +574,33 @@ def _seconds(action: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[3:])
+
+
+# ---------------------------------------------------------------------- what is kept
+
+# More than one item, and a rest.
+_KEPT = (1 << 16) + 77
+
+
+@functools.cache
+def may_keep(run: type[Run], dtype: torch.dtype) -> bool:
+    """Whether :meth:`Run.keep` counts as the reference and stores what it should, for codes on the CPU."""
+    places = torch.arange(_KEPT, device="cpu")
+    # Changes in some vectors, none in others, and one at the end.
+    is_changed = (places % 251 == 0) | (places == _KEPT - 1)
+    codes = (places % 127 - 63).to(dtype)
+    new = torch.where(is_changed, -1 - codes, codes)
+    expected = reference.count(codes, new)[0]
+    changed = run.keep(codes, new)
+    if changed is None:
+        return False
+    if bool(changed == expected) and torch.equal(codes, new):
+        return True
+    logger.warning(
+        "%s codes at a sync: not compared by the kernel, plain torch compares them instead: expected %d changes in a "
+        "trial, got %d, or other codes",
+        dtype,
+        int(expected),
+        int(changed),
+    )
+    return False

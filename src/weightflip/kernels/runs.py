@@ -167,6 +167,11 @@ class Run(Protocol):
         """The same for :meth:`count_groups_into_`."""
         ...
 
+    @staticmethod
+    def keep(codes: Tensor, new: Tensor) -> Tensor | None:
+        """As :func:`weightflip.kernels.eager.keep_`; None, with nothing done, for tensors that it cannot read."""
+        ...
+
     def largest(self) -> Tensor:
         """Return the largest magnitude under each scale, float32, concatenated over stretches; NaN if there is one.
 

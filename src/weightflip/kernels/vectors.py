@@ -26,6 +26,9 @@ LANES = 32
 LANES_OF_LARGEST, _STREAMS = 16, 4
 WIDE_OF_LARGEST = LANES_OF_LARGEST * _STREAMS
 
+# Bytes per vector of the loop that compares codes with those at the last mark.
+BYTES_OF_KEEP = 64
+
 # The prefetch distances in bytes. Processors also prefetch automatically, but seem to start again at each page.
 _AHEAD, _AHEAD_CODES, _AHEAD_LARGEST = 2048, 1024, 512
 _CACHE_LINE = 64
@@ -346,3 +349,37 @@ def make_largest_of_blocks(weight_bits: int) -> Any:
         return _types.void(*[_ADDRESS] * 4), generate
 
     return largest
+
+
+def make_keep(code_bits: int) -> Any:
+    """The loop that stores codes where they differ from the ones that are kept.
+
+    Returns:
+        ``keep(codes, new, numel)``: addresses of ``numel`` codes, a multiple of ``BYTES_OF_KEEP`` bytes; the first are
+        overwritten. How many differed.
+    """
+    code, size = ir.IntType(code_bits), code_bits // 8
+    lanes = BYTES_OF_KEEP // size
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        codes_at, new_at, numel = arguments
+        v = Vectors(b, lanes)
+        found = _tools.alloca_once_value(b, ir.Constant(_I64, 0))
+        with v.loop(numel) as (i, _):
+            place, new_place = v.at(codes_at, i, size), v.at(new_at, i, size)
+            v.prefetch(place, _AHEAD, size)
+            v.prefetch(new_place, _AHEAD, size)
+            new = v.load(new_place, code, size)
+            differs = b.bitcast(b.icmp_signed("!=", new, v.load(place, code, size)), ir.IntType(lanes))
+            # Memory that is not written does not go back to the main memory.
+            with b.if_then(b.icmp_unsigned("!=", differs, ir.Constant(differs.type, 0))):
+                v.store(new, place)
+            number = b.ctpop(differs)
+            b.store(b.add(b.load(found), number if lanes == 64 else b.zext(number, _I64)), found)
+        return b.load(found)
+
+    @_intrinsic
+    def keep(context, codes, new, numel):  # type: ignore[no-untyped-def]
+        return _types.int64(*[_ADDRESS] * 3), generate
+
+    return keep

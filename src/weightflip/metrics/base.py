@@ -46,12 +46,14 @@ class Weight(NamedTuple):
         codes: Its ordinals, in the same shape.
         scale: The scale, which broadcasts to the codes; None for formats without one.
         quantizer: The quantizer that made the codes.
+        backend: As in :func:`weightflip.kernels.check_backend`.
     """
 
     values: Tensor
     codes: Tensor
     scale: Tensor | None
     quantizer: Quantizer
+    backend: str = "auto"
 
     @property
     def ndim(self) -> int:
@@ -234,11 +236,15 @@ def register(metric: MetricType) -> MetricType:
     return metric
 
 
-@functools.cache
 def _import_modules() -> None:
     package = importlib.import_module(__package__ or "")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    _import_modules_below(tuple(package.__path__))
+
+
+@functools.cache
+def _import_modules_below(directories: tuple[str, ...]) -> None:
+    for module in pkgutil.iter_modules(directories):
+        importlib.import_module(f"{__package__}.{module.name}")
 
 
 def metric_names() -> list[str]:

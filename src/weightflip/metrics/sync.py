@@ -125,7 +125,7 @@ class _LayerSync(LayerMetric):
         scales = _stored_scales(weight)
         if self.is_marked:
             self.old_sample = self._sample().clone()
-            self.changed, weights = keep_(self.codes, weight.codes, scratch), self.codes.numel()
+            self.changed, weights = keep_(self.codes, weight.codes, scratch, weight.backend), self.codes.numel()
             sums[0, 0].add_(self.changed)
             sums[0, 1].add_(weights)
             sums[1, 0].add_(self.changed == 0)

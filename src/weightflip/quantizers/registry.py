@@ -43,11 +43,15 @@ def register(pattern: str, *, examples: tuple[str, ...]) -> Callable[[Factory], 
     return add
 
 
-@functools.cache
 def _import_modules() -> None:
     package = importlib.import_module(__package__ or "")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    _import_modules_below(tuple(package.__path__))
+
+
+@functools.cache
+def _import_modules_below(directories: tuple[str, ...]) -> None:
+    for module in pkgutil.iter_modules(directories):
+        importlib.import_module(f"{__package__}.{module.name}")
 
 
 def make_quantizer(family: str, options: tuple[str, ...]) -> ElementwiseQuantizer | None:
