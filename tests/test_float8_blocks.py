@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -11,8 +12,10 @@ from float8_blocks import NAMES, blocks, changed, of_torchao, plain, rows_of, va
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, decode, encode, functional, kernels
+from weightflip.formats import BLOCK_FORMATS
 from weightflip.kernels.runs import OnePass
 from weightflip.quantizers import resolve
+from weightflip.quantizers.float8 import Float8BlockQuantizer
 
 DTYPES = (torch.float32, torch.bfloat16)
 KERNELS = "torchao.prototype.blockwise_fp8_training.kernels"
@@ -232,3 +235,18 @@ def test_counts_equal_brute_force(name, backend, metrics):
             assert found.ratios["weight_driven_fraction"] == (driven, total["flips"])
         assert total["flips"] > 0
     assert sum(total["scale_changes"] for total in totals) > 0
+
+
+def test_blocks_wider_than_the_kernel_takes_are_counted():
+    wide = dataclasses.replace(BLOCK_FORMATS["float8_e4m3:128x128"], rows=4, block_size=4096)
+    flips = {}
+    for backend in ("auto", "eager"):
+        generator = torch.Generator().manual_seed(0)
+        weight = nn.Parameter(torch.randn(8, 8192, generator=generator))
+        weight.grad = torch.randn(8, 8192, generator=generator)
+        inner = torch.optim.SGD([weight], lr=0.1)
+        optimizer = FlipTrackingOptimizer(inner, quantizer=Float8BlockQuantizer(wide), sinks=[], backend=backend)
+        optimizer.step()
+        flips[backend] = optimizer.tracker.get_flip_counts()
+    assert flips["auto"] == flips["eager"]
+    assert sum(flips["auto"].values()) > 10_000

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, WeightFlipTracker
 from weightflip.counting.layer import TrackedWeight
-from weightflip.metrics import LayerMetric, Metric, Value
+from weightflip.metrics import NEW, OLD, LayerMetric, Metric, Pointwise, Value, state, where
 from weightflip.metrics.coverage import Coverage
 from weightflip.quantizers import resolve
 
@@ -230,3 +230,58 @@ def test_a_layer_that_leaves_and_comes_back_keeps_its_states():
         return tracker.state_dict()["layers"]
 
     assert is_same(run("auto"), run("eager"))
+
+
+UP_STEPS = state("up_steps", torch.int32)
+
+
+class LayerUpSteps(LayerMetric):
+    """How many weights went up since the last record. The state is replaced at each record."""
+
+    state = ("up_steps",)
+    pointwise = Pointwise(states=((UP_STEPS, where(NEW > OLD, UP_STEPS + 1, UP_STEPS)),))
+
+    def __init__(self, weight):
+        self.up_steps = torch.zeros(weight.codes.shape, dtype=torch.int32)
+
+    def slice(self, part, sums):
+        self.up_steps[part.index] += part.new > part.old
+
+    def gauge(self, weight, gauges, bins):
+        gauges[0, 0], gauges[0, 1] = (self.up_steps > 0).sum(), self.up_steps.numel()
+        self.up_steps = torch.zeros_like(self.up_steps)
+
+
+class UpSteps(Metric):
+    name = "up_steps"
+    values = (Value("up_fraction", "gauge"),)
+
+    def open(self, name, weight):
+        return LayerUpSteps(weight)
+
+
+def up_fractions(backend):
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(64, 64, generator=generator))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer = FlipTrackingOptimizer(optimizer, sinks=[], metrics=["flips", UpSteps()], backend=backend)
+    found = []
+    for _ in range(6):
+        weight.grad = torch.randn(64, 64, generator=generator)
+        optimizer.step()
+        found.append(optimizer.tracker.record().model.values["up_fraction"])
+    return found
+
+
+def test_a_group_may_replace_its_state_at_a_record():
+    assert up_fractions("auto") == up_fractions("eager")
+    assert min(up_fractions("auto")) > 0.1
+
+
+def test_a_class_that_overrides_slice_does_not_inherit_the_expression():
+    class Other(LayerUpSteps):
+        def slice(self, part, sums):
+            raise NotImplementedError
+
+    assert Other.pointwise is None
+    assert LayerUpSteps.pointwise is not None

@@ -62,11 +62,11 @@ needs_torch_pool = pytest.mark.skipif(pool._parallel() is None, reason="torch wa
 def test_both_pools_count_the_same(has_torch_pool, two_threads, monkeypatch):
     used = []
     parallel = pool._parallel()
-    run_own = pool._in_own_threads
+    run_own = pool._run_in_pool
     monkeypatch.setattr(
         pool, "_parallel", lambda: (lambda *args: (used.append("torch"), parallel(*args))) if has_torch_pool else None
     )
-    monkeypatch.setattr(pool, "_in_own_threads", lambda *args: (used.append("own"), run_own(*args)))
+    monkeypatch.setattr(pool, "_run_in_pool", lambda *args: (used.append("own"), run_own(*args)))
     assert_counted(count_once())
     assert used == ["torch" if has_torch_pool else "own"]
 
@@ -207,7 +207,7 @@ def test_an_interrupt_waits_for_the_other_threads():
         ended.append(task)
 
     with pytest.raises(KeyboardInterrupt):
-        pool._in_own_threads(work, 7, 3)
+        pool._run_in_pool(work, 7, 3)
     assert ended == [7, 7]
 
 

@@ -124,8 +124,8 @@ class TakesTheNewScaleForTheOld(cpu.Run):
 @pytest.mark.parametrize(
     ("kernel", "group", "fault"),
     [
-        (LosesAState, "oscillation", "1 states of metric groups are others"),
-        (LosesAState, "coverage", "1 states of metric groups are others"),
+        (LosesAState, "oscillation", "1 states of metric groups differ"),
+        (LosesAState, "coverage", "1 states of metric groups differ"),
         (MiscountsForAGroup, "oscillation", "metric groups count "),
         (TakesTheNewScaleForTheOld, "scale", "metric groups count "),
     ],
@@ -226,10 +226,10 @@ FAULTS = {
     Raises: "it raised RuntimeError: no instruction of that name",
     LosesAFlip: "it counts ",
     IgnoresNaNAsUpdate: "it counts ",
-    RoundsCoarsely: "codes are others",
-    MissesNaN: "it finds other largest magnitudes",
+    RoundsCoarsely: "codes differ",
+    MissesNaN: "its largest magnitudes differ",
     LosesAChangeOfAScale: "it counts changes of scales",
-    KeepsAnOldScale: "it stores other scales",
+    KeepsAnOldScale: "its stored scales differ",
 }
 
 
@@ -311,10 +311,10 @@ class SharesScalesByRowsOfBlocks(cpu.Run):
     ("kernel", "quantizer", "fault"),
     [
         (LosesAFlipInGroups, "mxfp4", "it counts "),
-        (TakesAnotherScale, "int8", "codes are others"),
-        (TakesAnotherScale, "float8_e4m3:1x128", "codes are others"),
+        (TakesAnotherScale, "int8", "codes differ"),
+        (TakesAnotherScale, "float8_e4m3:1x128", "codes differ"),
         (LosesAChangeInGroups, "int4:g32", "it counts changes of scales"),
-        (KeepsAnOldScaleInGroups, "nvfp4", "it stores other scales"),
+        (KeepsAnOldScaleInGroups, "nvfp4", "its stored scales differ"),
         (SharesScalesByRowsOfBlocks, "int8", "in blocks over several rows, "),
     ],
 )
@@ -326,7 +326,7 @@ def test_broken_scales_of_groups_are_refused_and_made_by_plain_torch(kernel, qua
     assert found == expected
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
     messages = [record.getMessage() for record in caplog.records]
-    assert any("not used, plain torch makes the scales instead" in text and fault in text for text in messages)
+    assert any("not used, plain torch computes the scales instead" in text and fault in text for text in messages)
     # In two passes the kernel counts all the same.
     assert any(text.endswith("on cpu: equal") for text in messages)
 
@@ -354,7 +354,7 @@ def test_the_kernel_makes_the_scales_of_every_format(flushes):
                     with case(quantizer, dtype, with_updates):
                         question, scales = scaling_question_of(quantizer, dtype, with_updates)
                         assert question.scaling is not None
-                        assert question.can_be_asked(cpu.Run)
+                        assert question.is_supported_by(cpu.Run)
                         assert proof.find_fault_in_groups(cpu.Run, question, scales) is None
     finally:
         torch.set_flush_denormal(False)
@@ -376,7 +376,7 @@ class Slow(TwoPasses):
 def test_where_there_is_a_race_the_slower_is_not_used_by_itself(kernel, is_used, monkeypatch, caplog):
     expected, _ = train("eager")
     take_instead(monkeypatch, kernel)
-    monkeypatch.setattr(proof, "_races_on", lambda device: True)
+    monkeypatch.setattr(proof, "_must_be_faster_on", lambda device: True)
     # What the kernel needs for so few weights is less than what plain torch needs in calls, and far less than 20 ms.
     monkeypatch.setattr(proof, "_RACE_SHAPE", (32, 32))
     for name in ("auto", "numba"):
@@ -392,7 +392,7 @@ def test_where_there_is_a_race_the_slower_is_not_used_by_itself(kernel, is_used,
 
 
 def test_a_race_that_fails_is_lost_but_no_fault(monkeypatch, caplog):
-    monkeypatch.setattr(proof, "_races_on", lambda device: True)
+    monkeypatch.setattr(proof, "_must_be_faster_on", lambda device: True)
 
     def eager(weight, codes, update, counts):
         raise ValueError("no such scale")
@@ -401,7 +401,7 @@ def test_a_race_that_fails_is_lost_but_no_fault(monkeypatch, caplog):
     assert cpu.Run.can_do(question.kind, scaled=True)
     assert not proof.is_usable("numba", cpu.Run, question, eager, must_be_faster=True)
     assert proof.is_usable("numba", cpu.Run, question, eager, must_be_faster=False)
-    assert "no time was taken: ValueError: no such scale" in caplog.text
+    assert "its speed could not be measured: ValueError: no such scale" in caplog.text
 
 
 def test_it_draws_no_random_numbers_and_is_over_soon():

@@ -526,3 +526,65 @@ def test_a_mark_after_a_step_needs_no_scale_from_plain_torch(format, monkeypatch
     step()
     optimizer.tracker.mark_sync()
     assert optimizer.tracker.record().model.window.ratios["scale_changed_fraction"].denominator > 0
+
+
+# ------------------------------------------------------------------ faults and copies
+
+
+def test_a_mark_after_a_step_that_raised_is_made_at_once(digits):
+    model = digits_model()
+    optimizer = wrapped(model, "e3m4")
+    backward(model, digits)
+    optimizer.step()
+    optimizer.tracker.mark_sync()
+
+    def fails():
+        raise RuntimeError("no loss")
+
+    with pytest.raises(RuntimeError, match="no loss"):
+        optimizer.step(fails)
+    with torch.no_grad():
+        model[0].weight.neg_()
+    optimizer.tracker.mark_sync()
+    changed = {layer.name: layer.window.ratios["changed_fraction"].value for layer in optimizer.tracker.record().layers}
+    assert changed["0.weight"] > 0.9
+    assert changed["2.weight"] == 0
+    backward(model, digits)
+    optimizer.step()
+    assert optimizer.tracker.record().model.window.flips > 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_makes_marks_before_its_first_step(copied, digits):
+    model = digits_model()
+    optimizer, marks = wrapped(model, "e3m4"), Marks(model, "e3m4")
+    train(optimizer, model, digits, marks, 2, every=1)
+    backward(model, digits)
+    optimizer.step()
+    model, optimizer = copied((model, optimizer))
+    marks.model = model
+    marks.take()
+    optimizer.tracker.mark_sync()
+    for layer in optimizer.tracker.record().layers:
+        assert rates_of(layer.total) == marks.rates(layer.name)
+
+
+def test_a_fault_at_the_first_mark_only_costs_this_mark(digits, monkeypatch):
+    model = digits_model()
+    optimizer = wrapped(model, "e3m4", sync_every=2)
+
+    def fails(*_, **__):
+        raise RuntimeError("broken on purpose")
+
+    backward(model, digits)
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer.tracker._marks, "make", fails)
+        with pytest.warns(UserWarning, match="training continues.*broken on purpose"):
+            optimizer.step()
+    for step in range(1, 6):
+        backward(model, digits, step)
+        optimizer.step()
+    record = optimizer.tracker.record()
+    assert record.model.window.flips > 0
+    # Marks after the steps 2, 4 and 6: two windows.
+    assert record.model.window.ratios["changed_fraction"].denominator == 2 * record.model.weights

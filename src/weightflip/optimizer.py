@@ -321,6 +321,8 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "inner" in state:
             self.__dict__.update(state)
+            # The copy may mark a sync before its first step.
+            self._session.weights.optimizer = self.inner
         else:
             self.inner.__setstate__(state)
 

@@ -200,7 +200,8 @@ def make_member(
         )
 
     scaling = None
-    if 0 < group * height <= run.longest_group and not observed:
+    fits = 0 < group * height <= run.longest_group and not (width and group > run.widest_block)
+    if fits and not observed:
         scaling = scaling_of(quantizer, rounding, weight.dtype, weight.device)
     if scaling is not None and not is_usable(scaling):
         scaling = None

@@ -122,7 +122,10 @@ class BatchedRoute:
         together: list[Layer] = []
         updates: list[int] = []
         alone: list[Layer] = []
-        if self._runner.uses_steps:
+        if self._runner.uses_steps and valid is not None and valid.device.type != "cpu":
+            # Only one by one can the groups take a flag that is on another device without a synchronization.
+            layers, alone = [], list(layers)
+        elif self._runner.uses_steps:
             layers, alone = self._observed.split(layers)
         for layer in layers:
             member, stamp, update = layer.member, layer.stamp, 0
@@ -144,7 +147,7 @@ class BatchedRoute:
             together.append(layer)
             updates.append(update)
         # A skipped step changes nothing, so the groups are not called.
-        due = self._runner.due if self._runner.uses_steps and (valid is None or bool(valid)) else ()
+        due = self._runner.due if together and self._runner.uses_steps and (valid is None or bool(valid)) else ()
         self._count_together(together, updates, due)
         self._count_alone(alone, gradients, valid)
 

@@ -258,7 +258,11 @@ class MetricRunner:
             metric = (layer.metrics or {}).get(group.metric.name)
             if metric is not None:
                 gauges, bins = layer.row.more_total(group.gauges).view(-1, 2), layer.row.more_total(group.bins)
+                state = metric.tensors
                 self._call(layer, group, metric.gauge, weight, gauges, bins)
+                if any(tensor is not state.get(name) for name, tensor in metric.tensors.items()):
+                    # The kernel must not go on with the old tensors.
+                    self.changes += 1
 
     def _view_between_steps(self, layer: Layer) -> Weight:
         """Return a weight between two steps in the form that metric groups receive."""

@@ -286,7 +286,8 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
             for layer in self._current:
                 self._runner.before(layer, is_shard=layer.name in self._shards)
         if self._marks.is_first_due:
-            self._marks.make(self._current, self._shards)
+            with self._marks.guarded():
+                self._marks.make(self._current, self._shards)
         if "stalls" in self.metrics:
             self._gradients = {layer.name: layer.tracked.parameter.grad for layer in self._current if layer.tracked}
         self._notices.flush()
@@ -328,6 +329,13 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         The old ones would count for weights that get no new gradient, and take memory in addition to the new ones.
         """
         self._gradients = {}
+
+    def abort_step(self) -> None:
+        """End a step whose optimizer raised an exception. It may have written any weights."""
+        if self._in_step:
+            self._forget_codes()
+            self._in_step = False
+        self.forget_gradients()
 
     @_without_autograd
     def after_step(self, valid: Tensor | None = None) -> None:

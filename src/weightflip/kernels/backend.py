@@ -96,7 +96,7 @@ def run_for(
         scales: Computes scales in plain torch, if the kernel must compute them.
     """
     kernel = run(backend, question.kind.device)
-    if kernel is None or not question.can_be_asked(kernel):
+    if kernel is None or not question.is_supported_by(kernel):
         return None
     name = _name(backend, question.kind.device)
     is_usable = proof.is_usable(name, kernel, question, eager, scales, must_be_faster=backend == "auto")

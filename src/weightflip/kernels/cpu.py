@@ -37,6 +37,7 @@ class Run:
     saves_calls = False
     observes = True
     longest_group = groups.LONGEST
+    widest_block = groups.WIDEST
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind = kind

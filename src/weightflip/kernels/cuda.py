@@ -35,10 +35,10 @@ from weightflip.kernels.runs import (
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 
 _ELEMENTS_PER_TILE = 1 << 12
-# Neighbors in a tile, where there are so many: whole lines of the cache, of one-byte codes too.
+# Adjacent elements in a tile, if there are enough: whole cache lines, even of one-byte codes.
 _NEIGHBORS = 128
 _WARPS = 8
-# Bytes that a thread can read at once.
+# The number of bytes that a thread can read at once.
 _ALIGNMENT = 16
 
 _STORED = {torch.float32: tl.int32, torch.bfloat16: tl.int16, torch.float16: tl.float16}
@@ -52,9 +52,9 @@ _COLUMNS = tl.constexpr(6)
 
 @triton.jit
 def _tile(places, tiles, rows: tl.constexpr, columns: tl.constexpr, is_aligned: tl.constexpr):
-    """Where this program's tile lies: stretch, weight and codes, first scale, groups, elements, and which there are.
+    """Locate this program's tile: stretch, weight and codes, first scale, groups, elements, and a mask of the elements.
 
-    And whether it has the first elements of its groups, which may lie in several tiles.
+    The last result says whether the tile has the first elements of its groups, which may span several tiles.
     """
     stretch = tl.load(tiles + tl.program_id(0)).to(tl.int64)
     place = places + stretch * _COLUMNS
@@ -76,17 +76,17 @@ def _tile(places, tiles, rows: tl.constexpr, columns: tl.constexpr, is_aligned: 
 def _pointers(address, elements, dtype: tl.constexpr, is_aligned: tl.constexpr):
     pointers = address.to(tl.pointer_type(dtype)) + elements
     if is_aligned:
-        # Said of all of them: from the address alone the compiler concludes nothing.
+        # Set the hint for all elements: the compiler does not derive it from the address.
         pointers = tl.multiple_of(pointers, [1, 16])
     return pointers
 
 
 @triton.jit
 def _float32_bits(address, elements, is_there, stored: tl.constexpr, is_aligned: tl.constexpr):
-    """Weights as the bits of float32; 0 where there is none."""
+    """Load weights as the bits of float32; 0 outside of the tile's elements."""
     weight = tl.load(_pointers(address, elements, stored, is_aligned), mask=is_there, other=0)
     if stored == tl.int16:
-        # bfloat16 is the upper half.
+        # bfloat16 is the upper half of float32.
         bits = weight.to(tl.int32) << 16
     else:
         bits = weight.to(tl.float32).to(tl.int32, bitcast=True) if stored == tl.float16 else weight
@@ -104,7 +104,7 @@ def _largest(
     is_aligned: tl.constexpr,
 ):
     _, weight, _, first_scale, groups, elements, is_there, _ = _tile(places, tiles, rows, columns, is_aligned)
-    # Of numbers without a sign the bit patterns have the numbers' order, and NaN is above them all.
+    # Bit patterns of numbers without a sign are ordered like the numbers, with NaN above all of them.
     found = tl.max(_float32_bits(weight, elements, is_there, stored, is_aligned) & 0x7FFFFFFF, axis=1)
     has_any = tl.max(is_there.to(tl.int32), axis=1) != 0
     tl.atomic_max(largest + first_scale + groups, found, mask=has_any, sem="relaxed")
@@ -144,7 +144,7 @@ def _count(
     stretch, weight, codes, first_scale, groups, elements, is_there, is_first = _tile(
         places, tiles, rows, columns, is_aligned
     )
-    # Loads come before the codes are stored: one that waits for a store takes as long as the rest of the kernel.
+    # Load before storing the codes: a load that waits for a store takes as long as the rest of the kernel.
     row = tl.load(counted + stretch) if has_rows else stretch
     if has_scale_codes:
         counts_scale = (tl.max(is_there.to(tl.int32), axis=1) != 0) & is_first
@@ -159,7 +159,7 @@ def _count(
         scaled = tl.div_rn(scaled, scale) if divides else scaled * scale
     bits = scaled.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    # As weightflip.quantizers.floatx.round_to_ordinals, which explains it.
+    # The same as weightflip.quantizers.floatx.round_to_ordinals, which explains it.
     is_odd = ((magnitude >> cut) - offset) & 1
     normal = ((magnitude + ((1 << (cut - 1)) - 1) + is_odd) >> cut) - offset
     raised = magnitude.to(tl.float32, bitcast=True) + adder.to(tl.float32, bitcast=True)
@@ -190,9 +190,9 @@ class _Launch(NamedTuple):
     """Stretches whose tiles have one shape.
 
     Attributes:
-        stretches: Which, as an array of NumPy.
-        tiles: The stretch that each tile belongs to, int32.
-        columns: How many neighbors a tile has.
+        stretches: Indices of the stretches, a NumPy array.
+        tiles: The stretch of each tile, int32.
+        columns: The number of adjacent elements in a tile.
         is_aligned: Whether wide reads are possible.
     """
 
@@ -203,11 +203,12 @@ class _Launch(NamedTuple):
 
 
 class Run:
-    """A :class:`weightflip.kernels.runs.Run` for CUDA devices. Nothing here waits for the device."""
+    """A :class:`weightflip.kernels.runs.Run` for CUDA devices. It never synchronizes with the device."""
 
     saves_calls = True
     observes = False
     longest_group = 0
+    widest_block = 0
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None:
         self.kind, self.device = kind, kind.device
@@ -257,7 +258,7 @@ class Run:
         updates: Addresses | None,
         stored: StoredScales | None = None,
     ) -> None:
-        raise NotImplementedError("scales of groups are made apart here")
+        raise NotImplementedError("this kernel does not compute the scales of groups")
 
     def largest(self) -> Tensor:
         bits = torch.zeros(self._scales, dtype=torch.int32, device=self.device)
@@ -320,12 +321,12 @@ class Run:
             )
 
     def _uploaded(self, updates: Addresses) -> Tensor:
-        """Addresses on the device. Gradients often stay where they are; then the last ones do."""
+        """Copy addresses to the device, or reuse the last copy, because gradients often stay in place."""
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         kept = self._updates
-        # Memory of one stream must not be read in another when it is given back.
+        # A tensor must not be read in another stream than its own, since it could be freed too early.
         if kept is None or kept[1] != stream or not np.array_equal(kept[0], updates):
-            # A copy, since whoever calls may write to theirs. As one tuple: an interrupt finds all of it or nothing.
+            # A copy, because the caller may write to its array. One tuple, so that an interrupt leaves it consistent.
             addresses = updates.copy()
             kept = self._updates = addresses, stream, upload(torch.from_numpy(addresses), self.device)
         return kept[2]
@@ -341,13 +342,13 @@ class Run:
                 columns=launch.columns,
                 is_aligned=is_aligned,
                 num_warps=_WARPS,
-                # A product that is added to is rounded first, as everywhere else.
+                # Round a product before adding to it, as in plain torch.
                 enable_fp_fusion=False,
             )
 
 
 def _columns(group: int, groups: int) -> int:
-    """How many neighbors a tile has, so that there are few tiles."""
+    """Return the number of adjacent elements in a tile that leads to the fewest tiles."""
     width, widths = min(_NEIGHBORS, 1 << (group - 1).bit_length(), _ELEMENTS_PER_TILE), []
     while width <= _ELEMENTS_PER_TILE:
         widths.append(width)

@@ -51,6 +51,7 @@ MULTIPLIES, DIVIDES, INVERSE = range(3)
 """The forms of :class:`weightflip.formats.ScaleFormula`."""
 
 LONGEST = 1 << 15
+WIDEST = items._CHUNK
 """Elements of the largest group that stays in the cache until it is encoded."""
 
 _CHUNK, _SPARE, _ROOM = items._CHUNK, items._SPARE, items._ROOM

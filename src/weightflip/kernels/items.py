@@ -1,11 +1,11 @@
-"""The loops over many weights on the CPU, for Numba. Imported only where Numba is.
+"""The loops over many weights on the CPU, for Numba. Imported only if Numba is installed.
 
-They see memory as addresses, so that one call goes over many tensors: a row of ``places`` for each stretch of memory,
-with the columns below. The elements of all stretches are numbered through, and cut into items. Each thread that calls a
-loop takes items until there are none, so that any number of threads is right.
+They access memory by address, so that one call covers many tensors: ``places`` has one row per stretch of memory, with
+the columns below. The elements of all stretches are numbered consecutively, and divided into items. Each thread that
+calls a loop takes items until none are left, so that any number of threads gives the same result.
 
-A loop is a C function of one address, that of a task, and can be called by any thread pool. Nothing in it allocates or
-raises.
+A loop is a C function with one argument, the address of a task. Any thread pool can call it. It does not allocate
+memory or raise exceptions.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from weightflip.kernels.vectors import (
     Vectors,
 )
 
-# Numba's types say that it is called with what it is defined with.
+# Numba's annotations do not cover how intrinsics are called.
 _intrinsic: Any = intrinsic
 
 START, NUMEL, GROUP, SCALE, WEIGHT, CODES, WIDTH, HEIGHT = range(8)
-"""Columns of ``places``: number of the first element, elements, how many of them share a scale, index of the first
-scale, addresses of the weight and the codes; and for blocks over several rows, how many elements a row has, and how
-many rows share a scale."""
+"""Columns of ``places``: index of the first element, number of elements, number of elements that share a scale, index
+of the first scale, addresses of the weight and the codes; and for blocks over several rows, the number of elements in a
+row, and the number of rows that share a scale."""
 COLUMNS = 8
 
 NEXT, TOTAL, ITEM, PLACES, STRETCHES, SCALES, SCALED, LARGEST = range(8)
@@ -60,15 +60,16 @@ many bytes its rows are apart; address of the scales of before the step, or 0 fo
 TASK = 26
 
 KEEP_CODES, KEEP_NEW, KEEP_CHANGED = range(3, 6)
-"""What a task of :func:`keep` holds after the next item, the elements and those of an item: addresses of the codes that
-are kept and of the new ones, and how many differed."""
+"""Fields of a task of :func:`keep`, after the next item, the number of elements and the elements of an item: addresses of
+the kept codes and of the new ones, and the number of codes that differed."""
 KEEP_TASK = 6
 
-# Elements of a chunk, each with its scale; and bytes of each of four buffers for fewer than LANES elements.
+# The number of elements in a chunk, each with its scale, and the bytes of each of four buffers for fewer than LANES
+# elements.
 _CHUNK = 1 << 11
 _ROOM = 4 * (_CHUNK + LANES)
 _SPARE = 4 * LANES
-# What a call has for itself: the scales, the buffers, what was found, and for metric groups old scales and buffers.
+# The stack memory of a call: the scales, the buffers, the counts, and for metric groups old scales and buffers.
 _FOUND_AT = _ROOM + 4 * _SPARE
 _OLD_ROOM_AT = _FOUND_AT + 8 * FOUND
 _SPARE_STATES_AT = _OLD_ROOM_AT + _ROOM
@@ -77,7 +78,7 @@ _STACK = _SPARE_STATES_AT + MOST_STATES * _SPARE
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
-# Nobody calls them from Python.
+# These functions are never called from Python.
 _compile = functools.partial(numba.njit, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 # ---------------------------------------------------------------------- memory
@@ -85,7 +86,7 @@ _compile = functools.partial(numba.njit, error_model="numpy", no_cpython_wrapper
 
 @_intrinsic
 def _pointer(context, address):  # type: ignore[no-untyped-def]
-    """An address as something that ``carray`` takes."""
+    """Convert an address to a pointer for ``carray``."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
@@ -94,12 +95,12 @@ def _pointer(context, address):  # type: ignore[no-untyped-def]
 
 
 def make_stack(nbytes: int) -> Any:
-    """What gives the address of the memory that a call has for itself."""
+    """Return an intrinsic that allocates stack memory, and returns its address."""
 
     @_intrinsic
     def stack(context):  # type: ignore[no-untyped-def]
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            # Not as one array, which would be filled with zeros in a store that takes LLVM half a minute.
+            # Not one array, which LLVM would fill with zeros in a store that takes half a minute to compile.
             room = cgutils.alloca_once(builder, ir.IntType(8), size=nbytes)  # type: ignore[no-untyped-call]
             room.align = 64
             return builder.ptrtoint(room, ir.IntType(64))
@@ -115,7 +116,7 @@ _stack = make_stack(_STACK)
 def _atomically(operation: str, bits: int) -> Any:
     @_intrinsic
     def change(context, address, value):  # type: ignore[no-untyped-def]
-        """What was there before."""
+        """Return the old value."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             integer = ir.IntType(bits)
@@ -184,7 +185,7 @@ def _call_4(context, function, a, b, c, d):  # type: ignore[no-untyped-def]
 
 @_intrinsic
 def _call_9(context, function, a, b, c, d, e, f, g, h, i):  # type: ignore[no-untyped-def]
-    """With as many arguments as :func:`count_lanes`."""
+    """Call a function with the arguments of :func:`count_lanes`."""
     return numba.types.void(*[numba.types.int64] * 10), _generate_call
 
 
@@ -202,7 +203,7 @@ def _places(task):  # type: ignore[no-untyped-def]
 
 @_compile()
 def _row_of(places, element):  # type: ignore[no-untyped-def]
-    """The stretch that has this element."""
+    """Return the stretch that contains an element."""
     low, high = 0, places.shape[0]
     while high - low > 1:
         middle = (low + high) // 2

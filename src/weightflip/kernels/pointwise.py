@@ -1,4 +1,4 @@
-"""What a metric group does with each weight, as data: kernels compile it into the pass that counts flips."""
+"""Expressions for the work of metric groups on each weight. Kernels compile them into the pass that counts flips."""
 
 from __future__ import annotations
 
@@ -67,39 +67,39 @@ class Expression:
 
 
 OLD, NEW = Expression("old"), Expression("new")
-"""The ordinal before the step, and after it; of the dtype of the codes."""
+"""The ordinals before and after the step, in the dtype of the codes."""
 
 NEW_UNDER_OLD_SCALE = Expression("new_under_old_scale")
-"""The ordinal that the weight after the step has under the scale of before it."""
+"""The ordinal of the weight after the step under the scale from before it."""
 
 
 def state(name: str, dtype: torch.dtype | None = None) -> Expression:
-    """What is kept of the weight: an element of a tensor, as it was before the step.
+    """Return the per-weight state before the step: an element of a tensor.
 
     Args:
-        name: Of the attribute that holds the tensor.
-        dtype: Of the tensor: an integer or float32; None for that of the codes.
+        name: The name of the attribute that holds the tensor.
+        dtype: The dtype of the tensor, an integer or float32; None for that of the codes.
     """
     return Expression("state", (name, dtype))
 
 
 def differ(one: Expression, other: Operand) -> Expression:
-    """Whether two numbers differ."""
+    """Return a flag that is set if two numbers differ."""
     return Expression("!=", (one, other))
 
 
 def where(flag: Expression, one: Operand, other: Operand) -> Expression:
-    """``one`` if the flag is set, else ``other``. At least one of them is an expression."""
+    """Return ``one`` if the flag is set, otherwise ``other``. At least one of them must be an expression."""
     return Expression("where", (flag, one, other))
 
 
 class Pointwise(NamedTuple):
-    """What a group does with each weight by itself.
+    """The work of a group on each weight.
 
     Attributes:
-        counts: A flag for each of the group's ratios: the flips that have it are the numerator, all flips the
-            denominator.
-        states: What :func:`state` names, and its new value.
+        counts: One flag per ratio of the group. The numerator is the number of flips with that flag, the denominator
+            the number of all flips.
+        states: Results of :func:`state`, and their new values.
     """
 
     counts: tuple[Expression, ...] = ()
@@ -122,11 +122,11 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def evaluate(expression: Operand, leaves: Mapping[Expression, Tensor]) -> Any:
-    """An expression in plain torch: what the compiled form has to equal.
+    """Evaluate an expression in plain torch, for many weights at once. The compiled form must give the same results.
 
     Args:
-        expression: Of many weights at once.
-        leaves: What ``OLD``, ``NEW``, ``NEW_UNDER_OLD_SCALE`` and each state are.
+        expression: The expression.
+        leaves: The values of ``OLD``, ``NEW``, ``NEW_UNDER_OLD_SCALE`` and each state.
     """
     if not isinstance(expression, Expression):
         return expression

@@ -1,7 +1,7 @@
-"""Threads for the loops on the CPU: torch's own, where they can be had, or a pool of this library.
+"""Threads for the loops on the CPU: those of torch if they are accessible, otherwise a separate thread pool.
 
-After each of its operations torch's threads wait for the next one for some milliseconds, at full speed. Other threads
-would have to share the cores with them: that took twice as long as the same work in torch's pool.
+After each operation, torch's threads spin for some milliseconds while they wait for the next one. Other threads would
+have to share the cores with them, which took twice as long as the same work in torch's threads.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 
 @functools.cache
 def _parallel() -> Any:
-    """GNU OpenMP's function that runs another one in each thread of the pool that torch uses, too; None without.
+    """Return the function of GNU OpenMP that runs a function in each thread of torch's pool; None if it is missing.
 
-    Compilers call it with code of theirs, which is why it stays as it is. Other OpenMP libraries have one of that name,
-    but promise less.
+    Its interface is stable, because compilers generate calls of it. Other OpenMP libraries have a function of that name
+    with fewer guarantees.
     """
     try:
-        # Among what torch was linked with: another copy of the library would have other threads.
+        # The library that torch is linked with: another copy would have other threads.
         linked = ctypes.CDLL(torch._C.__file__)
     except (OSError, AttributeError):
         return None
@@ -39,16 +39,16 @@ def _parallel() -> Any:
 
 class _State:
     is_forked = False
-    """Whether this process was forked: OpenMP then waits for threads that only the parent has."""
+    """Whether this process was forked. OpenMP would then wait for threads that only the parent has."""
 
 
 def _forget_threads() -> None:
     _State.is_forked = True
-    _own_threads.cache_clear()
+    _thread_pool.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)
-def _own_threads() -> ThreadPoolExecutor:
+def _thread_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="weightflip")
 
 
@@ -57,15 +57,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def run(function: int, call: Callable[[int], None], task: int, parts: int) -> None:
-    """Call a C function in as many threads as torch has, this one included, and wait for all of them.
+    """Call a C function in as many threads as torch has, including this one, and wait for all of them.
 
-    Each thread calls it with the same argument: it has to share the work itself, for any number of threads.
+    Each thread calls it with the same argument. The function must distribute the work over any number of threads.
 
     Args:
-        function: Its address.
-        call: Calls it from Python.
-        task: Its argument, an address.
-        parts: How many there are to share; one is done here.
+        function: Address of the function.
+        call: Calls the function from Python.
+        task: Address of its argument.
+        parts: The number of parts of the work; with one part, only this thread runs.
     """
     threads = torch.get_num_threads()
     if parts < 2 or threads < 2:
@@ -73,25 +73,25 @@ def run(function: int, call: Callable[[int], None], task: int, parts: int) -> No
         return
     parallel = None if _State.is_forked else _parallel()
     if parallel is None:
-        _in_own_threads(call, task, min(parts, threads))
+        _run_in_pool(call, task, min(parts, threads))
     else:
-        # Always with all threads: for another number of them OpenMP ends some, and starts them again for torch.
+        # Always use all threads: with another number, OpenMP stops some, and starts them again for torch.
         parallel(function, task, threads, 0)
 
 
-def _in_own_threads(call: Callable[[int], None], task: int, threads: int) -> None:
+def _run_in_pool(call: Callable[[int], None], task: int, threads: int) -> None:
     team = _Team(call, task)
     try:
         for _ in range(threads - 1):
-            _own_threads().submit(team.join)
+            _thread_pool().submit(team.join)
         call(task)
     finally:
-        # Also when this is interrupted: they write to memory that may be given back then.
+        # Even after an interrupt, because the threads write to memory that may then be freed.
         team.end()
 
 
 class _Team:
-    """Threads at the same task. Those that come when it is over have nothing to do."""
+    """Threads that work on the same task. Threads that join after its end do nothing."""
 
     def __init__(self, call: Callable[[int], None], task: int) -> None:
         self._call, self._task = call, task
@@ -111,7 +111,7 @@ class _Team:
                 self._changed.notify_all()
 
     def end(self) -> None:
-        """Let no thread join from now on, and wait for those that have joined; an interrupt also waits."""
+        """Let no more threads join, and wait for those that have. An interrupt is raised after that."""
         interrupt: BaseException | None = None
         while True:
             try:

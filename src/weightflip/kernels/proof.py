@@ -1,11 +1,11 @@
-"""Whether a compiled kernel may be used: it has to show here, in this process, that it counts as plain torch does.
+"""Test compiled kernels in this process before they are used: they must count the same as plain torch.
 
-What is compiled depends on drivers, compilers and processors that nobody has tested together. So before a kernel counts
-the first weight of a kind, it counts numbers that are hard: every value of 16 bits, values between them, ties, NaN and
-infinities, in stretches of odd lengths and places. What it must find comes from the obvious version: the nearest number
-of a table. On a device that does not share the host's memory, it must also be faster than plain torch.
+Compiled code depends on combinations of drivers, compilers and processors that nobody has tested. So before a kernel
+counts the first weight of a kind, it counts difficult numbers: every value of 16 bits, values between them, ties, NaN
+and infinities, in stretches of odd lengths and offsets. The expected results come from a simple implementation, which
+looks for the nearest number in a table. On other devices than the CPU, a kernel must also be faster than plain torch.
 
-That is done once for each kind and device, and waits for the device. Random numbers are not drawn.
+The test runs once for each kind and device, and synchronizes with the device. It does not draw random numbers.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ from weightflip.kernels.runs import (
 logger = logging.getLogger("weightflip")
 
 Eager: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None", Tensor], object]
-"""Plain torch's way to count one weight: weight, codes (overwritten), update or None, counts (added to)."""
+"""Counts one weight in plain torch: weight, codes (overwritten), update or None, counts (added to)."""
 
 Scales: TypeAlias = Callable[[Tensor], "tuple[Tensor, Tensor]"]
-"""Plain torch's way from the largest magnitudes, float32, to what weights are multiplied or divided by, and to what is
-stored of the scales."""
+"""Computes scales in plain torch: from the largest magnitudes, float32, to the factors by which weights are multiplied
+or divided, and the stored scales."""
 
-# Bytes around each stretch of codes, which have to stay as they are.
+# Elements around each stretch of codes, which must not change.
 _GUARD = 64
 _UNTOUCHED = 99
-# For how many weights, and of what shape, kernel and plain torch race.
+# The number and shape of the weights for the comparison of speed.
 _RACE_WEIGHTS, _RACE_SHAPE = 16, (512, 1024)
 _TIES = 1024
 _SMALLEST_NORMAL = 1 << FP32.mantissa_bits
-"""Bits of that of float32."""
+"""The bits of the smallest normal float32."""
 
 
 class Question(NamedTuple):
-    """What is asked of a kernel.
+    """What a kernel must do.
 
     Attributes:
-        kind: Of the weights.
-        takes_scale: Whether they are scaled before they are rounded.
-        finds_scale: Whether the kernel also has to find the largest magnitudes.
-        groups: What metric groups do in the same pass.
-        scaling: How it has to make the scales of groups of them, all in one pass; None: it does not.
+        kind: The kind of the weights.
+        takes_scale: Whether weights are scaled before they are rounded.
+        finds_scale: Whether the kernel must also find the largest magnitudes.
+        groups: What metric groups compute in the same pass.
+        scaling: How the kernel must compute the scales of groups in the same pass; None: it does not.
     """
 
     kind: Kind
@@ -71,8 +71,8 @@ class Question(NamedTuple):
     groups: tuple[Pointwise, ...] = ()
     scaling: Scaling | None = None
 
-    def can_be_asked(self, run: type[Run]) -> bool:
-        """Whether a kernel can do this at all; it compiles its loops."""
+    def is_supported_by(self, run: type[Run]) -> bool:
+        """Whether a kernel supports this. Compiles its loops."""
         if self.scaling is None:
             return run.can_do(self.kind, scaled=self.finds_scale, groups=self.groups)
         return run.can_scale(self.kind, self.scaling)
@@ -95,34 +95,34 @@ def is_usable(
     *,
     must_be_faster: bool,
 ) -> bool:
-    """Whether a kernel counts as plain torch does, and is faster, if it must be.
+    """Whether a kernel counts the same as plain torch, and is faster if required.
 
-    Asked for the first time, it is tried, and a log line of the logger ``weightflip`` says what came out. Within the
-    capture of a CUDA graph nothing can be tried, and the answer is no.
+    The first call tests the kernel, and logs the result to the logger ``weightflip``. During the capture of a CUDA
+    graph it cannot be tested, and the result is False.
 
     Args:
-        name: Of the kernel, for the log.
+        name: The name of the kernel, for the log.
         run: The kernel.
-        question: What it is to do.
-        eager: What it races against.
-        scales: What the scales that it makes have to be.
-        must_be_faster: Whether a kernel that is slower is not to be used.
+        question: What it must do.
+        eager: Counts in plain torch, to compare the speed.
+        scales: Computes the expected scales, if the kernel computes scales.
+        must_be_faster: Whether a kernel that is not faster is unusable.
     """
     answer = _answers.get((run, question))
     if answer is None:
-        # Who was seen to do more needs not be seen to do less.
+        # A kernel that has passed a test with scales does not need the test without them.
         answer = _answers.get((run, question._replace(finds_scale=question.takes_scale)))
     if answer is None:
         if question.kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        answer = _answers[run, question] = _try(name, run, question, eager, scales)
+        answer = _answers[run, question] = _test(name, run, question, eager, scales)
     return answer.is_equal and (answer.is_faster or not must_be_faster)
 
 
 @torch.no_grad()
-def _try(name: str, run: type[Run], question: Question, eager: Eager, scales: Scales | None) -> _Answer:
+def _test(name: str, run: type[Run], question: Question, eager: Eager, scales: Scales | None) -> _Answer:
     kind = question.kind
-    what = f"{name} for {_shown(kind)}{' with metric groups' if question.groups else ''} on {kind.device}"
+    what = f"{name} for {_describe(kind)}{' with metric groups' if question.groups else ''} on {kind.device}"
     try:
         if question.scaling is None:
             fault = find_fault(run, question)
@@ -133,25 +133,25 @@ def _try(name: str, run: type[Run], question: Question, eager: Eager, scales: Sc
     except Exception as error:
         fault = f"it raised {type(error).__name__}: {error}"
     if fault is not None:
-        instead = "counts" if question.scaling is None else "makes the scales"
+        instead = "counts" if question.scaling is None else "computes the scales"
         logger.warning("%s: not used, plain torch %s instead: %s", what, instead, fault)
         return _Answer(False, False)
-    if question.scaling is not None or not _races_on(kind.device):
+    if question.scaling is not None or not _must_be_faster_on(kind.device):
         logger.info("%s: equal", what)
         return _Answer(True, True)
     try:
         ratio = _speedup(run, question, eager)
     except Exception as error:
-        logger.warning("%s: equal, but no time was taken: %s: %s", what, type(error).__name__, error)
+        logger.warning("%s: equal, but its speed could not be measured: %s: %s", what, type(error).__name__, error)
         return _Answer(True, False)
     if ratio <= 1:
-        logger.info("%s: equal, but %.1fx as fast as eager, so not used by itself", what, ratio)
+        logger.info("%s: equal, but %.1fx as fast as eager, so not used automatically", what, ratio)
     else:
         logger.info("%s: equal, %.1fx faster than eager", what, ratio)
     return _Answer(True, ratio > 1)
 
 
-def _shown(kind: Kind) -> str:
+def _describe(kind: Kind) -> str:
     rounding, dtypes = kind.rounding, (kind.weight, kind.update, kind.codes)
     weight, update, codes = (str(dtype).removeprefix("torch.") for dtype in dtypes)
     to = f"{rounding.smallest}..{rounding.largest}" if isinstance(rounding, IntegerRounding) else rounding.format.name
@@ -162,19 +162,19 @@ def _shown(kind: Kind) -> str:
 
 
 def ordinals(values: Tensor, rounding: Rounding) -> Tensor:
-    """Float32 values as a rounding says it, by looking for the nearest number: int64."""
+    """Round float32 values to int64 ordinals, by looking for the nearest number in a table."""
     if isinstance(rounding, IntegerRounding):
         clamped = values.round().clamp(rounding.smallest, rounding.largest)
         return clamped.nan_to_num(nan=float(rounding.nan)).to(torch.int64)
     bits = values.view(torch.int32)
     magnitude_bits = (bits & 0x7FFFFFFF).to(torch.int64)
     if _is_stored(rounding):
-        # Nothing is rounded: the bits without the sign are the ordinal.
+        # Nothing is rounded: the bits without the sign are the magnitude of the ordinal.
         code = magnitude_bits
     else:
         numbers = _numbers(rounding, values.device)
         between = (numbers[1:] + numbers[:-1]) / 2
-        # The processor may take subnormal numbers for 0; of float64 these are none.
+        # The processor may treat subnormal numbers as 0. In float64, these are normal numbers.
         is_subnormal = magnitude_bits < _SMALLEST_NORMAL
         magnitude = torch.where(is_subnormal, magnitude_bits.double() * FP32.smallest_subnormal, values.double().abs())
         magnitude = magnitude.nan_to_num(nan=0.0, posinf=float("inf"))
@@ -185,12 +185,12 @@ def ordinals(values: Tensor, rounding: Rounding) -> Tensor:
 
 
 def _is_stored(rounding: FloatRounding) -> bool:
-    """Whether float32 is what is rounded to, whose numbers are too many for a table."""
+    """Whether the format is float32, which has too many numbers for a table."""
     return rounding.format.mantissa_bits >= FP32.mantissa_bits
 
 
 def _numbers(rounding: Rounding, device: torch.device) -> Tensor:
-    """The numbers of the ordinals from 0 to that of overflow, float64; infinity as the number that follows the last."""
+    """Return the values of the ordinals from 0 to that of overflow, float64. Infinity counts as the next number."""
     assert not isinstance(rounding, IntegerRounding)
     format, bits = rounding.format, rounding.format.mantissa_bits
     ordinal = torch.arange(rounding.overflow + 1, dtype=torch.float64, device=device)
@@ -204,7 +204,7 @@ def _numbers(rounding: Rounding, device: torch.device) -> Tensor:
 
 
 def hard_numbers(kind: Kind) -> Tensor:
-    """Every value of 16 bits in the weight's dtype; for float32 also some of their neighbors and some ties."""
+    """Return every value of 16 bits in the weight's dtype; for float32 also some of their neighbors and some ties."""
     patterns = torch.arange(1 << 16, dtype=torch.int32, device="cpu")
     if kind.weight.itemsize == 2:
         return patterns.to(torch.int16).view(kind.weight)
@@ -218,7 +218,7 @@ def hard_numbers(kind: Kind) -> Tensor:
 
 
 class _Part(NamedTuple):
-    """A stretch of the numbers, by its first element; ``group``, ``width`` and ``height`` are those of a stretch."""
+    """A part of the numbers, from its first element on, with ``group``, ``width`` and ``height`` of a stretch."""
 
     first: int
     numel: int
@@ -233,7 +233,7 @@ class _Part(NamedTuple):
         return Stretch(address, address_of_codes, self.numel, self.group, self.width, self.height)
 
     def scale_of_each(self, device: torch.device) -> Tensor:
-        """Which scale each element has."""
+        """Return the index of each element's scale."""
         at = torch.arange(self.numel, device=device)
         if not self.width:
             return at // self.group
@@ -242,19 +242,19 @@ class _Part(NamedTuple):
 
 
 class _Trial(NamedTuple):
-    """What is put before a kernel, and what it has to find.
+    """The input of a test, and the expected results.
 
     Attributes:
-        parts: Which numbers are a stretch each.
-        places: Where the codes of each part begin.
+        parts: The parts of the numbers that are one stretch each.
+        places: The index of the first code of each part.
         weights: All numbers.
-        updates: As many; None where none are counted.
-        scales: Those of each part in turn; None for none.
-        codes: Of before the step, with a guard around each part's.
-        expected: The same after it.
+        updates: One update per number; None if updates are not counted.
+        scales: The scales of all parts, concatenated; None without scales.
+        codes: The codes before the step, with a guard around those of each part.
+        expected: The codes after the step.
         counts: int64 of shape (parts, 3).
         largest: The largest magnitude under each scale.
-        stored: What is stored of the scales that the kernel makes; None where it makes none.
+        stored: The stored form of the scales that the kernel computes; None if it computes none.
     """
 
     parts: list[_Part]
@@ -270,7 +270,7 @@ class _Trial(NamedTuple):
 
     @property
     def scales_of_parts(self) -> list[int]:
-        """How many there are of each part."""
+        """The number of scales of each part."""
         return [stretch.scales for stretch in self.stretches]
 
     @property
@@ -281,14 +281,14 @@ class _Trial(NamedTuple):
 
     @property
     def addresses(self) -> Addresses | None:
-        """Of each part's updates; 0 for a part without."""
+        """The address of each part's updates; 0 for a part without updates."""
         if self.updates is None:
             return None
         start, size = self.updates.data_ptr(), self.updates.element_size()
         return np.array([start + part.first * size if part.has_update else 0 for part in self.parts], dtype=np.int64)
 
 
-# Rows of blocks that are smaller at the end of a row and in the last rows.
+# Blocks that are smaller at the end of a row and in the last rows.
 _BLOCKS = [
     _Part(0x3F07, 70 * 300, 128, True, width=300, height=32),
     _Part(0x7F00, 9 * 130, 128, False, width=130, height=1),
@@ -301,16 +301,17 @@ def _trial(question: Question, scales_of: Scales | None = None, *, in_blocks: bo
     if scaling is not None and kind.weight.itemsize > 2:
         numbers = torch.cat([numbers, _around_steps(scaling)])
     whole = len(numbers) - len(numbers) % 16
-    # All of them, where memory is laid out well; and an odd number of them, where it is not.
+    # All numbers, with aligned memory, and an odd number of them with unaligned memory.
     parts = [_Part(0, whole, whole if scaling is None else 1, True), _Part(1, 4099, 4099, True)]
     if question.takes_scale:
-        # Blocks, from the largest numbers over infinity and NaN to the smallest; and rows of an odd length.
+        # Blocks that cover the largest numbers, infinity, NaN and the smallest numbers, and rows of odd length.
         parts += [_Part(0x7F00, 64 * 32, 32, False), _Part(0x3F07, 9 * 129, 129, True)]
     if in_blocks:
         parts = _BLOCKS
     weights = numbers.to(kind.device)
-    given = _updates(kind, len(numbers))
-    updates = None if given is None else given.to(kind.device)
+    updates = _updates(kind, len(numbers))
+    if updates is not None:
+        updates = updates.to(kind.device)
 
     places, size = [], 0
     for part in parts:
@@ -342,12 +343,12 @@ def _trial(question: Question, scales_of: Scales | None = None, *, in_blocks: bo
 
 
 def _largest_of_each(magnitudes: Tensor, index: Tensor) -> Tensor:
-    """The largest of those with each index; NaN where there is one."""
+    """Return the largest magnitude for each index; NaN if there is one."""
     return magnitudes.new_zeros(int(index.max()) + 1).scatter_reduce(0, index, magnitudes, "amax")
 
 
 def _around_steps(scaling: Scaling) -> Tensor:
-    """Magnitudes at which a scale becomes another, and their neighbors."""
+    """Return the magnitudes at which the scale changes, and their neighbors."""
     if not isinstance(scaling.description, ScaleSteps):
         return torch.empty(0, device="cpu")
     steps = torch.unique(scaling.description.slots[:, 0])
@@ -355,18 +356,18 @@ def _around_steps(scaling: Scaling) -> Tensor:
 
 
 def find_fault(run: type[Run], question: Question) -> str | None:
-    """What a kernel does otherwise than plain torch; None for nothing.
+    """Describe how a kernel's results differ from those of plain torch; None if they do not.
 
     Args:
         run: The kernel.
-        question: What it is to do.
+        question: What it must do.
     """
     trial = _trial(question)
     kernel = run(trial.stretches, question.kind)
     if question.finds_scale and not torch.equal(
         kernel.largest().nan_to_num(nan=-1.0), trial.largest.nan_to_num(nan=-1.0)
     ):
-        return "it finds other largest magnitudes"
+        return "its largest magnitudes differ"
     observation = _observation(question, trial) if question.groups else None
     if observation is None:
         found = kernel.count_(trial.scales, trial.addresses)
@@ -385,19 +386,19 @@ def find_fault(run: type[Run], question: Question) -> str | None:
 def _fault_of_counts(found: Tensor, trial: _Trial) -> str | None:
     wrong = int(torch.count_nonzero(trial.codes != trial.expected))
     if wrong:
-        return f"{wrong} of {len(trial.codes)} codes are others"
+        return f"{wrong} of {len(trial.codes)} codes differ"
     if not torch.equal(found, trial.counts):
         return f"it counts {found.tolist()}, plain torch {trial.counts.tolist()}"
     return None
 
 
 def find_fault_in_groups(run: type[Run], question: Question, scales: Scales) -> str | None:
-    """As :func:`find_fault`, for a kernel that also makes the scales of groups.
+    """As :func:`find_fault`, for a kernel that also computes the scales of groups.
 
     Args:
         run: The kernel.
-        question: What it is to do.
-        scales: What the scales have to be.
+        question: What it must do.
+        scales: Computes the expected scales.
     """
     for in_blocks in (False, True):
         fault = _fault_of_scaling(run, question, _trial(question, scales, in_blocks=in_blocks))
@@ -423,20 +424,20 @@ def _fault_of_scaling(run: type[Run], question: Question, trial: _Trial) -> str 
     if fault is not None or stored is None:
         return fault
     if not torch.equal(stored.codes, expected):
-        return "it stores other scales"
+        return "its stored scales differ"
     if not torch.equal(table[:, 3], changes):
         return f"it counts changes of scales {table[:, 3].tolist()}, plain torch {changes.tolist()}"
     return None
 
 
 class _Observation(NamedTuple):
-    """What a kernel is given for metric groups, and what it has to find.
+    """The input of a test for metric groups, and the expected results.
 
     Attributes:
-        observed: What it is given.
+        observed: The kernel's argument.
         states: The tensors behind its addresses.
-        expected: The same after the step.
-        sums: What is added to the sums.
+        expected: These tensors after the step.
+        sums: The expected sums.
     """
 
     observed: Observed
@@ -447,21 +448,21 @@ class _Observation(NamedTuple):
     def fault(self) -> str | None:
         wrong = sum(int(torch.count_nonzero(a != b)) for a, b in zip(self.states, self.expected, strict=True))
         if wrong:
-            return f"{wrong} states of metric groups are others"
+            return f"{wrong} states of metric groups differ"
         if not torch.equal(self.observed.sums, self.sums):
             return f"metric groups count {self.observed.sums.tolist()}, in plain torch {self.sums.tolist()}"
         return None
 
 
 def _observation(question: Question, trial: _Trial) -> _Observation:
-    """Of the groups that a question is about; asked before the kernel has counted."""
+    """Make the test for the groups of a question. Call it before the kernel has counted."""
     codes, device = trial.codes, trial.codes.device
     names = [state for group in question.groups for state, _ in group.states]
     old_states = [_old_state(state, codes) for state in names]
     new_states = [state.clone() for state in old_states]
     flags = [flag for group in question.groups for flag in group.counts]
     sums = torch.zeros(len(trial.parts), 2 * len(flags), dtype=torch.float64, device=device)
-    # Scales of before the step, of which each is another's now.
+    # The scales before the step are the current ones in another order.
     old_scales = None if trial.scales is None else trial.scales.roll(1)
     at = 0
     for row, (place, part) in enumerate(zip(trial.places, trial.parts, strict=True)):
@@ -488,14 +489,14 @@ def _observation(question: Question, trial: _Trial) -> _Observation:
 
 
 def _old_state(state: Expression, codes: Tensor) -> Tensor:
-    """Numbers of both signs and 0, in no step with the codes; between the weights, too."""
+    """Return numbers of both signs and 0, with another period than the codes, also between the weights."""
     dtype: torch.dtype = state.operands[1] or codes.dtype
     numbers = torch.arange(len(codes), device=codes.device) % 5 - 2
     return (numbers.to(dtype) / 8).to(dtype) if dtype.is_floating_point else numbers.clamp_(-1, 1).to(dtype)
 
 
 def _fault_of_scale_codes(kernel: Run, trial: _Trial) -> str | None:
-    """As :func:`find_fault`, of what is stored of scales. The codes were counted before, so no other count changes."""
+    """As :func:`find_fault`, for stored scales. The codes were counted before, so no other count changes."""
     assert trial.scales is not None
     scales, of_parts = trial.scales, trial.scales_of_parts
     without = None if trial.addresses is None else trial.addresses * 0
@@ -507,14 +508,14 @@ def _fault_of_scale_codes(kernel: Run, trial: _Trial) -> str | None:
         table = torch.zeros(len(of_parts), 4, dtype=torch.int64, device=scales.device)
         kernel.count_into_(table[:, :3], rows, scales, without, ScaleCodes(new, stored, table[:, 3]))
         if not torch.equal(stored, new.to(dtype)):
-            return "it stores other scales"
+            return "its stored scales differ"
         if not torch.equal(table[:, 3], expected) or table[:, :3].count_nonzero():
             return f"it counts changes of scales {table.tolist()}, plain torch {expected.tolist()}"
     return None
 
 
 def _updates(kind: Kind, numel: int) -> Tensor | None:
-    """Gradients with zeros of both signs, NaN and numbers of every size, in no step with the codes that are changed."""
+    """Return gradients with zeros of both signs, NaN, large and small numbers, with another period than the codes."""
     if kind.update is None:
         return None
     some = [0.0, 1.0, -0.0, float("nan"), -3e-5, 0.0, float("inf")]
@@ -529,16 +530,16 @@ def _scales(number: int, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------------- faster
 
 
-def _races_on(device: torch.device) -> bool:
-    """Whether a kernel has to be faster here. On the CPU it is known to be, and a race would cost a training time."""
+def _must_be_faster_on(device: torch.device) -> bool:
+    """Whether a kernel must be faster. On the CPU it is known to be, and measuring it would delay the training."""
     return device.type != "cpu"
 
 
 def _speedup(run: type[Run], question: Question, eager: Eager) -> float:
-    """Plain torch's time for the weights of a small model, in the kernel's."""
+    """Return the time of plain torch / the time of the kernel, for the weights of a small model."""
     kind = question.kind
     shape = (_RACE_WEIGHTS, *_RACE_SHAPE)
-    # Numbers of many sizes, without drawing random ones.
+    # Numbers of many magnitudes, without drawing random numbers.
     weights = torch.arange(torch.Size(shape).numel(), device=kind.device).mul_(7919).remainder_(1000003).sub_(500000)
     weights = weights.to(torch.float32).mul_(1e-7).to(kind.weight).view(shape)
     codes = torch.zeros(shape, dtype=kind.codes, device=kind.device)
@@ -562,7 +563,7 @@ def _speedup(run: type[Run], question: Question, eager: Eager) -> float:
 
 
 def _seconds(action: Callable[[], object], device: torch.device) -> float:
-    """The shortest of a few times, after others that compile and allocate."""
+    """Return the shortest of a few times, after some that include compilation and allocations."""
     times = []
     for _ in range(8):
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What a kernel needs to know to count many weights in one call, or one by itself."""
+"""The interface of kernels that count many weights in one call, or a single one."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Addresses: TypeAlias = "npt.NDArray[np.int64]"
 
 
 class Stretch(NamedTuple):
-    """Memory of one weight, or of a part of one.
+    """The memory of one weight, or of a part of one.
 
     Attributes:
         weight: Address of the first element.
         codes: Address of its code.
-        numel: Elements, at least one.
-        group: How many neighbors share a scale; ``numel`` where all do, or where there is none.
-        width: How many elements a row has, where blocks over several rows share a scale: ``group`` of each row. Blocks
-            at the end of a row and in the last rows may be smaller. 0 where there are no such blocks: so in all
-            stretches of a run, or in none.
-        height: How many rows share a scale; 1 without a width.
+        numel: Number of elements, at least one.
+        group: The number of adjacent elements that share a scale; ``numel`` if all of them do, or if there is no scale.
+        width: The number of elements in a row if blocks over several rows share a scale, with ``group`` elements of
+            each row. Blocks at the end of a row and in the last rows may be smaller. 0 if there are no such blocks,
+            which must be the same for all stretches of a run.
+        height: The number of rows that share a scale; 1 without a width.
     """
 
     weight: int
@@ -40,21 +40,21 @@ class Stretch(NamedTuple):
 
     @property
     def scales(self) -> int:
-        """How many there are."""
+        """The number of scales."""
         if not self.width:
             return -(-self.numel // self.group)
         return -(-self.width // self.group) * -(-self.numel // (self.width * self.height))
 
 
 class Kind(NamedTuple):
-    """What weights have in common that one call can count.
+    """The common properties of weights that one call can count.
 
     Attributes:
         weight: dtype of the weights.
-        update: dtype of the updates; None where none are counted.
+        update: dtype of the updates; None if updates are not counted.
         codes: dtype of the codes.
-        rounding: How a weight becomes an ordinal.
-        device: Where they are.
+        rounding: The rounding of weights to ordinals.
+        device: The device of the weights.
     """
 
     weight: torch.dtype
@@ -65,12 +65,12 @@ class Kind(NamedTuple):
 
 
 class ScaleCodes(NamedTuple):
-    """Scales that are stored as codes, stretch after stretch as those of :meth:`Run.largest`.
+    """Scales that are stored as codes, concatenated over stretches as in :meth:`Run.largest`.
 
     Attributes:
-        new: Integers.
-        stored: Those of before the step, as they are stored; overwritten.
-        changes: int64, a column of the table that is counted in: scales whose stored value changes are added to it.
+        new: The new codes, integers.
+        stored: The codes before the step in their stored form; overwritten.
+        changes: int64, a column of the table of counts, to which the number of changed codes is added.
     """
 
     new: Tensor
@@ -79,15 +79,15 @@ class ScaleCodes(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """What metric groups count in the same pass, and what they keep of each weight.
+    """What metric groups count in the same pass, and their per-weight state.
 
     Attributes:
-        groups: What each of them does.
-        states: Addresses of the first element of each state, int64 of shape (states, stretches), in the groups' order;
-            laid out as the weight.
-        old_scale: As the scale, of before the step; None where no group looks at it.
-        sums: float64 of shape (any, columns), whose columns are neighbors in memory. Each of the groups' counts is
-            added to a column, and the flips to the next one, in the row of the stretch.
+        groups: The computation of each group.
+        states: Addresses of the first element of each state, int64 of shape (states, stretches), in the groups' order.
+            States have the layout of the weight.
+        old_scale: Like the scale, from before the step; None if no group needs it.
+        sums: float64 of shape (any, columns), with stride 1 between columns. Each count of the groups is added to a
+            column, and the flips to the next one, in the row of the stretch.
         columns: int64, the column of each count, in the groups' order.
     """
 
@@ -99,14 +99,14 @@ class Observed(NamedTuple):
 
 
 class ScaleSteps(NamedTuple):
-    """Scales that take at most 256 values and grow with the largest magnitude, as a table by the bits of that.
+    """Scales that take at most 256 values and grow with the largest magnitude, as a table indexed by its bits.
 
     Attributes:
-        shift: How many of the last bits do not tell the slot.
-        slots: int32 of shape (slots, 3): the bits from which on a magnitude has the second value here, the index of
-            the first value, and that of the second one.
-        factors: float32: what weights are multiplied or divided by, by index.
-        codes: uint8: what is stored, by index.
+        shift: The number of low bits to drop to get the slot.
+        slots: int32 of shape (slots, 3): the first bit pattern with the second value of the slot, the index of the
+            first value, and the index of the second value.
+        factors: float32: the factors by which weights are multiplied or divided, by index.
+        codes: uint8: the stored scales, by index.
     """
 
     shift: int
@@ -117,11 +117,11 @@ class ScaleSteps(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """How the scale of a group comes from its largest magnitude.
+    """How to compute the scale of a group from its largest magnitude.
 
     Attributes:
-        description: What a compiled loop follows.
-        is_stored: Whether the scales are stored as codes: with a formula the bits of float32, with steps bytes.
+        description: The formula or table.
+        is_stored: Whether the scales are stored as codes: the bits of float32 for a formula, bytes for steps.
     """
 
     description: ScaleFormula | ScaleSteps
@@ -129,11 +129,11 @@ class Scaling:
 
 
 class StoredScales(NamedTuple):
-    """Scales that are stored as codes, stretch after stretch.
+    """Scales that are stored as codes, concatenated over stretches.
 
     Attributes:
-        codes: Those of before the step, as they are stored; overwritten.
-        changes: int64, a column of the table that is counted in: scales whose stored value changes are added to it.
+        codes: The codes before the step in their stored form; overwritten.
+        changes: int64, a column of the table of counts, to which the number of changed codes is added.
     """
 
     codes: Tensor
@@ -143,23 +143,26 @@ class StoredScales(NamedTuple):
 class Run(Protocol):
     """Stretches of memory of one kind that are counted together.
 
-    Nothing here keeps the memory alive or looks at it again: who calls vouches for the addresses.
+    It does not keep the memory alive and cannot check it. The caller must ensure that the addresses are valid.
     """
 
     saves_calls: bool
-    """Whether a call of torch costs more here than a search in a table for each scale."""
+    """Whether a call of torch costs more on this device than a table search for each scale."""
 
     observes: bool
-    """Whether it can count for metric groups in the same pass."""
+    """Whether it supports metric groups in the same pass."""
 
     longest_group: int
-    """Groups or blocks of at most this many weights can be scaled and counted in one pass; 0: there is no such pass."""
+    """The maximum size of groups or blocks that can be scaled and counted in one pass; 0 if there is no such pass."""
+
+    widest_block: int
+    """The same for the rows of blocks that have several."""
 
     def __init__(self, stretches: Sequence[Stretch], kind: Kind) -> None: ...
 
     @staticmethod
     def can_do(kind: Kind, *, scaled: bool, groups: tuple[Pointwise, ...] = ()) -> bool:
-        """Whether there are compiled loops for weights of this kind, and what metric groups do; compiles them."""
+        """Whether there are compiled loops for weights of this kind and for metric groups. Compiles them."""
         ...
 
     @staticmethod
@@ -173,19 +176,19 @@ class Run(Protocol):
         ...
 
     def largest(self) -> Tensor:
-        """The largest magnitude under each scale, float32, stretch after stretch; NaN where there is one.
+        """Return the largest magnitude under each scale, float32, concatenated over stretches; NaN if there is one.
 
-        On the weights' device, as all tensors here.
+        It is on the weights' device, like all tensors here.
         """
         ...
 
     def count_(self, scale: Tensor | None, updates: Addresses | None) -> Tensor:
-        """Encode, compare, count, and store the new codes.
+        """Encode the weights, compare, count, and store the new codes.
 
         Args:
-            scale: float32, one for each element of :meth:`largest`; None where weights are rounded as they are.
-            updates: Addresses of the updates, a stretch each; 0 for one that has none. Not wider
-                than the weight. None where none are counted.
+            scale: float32, one for each element of :meth:`largest`; None if weights are not scaled.
+            updates: Address of the updates of each stretch; 0 without updates. Their dtype must not be wider than that
+                of the weight. None if updates are not counted.
 
         Returns:
             int64 of shape (stretches, 3): flips, updates, stalled.
@@ -201,15 +204,15 @@ class Run(Protocol):
         scale_codes: ScaleCodes | None = None,
         observed: Observed | None = None,
     ) -> None:
-        """As :meth:`count_`, but add what is found to rows of a table.
+        """As :meth:`count_`, but add the counts to rows of a table.
 
         Args:
-            counts: int64 of shape (any, 3), whose columns are neighbors in memory.
-            rows: int64, the row of each stretch. Stretches may share one.
-            scale: As there.
-            updates: As there.
-            scale_codes: What is stored of the scales, if anything is.
-            observed: What metric groups count, if there are any.
+            counts: int64 of shape (any, 3), with stride 1 between columns.
+            rows: int64, the row of each stretch. Stretches may share a row.
+            scale: As in :meth:`count_`.
+            updates: As in :meth:`count_`.
+            scale_codes: The stored scales, if any.
+            observed: The metric groups, if any.
         """
         ...
 
@@ -221,30 +224,30 @@ class Run(Protocol):
         updates: Addresses | None,
         stored: StoredScales | None = None,
     ) -> None:
-        """As :meth:`count_into_`, and make the scale of each group from what :meth:`largest` would give.
+        """As :meth:`count_into_`, but also compute the scale of each group from its largest magnitude.
 
         Args:
-            counts: As there.
-            rows: As there.
-            scaling: How; no group of a stretch is longer than ``longest_group``.
-            updates: As there.
-            stored: What is stored of the scales, if anything is.
+            counts: As in :meth:`count_into_`.
+            rows: As in :meth:`count_into_`.
+            scaling: How to compute scales. No group may be longer than ``longest_group``.
+            updates: As in :meth:`count_`.
+            stored: The stored scales, if any.
         """
         ...
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on another device, for which nothing waits; the tensor itself where it is on that device."""
-    # From memory that the system may move, a copy waits until it is done.
+    """Copy a tensor to a device without synchronization. Returns the tensor itself if it is there already."""
+    # A copy from memory that is not pinned would synchronize.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class OnePass(NamedTuple):
-    """Counts one weight by itself in one pass, if its tensors are of the kinds known.
+    """Counts a single weight in one pass, if the kernel supports its tensors.
 
     Attributes:
         run: The kernel, for the weight's device.
-        may_count: Whether to use the kernel for a kind, with or without a scale; None: whenever it can.
+        may_count: Whether to use the kernel for a kind, with or without a scale. None: if the kernel supports it.
     """
 
     run: type[Run]
@@ -262,21 +265,21 @@ class OnePass(NamedTuple):
         """Encode the weight, compare, add to ``counts`` and store the new codes.
 
         Args:
-            weight: Before rounding; dense.
-            scale: None, or float32, with one element for all weights or one for each row.
-            rounding: How a weight becomes an ordinal.
-            codes: Ordinals before the step, laid out as the weight; overwritten.
-            update: The gradient, or a bool mask of the weights that had one, laid out as the weight; None counts no
-                updates.
-            counts: int64 of shape (3,): flips, updates, stalled; added to.
+            weight: The weight before rounding; dense.
+            scale: None, or float32 with one element for all weights or one per row.
+            rounding: The rounding of weights to ordinals.
+            codes: Ordinals before the step, with the layout of the weight; overwritten.
+            update: The gradient, or a bool mask of the weights with an update, with the layout of the weight. None:
+                updates are not counted.
+            counts: int64 of shape (3,), to which flips, updates and stalled weights are added.
 
         Returns:
-            Whether it was done; False leaves everything as it was.
+            Whether the weight was counted. If not, nothing has changed.
         """
         group = _group(weight, scale)
         if group is None or not torch.ops.aten.is_non_overlapping_and_dense(weight):
             return False
-        if not all(_is_laid_out(tensor, weight) for tensor in (weight, codes, update) if tensor is not None):
+        if not all(_has_same_layout(tensor, weight) for tensor in (weight, codes, update) if tensor is not None):
             return False
         kind = Kind(weight.dtype, None if update is None else update.dtype, codes.dtype, rounding, weight.device)
         if not self._may_count(kind, takes_scale=scale is not None):
@@ -295,15 +298,15 @@ class OnePass(NamedTuple):
         return self.may_count(kind, takes_scale)
 
 
-def _is_laid_out(tensor: Tensor, like: Tensor) -> bool:
-    """Whether a tensor's memory can be read in step with that of ``like``."""
+def _has_same_layout(tensor: Tensor, like: Tensor) -> bool:
+    """Whether a tensor has the memory layout of ``like``."""
     if tensor.device != like.device or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     return tensor.shape == like.shape and tensor.stride() == like.stride() and not tensor.is_neg()
 
 
 def _group(weight: Tensor, scale: Tensor | None) -> int | None:
-    """How many neighbors in memory share a scale."""
+    """Return the number of elements, adjacent in memory, that share a scale; None if the scale is not supported."""
     numel = max(1, weight.numel())
     if scale is None or scale.numel() == 1:
         return numel if scale is None or scale.dtype is torch.float32 else None

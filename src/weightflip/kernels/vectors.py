@@ -1,7 +1,7 @@
-"""Loops over 32 weights at a time, written in LLVM's vectors: it lays them out for AVX2, AVX-512, NEON and others.
+"""Loops over 32 weights at a time with LLVM vectors, which LLVM compiles for AVX2, AVX-512, NEON and others.
 
-Numba's own loops over int8, int32 and float32 side by side take twice as many instructions. Memory is seen as
-addresses. Imported only where Numba is.
+Loops that Numba vectorizes over int8, int32 and float32 at once take twice as many instructions. Memory is accessed by
+address. Imported only if Numba is installed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _tools: Any = cgutils
 _types: Any = types
 
 LANES = 32
-# Of the loops that find the largest magnitude; and of the one that reads at several places at once.
+# For loops that find the largest magnitude: the lanes, and the number of places that one of them reads at once.
 LANES_OF_LARGEST, _STREAMS = 16, 4
 WIDE_OF_LARGEST = LANES_OF_LARGEST * _STREAMS
 
-# Of the loop that compares codes with those at the last mark: bytes of a vector, and at how many places it reads.
+# The loop that compares codes with those at the last mark: the bytes of a vector, and the number of places it reads at.
 BYTES_OF_KEEP, STREAMS_OF_KEEP = 64, 4
 
-# How far ahead memory is asked for. The processor does so by itself, but seems to begin anew at each page.
+# The prefetch distances in bytes. Processors also prefetch automatically, but seem to start again at each page.
 _AHEAD, _AHEAD_CODES, _AHEAD_LARGEST = 2048, 1024, 512
 _CACHE_LINE = 64
 
@@ -94,7 +94,7 @@ class Vectors:
         return self.b.and_(self.load(address, of, of.width // 8), self.all(of, (1 << (of.width - 1)) - 1))
 
     def larger_neighbors(self, x: Any, y: Any) -> Any:
-        """The larger one of each pair of lanes of two vectors."""
+        """Return the larger value of each pair of lanes."""
         even, odd = (
             self.b.shuffle_vector(x, y, ir.Constant(self.type(_I32), list(range(first, 2 * self.lanes, 2))))
             for first in (0, 1)
@@ -102,7 +102,7 @@ class Vectors:
         return self.larger(even, odd)
 
     def prefetch(self, address: Any, ahead: int, size: int) -> None:
-        """Ask for the memory behind that of the present lanes."""
+        """Prefetch memory after that of the current lanes."""
         pointer = _I8.as_pointer()
         signature = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
         function = _tools.get_or_insert_function(self.b.module, signature, "llvm.prefetch.p0")
@@ -158,7 +158,7 @@ class _Rounding:
 
 
 def _encoded(rounding: _Rounding, by_adding: bool, number: Any) -> Any:
-    """Ordinals of float32 numbers."""
+    """Return the ordinals of float32 numbers."""
     b, v = rounding.v.b, rounding.v
     bits = b.bitcast(number, v.type(_I32))
     magnitude = b.and_(bits, v.all(_I32, 0x7FFFFFFF))
@@ -174,7 +174,7 @@ def _encoded(rounding: _Rounding, by_adding: bool, number: Any) -> Any:
 
 
 PLAIN, MULTIPLIED, DIVIDED = range(3)
-"""What becomes of a weight before it is rounded."""
+"""The operation on a weight before it is rounded."""
 
 
 def _number(v: Vectors, weight_bits: int, address: Any, scaling: int, scale: Any) -> Any:

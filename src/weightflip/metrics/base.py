@@ -119,7 +119,12 @@ class LayerMetric:
     pointwise: Pointwise | None = None
     """What :meth:`slice` computes, as an expression for each weight. Kernels compile it into the pass that counts
     flips, and update the tensors that it names in place. None: ``slice`` is called for every slice, which is slower. A
-    class that overrides ``slice`` also sets this."""
+    class that overrides ``slice`` does not inherit it, and sets its own."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "slice" in vars(cls) and "pointwise" not in vars(cls):
+            cls.pointwise = None
 
     def before(self, weight: Weight) -> None:
         """Called just before the optimizer's step."""

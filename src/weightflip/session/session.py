@@ -156,7 +156,7 @@ class Session:
         """Release what is held only during a step: parameters and gradients."""
         self._is_in_step = False
         self.weights.release()
-        self.tracker.forget_gradients()
+        self.tracker.abort_step()
 
     def _count(self) -> None:
         valid = None if self._found_inf is None else self._found_inf == 0

@@ -148,7 +148,7 @@ class Weights:
         positions = {id(parameter): position for position, parameter in reversed(list(enumerate(every)))}
         self.tracked, self._positions = weights, [positions[id(weight.parameter)] for weight in weights]
         descriptions = _describe_weights(weights)
-        self._optimizer = weak_reference(optimizer)
+        self.optimizer = optimizer
         self.release()
         # Remember the types: a copy of an optimizer does not hold the model.
         self._types.update(owner_types(parameters, self._model))
@@ -237,8 +237,12 @@ class Weights:
 
     @property
     def optimizer(self) -> Optimizer | None:
-        """The optimizer whose parameters were selected last, or None if it no longer exists."""
+        """The optimizer whose parameters were selected last, or that of a copy; None if it no longer exists."""
         return None if self._optimizer is None else self._optimizer()
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        self._optimizer = weak_reference(optimizer)
 
     @contextmanager
     def holding(self) -> Iterator[None]:
