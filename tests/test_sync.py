@@ -534,7 +534,7 @@ def test_a_mark_after_a_step_needs_no_scale_from_plain_torch(format, monkeypatch
 def test_a_mark_after_a_step_that_raised_is_made_at_once(digits):
     model = digits_model()
     optimizer = wrapped(model, "e3m4")
-    backward(model, digits)
+    backward(model, digits, 0)
     optimizer.step()
     optimizer.tracker.mark_sync()
 
@@ -549,7 +549,7 @@ def test_a_mark_after_a_step_that_raised_is_made_at_once(digits):
     changed = {layer.name: layer.window.ratios["changed_fraction"].value for layer in optimizer.tracker.record().layers}
     assert changed["0.weight"] > 0.9
     assert changed["2.weight"] == 0
-    backward(model, digits)
+    backward(model, digits, 0)
     optimizer.step()
     assert optimizer.tracker.record().model.window.flips > 0
 
@@ -559,7 +559,7 @@ def test_a_copy_makes_marks_before_its_first_step(copied, digits):
     model = digits_model()
     optimizer, marks = wrapped(model, "e3m4"), Marks(model, "e3m4")
     train(optimizer, model, digits, marks, 2, every=1)
-    backward(model, digits)
+    backward(model, digits, 0)
     optimizer.step()
     model, optimizer = copied((model, optimizer))
     marks.model = model
@@ -576,7 +576,7 @@ def test_a_fault_at_the_first_mark_only_costs_this_mark(digits, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("broken on purpose")
 
-    backward(model, digits)
+    backward(model, digits, 0)
     with monkeypatch.context() as patch:
         patch.setattr(optimizer.tracker._marks, "make", fails)
         with pytest.warns(UserWarning, match="training continues.*broken on purpose"):

@@ -60,8 +60,8 @@ many bytes its rows are apart; address of the scales of before the step, or 0 fo
 TASK = 26
 
 KEEP_CODES, KEEP_NEW, KEEP_CHANGED = range(3, 6)
-"""Fields of a task of :func:`keep`, after the next item, the number of elements and the elements of an item:
-addresses of the kept codes and of the new ones, and the number of codes that differed."""
+"""Fields of a task of :func:`keep`, after the next item, the number of elements and the elements of an item: addresses
+of the kept codes and the new ones, and the number of codes that differed."""
 KEEP_TASK = 6
 
 # The number of elements in a chunk, each with its scale, and the bytes of each of four buffers for fewer than LANES
