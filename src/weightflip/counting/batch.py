@@ -105,6 +105,22 @@ class Member:
         question = kernels.Question(kind, takes_scale=self.group != 0, finds_scale=False, groups=groups)
         return kernels.run_for(backend, question, functional.in_plain_torch(self.quantizer)) is not None
 
+    def computed_scale(self, backend: str) -> Tensor | None:
+        """Compute the scale of a weight whose scales the kernel makes in the pass that counts; None if it cannot.
+
+        Args:
+            backend: As in :func:`weightflip.kernels.check_backend`.
+        """
+        if self.scaling is None or self.quantizer.tile is not None:
+            return None
+        kind = kernels.Kind(self.dtype, None, self.codes.dtype, self.rounding, self.codes.device)
+        question = kernels.Question(kind, takes_scale=True, finds_scale=True)
+        if kernels.run_for(backend, question, functional.in_plain_torch(self.quantizer)) is None:
+            return None
+        whole = kernels.Stretch(self.address, self.codes.data_ptr(), self.numel, self.group, 0, 1)
+        largest = self.run([whole], kind).largest()
+        return self.quantizer.scale_of(largest.to(self.dtype)).view(self.scale_shape)
+
     @property
     def kind(self) -> tuple[Any, ...]:
         """The key by which members are grouped into one call."""

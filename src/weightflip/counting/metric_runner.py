@@ -273,8 +273,11 @@ class MetricRunner:
         has_scale = self.uses_steps or (member is not None and member.keeps_scale and seen.scale is not None)
         if has_scale or not isinstance(quantizer, ElementwiseQuantizer):
             return seen
-        encoding = functional.Encoding(quantizer, self._scratch, self._backend, layer.statistic)
-        return seen._replace(scale=encoding.scale(seen.values))
+        scale = None if member is None else member.computed_scale(self._backend)
+        if scale is None:
+            encoding = functional.Encoding(quantizer, self._scratch, self._backend, layer.statistic)
+            scale = encoding.scale(seen.values)
+        return seen._replace(scale=scale)
 
     def mark_measured(self, due: Sequence[Group]) -> None:
         """Note that the gauges of these groups are computed at this logging point."""
