@@ -56,11 +56,17 @@ class SyncMarks:
         is_due = is_requested or (self._every is not None and self._schedule.steps % self._every == 0)
         return is_due and self._schedule.allows_marks
 
-    @property
-    def is_first_due(self) -> bool:
-        """Whether ``sync_every=`` needs a mark before the step that begins: the first step of a run."""
+    def make_first_if_due(self, layers: Iterable[Layer], shards: Shards) -> None:
+        """Make the mark that ``sync_every=`` needs before the first step of a run.
+
+        Args:
+            layers: The layers of the step that begins, each with its current codes.
+            shards: Tells which layers are sharded.
+        """
         is_first = self._every is not None and self._schedule.steps == 0 and not self._has_begun
-        return is_first and self._schedule.allows_marks
+        if is_first and self._schedule.allows_marks:
+            with self.guarded():
+                self.make(layers, shards)
 
     def make(self, layers: Iterable[Layer], shards: Shards) -> None:
         """Make a mark. Other layers, such as frozen ones, start a new window at the next mark that includes them.

@@ -285,9 +285,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         if self._runner.uses_steps:
             for layer in self._current:
                 self._runner.before(layer, is_shard=layer.name in self._shards)
-        if self._marks.is_first_due:
-            with self._marks.guarded():
-                self._marks.make(self._current, self._shards)
+        self._marks.make_first_if_due(self._current, self._shards)
         if "stalls" in self.metrics:
             self._gradients = {layer.name: layer.tracked.parameter.grad for layer in self._current if layer.tracked}
         self._notices.flush()
