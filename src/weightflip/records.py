@@ -234,6 +234,16 @@ def _add_quotients(mine: Mapping[str, Quotient], others: Mapping[str, Quotient],
     return {name: Quotient(*(x + sign * y for x, y in zip(a, b, strict=True))) for name, (a, b) in pairs.items()}
 
 
+def _sum_counts(counts: Sequence[Counts]) -> Counts:
+    # Number by number: a Counts for each layer would take ten times as long.
+    numbers: dict[str, Any] = {name: sum(getattr(one, name) for one in counts) for name in _NUMBERS}
+    ratios: Mapping[str, Quotient] = {}
+    for one in counts:
+        if one.ratios:
+            ratios = _add_quotients(ratios, one.ratios)
+    return Counts(**numbers, ratios=ratios)
+
+
 def _quotients_from_dict(data: Mapping[str, Sequence[float]]) -> dict[str, Quotient]:
     return {name: Quotient(*pair) for name, pair in data.items()}
 
@@ -577,7 +587,8 @@ def _sum_layers(name: str, layers: Sequence[LayerRecord]) -> LayerRecord:
     gauges: dict[str, Quotient] = {}
     histograms: dict[str, Histogram] = {}
     for layer in layers:
-        gauges = _add_quotients(gauges, layer.gauges)
+        if layer.gauges:
+            gauges = _add_quotients(gauges, layer.gauges)
         for value, histogram in layer.histograms.items():
             before = histograms.get(value)
             counts = (
@@ -589,8 +600,8 @@ def _sum_layers(name: str, layers: Sequence[LayerRecord]) -> LayerRecord:
     return LayerRecord(
         name,
         sum(layer.weights for layer in layers),
-        sum((layer.window for layer in layers), Counts()),
-        sum((layer.total for layer in layers), Counts()),
+        _sum_counts([layer.window for layer in layers]),
+        _sum_counts([layer.total for layer in layers]),
         sum(layer.nonfinite for layer in layers),
         gauges,
         histograms,

@@ -180,6 +180,8 @@ class AlertWatch:
         Returns:
             An event for each rule and layer that came true.
         """
+        if not self._alerts:
+            return []
         subjects = {f"model@{quantizer}" if quantizer else "model": model for quantizer, model in record.models.items()}
         subjects.update({layer.name: layer for layer in record.layers})
         values_by_layer = {name: _alert_values(layer) for name, layer in subjects.items()}

@@ -201,7 +201,7 @@ class Log:
             raise faults[0]
         if records and is_writer:
             merged = FlipRecord.merged(records)
-            if merged.model.is_new:
+            if any(layer.is_new for layer in merged.layers):
                 self._send(merged)
 
     def _send(self, record: FlipRecord) -> None:
