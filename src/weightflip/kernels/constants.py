@@ -1,4 +1,4 @@
-"""What a compiled kernel needs to know of a format."""
+"""The constants of a format for compiled kernels."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from weightflip.formats import E0M7, FP32, FloatFormat, IntegerRounding, Roundin
 
 
 class Constants(NamedTuple):
-    """Numbers for rounding float32 by its bits, as :func:`weightflip.quantizers.floatx.round_to_ordinals` explains.
+    """Constants for rounding float32 through its bits. See :func:`weightflip.quantizers.floatx.round_to_ordinals`.
 
     Attributes:
-        cut: How many mantissa bits go.
-        offset: Between the biases, at the place of the exponent.
-        first_normal: Bits of the smallest number with full precision; those of infinity where there is none.
-        adder: What makes the floating-point adder round subnormal numbers.
-        overflow: Magnitude of the ordinal of what is too large, or too small.
-        largest: Ordinal of what is too large.
+        cut: Number of mantissa bits to remove.
+        offset: Difference of the exponent biases, shifted to the position of the exponent.
+        first_normal: Bits of the smallest number with full precision; those of infinity if there is none.
+        adder: The number whose addition rounds subnormal numbers.
+        overflow: Magnitude of the ordinal for numbers out of range.
+        largest: Ordinal of numbers that are too large.
         nan: Ordinal of NaN.
     """
 
@@ -34,26 +34,26 @@ class Constants(NamedTuple):
 
 
 class Lanes(NamedTuple):
-    """The same for the loops on the CPU: int32, one after the other in memory.
+    """The constants for the loops on the CPU, as consecutive int32.
 
     Attributes:
-        limit: Bits of the largest magnitude that is not too large: all larger ones are taken for it.
+        limit: Bits of the largest magnitude in range. Larger ones are replaced by it.
         nan: Ordinal of NaN.
-        cap: Largest magnitude of a positive ordinal.
-        asymmetry: How much larger that of a negative one may be.
-        cut: How many mantissa bits go.
-        first: By adding: bits of the smallest magnitude whose exponent tells what is added.
-        exponent: By adding: the bits of a magnitude that tell it.
-        add: By adding: what is added to these bits.
-        base: By adding: how much larger than the ordinal the sum is.
+        cap: Largest positive ordinal.
+        asymmetry: How much larger the magnitude of a negative ordinal may be.
+        cut: Number of mantissa bits to remove.
+        first: By adding: bits of the smallest magnitude whose exponent determines the addend.
+        exponent: By adding: mask of the bits of a magnitude that determine the addend.
+        add: By adding: the number that is added to these bits.
+        base: By adding: the difference of the sum and the ordinal.
         first_normal: By shifting: bits of the smallest number with full precision.
-        rebias: By shifting: the difference of the biases, less just under half of what is cut off.
+        rebias: By shifting: the difference of the biases, minus just under half of the part that is removed.
         parity: By shifting: the last bit of that difference.
-        tie: By shifting: 1 where ties go to the even ordinal, 0 where nothing is cut off.
-        adder: By shifting: bits of what makes the floating-point adder round subnormal numbers.
-        by_adding: Whether rounding by adding is right for the format, which is faster. It is not for formats without
-            mantissa bits, in which another bit tells what is even, and not for those with the exponents of float32,
-            whose subnormal numbers have to be right also where the processor takes them for 0.
+        tie: By shifting: 1 if ties go to the even ordinal, 0 if no bits are removed.
+        adder: By shifting: bits of the number whose addition rounds subnormal numbers.
+        by_adding: Whether rounding by adding, which is faster, is correct for the format. It is not for formats without
+            mantissa bits, where another bit determines which ordinal is even, and not for formats with the exponents of
+            float32, whose subnormal numbers must be correct even if the processor flushes them to 0.
     """
 
     limit: int
@@ -78,14 +78,14 @@ _INFINITY = int(np.float32(math.inf).view(np.int32))
 
 @functools.lru_cache(maxsize=64)
 def constants(rounding: Rounding) -> Constants | None:
-    """Of a format; None for one that cannot be rounded to in float32, or is float32."""
+    """Return the constants of a format; None if float32 cannot be rounded to it, or if it is float32."""
     numbers = _constants(rounding)
     return None if numbers is None or numbers.cut < 1 else numbers
 
 
 @functools.lru_cache(maxsize=64)
 def lanes(rounding: Rounding) -> Lanes | None:
-    """Of a format; None for one that cannot be rounded to in float32."""
+    """Return the constants of a format; None if float32 cannot be rounded to it."""
     numbers = _constants(rounding)
     if numbers is None:
         return None
@@ -99,7 +99,7 @@ def lanes(rounding: Rounding) -> Lanes | None:
     else:
         limit = min(((overflow + offset) << cut) + half, _INFINITY)
     if overflow % 2 and limit < _INFINITY:
-        # The tie goes to the next one.
+        # The tie goes to the next ordinal.
         limit -= 1
     has_exponents_of_float32 = first_normal == int(np.float32(FP32.smallest_normal).view(np.int32))
     highest = (limit >> FP32.mantissa_bits) + cut
@@ -124,7 +124,7 @@ def lanes(rounding: Rounding) -> Lanes | None:
 
 def _constants(rounding: Rounding) -> Constants | None:
     if isinstance(rounding, IntegerRounding):
-        # Fixed point, whose quantum is 1.
+        # Fixed point with a quantum of 1.
         return _of_format(E0M7, FP32.mantissa_bits, -rounding.smallest, rounding.largest, rounding.nan)
     format = rounding.format
     adder_exponent = format.min_exponent - format.mantissa_bits + FP32.mantissa_bits

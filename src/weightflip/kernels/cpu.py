@@ -62,7 +62,7 @@ class Run:
         weight_size, update_size, code_size = _sizes(kind)
         self._task[items.WEIGHT_SIZE], self._task[items.UPDATE_SIZE] = weight_size, update_size
         self._task[items.CODES_SIZE] = code_size
-        # All but the sign, which a bool has not.
+        # All bits except the sign; a bool has no sign.
         self._task[items.MASK] = 0xFF if update_size == 1 else (1 << 8 * update_size >> 1) - 1
 
     @staticmethod
@@ -70,7 +70,7 @@ class Run:
         if kind.weight not in _WEIGHTS or kind.update not in _UPDATES or kind.codes not in _CODES:
             return False
         numbers = lanes(kind.rounding)
-        # The sum's last 16 bits are those of the ordinal.
+        # The ordinal is in the last 16 bits of the sum.
         if numbers is None or (numbers.by_adding and kind.codes.itemsize > 2):
             return False
         if sum(len(g.counts) for g in groups) > vectors.MOST_COUNTS or len(_states(groups)) > vectors.MOST_STATES:
@@ -127,7 +127,7 @@ class Run:
         self._count_into(counts, rows.data_ptr(), scale, updates, observed)
         if scale_codes is not None:
             new, stored, changes = scale_codes
-            # A running sum, of which each stretch takes a difference, takes five times as long.
+            # A cumulative sum and its differences take five times as long.
             has_changed = (new != stored).numpy().view(np.uint8)
             changed = np.add.reduceat(has_changed, self._places[:, items.SCALE], dtype=np.uint32)
             changes.index_add_(0, rows, torch.from_numpy(changed.astype(np.int64)))
@@ -180,7 +180,7 @@ class Run:
         self._call(compiled.count_loop(), _count_lanes(self.kind, groups, is_scaled=scale is not None), task)
 
     def _counting(self, counts: Tensor, rows: int, updates: Addresses | None) -> Addresses:
-        """A task to count in a table."""
+        """Return a task that counts into a table."""
         task: Addresses = self._task.copy()
         if updates is not None:
             task[items.UPDATES] = updates.ctypes.data
@@ -197,7 +197,7 @@ class Run:
 
 
 def _sizes(kind: Kind) -> tuple[int, int, int]:
-    """Bytes of a weight, an update and a code."""
+    """Return the bytes of a weight, an update and a code."""
     return kind.weight.itemsize, 0 if kind.update is None else kind.update.itemsize, kind.codes.itemsize
 
 
@@ -212,7 +212,7 @@ def _scales_loop(scaling: Scaling) -> compiled.Loop | None:
 
 
 def _rule(description: ScaleFormula | ScaleSteps) -> Addresses:
-    """The argument ``rule`` of the loop that makes scales."""
+    """Return the argument ``rule`` of the loop that computes scales."""
     if isinstance(description, ScaleFormula):
         return np.array([description.number, description.smallest]).view(np.int64)
     shift, *tables = description
@@ -224,7 +224,7 @@ def _states(groups: tuple[Pointwise, ...]) -> list[Expression]:
 
 
 def _state_size(state: Expression, kind: Kind) -> int:
-    """Bytes of an element."""
+    """Return the bytes of an element."""
     dtype: torch.dtype = state.operands[1] or kind.codes
     return dtype.itemsize
 
@@ -235,7 +235,8 @@ def _count_lanes(kind: Kind, groups: tuple[Pointwise, ...] = (), *, is_scaled: b
     by_adding = bool(numbers.by_adding)
     scaling = vectors.DIVIDED if kind.rounding.divides else vectors.MULTIPLIED
     if not is_scaled and not by_adding:
-        # By adding, a scale of 1 saves a loop. Here it would make 0 of subnormal numbers, if the processor does so.
+        # When rounding by adding, a scale of 1 avoids another loop. Here, a processor that flushes subnormal numbers
+        # would turn them into 0.
         scaling = vectors.PLAIN
     weight_size, update_size, code_size = _sizes(kind)
     return compiled.count_lanes(8 * weight_size, 8 * update_size, 8 * code_size, scaling, by_adding, groups)

@@ -1,7 +1,7 @@
-"""The loop that makes the scales of small groups while it counts, for Numba. Imported only where Numba is installed.
+"""A loop for Numba that computes the scales of small groups while it counts. Imported only if Numba is installed.
 
-It finds the largest magnitude of a group, makes its scale, and encodes the group while it is still in the cache, so
-memory is read once. The parts it is built from are in :mod:`weightflip.kernels.items`.
+It finds the largest magnitude of a group, computes the scale, and encodes the group while it is still in the cache, so
+that memory is read once. Its building blocks are in :mod:`weightflip.kernels.items`.
 """
 
 from __future__ import annotations
@@ -41,22 +41,24 @@ from weightflip.kernels.items import (
 from weightflip.kernels.vectors import LANES
 
 LARGEST_LOOP, SCALES_LOOP, RULE, STORED, STORED_SIZE, CHANGES, CHANGES_STRIDE = range(items.TASK, items.TASK + 7)
-"""What a task holds besides that of :mod:`weightflip.kernels.items`: addresses of :func:`~items.largest_lanes` and of
-:func:`scales_by_formula` or :func:`scales_by_steps`, compiled for the dtypes; address of their argument ``rule``;
-address of the stored scales, and bytes of one; address of the changes of scales, int64, and the bytes between two of
-them."""
+"""The fields of a task in addition to those of :mod:`weightflip.kernels.items`: the addresses of
+:func:`~items.largest_lanes` and of :func:`scales_by_formula` or :func:`scales_by_steps`, compiled for the dtypes; the
+address of their argument ``rule``; the address of the stored scales, and the bytes per scale; the address of the counts
+of changed scales, int64, and the bytes between two of them."""
 TASK = items.TASK + 7
 
 MULTIPLIES, DIVIDES, INVERSE = range(3)
 """The forms of :class:`weightflip.formats.ScaleFormula`."""
 
 LONGEST = 1 << 15
+"""The number of elements in the largest group that stays in the cache until it is encoded."""
+
 WIDEST = items._CHUNK
-"""Elements of the largest group that stays in the cache until it is encoded."""
+"""The same for one row of a block over several rows."""
 
 _CHUNK, _SPARE, _ROOM = items._CHUNK, items._SPARE, items._ROOM
-# After the scales of a chunk: the buffers for the rest, what was found, changes of scales, the largest magnitudes,
-# those of a row, and the scales of groups.
+# Offsets after the scales of a chunk: the buffers for the remainder, the counts, the number of changed scales, the
+# largest magnitudes, those of a row, and the scales of groups.
 _FOUND_AT = _ROOM + 4 * _SPARE
 _CHANGES_AT = _FOUND_AT + 64
 _LARGEST_AT = _CHANGES_AT + 64
@@ -71,7 +73,7 @@ _call_4, _call_9, _generate_call = items._call_4, items._call_9, items._generate
 
 @_intrinsic
 def _call_6(context, function, a, b, c, d, e, f):  # type: ignore[no-untyped-def]
-    """With as many arguments as :func:`scales_by_formula`."""
+    """Call a function that takes as many arguments as :func:`scales_by_formula`."""
     return numba.types.void(*[numba.types.int64] * 7), _generate_call
 
 
@@ -93,17 +95,17 @@ def _as_number(context, bits):  # type: ignore[no-untyped-def]
 
 @_compile()
 def _updates(task, row):  # type: ignore[no-untyped-def]
-    """Address of the first update of a stretch, and the bits that count."""
+    """Return the address of the first update of a stretch, and the mask of its relevant bits."""
     if task[UPDATE_SIZE]:
         first = carray(_pointer(task[UPDATES]), (task[STRETCHES],), np.int64)[row]
-        # Without updates, the weight takes their place, and no bit of it counts.
+        # Without updates, read the weight instead and ignore all of its bits.
         return (first, task[MASK]) if first else (_places(task)[row, WEIGHT], np.int64(0))
     return np.int64(0), task[MASK]
 
 
 @_compile()
 def _count_lanes(task, row, low, numel, first_update, mask, step, room):  # type: ignore[no-untyped-def]
-    """Encode, compare, count and store neighbors in memory, with scales that are in the room already."""
+    """Encode, compare, count and store adjacent elements, with scales that are already in the buffer."""
     place = _places(task)[row]
     at, codes_at = place[WEIGHT] + low * task[WEIGHT_SIZE], place[CODES] + low * task[CODES_SIZE]
     update_at, found = first_update + low * task[UPDATE_SIZE], room + _FOUND_AT
@@ -117,14 +119,14 @@ def _count_lanes(task, row, low, numel, first_update, mask, step, room):  # type
 
 @_compile()
 def _make_scales(task, first, scales, room):  # type: ignore[no-untyped-def]
-    """Make scales of the largest magnitudes; the first one has a number among all scales."""
+    """Compute scales from the largest magnitudes. ``first`` is the index of the first one among all scales."""
     stored = task[STORED] + first * task[STORED_SIZE]
     _call_6(task[SCALES_LOOP], room + _LARGEST_AT, scales, task[RULE], room + _SCALES_AT, stored, room + _CHANGES_AT)
 
 
 @_compile()
 def _count_groups(task, row, low, high, room):  # type: ignore[no-untyped-def]
-    """Count the groups whose first element lies in this range."""
+    """Count the groups whose first element is in this range."""
     place = _places(task)[row]
     group = place[GROUP]
     scales = carray(_pointer(room + _SCALES_AT), (_CHUNK,), np.float32)
@@ -148,7 +150,7 @@ def _count_groups(task, row, low, high, room):  # type: ignore[no-untyped-def]
 
 @_compile()
 def _count_blocks(task, row, low, high, room):  # type: ignore[no-untyped-def]
-    """Count the blocks whose first element lies in this range, all elements numbered block by block."""
+    """Count the blocks whose first element is in this range. Elements are numbered block by block."""
     place = _places(task)[row]
     width, height, across = place[WIDTH], place[HEIGHT], place[GROUP]
     rows = place[NUMEL] // width
@@ -177,7 +179,7 @@ def _count_blocks(task, row, low, high, room):  # type: ignore[no-untyped-def]
 
 @_compile()
 def _find_largest(task, place, first, rows, numel, room):  # type: ignore[no-untyped-def]
-    """Find the largest magnitudes of blocks, of which this many elements are in each row."""
+    """Find the largest magnitudes of adjacent blocks, which have ``numel`` elements in each row."""
     across = place[GROUP]
     whole = numel // across
     blocks = (numel + across - 1) // across
@@ -195,9 +197,10 @@ def _find_largest(task, place, first, rows, numel, room):  # type: ignore[no-unt
 
 
 def count_groups(address):  # type: ignore[no-untyped-def]
-    """Make the scales, encode, compare, count and store, in as many items as there are left.
+    """Compute the scales, encode, compare, count and store the remaining items.
 
-    A group belongs to the item that has its first element. It is a block over several rows where a stretch has a width.
+    A group belongs to the item with its first element. If a stretch has a width, its groups are blocks over several
+    rows.
     """
     task = carray(_pointer(address), (TASK,), np.int64)
     places = _places(task)
@@ -233,15 +236,15 @@ def count_groups(address):  # type: ignore[no-untyped-def]
 
 
 def scales_by_formula(largest, groups, rule, into, stored, changes):  # type: ignore[no-untyped-def]
-    """Make scales of largest magnitudes as a formula says it, and count those that differ from what is stored.
+    """Compute scales from the largest magnitudes by a formula, and count those that differ from the stored ones.
 
     Args:
         largest: Address of the magnitudes, float32.
         groups: Their number.
         rule: Address of ``number`` and ``smallest`` of the formula, float64.
-        into: Address for what weights are multiplied or divided by, float32.
+        into: Address of the factors that weights are multiplied or divided by, float32; written to.
         stored: Address of the stored scales, the bits of float32; overwritten.
-        changes: Address of an int64 that is added to.
+        changes: Address of an int64 to add to.
     """
     magnitudes = carray(_pointer(largest), (groups,), np.float32)
     numbers = carray(_pointer(rule), (2,), np.float64)
@@ -252,7 +255,7 @@ def scales_by_formula(largest, groups, rule, into, stored, changes):  # type: ig
         magnitude = magnitudes[i]
         if FORM == MULTIPLIES:  # type: ignore[name-defined]  # noqa: F821
             wide = np.float64(magnitude)
-            # NaN stays.
+            # Keeps NaN.
             wide = numbers[1] if wide < numbers[1] else wide
             factor = np.float32(numbers[0] / wide)
             scale = np.float32(1.0) / factor if STORES else factor  # type: ignore[name-defined]  # noqa: F821
@@ -266,7 +269,7 @@ def scales_by_formula(largest, groups, rule, into, stored, changes):  # type: ig
             factor = np.float32(1.0) / scale if FORM == INVERSE else scale  # type: ignore[name-defined]  # noqa: F821
         factors[i] = factor
         if STORES:  # type: ignore[name-defined]  # noqa: F821
-            # All NaN are one.
+            # All NaNs count as equal.
             now = _as_bits(scale) if scale == scale else np.int32(0x7FC00000)
             changed += now != before[i]
             before[i] = now
@@ -274,7 +277,7 @@ def scales_by_formula(largest, groups, rule, into, stored, changes):  # type: ig
 
 
 def scales_by_steps(largest, groups, rule, into, stored, changes):  # type: ignore[no-untyped-def]
-    """As :func:`scales_by_formula`, by a table: scales with few values grow with the largest magnitude in steps.
+    """Like :func:`scales_by_formula`, but by a table. Scales with few values grow in steps with the largest magnitude.
 
     ``rule`` is the address of :class:`~weightflip.kernels.runs.ScaleSteps` as int64, with addresses for tensors.
     ``stored`` is the address of bytes.

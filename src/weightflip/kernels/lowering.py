@@ -1,4 +1,4 @@
-"""What metric groups do with each weight, as LLVM vector instructions. Imported only where Numba is."""
+"""Translate the expressions of metric groups into LLVM vector instructions. Imported only if Numba is installed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _TYPES[torch.float32] = ir.FloatType()
 
 
 class Observing:
-    """Instructions for groups within the loop that counts.
+    """Generates the instructions of metric groups in the loop that counts.
 
     Args:
-        vectors: Those of the loop.
-        found_at: Address of what the loop finds and is given; see :mod:`weightflip.kernels.vectors`.
-        groups: What each group does.
-        code: LLVM's type of an ordinal.
+        vectors: The vector operations of the loop.
+        found_at: Address of the counts and arguments of the loop; see :mod:`weightflip.kernels.vectors`.
+        groups: The expressions of each group.
+        code: LLVM type of an ordinal.
     """
 
     def __init__(self, vectors: Vectors, found_at: Any, groups: Sequence[Pointwise], code: Any) -> None:
@@ -43,14 +43,14 @@ class Observing:
         return self._v.b.load(self._word(at))
 
     def each(self, index: Any, old: Any, new: Any, flipped: Any, under_old_scale: Callable[[], Any]) -> None:
-        """Count and keep what the groups say of ``LANES`` weights.
+        """Generate the counts and new states of the groups for ``LANES`` weights.
 
         Args:
-            index: Of the first one.
+            index: Index of the first weight.
             old: Ordinals before the step.
             new: Ordinals after it.
-            flipped: Where they differ.
-            under_old_scale: Makes the ordinals of the weights under the old scale.
+            flipped: Mask of the ordinals that differ.
+            under_old_scale: Generates the ordinals of the weights under the old scale.
         """
         b, v = self._v.b, self._v
         values: dict[Expression, Any] = {OLD: old, NEW: new}
@@ -73,7 +73,7 @@ class Observing:
             v.store(value, place)
 
     def end(self) -> None:
-        """Add what was counted to what was found."""
+        """Add the counts to those in memory."""
         b = self._v.b
         for at, count in enumerate(self._counts):
             word = self._word(COUNTS_AT + at)
@@ -81,7 +81,7 @@ class Observing:
 
 
 class _Lowered:
-    """Expressions as vectors; each part is computed once."""
+    """Evaluates expressions as vectors. Each subexpression is computed once."""
 
     def __init__(self, vectors: Vectors, values: dict[Expression, Any], under_old_scale: Callable[[], Any]) -> None:
         self._v, self._values, self._under_old_scale = vectors, values, under_old_scale
@@ -115,7 +115,7 @@ class _Lowered:
         return whole[operation](*operands)
 
     def _alike(self, operands: Sequence[Any]) -> list[Any]:
-        """Operands as vectors, plain numbers among them as constants of the others' type."""
+        """Return operands as vectors. Plain numbers become constants of the other operands' type."""
         found = [self[operand] if isinstance(operand, Expression) else None for operand in operands]
         types = {str(value.type): value.type for value in found if value is not None}
         if len(types) != 1:
