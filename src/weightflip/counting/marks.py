@@ -43,7 +43,7 @@ class SyncMarks:
 
     def _check(self, what: str) -> None:
         if not self._runner.uses_marks:
-            raise ValueError(f"{what} belongs to the group 'sync', which metrics= does not have; add it to metrics=")
+            raise ValueError(f"{what} belongs to the groups 'sync' and 'touched'; add one of them to metrics=")
 
     def request(self) -> None:
         """Request a mark, to be made as soon as no step is in progress.

@@ -282,10 +282,10 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._begin(weights)
         self._silent.check(weights)
         self._current.set_layers(self._encode_current(weights))
+        self._marks.make_first_if_due(self._current, self._shards)
         if self._runner.uses_steps:
             for layer in self._current:
                 self._runner.before(layer, is_shard=layer.name in self._shards)
-        self._marks.make_first_if_due(self._current, self._shards)
         if "stalls" in self.metrics:
             self._gradients = {layer.name: layer.tracked.parameter.grad for layer in self._current if layer.tracked}
         self._notices.flush()
@@ -374,6 +374,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._shards.share(is_next_due=self._schedule.is_due(self._schedule.steps + 1))
         self._current.count(self._gradients, valid)
         self._shards.drop_uncertain()
+        self._runner.note_step()
         self._gradients = {}
 
     def _keep_codes(self) -> None:

@@ -52,9 +52,9 @@ of :class:`~weightflip.kernels.constants.Lanes`; bytes of a weight, an
 update and a code; address of the updates' addresses, 0 for one that has none, and the bits of an update that tell
 whether it is 0; address of the counts, int64, and how many bytes their rows are apart; address of the row of each
 stretch, int64."""
-STATES, STATE_PLACES, STATE_SIZES, SUMS, SUM_COLUMNS, SUM_TABLE, SUM_STRIDE, OLD_SCALES = range(18, 26)
+STATES, STATE_PLACES, STATE_BITS, SUMS, SUM_COLUMNS, SUM_TABLE, SUM_STRIDE, OLD_SCALES = range(18, 26)
 """What a task holds for metric groups, zeros without: how many states there are, address of the addresses of the first
-element of each in each stretch (a row for each state), and of the bytes of an element of each; how many sums there are,
+element of each in each stretch (a row for each state), and of the bits per element of each; how many sums there are,
 address of the numbers of the float64 columns in which they are added, address of the table with these columns, and how
 many bytes its rows are apart; address of the scales of before the step, or 0 for those of now."""
 TASK = 26
@@ -251,20 +251,20 @@ def _aim(task, row, first, old_scales, found_at):  # type: ignore[no-untyped-def
     """Point the next lanes to the old scales, and to the states of the elements from this one on."""
     found = carray(_pointer(found_at), (FOUND,), np.int64)
     places = carray(_pointer(task[STATE_PLACES]), (task[STATES], task[STRETCHES]), np.int64)
-    sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
+    bits = carray(_pointer(task[STATE_BITS]), (task[STATES],), np.int64)
     found[OLD_SCALES_AT] = old_scales
     for state in range(task[STATES]):
-        found[STATES_AT + state] = places[state, row] + first * sizes[state]
+        found[STATES_AT + state] = places[state, row] + first * bits[state] // 8
 
 
 @_compile()
 def _take_states(task, numel, found_at, spare):  # type: ignore[no-untyped-def]
     """Copy the states of fewer than LANES elements to a buffer, and point the lanes there."""
     found = carray(_pointer(found_at), (FOUND,), np.int64)
-    sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
+    bits = carray(_pointer(task[STATE_BITS]), (task[STATES],), np.int64)
     _clear(spare, task[STATES] * _SPARE)
     for state in range(task[STATES]):
-        _copy(spare + state * _SPARE, found[STATES_AT + state], numel * sizes[state])
+        _copy(spare + state * _SPARE, found[STATES_AT + state], (numel * bits[state] + 7) // 8)
         found[STATES_AT + state] = spare + state * _SPARE
 
 
@@ -272,9 +272,19 @@ def _take_states(task, numel, found_at, spare):  # type: ignore[no-untyped-def]
 def _put_states(task, row, first, numel, spare):  # type: ignore[no-untyped-def]
     """Copy the states of fewer than LANES elements from the buffer back to their tensors."""
     places = carray(_pointer(task[STATE_PLACES]), (task[STATES], task[STRETCHES]), np.int64)
-    sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
+    bits = carray(_pointer(task[STATE_BITS]), (task[STATES],), np.int64)
     for state in range(task[STATES]):
-        _copy(places[state, row] + first * sizes[state], spare + state * _SPARE, numel * sizes[state])
+        place = places[state, row] + first * bits[state] // 8
+        _copy(place, spare + state * _SPARE, (numel * bits[state] + 7) // 8)
+
+
+@_compile()
+def _whole_lanes(element, numel):  # type: ignore[no-untyped-def]
+    """Return the next element that is a multiple of LANES, or the number of elements.
+
+    Items of a stretch begin there, so that two threads never write to the same word of a state with one bit per weight.
+    """
+    return min((element + LANES - 1) // LANES * LANES, numel)
 
 
 @_compile()
@@ -341,10 +351,11 @@ def count(address):  # type: ignore[no-untyped-def]
         stop = min(start + task[ITEM], task[TOTAL])
         row = _row_of(places, start)
         while start < stop:
-            begin = places[row, START]
-            high = min(places[row, NUMEL], stop - begin)
+            begin, numel = places[row, START], places[row, NUMEL]
+            high = min(numel, stop - begin)
             found[:] = 0
-            _count_stretch(task, row, start - begin, high, found_at, room)
+            first, last = _whole_lanes(start - begin, numel), _whole_lanes(high, numel)
+            _count_stretch(task, row, first, last, found_at, room)
             counts = task[COUNTS] + rows[row] * task[STRIDE]
             for column in range(3):
                 _add(counts + 8 * column, found[column])
