@@ -150,7 +150,9 @@ def _loop(
 
 @functools.cache
 def _log_compilation() -> None:
-    logger.info("Numba compiles the counting loops for the CPU, which takes a few seconds, and caches them on disk")
+    logger.warning(
+        "weightflip: Numba compiles the counting loops for the CPU, which takes some seconds, and caches them on disk"
+    )
 
 
 def _compiled(function: Any, name: str, arguments: int, instructions: dict[str, Any]) -> Loop:
