@@ -53,11 +53,11 @@ LANES_LOOP, FORMAT, WEIGHT_SIZE, UPDATE_SIZE, CODES_SIZE, UPDATES, MASK, COUNTS,
 :class:`~weightflip.kernels.constants.Lanes`. Bytes of a weight, an update and a code. Address of the addresses of the
 updates, 0 for stretches without updates, and the bits of an update that are not all 0 if it counts. Address and row
 stride of the counts, int64. Address of the row of each stretch in them, int64."""
-STATES, STATE_PLACES, STATE_SIZES, SUMS, SUM_COLUMNS, SUM_TABLE, SUM_STRIDE, OLD_SCALES = range(18, 26)
+STATES, STATE_PLACES, STATE_BITS, SUMS, SUM_COLUMNS, SUM_TABLE, SUM_STRIDE, OLD_SCALES = range(18, 26)
 """For metric groups; zeros if there are none. The number of states. Address of an array of shape (states, stretches)
-with the address of the first element of each state. Address of the element sizes. The number of sums, address of their
-column indices, and address and row stride of the float64 table to which they are added. Address of the scales from
-before the step; 0 to use the current ones."""
+with the address of the first element of each state. Address of the bits per element of each state. The number of sums,
+address of their column indices, and address and row stride of the float64 table to which they are added. Address of the
+scales from before the step; 0 to use the current ones."""
 TASK = 26
 
 KEEP_CODES, KEEP_NEW, KEEP_CHANGED = range(3, 6)
@@ -253,20 +253,20 @@ def _aim(task, row, first, old_scales, found_at):  # type: ignore[no-untyped-def
     """Pass the loop over lanes the addresses of the old scales and of the states, from element ``first`` on."""
     found = carray(_pointer(found_at), (FOUND,), np.int64)
     places = carray(_pointer(task[STATE_PLACES]), (task[STATES], task[STRETCHES]), np.int64)
-    sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
+    bits = carray(_pointer(task[STATE_BITS]), (task[STATES],), np.int64)
     found[OLD_SCALES_AT] = old_scales
     for state in range(task[STATES]):
-        found[STATES_AT + state] = places[state, row] + first * sizes[state]
+        found[STATES_AT + state] = places[state, row] + first * bits[state] // 8
 
 
 @_compile()
 def _take_states(task, numel, found_at, spare):  # type: ignore[no-untyped-def]
     """Copy the states of fewer than LANES elements to the buffers, and pass the addresses of the buffers instead."""
     found = carray(_pointer(found_at), (FOUND,), np.int64)
-    sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
+    bits = carray(_pointer(task[STATE_BITS]), (task[STATES],), np.int64)
     _clear(spare, task[STATES] * _SPARE)
     for state in range(task[STATES]):
-        _copy(spare + state * _SPARE, found[STATES_AT + state], numel * sizes[state])
+        _copy(spare + state * _SPARE, found[STATES_AT + state], (numel * bits[state] + 7) // 8)
         found[STATES_AT + state] = spare + state * _SPARE
 
 
@@ -274,9 +274,19 @@ def _take_states(task, numel, found_at, spare):  # type: ignore[no-untyped-def]
 def _put_states(task, row, first, numel, spare):  # type: ignore[no-untyped-def]
     """Copy the states of fewer than LANES elements from the buffers back to their tensors."""
     places = carray(_pointer(task[STATE_PLACES]), (task[STATES], task[STRETCHES]), np.int64)
-    sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
+    bits = carray(_pointer(task[STATE_BITS]), (task[STATES],), np.int64)
     for state in range(task[STATES]):
-        _copy(places[state, row] + first * sizes[state], spare + state * _SPARE, numel * sizes[state])
+        place = places[state, row] + first * bits[state] // 8
+        _copy(place, spare + state * _SPARE, (numel * bits[state] + 7) // 8)
+
+
+@_compile()
+def _whole_lanes(element, numel):  # type: ignore[no-untyped-def]
+    """Return the next element that is a multiple of LANES, or the number of elements.
+
+    Items of a stretch begin there, so that two threads never write to the same word of a state with one bit per weight.
+    """
+    return min((element + LANES - 1) // LANES * LANES, numel)
 
 
 @_compile()
@@ -344,10 +354,11 @@ def count(address):  # type: ignore[no-untyped-def]
         stop = min(start + task[ITEM], task[TOTAL])
         row = _row_of(places, start)
         while start < stop:
-            begin = places[row, START]
-            high = min(places[row, NUMEL], stop - begin)
+            begin, numel = places[row, START], places[row, NUMEL]
+            high = min(numel, stop - begin)
             found[:] = 0
-            _count_stretch(task, row, start - begin, high, found_at, stack)
+            first, last = _whole_lanes(start - begin, numel), _whole_lanes(high, numel)
+            _count_stretch(task, row, first, last, found_at, stack)
             counts = task[COUNTS] + rows[row] * task[STRIDE]
             for column in range(3):
                 _add(counts + 8 * column, found[column])

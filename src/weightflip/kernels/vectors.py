@@ -48,6 +48,8 @@ class Vectors:
 
     def __init__(self, builder: Any, lanes: int = LANES) -> None:
         self.b, self.lanes = builder, lanes
+        self.word = ir.IntType(lanes)
+        """One bit for each lane."""
 
     def type(self, of: Any) -> Any:
         return ir.VectorType(of, self.lanes)

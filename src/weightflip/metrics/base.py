@@ -121,6 +121,9 @@ class LayerMetric:
     flips, and update the tensors that it names in place. None: ``slice`` is called for every slice, which is slower. A
     class that overrides ``slice`` does not inherit it, and sets its own."""
 
+    runs_at_mark: int | None = None
+    """Set by the caller, for groups that also run in steps: how often the group had run in steps at the last mark."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "slice" in vars(cls) and "pointwise" not in vars(cls):
@@ -147,6 +150,8 @@ class LayerMetric:
 
     def mark(self, weight: Weight, sums: Tensor, scratch: ScratchPool) -> None:
         """Called at a mark of ``mark_sync`` or ``sync_every=``. Must not synchronize with the device.
+
+        A group that also runs in steps is not called if it has not run in a step since the last mark.
 
         Args:
             weight: The whole weight.
