@@ -771,9 +771,13 @@ def readers(rank: int, world: int) -> dict[str, object]:
 
 
 def several_optimizers(rank: int, world: int) -> dict[str, object]:
-    """Train with two optimizers of one run; the first raises at logging points on one process."""
+    """Train with two optimizers of one run; one of them raises at logging points on one process."""
     results = {}
-    for name in ("whole", "broken"):
+
+    def raises() -> None:
+        raise RuntimeError("broken on purpose")
+
+    for name in ("whole", "broken", "record"):
         sharded, calls = Sharded(fsdp), []
         model, quantizer, records = sharded.model, Breaks("plain"), []
         of_first = [model.first.weight, model.three.weight]
@@ -790,6 +794,9 @@ def several_optimizers(rank: int, world: int) -> dict[str, object]:
             warnings.simplefilter("always")
             for step in range(STEPS):
                 quantizer.is_broken = name == "broken" and step >= 3
+                if name == "record" and step == 3 and rank == 0:
+                    # The whole record of the optimizer that does not lead, on the process that writes.
+                    second.tracker._inspect_weights = raises
                 sharded.set_gradients(step)
                 with Collectives() as done:
                     second.step()

@@ -24,6 +24,7 @@ from weightflip.kernels.runs import (
     Stretch,
     upload,
 )
+from weightflip.kernels.sampled import LANES, Sample, SampledWeight, Samples
 from weightflip.kernels.scratch import ScratchPool
 from weightflip.kernels.slices import Index, slice_elements, slices, take
 
@@ -32,6 +33,7 @@ FLIPS, UPDATES, STALLED = range(3)
 
 __all__ = [
     "FLIPS",
+    "LANES",
     "STALLED",
     "UPDATES",
     "Addresses",
@@ -43,6 +45,9 @@ __all__ = [
     "Question",
     "Rounding",
     "Run",
+    "Sample",
+    "SampledWeight",
+    "Samples",
     "ScaleCodes",
     "ScaleSteps",
     "Scaling",

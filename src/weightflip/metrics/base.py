@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch import Tensor
 
 from weightflip import checks, functional, records
-from weightflip.kernels import Index, Pointwise, ScratchPool, take
+from weightflip.kernels import Index, Pointwise, Sample, ScratchPool, take
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 from weightflip.records import Kind, Value
 
@@ -126,6 +126,11 @@ class LayerMetric:
     runs_at_mark: int | None = None
     """Set by the caller, for groups that also run in steps: how often the group had run in steps at the last mark."""
 
+    sample: Sample | None = None
+    """What :meth:`before` keeps of the weight for :meth:`after`, if ``after`` does what :class:`weightflip.kernels.Sample`
+    describes, with four columns of ``sums`` in this order. A kernel may then do both for many weights at once. It is
+    tested against these methods before it is used."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "slice" in vars(cls) and "pointwise" not in vars(cls):
@@ -178,7 +183,8 @@ class LayerMetric:
     @property
     def nbytes(self) -> int:
         """Bytes held between steps."""
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+        kept = [*vars(self).values(), *(() if self.sample is None else vars(self.sample).values())]
+        return sum(value.nbytes for value in kept if isinstance(value, Tensor))
 
 
 class Metric(ABC):

@@ -316,7 +316,7 @@ def _log_from_writer(text: str) -> None:
         logger.warning("weightflip: %s", printable(text))
 
 
-_SIGNED_ATTRIBUTES = tuple(map(operator.attrgetter, ("dtype", "device.type", "requires_grad")))
+_SIGNED_ATTRIBUTES = tuple(map(operator.attrgetter, ("dtype", "device", "requires_grad")))
 
 
 def _parameter_signature(parameters: Sequence[Tensor]) -> tuple[object, ...]:
