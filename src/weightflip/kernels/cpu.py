@@ -199,13 +199,15 @@ class Run:
         scaling: Scaling,
         updates: Addresses | None,
         stored: StoredScales | None = None,
+        largest: Tensor | None = None,
     ) -> None:
         task = np.zeros(groups.TASK, dtype=np.int64)
         task[: items.TASK] = self._counting(counts, rows.data_ptr(), updates)
-        largest, scales = compiled.largest_lanes(8 * self.kind.weight.itemsize), _scales_loop(scaling)
-        assert largest is not None
+        find_largest, scales = compiled.largest_lanes(8 * self.kind.weight.itemsize), _scales_loop(scaling)
+        assert find_largest is not None
         assert scales is not None
-        task[groups.LARGEST_LOOP], task[groups.SCALES_LOOP] = largest.address, scales.address
+        task[groups.LARGEST_LOOP], task[groups.SCALES_LOOP] = find_largest.address, scales.address
+        task[groups.KEPT] = 0 if largest is None else largest.data_ptr()
         rule = _rule(scaling.description)
         task[groups.RULE] = rule.ctypes.data
         if stored is not None:
