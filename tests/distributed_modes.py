@@ -286,6 +286,35 @@ def syncs(rank: int, world: int) -> dict[str, object]:
     return results
 
 
+def touched(rank: int, world: int) -> dict[str, object]:
+    """Which weights flipped at least once between two syncs; and on gathered weights."""
+    formats = ["float8_e4m3", "float8_e4m3:row", "mxfp4", "bfloat16"]
+    sharded = Sharded(fsdp)
+    model = sharded.model
+    optimizer = wrap(adamw(model), model, quantizer=formats, metrics=("flips", "touched"), sync_every=3, track_every=2)
+
+    def codes() -> dict[str, torch.Tensor]:
+        whole = {of: full(p.detach()) for of, p in model.named_parameters()}
+        return {f"{of}@{f}": resolve(f).encode(w).ordinals.clone() for of, w in whole.items() for f in formats}
+
+    flags, brute = {}, {}
+    for step in range(6):
+        sharded.set_gradients(step)
+        write_between(step, model)
+        before = codes()
+        optimizer.step()
+        for name, after in codes().items() if step % 2 == 0 else ():
+            flags[name] = flags.get(name, False) | (after != before[name])
+        if step % 3 == 2:
+            for name, flag in flags.items():
+                seen, weights = brute.get(name, (0, 0))
+                brute[name] = [seen + int(flag.sum()), weights + flag.numel()]
+            flags = {}
+    record = optimizer.tracker.record()
+    found = {layer.name: list(layer.window.ratios["touched_fraction"]) for layer in record.layers}
+    return {"found": found, "brute": brute, "layers": list(record.model.window.ratios["untouched_layers"])}
+
+
 def collectives(rank: int, world: int) -> dict[str, object]:
     """Count the collectives, and their bytes, in a step and at a logging point."""
     results = {}
@@ -1123,6 +1152,7 @@ def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> Non
     if world == 2:
         modes["options"] = lambda: options_of_the_tracker(rank, world)
         modes["syncs"] = lambda: syncs(rank, world)
+        modes["touched"] = lambda: touched(rank, world)
         modes["writes"] = lambda: writes(rank, world)
         modes["faults"] = lambda: faults(rank, world)
         modes["faults_of_a_quantizer"] = lambda: faults_of_a_quantizer(rank, world)

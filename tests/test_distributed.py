@@ -108,6 +108,15 @@ def test_what_differs_between_two_syncs_is_that_of_gathered_weights(runs):
         assert all(other[name] == result for other in others)
 
 
+def test_weights_that_flip_between_two_syncs_are_those_of_gathered_weights(runs):
+    first, *others = of_mode(runs, 2, "touched")
+    assert first["found"] == first["brute"]
+    assert 0 < sum(found[0] for found in first["found"].values()) < sum(found[1] for found in first["found"].values())
+    # Two windows, and a shard counts as a layer.
+    assert first["layers"][1] > 2 * len(first["found"])
+    assert all(other == first for other in others)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_training_equals_brute_force_on_gathered_weights(runs, world):
     for found in of_mode(runs, world, "training"):

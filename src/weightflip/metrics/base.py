@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch import Tensor
 
 from weightflip import checks, functional, records
-from weightflip.kernels import Index, Pointwise, ScratchPool, take
+from weightflip.kernels import Index, Pointwise, Sample, ScratchPool, take
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 from weightflip.records import Kind, Value
 
@@ -121,6 +121,14 @@ class LayerMetric:
     flips, and update the tensors that it names in place. None: ``slice`` is called for every slice, which is slower. A
     class that overrides ``slice`` does not inherit it, and sets its own."""
 
+    runs_at_mark: int | None = None
+    """Set by the caller, for groups that also run in steps: how often the group had run in steps at the last mark."""
+
+    sample: Sample | None = None
+    """What :meth:`before` keeps of the weight for :meth:`after`, if ``after`` does what :class:`weightflip.kernels.Sample`
+    describes, with four columns of ``sums`` in this order. A kernel may then do both for many weights at once. It is
+    tested against these methods before it is used."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "slice" in vars(cls) and "pointwise" not in vars(cls):
@@ -148,6 +156,8 @@ class LayerMetric:
     def mark(self, weight: Weight, sums: Tensor, scratch: ScratchPool) -> None:
         """Called at a mark of ``mark_sync`` or ``sync_every=``. Must not synchronize with the device.
 
+        A group that also runs in steps is not called if it has not run in a step since the last mark.
+
         Args:
             weight: The whole weight.
             sums: As in ``slice``, but added directly to the totals.
@@ -171,7 +181,8 @@ class LayerMetric:
     @property
     def nbytes(self) -> int:
         """Bytes held between steps."""
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+        kept = [*vars(self).values(), *(() if self.sample is None else vars(self.sample).values())]
+        return sum(value.nbytes for value in kept if isinstance(value, Tensor))
 
 
 class Metric(ABC):

@@ -329,7 +329,7 @@ def _log_once_from_writer(text: str) -> None:
         _log_from_writer(text)
 
 
-_SIGNED_ATTRIBUTES = tuple(map(operator.attrgetter, ("dtype", "device.type", "requires_grad")))
+_SIGNED_ATTRIBUTES = tuple(map(operator.attrgetter, ("dtype", "device", "requires_grad")))
 
 
 def _parameter_signature(parameters: Sequence[Tensor]) -> tuple[object, ...]:
