@@ -214,7 +214,7 @@ class MetricRunner:
             is_shard: Whether other processes have parts of the same weight.
         """
         assert layer.row is not None
-        weight = self._view_between_steps(layer)
+        weight = self._view_at_mark(layer)
         self._open_all(layer, self._of_marks, weight, is_shard)
         for group in self._of_marks:
             metric = (layer.metrics or {}).get(group.metric.name)
@@ -226,6 +226,14 @@ class MetricRunner:
                 sums = layer.row.more_total(group.sums).view(-1, 2)
                 self._call(layer, group, metric.mark, weight, sums, self._scratch)
         self.has_new_counts = True
+
+    def _view_at_mark(self, layer: Layer) -> Weight:
+        """Return a weight in the form that metric groups receive at marks."""
+        if layer.scale_codes is None or any(group.metric.reads_scale_at_marks for group in self._of_marks):
+            return self._view_between_steps(layer)._replace(scale_codes=layer.scale_codes)
+        assert layer.tracked is not None
+        weight = layer.view_for_metrics(*layer.tracked.unwrapped())
+        return weight._replace(backend=self._backend, scale_codes=layer.scale_codes)
 
     def forget_mark(self, layer: Layer) -> None:
         """Drop the state of the last mark, because the layer is not part of the current one."""
