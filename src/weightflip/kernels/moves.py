@@ -101,7 +101,9 @@ def _take_values(place, old_scale_at, new_scale_at, values):  # type: ignore[no-
     first, last = place[SMALLEST] + _ALL_CODES // 2, place[LARGEST] + _ALL_CODES // 2
     for i in range(_ALL_CODES):
         at = min(max(i, first), last)
-        values[2, i] = _cell(values[0, max(at - 1, first)], values[0, at], values[0, min(at + 1, last)], at, first, last)
+        values[2, i] = _cell(
+            values[0, max(at - 1, first)], values[0, at], values[0, min(at + 1, last)], at, first, last
+        )
 
 
 @_compile()
