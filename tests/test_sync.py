@@ -523,12 +523,13 @@ def test_wrong_calls(digits):
 
 
 def seen_scales(monkeypatch):
-    """Collect the weights that the group sees at marks, with copies of their codes and scales."""
+    """Collect the weights that the group sees at marks, with copies of their codes and scales, stored if in groups."""
     seen = []
     mark = _LayerSync.mark
 
     def observe(self, weight, sums, scratch):
-        seen.append((weight.values.clone(), weight.codes.clone(), weight.scale.clone(), weight.quantizer))
+        scale = weight.scale if weight.scale_codes is None else weight.scale_codes
+        seen.append((weight.values.clone(), weight.codes.clone(), scale.clone(), weight.quantizer))
         mark(self, weight, sums, scratch)
 
     monkeypatch.setattr(_LayerSync, "mark", observe)
@@ -536,7 +537,9 @@ def seen_scales(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("format", ["float8_e4m3", "float8_e4m3:row", "int8", "int4:g16"])
+@pytest.mark.parametrize(
+    "format", ["float8_e4m3", "float8_e4m3:row", "int8", "int4:g16", "nvfp4", "float8_e4m3:128x128"]
+)
 def test_the_scale_at_a_mark_is_that_of_the_codes(format, dtype, monkeypatch):
     seen = seen_scales(monkeypatch)
     torch.manual_seed(0)
@@ -566,8 +569,13 @@ def test_the_scale_at_a_mark_is_that_of_the_codes(format, dtype, monkeypatch):
             model[1].weight.data = model[1].weight.data.clone() * 2
     assert len(seen) == 2 * len(kinds)
     for values, codes, scale, quantizer in seen:
-        expected = quantizer.encode(values.flatten(-2) if format == "int4:g16" else values)
-        assert torch.equal(expected.scale.reshape(scale.shape), scale)
+        values = values if quantizer.group is None else values.flatten(-2)
+        expected = quantizer.encode(values)
+        expected_scale = expected.scale
+        if quantizer.group is not None:
+            of_groups = expected.scale.reshape(*values.shape[:-1], -1, 1)
+            expected_scale = quantizer.scale_codes(quantizer.of_blocks(of_groups, values.shape))
+        assert torch.equal(expected_scale.reshape(scale.shape), scale)
         assert torch.equal(expected.ordinals.reshape(codes.shape), codes)
 
 

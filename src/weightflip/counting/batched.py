@@ -42,6 +42,8 @@ class BatchedRoute:
         self._batches: list[tuple[list[int], _LayerBatch]] = []
         self._observed = ObservedLayers(runner, backend, with_updates)
         self._has_encoded = False
+        self._places = 0
+        """Increases whenever the scales of layers are kept in another place."""
 
     @property
     def batches(self) -> list[Batch]:
@@ -52,6 +54,7 @@ class BatchedRoute:
         """As in :class:`Route`."""
         self._members, self._batches = [], []
         self._observed.release()
+        self._runner.release_codes()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_members": [], "_batches": []}
@@ -155,10 +158,13 @@ class BatchedRoute:
         members = _members_of(layers)
         if members != self._members or self._observed.take_change():
             self._build(layers, members)
+            self._places += 1
         elif self._has_encoded:
+            self._places += 1
             for _, of_device in self._batches:
                 of_device.batch.take_scales()
         self._has_encoded = False
+        self._runner.begin_count(layers, self._places)
         for indices, batch in self._batches:
             try:
                 failed = batch.count([updates[index] for index in indices], due)

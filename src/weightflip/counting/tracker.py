@@ -284,8 +284,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._current.set_layers(self._encode_current(weights))
         self._marks.make_first_if_due(self._current, self._shards)
         if self._runner.uses_steps:
-            for layer in self._current:
-                self._runner.before(layer, is_shard=layer.name in self._shards)
+            self._runner.before_all(self._current.layers, self._shards)
         if "stalls" in self.metrics:
             self._gradients = {layer.name: layer.tracked.parameter.grad for layer in self._current if layer.tracked}
         self._notices.flush()

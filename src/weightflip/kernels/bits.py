@@ -10,8 +10,8 @@ from weightflip.kernels.scratch import ScratchPool
 # Multiplied with eight bytes that are 0 or 1, it moves the lowest bit of the i-th byte to the i-th of the last 8 bits.
 _GATHER, _LAST_BYTE = 0x0102040810204080, 56
 _WORD = torch.int64.itemsize
-# Bytes that are counted at once.
-_AT_ONCE = 1 << 20
+# Bytes that are counted at once, so that they stay in the cache.
+_AT_ONCE = 1 << 18
 
 
 def zeros(numel: int, device: torch.device) -> Tensor:
@@ -45,10 +45,12 @@ def count(bits: Tensor) -> Tensor:
     for part in torch.split(bits, _AT_ONCE):
         words = part.view(torch.int64)
         # Sums of 2, 4 and 8 neighboring bits.
-        words = words - ((words >> 1) & 0x5555555555555555)
-        words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
-        words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
-        ones.add_(words.view(torch.uint8).sum(dtype=torch.int64))
+        words = words - (words >> 1).bitwise_and_(0x5555555555555555)
+        upper = (words >> 2).bitwise_and_(0x3333333333333333)
+        words = words.bitwise_and_(0x3333333333333333).add_(upper)
+        words = words.add_(words >> 4).bitwise_and_(0x0F0F0F0F0F0F0F0F)
+        # The product has the sum of all bytes in its last byte, at most 64.
+        ones.add_(words.mul_(0x0101010101010101).bitwise_right_shift_(_LAST_BYTE).sum())
     return ones
 
 

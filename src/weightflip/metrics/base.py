@@ -47,6 +47,7 @@ class Weight(NamedTuple):
         scale: The scale, which broadcasts to the codes; None for formats without one.
         quantizer: The quantizer that made the codes.
         backend: As in :func:`weightflip.kernels.check_backend`.
+        scale_codes: At marks, the scales of blocks and groups as the format stores them; None for other formats.
     """
 
     values: Tensor
@@ -54,6 +55,7 @@ class Weight(NamedTuple):
     scale: Tensor | None
     quantizer: Quantizer
     backend: str = "auto"
+    scale_codes: Tensor | None = None
 
     @property
     def ndim(self) -> int:
@@ -202,6 +204,8 @@ class Metric(ABC):
     """Whether it has ``before``, ``slice`` or ``after``. If no group does, many weights are counted in one call."""
     uses_marks: bool = False
     """Whether it has ``mark``. A group with ``mark`` only is opened at the first mark."""
+    reads_scale_at_marks: bool = True
+    """Whether ``mark`` needs ``scale`` for formats that have ``scale_codes``. Without, the weight is not read again."""
     of_shards: bool = True
     """Whether the sums over the shards of a weight equal those of the whole. If not, sharded weights are left out."""
 

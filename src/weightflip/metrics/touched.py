@@ -29,6 +29,7 @@ class Touched(Metric):
 
     name = "touched"
     uses_marks = True
+    reads_scale_at_marks = False
     values = (
         Value(
             "touched_fraction",
