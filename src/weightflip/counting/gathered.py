@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +23,9 @@ _KEPT_BYTES = 1 << 26
 
 
 class _Kind(NamedTuple):
-    """The key by which layers are gathered. The same class, name and rounding of quantizers means the same codes."""
+    """The key by which layers are gathered. The same key and rounding of quantizers means the same codes."""
 
-    quantizer: type[ElementwiseQuantizer]
-    name: str
+    quantizer: Hashable
     rounding: object
     format: object
     weight: torch.dtype
@@ -85,8 +84,7 @@ class GatheredRoute:
         if not kernels.is_small(weight.numel(), _group(quantizer, weight)):
             return False
         kind = _Kind(
-            type(quantizer),
-            quantizer.name,
+            quantizer.key,
             quantizer.rounding(weight),
             quantizer.format,
             weight.dtype,
