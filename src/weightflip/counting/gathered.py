@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class GatheredRoute:
         is_open: Whether the route accepts layers. It cannot if metric groups run in steps.
     """
 
+    counts_together: ClassVar[bool] = True
+
     def __init__(
         self, alone: ElementwiseRoute, scratch: kernels.ScratchPool, with_updates: bool, is_open: bool
     ) -> None:
@@ -65,10 +67,6 @@ class GatheredRoute:
         return {**self.__dict__, "heaps": [], "_kinds": {}}
 
     def accepts(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> bool:
-        layer.is_gathered = self._takes(layer, weight, quantizer)
-        return layer.is_gathered
-
-    def _takes(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> bool:
         assert layer.tracked is not None
         if not self._is_open or weight.device.type in _NOT_ON or not isinstance(quantizer, ElementwiseQuantizer):
             return False

@@ -186,8 +186,8 @@ class ElementwiseQuantizer(BaseQuantizer):
 
     batchable = True
     is_defined_by_name: bool = False
-    """Whether quantizers of this class with the same ``name`` and ``rounding`` make the same codes, so that weights with
-    different quantizer objects may share tables and calls of kernels. A subclass does not inherit it."""
+    """Whether quantizers of this class with the same ``name`` and ``rounding`` make the same codes, so that weights
+    with different quantizer objects may share tables and calls of kernels. A subclass does not inherit it."""
     only_needs_amax: bool = False
     """Whether a code depends only on its weight and the largest magnitude in its ``scope``, from which :meth:`scale_of`
     computes the scale; only on its weight if ``scope`` is ``"element"``. With this and ``rounding``, many weights are
