@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class BatchedRoute:
         backend: As in :func:`weightflip.kernels.check_backend`.
         with_updates: Whether updates are counted.
     """
+
+    counts_together: ClassVar[bool] = True
 
     def __init__(
         self, layers: LayerTable, alone: ElementwiseRoute, runner: MetricRunner, backend: str, with_updates: bool

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from weightflip import functional, kernels
+from weightflip.counting import expressions
 from weightflip.counting.layer import CodeState, Layer, MetricCalls
 from weightflip.counting.notices import Notices
 from weightflip.counting.observed import Observation
@@ -187,8 +188,9 @@ class MetricRunner:
         assert layer.codes is not None
         found = []
         for group, metric in () if layer.metric_calls is None else layer.metric_calls.slices:
-            if metric.pointwise is None:
+            if not self._has_usable_expression(layer, group, metric):
                 continue
+            assert metric.pointwise is not None
             states = []
             for state, _ in metric.pointwise.states:
                 name, dtype = state.operands
@@ -201,6 +203,14 @@ class MetricRunner:
                 return None
             found.append(Observation(group.metric.name, metric.pointwise, tuple(states), columns))
         return tuple(found)
+
+    def _has_usable_expression(self, layer: Layer, group: Group, metric: LayerMetric) -> bool:
+        if metric.pointwise is not None:
+            assert layer.tracked is not None
+            if not expressions.is_usable(group.metric, metric, layer.name, *layer.tracked.unwrapped()):
+                # From now on, it needs slices.
+                metric.pointwise = None
+        return metric.pointwise is not None
 
     def needs_slices(self, layer: Layer) -> bool:
         """Whether a group that is due in this step needs the slices of a layer."""

@@ -281,7 +281,7 @@ class _Kind(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         """The same for quantizers that make the same values."""
-        return type(self.quantizer), self.quantizer.name, self.weight, self.codes
+        return self.quantizer.key, self.weight, self.codes
 
 
 _answers: dict[tuple[Any, ...], bool] = {}
