@@ -92,8 +92,7 @@ class BatchedRoute:
                     observed=self._runner.uses_steps,
                 )
             if member is not None:
-                # The pass that also makes the scales does not give them.
-                member.keeps_scale = member.scaling is None and self._runner.keeps_scale(quantizer)
+                member.keeps_scale = self._runner.keeps_scale(quantizer)
         layer.member = member
         if member is None:
             return False

@@ -210,8 +210,10 @@ class Run:
         scaling: Scaling,
         updates: Addresses | None,
         stored: StoredScales | None = None,
+        largest: Tensor | None = None,
     ) -> None:
         task = self._counting(self._task_for_groups(scaling), counts, rows.data_ptr(), updates)
+        task[groups.KEPT] = 0 if largest is None else largest.data_ptr()
         if stored is not None:
             codes, changes = stored
             task[groups.STORED], task[groups.STORED_SIZE] = codes.data_ptr(), codes.element_size()

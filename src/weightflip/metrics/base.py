@@ -44,7 +44,7 @@ class Weight(NamedTuple):
         scale: The scale, which broadcasts to the codes; None for formats without one.
         quantizer: The quantizer that made the codes.
         backend: As in :func:`weightflip.kernels.check_backend`.
-        scale_codes: At marks, the scales of blocks and groups as the format stores them; None for other formats.
+        scale_codes: Between steps, the scales of blocks and groups as the format stores them; None for other formats.
     """
 
     values: Tensor
@@ -201,8 +201,9 @@ class Metric(ABC):
     """Whether it has ``before``, ``slice`` or ``after``. If no group does, many weights are counted in one call."""
     uses_marks: bool = False
     """Whether it has ``mark``. A group with ``mark`` only is opened at the first mark."""
-    reads_scale_at_marks: bool = True
-    """Whether ``mark`` needs ``scale`` for formats that have ``scale_codes``. Without, the weight is not read again."""
+    reads_scale: bool = True
+    """Whether ``mark`` and ``gauge`` use ``Weight.scale`` of formats with ``Weight.scale_codes``. If not, it is None
+    there, and the weight need not be read for it."""
     of_shards: bool = True
     """Whether the sums over the shards of a weight equal those of the whole. If not, sharded weights are left out."""
 
