@@ -54,7 +54,7 @@ class Vectors:
     def type(self, of: Any) -> Any:
         return ir.VectorType(of, self.lanes)
 
-    def all(self, of: Any, value: int) -> Any:
+    def all(self, of: Any, value: float) -> Any:
         return ir.Constant(self.type(of), [value] * self.lanes)
 
     def splat(self, scalar: Any) -> Any:
