@@ -22,6 +22,9 @@ from weightflip.formats import ScaleFormula
 # its block scales stay small: 4 MiB for blocks of 16.
 _ELEMENTS_PER_RUN = 1 << 24
 
+# Pieces of large weights begin at multiples of this, so that a state with one bit per weight begins with a whole word.
+_ELEMENTS_PER_WORD = 32
+
 
 class Shared(functional.Elementwise, Protocol):
     """The part of an elementwise quantizer that a batch needs. The same class and name means the same codes."""
@@ -60,7 +63,9 @@ class Member:
         width: The number of elements in a row if blocks over several rows share a scale; otherwise 0.
         height: The number of rows that share a scale.
         run: The kernel's class of runs.
-        scaling: How the kernel computes the scales of groups; None if the quantizer computes them.
+        scaling: How the kernel computes the scales of groups in the pass that counts; None if it does not.
+        scaling_before: The same for scales that are shared by too many weights for one pass; None if the quantizer
+            computes them.
         scale_shape: Shape of the quantizer's scale.
         keeps_scale: Whether the scale of its codes is kept, for metric groups. Only without ``scaling``, and the same
             for all members of a quantizer.
@@ -81,6 +86,7 @@ class Member:
     run: type[kernels.Run]
     scaling: kernels.Scaling | None
     scale_shape: tuple[int, ...]
+    scaling_before: kernels.Scaling | None = None
     keeps_scale: bool = False
     places: list[Place] = field(default_factory=list)
     observations: tuple[Observation, ...] | None = ()
@@ -125,7 +131,15 @@ class Member:
     def kind(self) -> tuple[Any, ...]:
         """The key by which members are grouped into one call."""
         of_quantizer = (type(self.quantizer), self.quantizer.name, self.rounding)
-        return (*of_quantizer, self.dtype, self.codes.dtype, self.group == 0, self.width == 0, self.scaling)
+        return (
+            *of_quantizer,
+            self.dtype,
+            self.codes.dtype,
+            self.group == 0,
+            self.width == 0,
+            self.scaling,
+            self.scaling_before,
+        )
 
     def scales_in(self, numel: int) -> int:
         """Return the number of scales for this many elements, which must start and end at scale boundaries."""
@@ -199,12 +213,14 @@ def make_member(
             for update in ((None, weight.dtype) if with_updates else (None,))
         )
 
-    scaling = None
+    scaling = scaling_before = None
     fits = 0 < group * height <= run.longest_group and not (width and group > run.widest_block)
-    if fits and not observed:
+    if not observed and (fits or (group and run.longest_group and quantizer.group is None)):
         scaling = scaling_of(quantizer, rounding, weight.dtype, weight.device)
     if scaling is not None and not is_usable(scaling):
         scaling = None
+    if not fits:
+        scaling, scaling_before = None, scaling
     if observed and quantizer.tile is not None and quantizer.tile[0] > 1:
         # Metric groups expect one scale per group in each row.
         return None
@@ -212,8 +228,8 @@ def make_member(
         # No other kernel supports blocks over several rows.
         return None
     place = weight.data_ptr(), weight.numel(), weight.dtype
-    scale_shape = _shape_of_scale(weight, quantizer)
-    return Member(*place, codes, scale_codes, quantizer, rounding, group, width, height, run, scaling, scale_shape)
+    of_scales = scaling, _shape_of_scale(weight, quantizer), scaling_before
+    return Member(*place, codes, scale_codes, quantizer, rounding, group, width, height, run, *of_scales)
 
 
 def _scale_layout(weight: Tensor, quantizer: Shared) -> tuple[int, int, int]:
@@ -363,7 +379,7 @@ def _runs(indices: Sequence[int], members: Sequence[Member], elements: int) -> I
         member = members[index]
         numel, matrix = member.numel, member.numel // member.matrices
         # A piece with blocks over several rows must not cross matrices.
-        unit = matrix if member.width else member.group or 1
+        unit = matrix if member.width else math.lcm(member.group or 1, _ELEMENTS_PER_WORD)
         first = 0
         while first < numel:
             size = max(1, remaining // unit) * unit
@@ -395,7 +411,8 @@ class _Part:
     ) -> None:
         first = members[pieces[0].member]
         self.quantizer, self.dtype = first.quantizer, first.dtype
-        self.is_scaled, self.scaling = first.group != 0, first.scaling
+        self.is_scaled = first.group != 0
+        self.scaling, self.scaling_before = first.scaling, first.scaling_before
         kind = kernels.Kind(
             first.dtype, first.dtype if with_updates else None, first.codes.dtype, first.rounding, first.codes.device
         )
@@ -485,6 +502,8 @@ class _Part:
         """Compute the scale factors and the stored scales; None for what the format does not have."""
         if not self.is_scaled:
             return self.quantizer.applied_scale(None), None
+        if self.scaling_before is not None and self.held is None:
+            return self.run.factors(self.scaling_before), None
         largest = self.run.largest()
         if self.table is not None:
             return self.table.look_up(largest)

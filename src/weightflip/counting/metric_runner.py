@@ -47,6 +47,8 @@ class MetricRunner:
         self._samples: dict[str, SampledLayers] = {}
         self._of_steps = [group for group in groups if group.metric.uses_steps]
         self._of_marks = [group for group in groups if group.metric.uses_marks]
+        self._runs = dict.fromkeys((group.metric.name for group in self._of_steps), 0)
+        """The number of steps in which each group has run."""
         self.changes = 0
         """Increases whenever a group starts or stops running for a layer."""
         self.has_new_counts = False
@@ -192,12 +194,10 @@ class MetricRunner:
             for state, _ in metric.pointwise.states:
                 name, dtype = state.operands
                 kept = metric.tensors.get(name)
-                if kept is None or kept.dtype is not (dtype or layer.codes.dtype):
-                    return None
-                if kept.numel() != layer.codes.numel() or kept.device != layer.codes.device or not kept.is_contiguous():
+                if kept is None or not _is_state_of(layer.codes, kept, dtype):
                     return None
                 states.append(kept)
-            columns = tuple(range(group.sums.start, group.sums.stop, 2))
+            columns = tuple(range(group.sums.start, group.sums.stop, 2)) if metric.pointwise.counts else ()
             if len(columns) != len(metric.pointwise.counts):
                 return None
             found.append(Observation(group.metric.name, metric.pointwise, tuple(states), columns))
@@ -279,6 +279,11 @@ class MetricRunner:
         steps = self._schedule.tracked_steps
         return tuple(group.metric.name for group in self._of_steps if steps % group.every == 0)
 
+    def note_step(self) -> None:
+        """Note that the groups that are due have run in this step."""
+        for name in self.due:
+            self._runs[name] += 1
+
     def _due(self, calls: Sequence[tuple[Group, LayerMetric]]) -> list[tuple[Group, LayerMetric]]:
         """Return those of the calls that are due in this step."""
         steps = self._schedule.tracked_steps
@@ -294,14 +299,26 @@ class MetricRunner:
             is_shard: Whether other processes have parts of the same weight.
         """
         assert layer.row is not None
-        weight = self._view_between_steps(layer)
+        weight = self._view_at_mark(layer)
         self._open_all(layer, self._of_marks, weight, is_shard)
         for group in self._of_marks:
             metric = (layer.metrics or {}).get(group.metric.name)
-            if metric is not None:
+            if metric is None:
+                continue
+            runs = self._runs.get(group.metric.name)
+            if runs is None or metric.runs_at_mark != runs:
+                metric.runs_at_mark = runs
                 sums = layer.row.more_total(group.sums).view(-1, 2)
                 self._call(layer, group, metric.mark, weight, sums, self._scratch)
         self.has_new_counts = True
+
+    def _view_at_mark(self, layer: Layer) -> Weight:
+        """Return a weight in the form that metric groups receive at marks."""
+        if layer.scale_codes is None or any(group.metric.reads_scale_at_marks for group in self._of_marks):
+            return self._view_between_steps(layer)._replace(scale_codes=layer.scale_codes)
+        assert layer.tracked is not None
+        weight = layer.view_for_metrics(*layer.tracked.unwrapped())
+        return weight._replace(backend=self._backend, scale_codes=layer.scale_codes)
 
     def forget_mark(self, layer: Layer) -> None:
         """Drop the state of the last mark, because the layer is not part of the current one."""
@@ -309,6 +326,9 @@ class MetricRunner:
             layer.saved.pop(group.metric.name, None)
             if layer.metrics and layer.metrics.get(group.metric.name) is not None:
                 del layer.metrics[group.metric.name]
+                if group.metric.uses_steps:
+                    # The next step opens it again.
+                    layer.metric_calls = None
 
     # ------------------------------------------------------------------ at a logging point
 
@@ -385,6 +405,15 @@ class MetricRunner:
 def _code_kind(codes: Tensor, quantizer: Quantizer) -> tuple[torch.Size, torch.dtype]:
     grouped = quantizer.grouped(codes) if isinstance(quantizer, ElementwiseQuantizer) else codes
     return grouped.shape, grouped.dtype
+
+
+def _is_state_of(codes: Tensor, kept: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether a kernel can access a tensor as a state of the codes. ``dtype`` is as in an expression."""
+    if kept.device != codes.device or not kept.is_contiguous():
+        return False
+    if dtype is torch.bool:
+        return kept.dtype is torch.uint8 and 8 * kept.numel() >= codes.numel()
+    return kept.dtype is (dtype or codes.dtype) and kept.numel() == codes.numel()
 
 
 def _sums(layer: Layer, group: Group) -> Tensor:

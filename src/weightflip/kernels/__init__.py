@@ -10,7 +10,7 @@ from weightflip.formats import Rounding
 from weightflip.kernels.backend import check_backend, keep_, one_pass, run, run_for
 from weightflip.kernels.eager import count_
 from weightflip.kernels.gathered import Layout, is_small, pack
-from weightflip.kernels.pointwise import Pointwise
+from weightflip.kernels.pointwise import Pointwise, bits_of_state
 from weightflip.kernels.proof import Question
 from weightflip.kernels.runs import (
     Addresses,
@@ -54,6 +54,7 @@ __all__ = [
     "ScratchPool",
     "StoredScales",
     "Stretch",
+    "bits_of_state",
     "check_backend",
     "count_",
     "is_small",

@@ -14,7 +14,7 @@ from torch import Tensor
 from weightflip.formats import BF16, ScaleFormula
 from weightflip.kernels import compiled, groups, items, moves, pool, vectors
 from weightflip.kernels.constants import lanes
-from weightflip.kernels.pointwise import Expression, Pointwise
+from weightflip.kernels.pointwise import Expression, Pointwise, bits_of_state
 from weightflip.kernels.runs import Addresses, Kind, Observed, ScaleCodes, ScaleSteps, Scaling, StoredScales, Stretch
 from weightflip.kernels.sampled import SampledWeight
 
@@ -169,6 +169,16 @@ class Run:
         self._call(compiled.largest_loop(), compiled.largest_lanes(8 * self.kind.weight.itemsize), task)
         return largest
 
+    def factors(self, scaling: Scaling) -> Tensor:
+        loop = _scales_loop(scaling)
+        assert loop is not None
+        assert not scaling.is_stored
+        largest = self.largest()
+        factors = torch.empty_like(largest)
+        rule, changes = _rule(scaling.description), np.zeros(1, dtype=np.int64)
+        loop.call(largest.data_ptr(), len(largest), rule.ctypes.data, factors.data_ptr(), 0, changes.ctypes.data)
+        return factors
+
     def count_(self, scale: Tensor | None, updates: Addresses | None) -> Tensor:
         counts = torch.zeros(len(self._places), 3, dtype=torch.int64, device="cpu")
         self._count_into(counts, self._in_order.ctypes.data, scale, updates)
@@ -227,9 +237,9 @@ class Run:
         task[items.SCALED] = scale is not None
         task[items.SCALES] = _NO_SCALE.ctypes.data if scale is None else scale.data_ptr()
         groups = () if observed is None else observed.groups
-        sizes = np.array([_state_size(state, self.kind) for state in _states(groups)], dtype=np.int64)
+        bits = np.array([bits_of_state(state, self.kind.codes) for state in _states(groups)], dtype=np.int64)
         if observed is not None:
-            task[items.STATES], task[items.STATE_SIZES] = len(sizes), sizes.ctypes.data
+            task[items.STATES], task[items.STATE_BITS] = len(bits), bits.ctypes.data
             task[items.STATE_PLACES] = observed.states.ctypes.data
             task[items.SUMS], task[items.SUM_COLUMNS] = len(observed.columns), observed.columns.ctypes.data
             task[items.SUM_TABLE] = observed.sums.data_ptr()
@@ -280,12 +290,6 @@ def _rule(description: ScaleFormula | ScaleSteps) -> Addresses:
 
 def _states(groups: tuple[Pointwise, ...]) -> list[Expression]:
     return [state for group in groups for state, _ in group.states]
-
-
-def _state_size(state: Expression, kind: Kind) -> int:
-    """Return the bytes of an element."""
-    dtype: torch.dtype = state.operands[1] or kind.codes
-    return dtype.itemsize
 
 
 def _count_lanes(kind: Kind, groups: tuple[Pointwise, ...] = (), *, is_scaled: bool) -> compiled.Loop | None:

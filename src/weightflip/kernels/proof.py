@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import FP32, FloatRounding, IntegerRounding, Rounding
-from weightflip.kernels import reference
-from weightflip.kernels.pointwise import NEW, NEW_UNDER_OLD_SCALE, OLD, Expression, Pointwise, evaluate
+from weightflip.kernels import bits, reference
+from weightflip.kernels.pointwise import NEW, NEW_UNDER_OLD_SCALE, OLD, Expression, Pointwise, bits_of_state, evaluate
 from weightflip.kernels.runs import (
     Addresses,
     Kind,
@@ -34,6 +34,7 @@ from weightflip.kernels.runs import (
     StoredScales,
     Stretch,
 )
+from weightflip.kernels.scratch import ScratchPool
 
 logger = logging.getLogger("weightflip")
 
@@ -401,13 +402,13 @@ def find_fault_in_groups(run: type[Run], question: Question, scales: Scales) -> 
         scales: Computes the expected scales.
     """
     for in_blocks in (False, True):
-        fault = _fault_of_scaling(run, question, _trial(question, scales, in_blocks=in_blocks))
+        fault = _fault_of_scaling(run, question, _trial(question, scales, in_blocks=in_blocks), in_blocks=in_blocks)
         if fault is not None:
             return f"in blocks over several rows, {fault}" if in_blocks else fault
     return None
 
 
-def _fault_of_scaling(run: type[Run], question: Question, trial: _Trial) -> str | None:
+def _fault_of_scaling(run: type[Run], question: Question, trial: _Trial, *, in_blocks: bool) -> str | None:
     assert question.scaling is not None
     assert trial.stored is not None
     kernel, expected = run(trial.stretches, question.kind), trial.stored
@@ -421,13 +422,23 @@ def _fault_of_scaling(run: type[Run], question: Question, trial: _Trial) -> str 
         changes = torch.stack([part.count_nonzero() for part in torch.split(is_other, trial.scales_of_parts)])
     kernel.count_groups_into_(table[:, :3], rows, question.scaling, trial.addresses, stored)
     fault = _fault_of_counts(table[:, :3], trial)
-    if fault is not None or stored is None:
+    if fault is not None:
         return fault
+    if stored is None:
+        return None if in_blocks else _fault_of_factors(kernel, question.scaling, trial)
     if not torch.equal(stored.codes, expected):
         return "its stored scales differ"
     if not torch.equal(table[:, 3], changes):
         return f"it counts changes of scales {table[:, 3].tolist()}, plain torch {changes.tolist()}"
     return None
+
+
+def _fault_of_factors(kernel: Run, scaling: Scaling, trial: _Trial) -> str | None:
+    """Test the factors that are computed before the pass that counts."""
+    assert trial.scales is not None
+    found, expected = kernel.factors(scaling), trial.scales
+    are_equal = (found == expected) | (found.isnan() & expected.isnan())
+    return None if found.shape == expected.shape and bool(are_equal.all()) else "its scales before counting differ"
 
 
 class _Observation(NamedTuple):
@@ -460,6 +471,7 @@ def _observation(question: Question, trial: _Trial) -> _Observation:
     names = [state for group in question.groups for state, _ in group.states]
     old_states = [_old_state(state, codes) for state in names]
     new_states = [state.clone() for state in old_states]
+    kept = [_packed(state) for state in old_states]
     flags = [flag for group in question.groups for flag in group.counts]
     sums = torch.zeros(len(trial.parts), 2 * len(flags), dtype=torch.float64, device=device)
     # The scales before the step are the current ones in another order.
@@ -481,18 +493,32 @@ def _observation(question: Question, trial: _Trial) -> _Observation:
         news = [value for group in question.groups for _, value in group.states]
         for state, value in zip(new_states, news, strict=True):
             state[here] = evaluate(value, leaves)
-    addresses = [[state[place:].data_ptr() for place in trial.places] for state in old_states]
+    addresses = [
+        [state.data_ptr() + place * bits_of_state(name, codes.dtype) // 8 for place in trial.places]
+        for name, state in zip(names, kept, strict=True)
+    ]
     columns = 2 * np.arange(len(flags), dtype=np.int64)
     places = np.array(addresses, dtype=np.int64).reshape(len(names), len(trial.parts))
     observed = Observed(question.groups, places, old_scales, torch.zeros_like(sums), columns)
-    return _Observation(observed, old_states, new_states, sums)
+    return _Observation(observed, kept, [_packed(state) for state in new_states], sums)
 
 
 def _old_state(state: Expression, codes: Tensor) -> Tensor:
     """Return numbers of both signs and 0, with another period than the codes, also between the weights."""
     dtype: torch.dtype = state.operands[1] or codes.dtype
     numbers = torch.arange(len(codes), device=codes.device) % 5 - 2
+    if dtype is torch.bool:
+        return numbers > 1
     return (numbers.to(dtype) / 8).to(dtype) if dtype.is_floating_point else numbers.clamp_(-1, 1).to(dtype)
+
+
+def _packed(state: Tensor) -> Tensor:
+    """Return the state of all weights as a metric group keeps it."""
+    if state.dtype is not torch.bool:
+        return state
+    packed = bits.zeros(len(state), state.device)
+    bits.or_(packed, state, 0, ScratchPool())
+    return packed
 
 
 def _fault_of_scale_codes(kernel: Run, trial: _Trial) -> str | None:
