@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from weightflip.counting.notices import Notices
 from weightflip.counting.observed import Observation
 from weightflip.counting.sampled import SampledLayers
 from weightflip.counting.schedule import Schedule
+from weightflip.counting.shards import Shards
 from weightflip.counting.table import LayerTable
 from weightflip.metrics import LayerMetric, Slice, Weight
 from weightflip.metrics.columns import Group
@@ -77,15 +78,18 @@ class MetricRunner:
 
     # ------------------------------------------------------------------ in a step
 
-    def before_all(self, layers: Sequence[Layer], shards: Container[str]) -> None:
+    def before_all(self, layers: Sequence[Layer], shards: Shards) -> None:
         """Before the step, open the groups that are not open yet, and call them.
 
         Args:
             layers: The layers of the step, with their current codes.
-            shards: The names of layers of which other processes have parts.
+            shards: Tells of which weights other processes have parts.
         """
         for layer in layers:
-            self.before(layer, is_shard=layer.name in shards)
+            calls = layer.metric_calls
+            # Kept codes have the shape and dtype of the last step. Do not call anything for each layer in each step.
+            if calls is None or calls.before or layer.state is not CodeState.KEPT:
+                self._before(layer, is_shard=layer.name in shards)
         for samples in self._due_samples:
             others: list[Layer] = []
             with self._drops_on_fault(samples):
@@ -93,7 +97,7 @@ class MetricRunner:
             for layer, metric, weight in self._seen_by(samples.group, others):
                 self._call(layer, samples.group, metric.before, weight)
 
-    def before(self, layer: Layer, *, is_shard: bool) -> None:
+    def _before(self, layer: Layer, *, is_shard: bool) -> None:
         """Open the groups of a layer that are not open yet, and call them, except those with a sample.
 
         Args:
@@ -102,9 +106,6 @@ class MetricRunner:
         """
         assert layer.tracked is not None
         assert layer.codes is not None
-        if layer.metric_calls is not None and not layer.metric_calls.before and layer.state is CodeState.KEPT:
-            # Kept codes have the shape and dtype of the last step. This is called for each layer in each step.
-            return
         weight, quantizer = layer.tracked.unwrapped()
         if layer.metric_calls is None or layer.code_kind != _code_kind(layer.codes, quantizer):
             self._open_all(layer, self._of_steps, layer.view_for_metrics(weight, quantizer), is_shard)

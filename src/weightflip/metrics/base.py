@@ -124,9 +124,9 @@ class LayerMetric:
     """Set by the caller, for groups that also run in steps: how often the group had run in steps at the last mark."""
 
     sample: Sample | None = None
-    """What :meth:`before` keeps of the weight for :meth:`after`, if ``after`` does what :class:`weightflip.kernels.Sample`
-    describes, with four columns of ``sums`` in this order. A kernel may then do both for many weights at once. It is
-    tested against these methods before it is used."""
+    """What :meth:`before` keeps of the weight for :meth:`after`, if ``after`` does what
+    :class:`weightflip.kernels.Sample` describes, with its four sums as the columns of ``sums``. A kernel may then do
+    the work of both methods for many weights at once. It is tested against them before it is used."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
