@@ -120,7 +120,7 @@ COUNTING_FLOORS = (
     {"metric_runner", "shards", "canary", "nonfinite"},
     {"table"},
     {"layer", "columns", "notices", "schedule", "checkpoint"},
-    {"batch", "ledger"},
+    {"batch", "ledger", "expressions"},
     {"scaling", "observed"},
     {"scale_table"},
 )

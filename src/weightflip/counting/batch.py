@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -27,11 +27,14 @@ _ELEMENTS_PER_WORD = 32
 
 
 class Shared(functional.Elementwise, Protocol):
-    """The part of an elementwise quantizer that a batch needs. The same class and name means the same codes."""
+    """The part of an elementwise quantizer that a batch needs."""
 
     name: str
     group: int | None
     tile: tuple[int, int] | None
+
+    @property
+    def key(self) -> Hashable: ...
 
     @property
     def scope(self) -> str | None: ...
@@ -129,9 +132,9 @@ class Member:
     @property
     def kind(self) -> tuple[Any, ...]:
         """The key by which members are grouped into one call."""
-        of_quantizer = (type(self.quantizer), self.quantizer.name, self.rounding)
         return (
-            *of_quantizer,
+            self.quantizer.key,
+            self.rounding,
             self.dtype,
             self.codes.dtype,
             self.group == 0,
@@ -155,9 +158,7 @@ class Member:
     def describes(self, weight: Tensor, quantizer: Any, codes: Tensor | None) -> bool:
         """Whether a weight is still in the same memory and encoded in the same way."""
         is_same_quantizer = self.quantizer is quantizer or (
-            type(self.quantizer) is type(quantizer)
-            and self.quantizer.name == quantizer.name
-            and self.rounding == quantizer.rounding(weight)
+            self.quantizer.key == quantizer.key and self.rounding == quantizer.rounding(weight)
         )
         return is_same_quantizer and (
             self.address == weight.data_ptr()

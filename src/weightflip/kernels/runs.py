@@ -193,7 +193,7 @@ class Run(Protocol):
             scaling: How to compute scales, which are not stored. See :meth:`can_scale`.
 
         Returns:
-            float32, one for each element of :meth:`largest`.
+            float32, one for each element of :meth:`largest`. The next call overwrites them.
         """
         ...
 
