@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from weightflip.counting.notices import Notices
 from weightflip.counting.observed import Observation
 from weightflip.counting.sampled import SampledLayers
 from weightflip.counting.schedule import Schedule
+from weightflip.counting.shards import Shards
 from weightflip.counting.table import LayerTable
 from weightflip.metrics import LayerMetric, Slice, Weight
 from weightflip.metrics.columns import Group
@@ -77,23 +78,26 @@ class MetricRunner:
 
     # ------------------------------------------------------------------ in a step
 
-    def before_all(self, layers: Sequence[Layer], shards: Container[str]) -> None:
+    def before_all(self, layers: Sequence[Layer], shards: Shards) -> None:
         """Before the step, open the groups that are not open yet, and call them.
 
         Args:
             layers: The layers of the step, with their current codes.
-            shards: The names of layers of which other processes have parts.
+            shards: Tells of which weights other processes have parts.
         """
         for layer in layers:
-            self.before(layer, is_shard=layer.name in shards)
+            calls = layer.metric_calls
+            # Kept codes have the shape and dtype of the last step. Do not call anything for each layer in each step.
+            if calls is None or calls.before or layer.state is not CodeState.KEPT:
+                self._before(layer, is_shard=layer.name in shards)
         for samples in self._due_samples:
-            others: list[Layer] = []
+            others = list(layers)
             with self._drops_on_fault(samples):
                 others = samples.before(layers, self.changes, self._schedule.steps)
             for layer, metric, weight in self._seen_by(samples.group, others):
                 self._call(layer, samples.group, metric.before, weight)
 
-    def before(self, layer: Layer, *, is_shard: bool) -> None:
+    def _before(self, layer: Layer, *, is_shard: bool) -> None:
         """Open the groups of a layer that are not open yet, and call them, except those with a sample.
 
         Args:
@@ -102,9 +106,6 @@ class MetricRunner:
         """
         assert layer.tracked is not None
         assert layer.codes is not None
-        if layer.metric_calls is not None and not layer.metric_calls.before and layer.state is CodeState.KEPT:
-            # Kept codes have the shape and dtype of the last step. This is called for each layer in each step.
-            return
         weight, quantizer = layer.tracked.unwrapped()
         if layer.metric_calls is None or layer.code_kind != _code_kind(layer.codes, quantizer):
             self._open_all(layer, self._of_steps, layer.view_for_metrics(weight, quantizer), is_shard)
@@ -254,10 +255,10 @@ class MetricRunner:
 
     @staticmethod
     def _seen_by(group: Group, layers: Sequence[Layer]) -> Iterator[tuple[Layer, LayerMetric, Weight]]:
-        """Yield layers with what a group's methods need."""
+        """Yield the layers of which a group keeps a sample, with what its methods need."""
         for layer in layers:
             metric = (layer.metrics or {}).get(group.metric.name)
-            if metric is not None and layer.tracked is not None:
+            if metric is not None and metric.sample is not None and layer.tracked is not None:
                 yield layer, metric, layer.view_for_metrics(*layer.tracked.unwrapped())
 
     @property
@@ -277,8 +278,10 @@ class MetricRunner:
                     layer.metrics[name] = None
                     self._set_metric_calls(layer)
             samples.release()
+            named = ", ".join(repr(layer.name) for layer in layers[:3])
+            more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
             self._notices.add(
-                f"{len(layers)} layers have no numbers of {name!r} any more, everything else continues: "
+                f"layers {named}{more} have no numbers of {name!r} any more, everything else continues: "
                 f"{type(error).__name__}: {error}"
             )
 
@@ -308,7 +311,7 @@ class MetricRunner:
             is_shard: Whether other processes have parts of the same weight.
         """
         assert layer.row is not None
-        weight = self._view_at_mark(layer)
+        weight = self._view_between_steps(layer, self._of_marks)
         self._open_all(layer, self._of_marks, weight, is_shard)
         for group in self._of_marks:
             metric = (layer.metrics or {}).get(group.metric.name)
@@ -320,14 +323,6 @@ class MetricRunner:
                 sums = layer.row.more_total(group.sums).view(-1, 2)
                 self._call(layer, group, metric.mark, weight, sums, self._scratch)
         self.has_new_counts = True
-
-    def _view_at_mark(self, layer: Layer) -> Weight:
-        """Return a weight in the form that metric groups receive at marks."""
-        if layer.scale_codes is None or any(group.metric.reads_scale_at_marks for group in self._of_marks):
-            return self._view_between_steps(layer)._replace(scale_codes=layer.scale_codes)
-        assert layer.tracked is not None
-        weight = layer.view_for_metrics(*layer.tracked.unwrapped())
-        return weight._replace(backend=self._backend, scale_codes=layer.scale_codes)
 
     def forget_mark(self, layer: Layer) -> None:
         """Drop the state of the last mark, because the layer is not part of the current one."""
@@ -367,7 +362,7 @@ class MetricRunner:
             due: The groups that ``begin_measure`` returned.
         """
         assert layer.row is not None
-        weight = self._view_between_steps(layer)
+        weight = self._view_between_steps(layer, due)
         for group in due:
             metric = (layer.metrics or {}).get(group.metric.name)
             if metric is not None:
@@ -378,14 +373,16 @@ class MetricRunner:
                     # The kernel must not go on with the old tensors.
                     self.changes += 1
 
-    def _view_between_steps(self, layer: Layer) -> Weight:
-        """Return a weight between two steps in the form that metric groups receive."""
+    def _view_between_steps(self, layer: Layer, groups: Sequence[Group]) -> Weight:
+        """Return a weight between two steps in the form that these metric groups receive."""
         assert layer.tracked is not None
         weight, quantizer = layer.tracked.unwrapped()
-        seen = layer.view_for_metrics(weight, quantizer)._replace(backend=self._backend)
+        seen = layer.view_for_metrics(weight, quantizer)
+        seen = seen._replace(backend=self._backend, scale_codes=layer.scale_codes)
         member = layer.member
         has_scale = self.uses_steps or (member is not None and member.keeps_scale and seen.scale is not None)
-        if has_scale or not isinstance(quantizer, ElementwiseQuantizer):
+        needs_scale = layer.scale_codes is None or any(group.metric.reads_scale for group in groups)
+        if has_scale or not needs_scale or not isinstance(quantizer, ElementwiseQuantizer):
             return seen
         scale = None if member is None else member.computed_scale(self._backend)
         if scale is None:

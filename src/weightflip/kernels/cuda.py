@@ -261,6 +261,7 @@ class Run:
         scaling: Scaling,
         updates: Addresses | None,
         stored: StoredScales | None = None,
+        largest: Tensor | None = None,
     ) -> None:
         raise NotImplementedError("this kernel does not compute the scales of groups")
 

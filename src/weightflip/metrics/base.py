@@ -44,7 +44,7 @@ class Weight(NamedTuple):
         scale: The scale, which broadcasts to the codes; None for formats without one.
         quantizer: The quantizer that made the codes.
         backend: As in :func:`weightflip.kernels.check_backend`.
-        scale_codes: At marks, the scales of blocks and groups as the format stores them; None for other formats.
+        scale_codes: Between steps, the scales of blocks and groups as the format stores them; None for other formats.
     """
 
     values: Tensor
@@ -124,9 +124,9 @@ class LayerMetric:
     """Set by the caller, for groups that also run in steps: how often the group had run in steps at the last mark."""
 
     sample: Sample | None = None
-    """What :meth:`before` keeps of the weight for :meth:`after`, if ``after`` does what :class:`weightflip.kernels.Sample`
-    describes, with four columns of ``sums`` in this order. A kernel may then do both for many weights at once. It is
-    tested against these methods before it is used."""
+    """What :meth:`before` keeps of the weight for :meth:`after`, if ``after`` does what
+    :class:`weightflip.kernels.Sample` describes, with its four sums as the columns of ``sums``. A kernel may then do
+    the work of both methods for many weights at once. It is tested against them before it is used."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -201,8 +201,9 @@ class Metric(ABC):
     """Whether it has ``before``, ``slice`` or ``after``. If no group does, many weights are counted in one call."""
     uses_marks: bool = False
     """Whether it has ``mark``. A group with ``mark`` only is opened at the first mark."""
-    reads_scale_at_marks: bool = True
-    """Whether ``mark`` needs ``scale`` for formats that have ``scale_codes``. Without, the weight is not read again."""
+    reads_scale: bool = True
+    """Whether ``mark`` and ``gauge`` use ``Weight.scale`` of formats with ``Weight.scale_codes``. If not, it is None
+    there, and the weight need not be read for it."""
     of_shards: bool = True
     """Whether the sums over the shards of a weight equal those of the whole. If not, sharded weights are left out."""
 
