@@ -8,7 +8,13 @@ project = "weightflip"
 version = release = __version__
 copyright = "the weightflip maintainers"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
 
 # The source is the repository itself, so that a link between any two files is the same here and on a Git host.
 root_doc = "docs/index"

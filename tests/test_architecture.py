@@ -120,7 +120,7 @@ COUNTING_FLOORS = (
     {"metric_runner", "canary", "nonfinite"},
     {"table", "shards", "sampled"},
     {"layer", "columns", "notices", "schedule", "checkpoint", "sample_proof"},
-    {"batch", "ledger"},
+    {"batch", "ledger", "expressions"},
     {"scaling", "observed"},
     {"scale_table"},
 )

@@ -30,7 +30,7 @@ class Kind(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         """The same for quantizers that make the same values."""
-        return type(self.quantizer), self.quantizer.name, self.weight, self.codes
+        return self.quantizer.key, self.weight, self.codes
 
     def numbers(self) -> Tensor:
         """Return the number that each code stands for without a scale."""

@@ -44,7 +44,7 @@ class Sync(Metric):
     name = "sync"
     uses_steps = False
     uses_marks = True
-    reads_scale_at_marks = False
+    reads_scale = False
     values = (
         Value(
             "changed_fraction",

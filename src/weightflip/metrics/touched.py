@@ -29,7 +29,7 @@ class Touched(Metric):
 
     name = "touched"
     uses_marks = True
-    reads_scale_at_marks = False
+    reads_scale = False
     values = (
         Value(
             "touched_fraction",
