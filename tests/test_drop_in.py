@@ -322,7 +322,7 @@ def test_a_warmup_from_zero_counts_sparse_gradients(form):
 
 @each_form
 def test_a_warmup_from_zero_counts_its_steps(form, digits):
-    # A learning rate of 0 alone does not make it an initializing step: all these updates are swallowed.
+    # A learning rate of 0 alone does not make it an initializing step: all these updates are stalled.
     model = digits_model()
     optimizer, tracker = form(torch.optim.SGD(model.parameters(), lr=0.0), model)
     backward(model, digits, 0)

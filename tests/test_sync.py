@@ -409,9 +409,9 @@ def test_records_without_a_tracked_step_have_the_windows_that_end_in_them(digits
     for at, record in enumerate(records):
         for layer in record.layers:
             assert rates_of(layer.window) == marks.rates(layer.name, at, at + 2)
-            assert "changed_fraction" in layer.news
-            assert ("flip_rate" in layer.news) == (at == 0)
-            assert "delta_bits" in layer.news
+            assert "changed_fraction" in layer.new_values
+            assert ("flip_rate" in layer.new_values) == (at == 0)
+            assert "delta_bits" in layer.new_values
 
 
 def test_memory_is_counted_and_given_back(digits):

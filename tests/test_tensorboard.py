@@ -151,7 +151,7 @@ def test_charts_show_what_there_is(digits, tmp_path):
     assert list(more) == ["weightflip", "weightflip: oscillation", "weightflip: groups of layers"]
     assert more["weightflip"] == plain["weightflip"]
     assert more["weightflip: oscillation"] == {
-        "share of flips that go back, against the weight's flip before, by layer": ["^oscillation_ratio/.*"]
+        "fraction of flips that reverse the weight's previous flip, by layer": ["^oscillation_ratio/.*"]
     }
     assert ["^stall_ratio_by_group/.*"] in more["weightflip: groups of layers"].values()
 

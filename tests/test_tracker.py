@@ -377,7 +377,7 @@ def test_sparse_gradients(layout):
     weight = TrackedWeight("w", parameter, resolve("bfloat16"))
     before = parameter.detach().bfloat16()
     tracker = WeightFlipTracker()
-    # Large steps for odd columns, swallowed ones for even columns.
+    # Large steps for odd columns, steps lost to rounding for even columns.
     alpha = torch.tensor([1e-7, 0.5] * 4)[: parameter.size(1)]
     step(tracker, [weight], lambda p: p.sub_(alpha * grad.sign()))
     flipped = parameter.detach().bfloat16() != before

@@ -15,9 +15,9 @@ from weightflip.delta.checkpoint import Checkpoint, open_checkpoint
 from weightflip.delta.compare import Diff, Pair, TensorDiff, pair_tensors
 from weightflip.delta.container import DeltaWriter, Manifest, Step
 from weightflip.delta.errors import DeltaError
+from weightflip.delta.format_diff import compare_in_format, is_weight
 from weightflip.delta.output import atomic_file, check_free
 from weightflip.delta.parallel import map_in_order
-from weightflip.delta.seen import compare_in_format, is_weight
 from weightflip.quantizers import BaseQuantizer, adapt, resolve
 from weightflip.quantizers.specs import QuantizerLike
 from weightflip.records import printable
@@ -158,7 +158,7 @@ def _compare_formats(pair: Pair, tensor: TensorDiff, formats: Sequence[BaseQuant
     for format in formats:
         # The format does not support the shape: leave the cell empty. The tracker skips these layers too.
         with contextlib.suppress(ValueError):
-            tensor.seen[format.name] = compare_in_format(pair.base, pair.new, format)
+            tensor.format_diffs[format.name] = compare_in_format(pair.base, pair.new, format)
 
 
 class _Recorder:

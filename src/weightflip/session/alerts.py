@@ -256,7 +256,7 @@ def _matches(layer: str, glob: str) -> bool:
 
 def _alert_values(layer: LayerRecord) -> dict[str, float]:
     counted = {_NONFINITE: float(layer.nonfinite)} if layer.window.weight_steps else {}
-    return {**layer.news, **counted}
+    return {**layer.new_values, **counted}
 
 
 def _picklable(alert: Alert) -> Alert:

@@ -66,7 +66,7 @@ class CSVSink(BackgroundSink):
         rows: list[tuple[object, ...]] = []
 
         def add(layer: str, quantizer: str, summed: LayerRecord) -> None:
-            values = dict(summed.news)
+            values = dict(summed.new_values)
             if summed.nonfinite and summed.window.weight_steps:
                 values["nonfinite_weights"] = summed.nonfinite
             rows.extend((record.step, layer, quantizer, name, value) for name, value in values.items())

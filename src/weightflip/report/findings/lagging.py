@@ -11,11 +11,11 @@ from weightflip.report.findings.base import POINTS, Finding, Severity, late_part
 from weightflip.report.findings.words import list_layers, percent
 from weightflip.report.run import Layer, Run
 
-# Factor by which updates change codes less often than in the other layers.
-_BEHIND = 20.0
+# Updates of a lagging layer change codes this many times less often than those of the other layers.
+_FACTOR = 20.0
 
 
-def find_behind(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
+def find_lagging(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
     """Yield findings about layers whose updates change codes far less often than those in the same format."""
     if len(run.steps) < POINTS:
         return
@@ -29,7 +29,7 @@ def find_behind(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
             name: float(np.median([share for other, share in moved.items() if other != name]))
             for name in (moved if len(moved) > 1 else ())
         }
-        hit = {name: moved[name] for name, middle in others.items() if 0 < moved[name] < middle / _BEHIND}
+        hit = {name: moved[name] for name, middle in others.items() if 0 < moved[name] < middle / _FACTOR}
         if not hit:
             continue
         name, share = min(hit.items(), key=lambda item: item[1])
@@ -44,4 +44,4 @@ def find_behind(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
             f"quarter, {percent(share)} of the updates of {name} changed a code, compared with {percent(others[name])} "
             f"in the other layers{clauses}. {cause}"
         )
-        yield Finding(Severity.WARNING, "nearly still", text, (run.name,), tuple(hit))
+        yield Finding(Severity.WARNING, "lagging", text, (run.name,), tuple(hit))
