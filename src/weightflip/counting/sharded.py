@@ -82,7 +82,7 @@ class ShardedRun:
         if not was_compared:
             return
         self._versions = None
-        for name, reason in self._weights.refused.items():
+        for name, reason in self._weights.rejected.items():
             if name in before:
                 self._stop_adding_up(name)
             if name not in self._layers.failed:
@@ -112,7 +112,7 @@ class ShardedRun:
         return [(distributed.Identity(p), None if p.is_inference() else p._version) for p in parameters]
 
     def _combine_statistics(self) -> None:
-        """Combine the statistics of sharded weights that quantizers need. One collective per team."""
+        """Combine the statistics of sharded weights that quantizers need. One collective per group."""
         failed = self._layers.failed
         for table, names in self._weights.tables:
             table.clear()
@@ -172,14 +172,14 @@ class ShardedRun:
         columns = self._columns
         local = {name: self._layers.local(layer, rows[name]) for name, layer in self._layers.items()}
         totals = {name: columns.add(layer.settled, local[name]) for name, layer in self._layers.items()}
-        for team, members in self._weights.teams:
+        for group, members in self._weights.rank_groups:
             numbers: list[float] = []
             for member in members:
                 name = member.name
                 new_counts = columns.since(self._synced_counts(name), local.get(name, columns.zeros()))
-                numbers += new_counts if team.is_counted(member.layout) else columns.zeros()
-                numbers.append(team.failure if name in self._layers.failed else 0)
-            sums = distributed.add_up(numbers, team)
+                numbers += new_counts if group.is_counted(member.layout) else columns.zeros()
+                numbers.append(group.failure if name in self._layers.failed else 0)
+            sums = distributed.all_reduce_sum(numbers, group)
             size = len(columns) + 1
             for i, member in enumerate(members):
                 *new_counts, failures = sums[i * size : (i + 1) * size]
@@ -189,7 +189,7 @@ class ShardedRun:
                 totals[member.name] = self._add_new_counts(member, new_counts, local_counts)
                 if failures and member.name not in self._layers.failed:
                     error = RuntimeError("it is no longer tracked on another process")
-                    self._layers.fail(member.name, error, warns=team.is_reporter(failures))
+                    self._layers.fail(member.name, error, warns=group.is_reporter(failures))
         self._synchronized_totals = steps, totals
 
     def _add_new_counts(

@@ -201,14 +201,14 @@ class Weights:
         """Whether the sharded parameters have changed on all processes, so that all take part in comparing them."""
         layouts = [layout for _, layout in (*self._shards, *shards) if layout.shard is not None]
         try:
-            return distributed.have_all_arrived(layouts, str([layout.shape for _, layout in self._shards]))
+            return distributed.try_barrier(layouts, str([layout.shape for _, layout in self._shards]))
         except Exception:
             return False
 
     def _diverge(self, signature: tuple[object, ...]) -> None:
         """Keep the previous selection, without the weights that changed on this process alone."""
         self._has_diverged = True
-        seconds = int(distributed.collectives.MEETING_TIMEOUT.total_seconds())
+        seconds = int(distributed.collectives.BARRIER_TIMEOUT.total_seconds())
         reason = f"sharded parameters were frozen, added or replaced on this process alone within {seconds} s"
         self._log.pending_warnings.append(
             f"weightflip: {reason}: tracking keeps its previous selection, without the changed parameters; make the "
