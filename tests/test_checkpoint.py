@@ -148,7 +148,7 @@ def damaged_states():
         yield f"version {what}", lambda s, v=value: s.update(version=v), "of version 1, got version"
     for what in ("text", "a boolean", "of 400 digits", "none", "a list"):
         value = cells[what]
-        yield f"ratio {what}", lambda s, v=value: s["ratios"][0].__setitem__(3, v), "numbers of float64"
+        yield f"ratio {what}", lambda s, v=value: s["ratios"][0].__setitem__(3, v), "numbers that float64 can hold"
     yield "steps without room", lambda s: s.update(steps=2**53 + 1), "at most 2**53 steps"
     yield "total too short", lambda s: s["layers"][0][3].pop(), "a list of 7 entries as the totals of layer"
     yield "total too long", lambda s: s["layers"][0][3].append(0), "a list of 7 entries as the totals of layer"

@@ -432,7 +432,7 @@ def test_parameters_converted_after_construction(convert, form, digits):
     if next(model.parameters()).dtype is torch.bfloat16:
         # A different format from here on.
         before = dict.fromkeys(before, 0)
-        message = "was tracked as float8_e4m3 and is native now; its counts start from zero"
+        message = "was tracked as float8_e4m3 and is now tracked as native; its counts start from zero"
         with pytest.warns(UserWarning, match=message):
             optimizer.step()
     else:

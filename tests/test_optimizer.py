@@ -778,7 +778,7 @@ def test_counts_of_another_format_are_not_continued(digits):
     second.load_state_dict(first.state_dict())
     brute = BruteForce(model, e3m4_values)
     brute.before()
-    message = r"'0.weight' was tracked as bfloat16 and is e3m4 now; its counts start from zero"
+    message = r"'0.weight' was tracked as bfloat16 and is now tracked as e3m4; its counts start from zero"
     with pytest.warns(UserWarning, match=message):
         second.step()
     brute.after()

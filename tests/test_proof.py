@@ -13,7 +13,7 @@ from conftest import case
 from kernel_cases import QUANTIZERS, hard_numbers
 
 from weightflip import FlipTrackingOptimizer, kernels
-from weightflip.counting.scaling import in_plain_torch, scaling_of
+from weightflip.counting.scaling import get_scaling, in_plain_torch
 from weightflip.formats import IntegerRounding
 from weightflip.kernels import backend, cpu, items, proof
 from weightflip.kernels.constants import Lanes
@@ -333,7 +333,7 @@ def test_broken_scales_of_groups_are_refused_and_made_by_plain_torch(kernel, qua
 
 def scaling_question_of(quantizer, dtype=torch.float32, with_updates=True):
     question, quantizer = question_of(quantizer, dtype, with_updates), resolve(quantizer)
-    scaling = scaling_of(quantizer, question.kind.rounding, dtype, CPU)
+    scaling = get_scaling(quantizer, question.kind.rounding, dtype, CPU)
     return question._replace(scaling=scaling), in_plain_torch(quantizer, dtype)
 
 

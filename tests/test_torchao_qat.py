@@ -684,7 +684,7 @@ def test_a_model_prepared_during_training_is_noticed_at_the_next_logging_point()
     step()
     step()
     quantize_(model, QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=32), step="prepare"))
-    with pytest.warns(UserWarning, match="'0.weight' was tracked as float8_e4m3 and is qat_int4:g32 now"):
+    with pytest.warns(UserWarning, match="'0.weight' was tracked as float8_e4m3 and is now tracked as qat_int4:g32"):
         step()
     assert optimizer.info.tracked["0.weight"][2] == "qat_int4:g32"
     updates = int(model[0].weight.grad.count_nonzero())

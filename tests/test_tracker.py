@@ -492,7 +492,7 @@ def test_load_state_dict_refuses_other_objects():
 def test_a_layer_of_another_size_starts_from_zero():
     tracker = WeightFlipTracker()
     step(tracker, [weight_of([[1.0, 2.0]])], lambda p: p.mul_(2))
-    with pytest.warns(UserWarning, match="'w' had 2 weights and has 3 now"):
+    with pytest.warns(UserWarning, match="'w' had 2 weights and now has 3"):
         step(tracker, [weight_of([[1.0, 2.0, 3.0]])])
     assert tracker.get_flip_counts() == {"w": 0}
 

@@ -15,7 +15,7 @@ from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.notices import Notices
 from weightflip.counting.routes import ElementwiseRoute, WholeWeightRoute
 from weightflip.counting.schedule import Schedule
-from weightflip.counting.silent import SilentWrites
+from weightflip.counting.silent_writes import SilentWrites
 from weightflip.counting.single import SingleProcess
 from weightflip.counting.table import LayerTable
 from weightflip.counting.totals import Totals
@@ -55,5 +55,5 @@ def opened(parts: SimpleNamespace, tracked: TrackedWeight):
 def commit(parts: SimpleNamespace, valid: torch.Tensor | None = None) -> None:
     """Finish a step."""
     parts.layers.prepare(valid)
-    parts.schedule.progress = parts.schedule.progress.next(valid)._replace(is_settled=False)
-    parts.layers.settle()
+    parts.schedule.progress = parts.schedule.progress.next(valid)._replace(is_committed=False)
+    parts.layers.commit()

@@ -11,7 +11,7 @@ from weightflip.counting.named import NamedSnapshots
 from weightflip.counting.totals import parse
 
 
-def test_a_step_is_in_the_totals_once_settled_unless_skipped():
+def test_a_step_is_in_the_totals_once_committed_unless_skipped():
     parts = make()
     layer = opened(parts, weight("w", "e3m4"))
     for valid, expected in ((None, 3), (torch.tensor(False), 3), (torch.tensor(True), 6)):
@@ -27,10 +27,10 @@ def test_totals_interrupted_while_put_in_place_are_completed_later():
     layer = opened(parts, weight("w", "e3m4"))
     layer.row.step[WEIGHT_STEPS] = 3
     parts.layers.prepare(None)
-    assert parts.layers.rows()[0]["w"][WEIGHT_STEPS] == 0
-    parts.schedule.progress = parts.schedule.progress.next(None)._replace(is_settled=False)
-    assert parts.layers.rows()[0]["w"][WEIGHT_STEPS] == 3
-    assert parts.schedule.progress.is_settled
+    assert parts.layers.read_rows()[0]["w"][WEIGHT_STEPS] == 0
+    parts.schedule.progress = parts.schedule.progress.next(None)._replace(is_committed=False)
+    assert parts.layers.read_rows()[0]["w"][WEIGHT_STEPS] == 3
+    assert parts.schedule.progress.is_committed
 
 
 def test_another_weight_with_the_same_name_starts_from_zero():
@@ -40,7 +40,7 @@ def test_another_weight_with_the_same_name_starts_from_zero():
     commit(parts)
     assert parts.totals.close_window(parts.shards).model.window.weight_steps == 512
     layer = opened(parts, weight("w", "e3m4", (4, 4)))
-    assert "'w' had 512 weights and has 16 now; its counts start from zero" in parts.notices.take()[0]
+    assert "'w' had 512 weights and now has 16; its counts start from zero" in parts.notices.take()[0]
     parts.layers.begin_step()
     layer.row.step[WEIGHT_STEPS] = 16
     commit(parts)
@@ -66,9 +66,9 @@ def test_removed_weights_have_no_codes():
     weights = [weight(name, "e3m4") for name in ("a", "bb")]
     layers = [opened(parts, tracked) for tracked in weights]
     parts.elementwise.encode(layers)
-    assert parts.layers.follow(weights)
-    assert not parts.layers.follow(weights)
-    assert parts.layers.follow(weights[:1])
+    assert parts.layers.set_weights(weights)
+    assert not parts.layers.set_weights(weights)
+    assert parts.layers.set_weights(weights[:1])
     assert [layer.codes is None for layer in layers] == [False, True]
 
 

@@ -34,21 +34,21 @@ class CurrentLayers:
     def __bool__(self) -> bool:
         return bool(self.layers)
 
-    def encode_current(self, weights: Iterable[TrackedWeight], shards: Shards, *, anew: bool) -> list[Layer]:
+    def encode_current(self, weights: Iterable[TrackedWeight], shards: Shards, *, force: bool) -> list[Layer]:
         """Encode the weights whose codes are outdated, and return their layers with current codes.
 
         Args:
             weights: Some or all of the weights of the step.
             shards: Tells which codes may be kept.
-            anew: Whether to encode all of them.
+            force: Whether to encode all of them.
         """
         layers, found = self._table.by_name, []
         stale: dict[Route, list[Layer]] = {}
         for tracked in weights:
             try:
                 layer = layers.get(tracked.name)
-                if layer is None or anew or not layer.is_current(tracked):
-                    layer = self._check(tracked, stale, shards, anew)
+                if layer is None or force or not layer.is_current(tracked):
+                    layer = self._check(tracked, stale, shards, force)
             except Exception as error:
                 self._table.fail(tracked.name, error)
                 continue
@@ -62,7 +62,7 @@ class CurrentLayers:
         return found
 
     def _check(
-        self, tracked: TrackedWeight, stale: dict[Route, list[Layer]], shards: Shards, anew: bool
+        self, tracked: TrackedWeight, stale: dict[Route, list[Layer]], shards: Shards, force: bool
     ) -> Layer | None:
         """Return a weight's layer, and add it to ``stale`` if its codes are outdated. None if it is not tracked."""
         if tracked.name in self._table.failed:
@@ -74,7 +74,7 @@ class CurrentLayers:
         weight, quantizer = tracked.unwrapped()
         layer = self._table.open(tracked, weight, quantizer)
         is_kept = shards.may_keep(tracked.name, layer.is_unwritten(tracked.parameter, weight))
-        is_kept = is_kept and layer.state is CodeState.KEPT and not anew
+        is_kept = is_kept and layer.state is CodeState.KEPT and not force
         if not is_kept:
             layer.distrust()
         if not is_kept or layer.route is None or layer.tracked is not tracked:

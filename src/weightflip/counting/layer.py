@@ -178,11 +178,11 @@ class Layer:
     name: str
     weights: int
     quantizer: str
-    settled: list[float]
-    """Counts from a loaded checkpoint, and for a sharded weight those of all processes up to their last
-    synchronization."""
-    local_before: list[float]
-    """Counts of this process in earlier rows on other devices."""
+    synchronized_counts: list[float]
+    """Counts that are the same on all processes: those of a loaded checkpoint, and for a sharded weight the sums up to
+    the last synchronization."""
+    earlier_local_counts: list[float]
+    """Counts of this process from earlier rows on other devices."""
     restarts: int = 0
     """The number of times its counts were reset because it became another weight."""
     row: Row | None = None

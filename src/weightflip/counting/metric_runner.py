@@ -11,7 +11,7 @@ from torch import Tensor
 from weightflip import functional, kernels
 from weightflip.counting.layer import CodeState, Layer, MetricCalls
 from weightflip.counting.notices import Notices
-from weightflip.counting.observed import Observation
+from weightflip.counting.observations import Observation
 from weightflip.counting.schedule import Schedule
 from weightflip.counting.table import LayerTable
 from weightflip.metrics import LayerMetric, Slice, Weight
@@ -146,7 +146,7 @@ class MetricRunner:
 
         return observe
 
-    def find_observations(self, layer: Layer) -> tuple[Observation, ...] | None:
+    def collect_observations(self, layer: Layer) -> tuple[Observation, ...] | None:
         """Return what the groups compute for each weight of a layer; None if a kernel cannot access their state.
 
         Groups that need slices are not included. See :meth:`needs_slices`.
@@ -214,7 +214,7 @@ class MetricRunner:
         for group in self._of_marks:
             metric = (layer.metrics or {}).get(group.metric.name)
             if metric is not None:
-                sums = layer.row.more_total(group.sums).view(-1, 2)
+                sums = layer.row.metric_total(group.sums).view(-1, 2)
                 self._call(layer, group, metric.mark, weight, sums, self._scratch)
         self.has_new_counts = True
 
@@ -234,7 +234,7 @@ class MetricRunner:
             layers: All layers.
         """
         for group in self._groups:
-            layers.clear_found(slice(group.gauges.start, group.bins.stop))
+            layers.clear_gauges(slice(group.gauges.start, group.bins.stop))
         steps = self._schedule.steps
         due = [
             group
@@ -257,7 +257,7 @@ class MetricRunner:
         for group in due:
             metric = (layer.metrics or {}).get(group.metric.name)
             if metric is not None:
-                gauges, bins = layer.row.more_total(group.gauges).view(-1, 2), layer.row.more_total(group.bins)
+                gauges, bins = layer.row.metric_total(group.gauges).view(-1, 2), layer.row.metric_total(group.bins)
                 state = metric.tensors
                 self._call(layer, group, metric.gauge, weight, gauges, bins)
                 if any(tensor is not state.get(name) for name, tensor in metric.tensors.items()):
@@ -304,4 +304,4 @@ def _code_kind(codes: Tensor, quantizer: Quantizer) -> tuple[torch.Size, torch.d
 
 def _sums(layer: Layer, group: Group) -> Tensor:
     assert layer.row is not None
-    return layer.row.more_step(group.sums).view(-1, 2)
+    return layer.row.metric_step(group.sums).view(-1, 2)

@@ -17,7 +17,7 @@ class Progress(NamedTuple):
     """Optimizer steps, skipped ones included."""
     skipped: Tensor | None = None
     """The number of skipped steps, 0-dim int64; None as long as no step can have been skipped."""
-    is_settled: bool = True
+    is_committed: bool = True
     """Whether the ledgers have the totals that belong to this progress."""
 
     def next(self, valid: Tensor | None) -> Progress:

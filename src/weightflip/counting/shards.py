@@ -30,13 +30,13 @@ class Shards(Protocol):
         """As :meth:`WeightFlipTracker.expect_others`; returns the implementation to use from then on."""
         ...
 
-    def begin(self, weights: Sequence[TrackedWeight], *, are_others: bool, anew: bool) -> None:
+    def begin(self, weights: Sequence[TrackedWeight], *, have_changed: bool, force: bool) -> None:
         """Before the step, obtain the statistics that encoding shards needs.
 
         Args:
             weights: The weights of the step.
-            are_others: Whether they are other objects than in the last step.
-            anew: Whether no codes are kept from the last step.
+            have_changed: Whether they are other objects than in the last step.
+            force: Whether no codes are kept from the last step.
         """
         ...
 
@@ -53,7 +53,7 @@ class Shards(Protocol):
         """After the step, obtain the statistics that encoding shards needs."""
         ...
 
-    def drop_uncertain(self) -> None:
+    def discard_flagged(self) -> None:
         """Drop this step's counts of weights that any process has flagged."""
         ...
 

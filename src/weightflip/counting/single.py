@@ -39,7 +39,7 @@ class SingleProcess:
 
         return ShardedRun(self._layers, self._columns)
 
-    def begin(self, weights: Sequence[TrackedWeight], *, are_others: bool, anew: bool) -> None:
+    def begin(self, weights: Sequence[TrackedWeight], *, have_changed: bool, force: bool) -> None:
         pass
 
     def may_keep(self, name: str, is_unwritten: bool) -> bool:
@@ -48,7 +48,7 @@ class SingleProcess:
     def share(self, *, is_next_due: bool) -> None:
         pass
 
-    def drop_uncertain(self) -> None:
+    def discard_flagged(self) -> None:
         pass
 
     def forget(self) -> None:

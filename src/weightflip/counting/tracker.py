@@ -16,10 +16,10 @@ from weightflip.counting import summary, totals
 from weightflip.counting.batch import Batch
 from weightflip.counting.batched import BatchedRoute
 from weightflip.counting.columns import Columns
-from weightflip.counting.course import Course
 from weightflip.counting.current import CurrentLayers
 from weightflip.counting.display import Displayed
-from weightflip.counting.gathered import GatheredRoute, Heap
+from weightflip.counting.gathered import Bucket, GatheredRoute
+from weightflip.counting.history import History
 from weightflip.counting.layer import CodeState, Layer, TrackedWeight
 from weightflip.counting.marks import SyncMarks
 from weightflip.counting.metric_runner import MetricRunner
@@ -29,7 +29,7 @@ from weightflip.counting.notices import Noted, Notices
 from weightflip.counting.routes import ElementwiseRoute, WholeWeightRoute
 from weightflip.counting.schedule import Progress, Schedule, Scheduled
 from weightflip.counting.shards import Shards
-from weightflip.counting.silent import SilentWrites
+from weightflip.counting.silent_writes import SilentWrites
 from weightflip.counting.single import SingleProcess
 from weightflip.counting.table import LayerTable
 from weightflip.counting.totals import Totals
@@ -157,9 +157,9 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._schedule.progress = Progress()
         self._scratch = kernels.ScratchPool()
         self._layers = LayerTable(self._columns, self._schedule, self._notices)
-        self._silent = SilentWrites(self._layers, self._notices)
+        self._silent_writes = SilentWrites(self._layers, self._notices)
         self._named = NamedSnapshots(self._layers, self._scratch)
-        self._totals = Totals(self._columns, self._layers, self._schedule, self._silent)
+        self._totals = Totals(self._columns, self._layers, self._schedule, self._silent_writes)
         self._runner = MetricRunner(self._groups, self._schedule, self._notices, self._scratch, self.backend)
         self._marks = SyncMarks(self._runner, self._schedule, self._layers, self._notices, self._sync_every)
         parts = (self._layers, self._runner, self._scratch, self.backend, with_updates)
@@ -197,9 +197,9 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         return self._batched.batches
 
     @property
-    def heaps(self) -> list[Heap]:
+    def buckets(self) -> list[Bucket]:
         """The layers of the last step that plain torch counts together, grouped by kind."""
-        return self._gathered.heaps
+        return self._gathered.buckets
 
     # ------------------------------------------------------------------ one weight at a time
 
@@ -271,7 +271,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
             TypeError: The weights are not ``TrackedWeight`` objects.
         """
         weights = _check_weights(weights)
-        self._layers.settle()
+        self._layers.commit()
         if self._in_step:
             # The last step raised an exception half way, and may have written any weights.
             self._forget_codes()
@@ -280,7 +280,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
             return
         self._gradients = {}
         self._begin(weights)
-        self._silent.check(weights)
+        self._silent_writes.check(weights)
         self._current.set_layers(self._encode_current(weights))
         if self._runner.uses_steps:
             for layer in self._current:
@@ -292,15 +292,15 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
 
     def _begin(self, weights: list[TrackedWeight]) -> None:
         """Set the weights of a step, and exchange what processes need to know about sharded ones."""
-        are_others = self._layers.follow(weights)
-        if are_others:
+        have_changed = self._layers.set_weights(weights)
+        if have_changed:
             # Batches also hold codes.
             self._current.release()
             self._shards = self._shards.for_weights(weights)
-        self._shards.begin(weights, are_others=are_others, anew=self.fresh_snapshots)
+        self._shards.begin(weights, have_changed=have_changed, force=self.fresh_snapshots)
 
     def _encode_current(self, weights: Iterable[TrackedWeight]) -> list[Layer]:
-        return self._current.encode_current(weights, self._shards, anew=self.fresh_snapshots)
+        return self._current.encode_current(weights, self._shards, force=self.fresh_snapshots)
 
     def take_weights_from(self, holding: Holding, taking: Taking) -> None:
         """Set how to access weights between two steps, if they are released after each step.
@@ -360,8 +360,8 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
                 self._mark_if_due()
             raise
         # An interrupt before this line leaves the step uncounted, and one after it leaves it counted.
-        self._schedule.progress = after._replace(is_settled=False)
-        self._layers.settle()
+        self._schedule.progress = after._replace(is_committed=False)
+        self._layers.commit()
         self._runner.has_new_counts = True
         self._mark_if_due()
         self._keep_codes()
@@ -373,7 +373,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._layers.begin_step()
         self._shards.share(is_next_due=self._schedule.is_due(self._schedule.steps + 1))
         self._current.count(self._gradients, valid)
-        self._shards.drop_uncertain()
+        self._shards.discard_flagged()
         self._gradients = {}
 
     def _keep_codes(self) -> None:
@@ -384,14 +384,14 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         elif self.low_memory:
             self._drop_codes()
         elif not self.fresh_snapshots:
-            self._silent.remember(self._schedule.steps, self._current.layers)
+            self._silent_writes.remember(self._schedule.steps, self._current.layers)
         if self._schedule.is_over() or not self._current:
             self._scratch.clear()
 
     def _forget_codes(self) -> None:
         """Invalidate all codes, because weights may have been written on all processes."""
         self._shards.forget()
-        self._silent.forget()
+        self._silent_writes.forget()
         self._layers.distrust()
         if self.low_memory or self._schedule.is_over():
             self._drop_codes()
@@ -408,7 +408,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
 
     def _release_memory(self) -> None:
         self._current.clear()
-        self._silent.release()
+        self._silent_writes.release()
         self._scratch.clear()
         self._gradients = {}
 
@@ -426,7 +426,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         Returns:
             The record; None if no step was tracked and no window of ``mark_sync`` ended since the last one.
         """
-        self._layers.settle()
+        self._layers.commit()
         try:
             self._inspect_weights()
         finally:
@@ -484,9 +484,9 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
 
     def _mark_if_due(self) -> None:
         if self._marks.take_due():
-            self._layers.settle()
+            self._layers.commit()
             taking = None if self._taking is None else self._taking()
-            found = nullcontext(self._layers.listed) if taking is None else taking()
+            found = nullcontext(self._layers.weights) if taking is None else taking()
             with self._marks.guarded(), found as weights:
                 self._begin(list(weights))
                 self._marks.make(
@@ -578,8 +578,8 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         return steps, [(layer.name, layer.quantizer, layer.weights, counts) for layer, counts in layers]
 
     @property
-    def course(self) -> Course:
-        return self._totals.course
+    def history(self) -> History:
+        return self._totals.history
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {len(self._layers):,} layers; print() shows what was counted>"
@@ -594,7 +594,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         return MemoryUsage(
             codes=sum(layer.code_bytes for layer in self._layers.values()),
             counters=self._layers.counter_bytes,
-            buffers=self._scratch.nbytes + self._silent.nbytes,
+            buffers=self._scratch.nbytes + self._silent_writes.nbytes,
             metrics=sum(layer.metric_bytes for layer in self._layers.values()),
         )
 
