@@ -968,12 +968,12 @@ def second_world(rank: int, world: int, store: str) -> dict[str, object]:
         optimizer.close()
     del sharded, optimizer
     gc.collect()
-    is_gone = old() is None
+    is_deleted = old() is None
     connect(rank, world, store)
     return {
         "first": first,
         "second": run(fsdp_and_tp, quantizer="float8_e4m3")[0],
-        "is_gone": is_gone,
+        "is_deleted": is_deleted,
         "warnings": [str(w.message) for w in caught],
     }
 

@@ -64,7 +64,7 @@ def codes_of(weight: Tensor, quantizer) -> tuple[Tensor, Tensor | None]:
 
 def scale_codes_of(weight: Tensor, quantizer, scale: Tensor) -> Tensor:
     """What is stored of the scales of groups: one for each block."""
-    return quantizer.scale_codes(quantizer.of_blocks(scale, weight.shape))
+    return quantizer.scale_codes(quantizer.block_scales(scale, weight.shape))
 
 
 def stale_codes(weight: Tensor, quantizer, generator: torch.Generator) -> Tensor:

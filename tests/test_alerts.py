@@ -82,7 +82,7 @@ def test_rules_that_cannot_be_parsed(rule):
         ([Alert("flip_rate > 0", "3.*")], ValueError, r"the pattern '3.\*' in layers= .* matches none of the 5 layers"),
         (["oscillation_ratio > 0.5"], ValueError, "which metrics= does not provide"),
         ("stall_ratio > 1", TypeError, "put it in brackets"),
-        ([lambda record: True], TypeError, "a rule in alerts= is a string such as"),
+        ([lambda record: True], TypeError, "a rule in alerts= must be a string such as"),
     ],
 )
 def test_mistakes_raise_at_construction(alerts, error, message):

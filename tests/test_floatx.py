@@ -465,7 +465,7 @@ def test_code_width_follows_the_format():
 
 @pytest.mark.parametrize("scale", [0, 0.0, -1.0, math.nan, math.inf])
 def test_scale_must_be_positive(scale):
-    with pytest.raises(ValueError, match="divided by and must be positive and finite, got"):
+    with pytest.raises(ValueError, match="must be positive and finite, since the weight is divided by it; got"):
         encode(torch.ones(2, 2), E3M4, scale=scale)
 
 
@@ -483,7 +483,7 @@ def test_weights_must_be_floating_point(spec, dtype):
 
 
 def test_constructor_errors():
-    with pytest.raises(ValueError, match="up to 16 bits, got e8m23"):
+    with pytest.raises(ValueError, match="at most 16 bits, got e8m23"):
         FloatxQuantizer(formats.FP32)
-    with pytest.raises(ValueError, match=r"granularity is one of .* got 'column'"):
+    with pytest.raises(ValueError, match=r"granularity= must be one of .* got 'column'"):
         FloatxQuantizer(E3M4, "column")

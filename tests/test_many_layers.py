@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from weightflip import FlipRecord, FlipTrackingOptimizer, RunInfo
 from weightflip.records import Counts, Histogram, LayerRecord
 from weightflip.report import read_runs
-from weightflip.report.many import make_overview
+from weightflip.report.block_summary import make_overview
 from weightflip.sinks import TensorBoardSink
 
 PARTS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")

@@ -628,7 +628,11 @@ def total(weight):
             "log_every= must be an integer of at least 1, got 0",
             lambda m: FlipTrackingOptimizer(sgd(m), m, log_every=0),
         ),
-        (ValueError, "metrics= is a sequence", lambda m: FlipTrackingOptimizer(sgd(m), m, metrics=["oscillations"])),
+        (
+            ValueError,
+            "metrics= must be a sequence",
+            lambda m: FlipTrackingOptimizer(sgd(m), m, metrics=["oscillations"]),
+        ),
         (
             OSError,
             "is not writable.*choose another directory",
@@ -658,7 +662,7 @@ def total(weight):
         ),
         (
             ValueError,
-            "log_dir= is where the default sink writes",
+            "log_dir= is the directory of the default sink",
             lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=[], log_dir="runs"),
         ),
     ],

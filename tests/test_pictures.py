@@ -12,11 +12,11 @@ from weightflip import FlipRecord
 from weightflip.records import Counts, LayerRecord, Quotient
 from weightflip.sinks import TensorBoardSink, scatter
 from weightflip.sinks.colors import ABOVE, BELOW, ColorScale, interpolate_colors
-from weightflip.sinks.heatmap import History, draw
+from weightflip.sinks.heatmap import LayerHistory, draw
 
 
-def history_of(records) -> History:
-    history = History("flip_rate")
+def history_of(records) -> LayerHistory:
+    history = LayerHistory("flip_rate")
     for record in records:
         history.add(record, record.step - 1)
     return history

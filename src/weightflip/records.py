@@ -563,7 +563,7 @@ class AlertEvent:
 
 
 # With more layers than this, one line summarizes them and names the first ones.
-_MOST_NAMED = 5
+_MAX_NAMES = 5
 
 
 def alert_lines(events: Iterable[AlertEvent]) -> list[str]:
@@ -575,11 +575,11 @@ def alert_lines(events: Iterable[AlertEvent]) -> list[str]:
     lines = []
     for (step, rule), group in itertools.groupby(events, lambda event: (event.step, event.rule)):
         same_rule = list(group)
-        if len(same_rule) <= _MOST_NAMED:
+        if len(same_rule) <= _MAX_NAMES:
             lines += [event.message for event in same_rule]
         else:
-            names = ", ".join(printable(event.layer) for event in same_rule[:_MOST_NAMED])
-            lines.append(f"step {step}: {rule}: {names} and {len(same_rule) - _MOST_NAMED} more")
+            names = ", ".join(printable(event.layer) for event in same_rule[:_MAX_NAMES])
+            lines.append(f"step {step}: {rule}: {names} and {len(same_rule) - _MAX_NAMES} more")
     return lines
 
 

@@ -103,7 +103,7 @@ class MetricRunner:
 
     def _open(self, layer: Layer, group: Group, weight: Weight, is_shard: bool) -> None:
         assert layer.metrics is not None
-        if is_shard and not group.metric.of_shards:
+        if is_shard and not group.metric.supports_shards:
             layer.metrics[group.metric.name] = None
             return
         metric = layer.metrics[group.metric.name] = group.metric.open(layer.name, weight)

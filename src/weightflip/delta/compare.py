@@ -9,7 +9,7 @@ from typing import NamedTuple
 from weightflip.delta.checkpoint import Checkpoint
 from weightflip.delta.mapped import MappedTensor
 
-_Form = tuple[str, tuple[int, ...]]
+_TensorSpec = tuple[str, tuple[int, ...]]
 
 
 class FormatDiff(NamedTuple):
@@ -43,8 +43,8 @@ class TensorDiff:
     """
 
     name: str
-    old: _Form | None
-    new: _Form | None
+    old: _TensorSpec | None
+    new: _TensorSpec | None
     weights: int
     changed: int | None = None
     same_as: str | None = None

@@ -181,7 +181,7 @@ class _Recorder:
     def finish(self, old: Checkpoint, new: Checkpoint, found: dict[str, Pair]) -> int:
         """Write the sections after the data. Returns the size of the file."""
         steps = tuple(self._step(pair) for pair in found.values() if pair.new is not None)
-        forms = tuple((tensor.name, tensor.dtype, tensor.shape) for tensor in old.tensors.values())
+        specs = tuple((tensor.name, tensor.dtype, tensor.shape) for tensor in old.tensors.values())
         rows = [
             self._old[name].digest() if name in self._old else digests.digest_of(tensor)
             for name, tensor in old.tensors.items()
@@ -189,7 +189,7 @@ class _Recorder:
         for step in steps:
             if step.has_digest:
                 rows.append(self._new.get(step.name, digests.new_digest()).digest())
-        return self._writer.finish(rows, Manifest(forms, steps, new.layout))
+        return self._writer.finish(rows, Manifest(specs, steps, new.layout))
 
     def _step(self, pair: Pair) -> Step:
         assert pair.new is not None

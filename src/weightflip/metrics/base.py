@@ -191,7 +191,7 @@ class Metric(ABC):
     """Whether it has ``before``, ``slice`` or ``after``. If no group does, many weights are counted in one call."""
     uses_marks: bool = False
     """Whether it has ``mark``. A group with ``mark`` only is opened at the first mark."""
-    of_shards: bool = True
+    supports_shards: bool = True
     """Whether the sums over the shards of a weight equal those of the whole. If not, sharded weights are left out."""
 
     @property

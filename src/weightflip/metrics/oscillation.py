@@ -55,9 +55,11 @@ class Oscillation(Metric):
 
     def __init__(self, ema: float | None = None, threshold: float = _THRESHOLD) -> None:
         if ema is not None and not (_is_number(ema) and 0 < ema <= 1):
-            raise ValueError(f"oscillation_ema= is a momentum above 0 and at most 1, such as 0.01; got {ema!r}")
+            raise ValueError(f"oscillation_ema= must be a momentum above 0 and at most 1, such as 0.01; got {ema!r}")
         if not (_is_number(threshold) and 0 <= threshold < 1):
-            raise ValueError(f"the threshold of the oscillation frequency lies in [0, 1), got {threshold!r}")
+            raise ValueError(
+                f"the threshold in oscillation_ema= must be at least 0 and below 1, such as 0.005; got {threshold!r}"
+            )
         self.ema = None if ema is None else float(ema)
         self.threshold = float(threshold)
         if ema is not None:

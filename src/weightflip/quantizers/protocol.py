@@ -183,7 +183,7 @@ class ElementwiseQuantizer(BaseQuantizer):
             # An inherited rounding does not describe an overridden encode_into.
             cls.rounding = ElementwiseQuantizer.rounding  # type: ignore[method-assign]
         if vars(cls).keys() & {"scale_of", "applied_scale", "scale_codes"} and "scale_rule" not in vars(cls):
-            # Nor is another way to make scales what an inherited rule says.
+            # An inherited rule does not describe overridden scales.
             cls.scale_rule = ElementwiseQuantizer.scale_rule  # type: ignore[method-assign]
         if vars(cls).keys() & {"is_active", "has_state", "encodes"} and "batchable" not in vars(cls):
             # These may change from step to step, and must be read for each weight.
@@ -231,7 +231,7 @@ class ElementwiseQuantizer(BaseQuantizer):
         """Return group scales as they are stored, as integers of their shape, so that changes can be counted."""
         return bits_of_scale(scale)
 
-    def of_blocks(self, scale: Tensor, shape: Sequence[int], first_row: int = 0) -> Tensor:
+    def block_scales(self, scale: Tensor, shape: Sequence[int], first_row: int = 0) -> Tensor:
         """Select the group scales to count: one per block if several groups share a scale.
 
         Args:
@@ -276,7 +276,8 @@ class ElementwiseQuantizer(BaseQuantizer):
         """What ``scale_of``, ``applied_scale`` and ``scale_codes`` do for weights of a dtype, as data.
 
         ``"steps"``: what weights are multiplied or divided by takes at most 256 values. The stored code of each is a
-        byte that grows with the largest magnitude; where nothing is stored, each is a power of two. None: ask them.
+        byte that grows with the largest magnitude; where nothing is stored, each is a power of two. None: there is no
+        such description, and the methods are called.
         """
         return None
 

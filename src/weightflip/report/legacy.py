@@ -23,7 +23,7 @@ _VALUES = (
     Value(
         "oscillating_fraction", "gauge", "oscillating", "fraction of weights that oscillate often", "share", order=11
     ),
-    Value("travel_ratio", "rate", "travel", "way of the quantized weights / way of the weights", order=20),
+    Value("travel_ratio", "rate", "travel", "distance of the quantized weights / distance of the weights", order=20),
     Value(
         "travel_high_fraction", "gauge", "travel high", "fraction of weights with a ratio above 16", "share", order=21
     ),

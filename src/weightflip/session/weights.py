@@ -19,8 +19,8 @@ from weightflip.quantizers.protocol import Quantizer
 from weightflip.records import RunInfo, printable, split_variant, variant
 from weightflip.selection import (
     Plan,
+    QuantizerSources,
     Selection,
-    Sources,
     is_positional,
     make_layer_groups,
     make_plan,
@@ -123,7 +123,7 @@ class Weights:
         others = [source for source in self._log.sources if source is not self._source]
         plan = make_plan(
             parameters,
-            Sources(self._model, optimizer, self._remembered),
+            QuantizerSources(self._model, optimizer, self._remembered),
             self._selection,
             strict=strict,
             may_be_empty=bool(others),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from weightflip.overview import Spread, spread
 from weightflip.records import MODEL_TAGS, FlipRecord, LayerRecord, printable, split_variant, variant
 
-HISTOGRAMS_OF_ALL = 64
+DENSE_HISTOGRAM_POINTS = 64
 
 
 class Point(NamedTuple):
@@ -95,7 +95,10 @@ def is_histogram_point(point: int) -> bool:
     They are written at the first 64, then 32 times per doubling: a histogram takes as much space as all scalars of a
     layer, and TensorBoard shows at most 500 per tag.
     """
-    return point <= HISTOGRAMS_OF_ALL or point % (1 << (point.bit_length() - HISTOGRAMS_OF_ALL.bit_length() + 1)) == 0
+    return (
+        point <= DENSE_HISTOGRAM_POINTS
+        or point % (1 << (point.bit_length() - DENSE_HISTOGRAM_POINTS.bit_length() + 1)) == 0
+    )
 
 
 def _with_quantizer(tag: str, quantizer: str) -> str:
