@@ -23,13 +23,14 @@ def cpu_time_of_one_thread() -> None:
 _clock = time.perf_counter
 
 
-def time_in_rounds(cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:
+def time_in_rounds(cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 18) -> dict[str, float]:
     """Median seconds of each case. All cases run once per round.
 
     Args:
         cases: Functions to time, by name.
         repeats: Number of timed rounds.
-        warmup: Number of rounds before them, which create optimizer states and compile.
+        warmup: Number of rounds before them, which create optimizer states and compile. After each of the first 16
+            steps, tracking also checks a sample of a weight for external writes.
     """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + repeats):

@@ -35,6 +35,9 @@ SCALED = (
     "float8_e4m3:row", "int8", "int4", "int4:g32", "mxfp8_e4m3", "mxfp4", "nvfp4", "float8_e4m3:1x128",
     "float8_e4m3:128x128",
 )  # fmt: skip
+SYNCED = (
+    "bfloat16", "float8_e4m3", "float8_e4m3:row", "float8_e4m3:1x128", "float8_e4m3:128x128", "mxfp4", "nvfp4",
+)  # fmt: skip
 DEFAULT = "flips + stalls"
 Row = dict[str, Any]
 
@@ -152,6 +155,36 @@ def on_top(name: str, weights: Weights, cases: Mapping[str, Sequence[str]], repe
     return rows
 
 
+def syncs(repeats: int) -> list[Row]:
+    """What the groups ``sync`` and ``touched`` add to flips and stalls, with a sync after each step."""
+    weights, rows = Weights(ONE), []
+    for quantizer in SYNCED:
+        bare, default = weights.adamw(), wrapped(weights, quantizer=quantizer)
+        actions: dict[str, Callable[[], object]] = {"bare": bare.step, "default": default.step}
+        found = {}
+        for group in ("sync", "touched"):
+            found[group] = wrapped(weights, quantizer=quantizer, metrics=("flips", "stalls", group))
+
+            def step_and_mark(optimizer: FlipTrackingOptimizer = found[group]) -> None:
+                optimizer.step()
+                optimizer.tracker.mark_sync()
+
+            actions[group] = step_and_mark
+        times = time_in_rounds(actions, repeats)
+        rows += [
+            {
+                "weights": f"a sync after each step, on top of {DEFAULT}, 4096 x 4096",
+                "case": f"{group}, {quantizer}",
+                "bare_ms": times["bare"] * 1e3,
+                "tracking_ms": (times[group] - times["default"]) * 1e3,
+                "ratio": (times[group] - times["default"]) / times["bare"],
+                "persistent_bytes_per_weight": optimizer.tracker.memory_usage().metrics / weights.numel_tracked,
+            }
+            for group, optimizer in found.items()
+        ]
+    return rows
+
+
 def every(repeats: int) -> list[Row]:
     """Tracking every n-th step: means over n steps with one tracked step."""
     weights = Weights(ONE)
@@ -233,7 +266,7 @@ def bytes_gpt(repeats: int) -> list[Row]:
     ]
 
 
-PARTS = {part.__name__: part for part in (one, scaled, gpt2, small, formats, groups, every, bytes_gpt)}
+PARTS = {part.__name__: part for part in (one, scaled, gpt2, small, formats, groups, syncs, every, bytes_gpt)}
 
 
 def machine() -> dict[str, Any]:

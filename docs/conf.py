@@ -8,7 +8,13 @@ project = "weightflip"
 version = release = __version__
 copyright = "the weightflip maintainers"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
 
 # The source is the repository itself, so that a link between any two files is the same here and on a Git host.
 root_doc = "docs/index"
@@ -18,6 +24,8 @@ templates_path = ["_templates"]
 
 myst_heading_anchors = 4  # the names that GitHub gives to headings
 
+# Only tables: the entries are in docs/api.
+autosummary_generate = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

@@ -286,6 +286,35 @@ def syncs(rank: int, world: int) -> dict[str, object]:
     return results
 
 
+def touched(rank: int, world: int) -> dict[str, object]:
+    """Which weights flipped at least once between two syncs; and on gathered weights."""
+    formats = ["float8_e4m3", "float8_e4m3:row", "mxfp4", "bfloat16"]
+    sharded = Sharded(fsdp)
+    model = sharded.model
+    optimizer = wrap(adamw(model), model, quantizer=formats, metrics=("flips", "touched"), sync_every=3, track_every=2)
+
+    def codes() -> dict[str, torch.Tensor]:
+        whole = {of: full(p.detach()) for of, p in model.named_parameters()}
+        return {f"{of}@{f}": resolve(f).encode(w).ordinals.clone() for of, w in whole.items() for f in formats}
+
+    flags, brute = {}, {}
+    for step in range(6):
+        sharded.set_gradients(step)
+        write_between(step, model)
+        before = codes()
+        optimizer.step()
+        for name, after in codes().items() if step % 2 == 0 else ():
+            flags[name] = flags.get(name, False) | (after != before[name])
+        if step % 3 == 2:
+            for name, flag in flags.items():
+                seen, weights = brute.get(name, (0, 0))
+                brute[name] = [seen + int(flag.sum()), weights + flag.numel()]
+            flags = {}
+    record = optimizer.tracker.record()
+    found = {layer.name: list(layer.window.ratios["touched_fraction"]) for layer in record.layers}
+    return {"found": found, "brute": brute, "layers": list(record.model.window.ratios["untouched_layers"])}
+
+
 def collectives(rank: int, world: int) -> dict[str, object]:
     """Count the collectives, and their bytes, in a step and at a logging point."""
     results = {}
@@ -742,9 +771,13 @@ def readers(rank: int, world: int) -> dict[str, object]:
 
 
 def several_optimizers(rank: int, world: int) -> dict[str, object]:
-    """Train with two optimizers of one run; the first raises at logging points on one process."""
+    """Train with two optimizers of one run; one of them raises at logging points on one process."""
     results = {}
-    for name in ("whole", "broken"):
+
+    def raises() -> None:
+        raise RuntimeError("broken on purpose")
+
+    for name in ("whole", "broken", "record"):
         sharded, calls = Sharded(fsdp), []
         model, quantizer, records = sharded.model, Breaks("plain"), []
         of_first = [model.first.weight, model.three.weight]
@@ -761,6 +794,9 @@ def several_optimizers(rank: int, world: int) -> dict[str, object]:
             warnings.simplefilter("always")
             for step in range(STEPS):
                 quantizer.is_broken = name == "broken" and step >= 3
+                if name == "record" and step == 3 and rank == 0:
+                    # The whole record of the optimizer that does not lead, on the process that writes.
+                    second.tracker._inspect_weights = raises
                 sharded.set_gradients(step)
                 with Collectives() as done:
                     second.step()
@@ -1116,6 +1152,7 @@ def work(rank: int, world: int, folder: Path, weights: dict[str, Tensor]) -> Non
     if world == 2:
         modes["options"] = lambda: options_of_the_tracker(rank, world)
         modes["syncs"] = lambda: syncs(rank, world)
+        modes["touched"] = lambda: touched(rank, world)
         modes["writes"] = lambda: writes(rank, world)
         modes["faults"] = lambda: faults(rank, world)
         modes["faults_of_a_quantizer"] = lambda: faults_of_a_quantizer(rank, world)

@@ -320,12 +320,13 @@ def test_the_log_says_what_takes_time(monkeypatch, caplog):
     monkeypatch.setattr(compiled, "_loops", {})
     monkeypatch.setattr(compiled, "_compiled", lambda *args: slow(args))
     compiled._log_compilation.cache_clear()
-    with caplog.at_level("INFO", logger="weightflip"), warnings.catch_warnings():
+    # A warning: without a configured logger, users do not see other lines.
+    with caplog.at_level("WARNING", logger="weightflip"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert compiled.count_loop() is None
         assert compiled.largest_loop() is None
     assert [record.getMessage() for record in caplog.records] == [
-        "Numba compiles the counting loops for the CPU, which takes a few seconds, and caches them on disk"
+        "weightflip: Numba compiles the counting loops for the CPU, which takes some seconds, and caches them on disk"
     ]
 
 

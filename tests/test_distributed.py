@@ -108,6 +108,15 @@ def test_what_differs_between_two_syncs_is_that_of_gathered_weights(runs):
         assert all(other[name] == result for other in others)
 
 
+def test_weights_that_flip_between_two_syncs_are_those_of_gathered_weights(runs):
+    first, *others = of_mode(runs, 2, "touched")
+    assert first["found"] == first["brute"]
+    assert 0 < sum(found[0] for found in first["found"].values()) < sum(found[1] for found in first["found"].values())
+    # Two windows, and a shard counts as a layer.
+    assert first["layers"][1] > 2 * len(first["found"])
+    assert all(other == first for other in others)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_training_equals_brute_force_on_gathered_weights(runs, world):
     for found in of_mode(runs, world, "training"):
@@ -356,6 +365,22 @@ def test_several_optimizers_form_one_run(runs):
     assert first["broken"]["flips"] == second["broken"]["flips"]
     assert len(first["broken"]["records"]) == 3
     assert "broken on purpose" in second["broken"]["warnings"][0]
+    # A record that fails ends the tracking of its own optimizer, on all processes, and not that of the leader.
+    for result in (first["record"], second["record"]):
+        assert result["calls"] == first["whole"]["calls"]
+        for layer in ("first.weight", "three.weight"):
+            assert result["flips"][layer] == expected["flips"][layer]
+    assert first["record"]["warnings"] == [
+        "weightflip: tracking has stopped, training continues: RuntimeError: broken on purpose"
+    ]
+    assert all("no longer tracked on another process" in text for text in second["record"]["warnings"])
+    assert len(second["record"]["warnings"]) == 3
+    at_6 = [
+        {layer["name"]: layer for layer in records[1]["layers"]}
+        for records in (first["record"]["records"], json.loads(json.dumps(expected["records"])))
+    ]
+    assert list(at_6[0]) == ["first.weight", "three.weight"]
+    assert all(at_6[0][name] == at_6[1][name] for name in at_6[0])
 
 
 def test_no_process_waits_for_a_broken_leader_without_sharded_weights(runs):

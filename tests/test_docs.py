@@ -16,6 +16,7 @@ import torch
 from conftest import digits_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import weightflip
 from weightflip import FlipTrackingOptimizer, quantizer_names
 from weightflip.quantizers import registry
 from weightflip.version import __version__
@@ -178,3 +179,13 @@ def test_tensorboard_page_has_every_tag(tmp_path):
 
 def test_citation_has_the_version():
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_the_reference_lists_every_public_name():
+    overview = (ROOT / "docs/api.rst").read_text(encoding="utf-8")
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/api").glob("*.rst"))
+    names = [name for name in weightflip.__all__ if name != "formats"]
+    assert len(names) > 15
+    for name in names:
+        assert re.search(rf"^   {name}$", overview, re.MULTILINE), name
+        assert f" weightflip.{name}\n" in pages, name

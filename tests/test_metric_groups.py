@@ -193,7 +193,8 @@ def test_a_large_layer_counts_in_full_and_its_sample_is_the_same_in_each_run():
     assert found[0] == found[1]
     traveled = found[0].layers[0].window.ratios["travel_ratio"].denominator
     assert traveled == pytest.approx(by.abs().sum().item(), rel=0.03)
-    assert optimizer.tracker.memory_usage().metrics == 16384 * (8 + 8 + 8)
+    # An index, both distances, the weight before the step and its code.
+    assert optimizer.tracker.memory_usage().metrics == 16384 * (8 + 8 + 8 + 4 + 1)
 
 
 # ------------------------------------------------------------------ scale

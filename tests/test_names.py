@@ -67,7 +67,24 @@ def test_fabric_leaves_no_trace_in_names(data_parallel):
         assert list(name_parameters([{"params": list(model.parameters())}], model)) == NAMES
 
 
-def test_positional_names_are_logged_once(caplog):
+@pytest.fixture
+def nothing_logged(monkeypatch):
+    """As in a new process."""
+    monkeypatch.setattr("weightflip.session.weights._logged", set())
+
+
+def test_positional_names_of_many_optimizers_are_logged_once(caplog, nothing_logged):
+    """Scripts that step each parameter in the backward pass have one optimizer per parameter."""
+    caplog.set_level(logging.WARNING, "weightflip")
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    for index in (0, 0, 1, 2):
+        FlipTrackingOptimizer(torch.optim.SGD([model[index].weight], lr=0.1), quantizer="e3m4", sinks=[])
+    FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), quantizer="e3m4", sinks=[])
+    said = [message for message in caplog.messages if "model=" in message]
+    assert [message.rpartition(" ")[2] for message in said] == ["(group0.param0)", "...)"]
+
+
+def test_positional_names_are_logged_once(caplog, nothing_logged):
     caplog.set_level(logging.WARNING, "weightflip")
     model = Net()
     optimizer = FlipTrackingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), sinks=[])

@@ -16,7 +16,7 @@ from weightflip.metrics import NEW, OLD, LayerMetric, Metric, Pointwise, Value, 
 from weightflip.metrics.coverage import Coverage
 from weightflip.quantizers import resolve
 
-GROUPS = ("oscillation", "coverage", "scale", "travel")
+GROUPS = ("oscillation", "coverage", "scale", "travel", "touched")
 STEPS = 7
 
 

@@ -17,7 +17,7 @@ from weightflip.counting.scaling import get_scaling, in_plain_torch
 from weightflip.formats import IntegerRounding
 from weightflip.kernels import backend, cpu, items, proof
 from weightflip.kernels.constants import Lanes
-from weightflip.kernels.pointwise import NEW, NEW_UNDER_OLD_SCALE, OLD, Pointwise, differ, state, where
+from weightflip.kernels.pointwise import NEW, NEW_UNDER_OLD_SCALE, OLD, Pointwise, bit, differ, state, where
 from weightflip.kernels.runs import Kind
 from weightflip.quantizers import block, resolve
 
@@ -80,12 +80,14 @@ GROUPS = {
     "oscillation": Pointwise((UP & (LAST < 0),), ((LAST, where(UP, 1, where(NEW < OLD, -1, LAST))),)),
     "coverage": Pointwise((), ((state("bits"), state("bits") | (OLD ^ NEW)),)),
     "scale": Pointwise((differ(NEW_UNDER_OLD_SCALE, OLD),)),
+    "touched": Pointwise((), ((bit("bits"), bit("bits") | differ(OLD, NEW)),)),
     "every operation": Pointwise(
         (~UP | differ(KEPT, 0.0), (KEPT > 0.1) ^ (LAST > 0)),
         (
             (LAST, (LAST + 1) * LAST - (LAST & 1)),
             (KEPT, where(~UP, KEPT * 0.99 + 0.01, KEPT - 0.5)),
             (state("code"), where(UP, ~NEW, state("code"))),
+            (bit("flags"), bit("flags") ^ (~UP & (NEW > 1))),
         ),
     ),
 }
@@ -93,7 +95,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("quantizer", ["float8_e4m3", "e3m4:row", "e2m9", "mxfp4", "int8", "bfloat16", "native"])
 def test_the_kernel_passes_with_metric_groups(quantizer):
-    for groups in (tuple(GROUPS.values())[:3], tuple(GROUPS.values())[3:]):
+    for groups in (tuple(GROUPS.values())[:4], tuple(GROUPS.values())[4:]):
         for dtype, with_updates in ((torch.float32, True), (torch.bfloat16, False)):
             question = question_of(quantizer, dtype, with_updates)._replace(groups=groups)
             assert cpu.Run.can_do(question.kind, scaled=question.finds_scale, groups=groups)
@@ -126,6 +128,7 @@ class TakesTheNewScaleForTheOld(cpu.Run):
     [
         (LosesAState, "oscillation", "1 states of metric groups differ"),
         (LosesAState, "coverage", "1 states of metric groups differ"),
+        (LosesAState, "touched", "1 states of metric groups differ"),
         (MiscountsForAGroup, "oscillation", "metric groups count "),
         (TakesTheNewScaleForTheOld, "scale", "metric groups count "),
     ],

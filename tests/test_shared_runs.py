@@ -96,9 +96,6 @@ def test_when_the_first_optimizer_is_no_longer_tracked_the_next_one_writes():
     first = FlipTrackingOptimizer(inner, model, log_every=2, sinks=[records.append])
     second = FlipTrackingOptimizer(torch.optim.SGD([model[2].weight], lr=0.1), model, log_every=2, sinks=first)
 
-    def broken(*_):
-        raise RuntimeError("broken on purpose")
-
     for step in range(8):
         if step == 4:
             # Neither its steps nor its totals are available.
@@ -114,6 +111,72 @@ def test_when_the_first_optimizer_is_no_longer_tracked_the_next_one_writes():
         *[["0.weight", "2.weight"]] * 2,
         *[["2.weight"]] * 2,
     ]
+
+
+def shared_run(**options):
+    """Two optimizers of one run, the list of its records, and a function that trains a step."""
+    model, records = net(), []
+    options = {"log_every": 2, **options}
+    first = FlipTrackingOptimizer(torch.optim.SGD([model[0].weight], lr=0.1), model, sinks=[records.append], **options)
+    second = FlipTrackingOptimizer(torch.optim.SGD([model[2].weight], lr=0.1), model, sinks=first, **options)
+
+    def step():
+        backward(model)
+        second.step()
+        first.step()
+
+    return first, second, records, step
+
+
+def broken(*_, **__):
+    raise RuntimeError("broken on purpose")
+
+
+def layers(records):
+    return [[layer.name for layer in record.layers] for record in records]
+
+
+@pytest.mark.parametrize("at", ["a logging point", "flush()", "close()"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_only_the_optimizer_whose_record_fails_is_no_longer_tracked(index, at):
+    optimizers, (*_, records, step) = (found := shared_run())[:2], found
+    failing, other = optimizers[index], optimizers[1 - index]
+    for _ in range(3):
+        step()
+    failing.tracker.record = broken
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if at == "a logging point":
+            step()
+        else:
+            getattr(other, at.removesuffix("()"))()
+        steps = other.tracker.step_count
+        assert layers(records) == [["0.weight", "2.weight"], [f"{2 - 2 * index}.weight"]]
+        while other.tracker.step_count < 8:
+            step()
+    (text,) = [str(warning.message) for warning in caught]
+    assert text == "weightflip: tracking has stopped, training continues: RuntimeError: broken on purpose"
+    assert failing.tracker.step_count == steps
+    assert failing.tracker.memory_usage().codes == 0
+    assert [record.step for record in records] == [2, *([] if at == "a logging point" else [3]), 4, 6, 8]
+    assert layers(records)[2:] == [[f"{2 - 2 * index}.weight"]] * (len(records) - 2)
+    flips = other.tracker.get_flip_counts()
+    assert {layer.name: layer.total.flips for layer in records[-1].layers} == flips
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_flush_of_an_optimizer_that_is_no_longer_tracked_writes_the_others(index):
+    first, second, records, step = shared_run(log_every=100)
+    failing = (first, second)[index]
+    failing.tracker.before_step = broken
+    with pytest.warns(UserWarning, match="tracking has stopped"):
+        step()
+    failing.flush()
+    step()
+    failing.flush()
+    assert [record.step for record in records] == [1, 2]
+    new = {layer.name: layer.window.weight_steps for layer in records[-1].layers}
+    assert new[f"{2 - 2 * index}.weight"] == (24, 48)[index]
 
 
 @pytest.mark.parametrize(

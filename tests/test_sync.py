@@ -104,19 +104,85 @@ def test_windows_equal_the_definition(format, options, digits):
         assert rates_of(layer.total) == marks.rates(layer.name)
 
 
-@pytest.mark.parametrize("options", [{}, {"track_every": 5}, {"start_step": 4}, {"end_step": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"track_every": 5},
+        {"start_step": 4},
+        {"start_step": 3},
+        {"end_step": 8},
+        {"start_step": 3, "end_step": 7},
+    ],
+    ids=str,
+)
 def test_sync_every_marks_at_every_so_many_steps(options, digits):
+    """The first mark comes before the first tracked step."""
     model = digits_model(width=64)
     optimizer, marks = wrapped(model, sync_every=4, **options), Marks(model, "float8_e4m3")
-    for step in range(12):
-        if step % 4 == 0 and options.get("start_step", 0) <= step <= options.get("end_step", 12):
+    start = options.get("start_step", 0)
+    for step in range(13):
+        if (step - start) % 4 == 0 and start <= step <= options.get("end_step", 13):
             marks.take()
-        backward(model, digits, step)
-        optimizer.step()
-    if "end_step" not in options:
-        marks.take()
+        if step < 12:
+            backward(model, digits, step)
+            optimizer.step()
     for layer in optimizer.tracker.record().layers:
         assert rates_of(layer.total) == marks.rates(layer.name)
+        assert layer.total.ratios["empty_layers"].denominator == len(marks.windows(layer.name)) > 0
+
+
+def test_the_first_mark_of_a_run_that_resumes_at_its_start_step(digits):
+    """A window without steps does not count, nor do the codes at a mark from before the start."""
+    model = digits_model(width=64)
+    optimizer = wrapped(model, sync_every=4)
+    train(optimizer, model, digits, None, 3)
+    saved = optimizer.state_dict()
+    optimizer, marks = wrapped(model, sync_every=4, start_step=3), Marks(model, "float8_e4m3")
+    optimizer.load_state_dict(saved)
+    marks.take()
+    train(optimizer, model, digits, None, 4, start=3)
+    marks.take()
+    for layer in optimizer.tracker.record().layers:
+        assert rates_of(layer.total) == marks.rates(layer.name)
+
+
+@pytest.mark.parametrize("form", ["outside the steps", "tracker", "removed"])
+def test_a_mark_that_cannot_be_made_is_logged_once(form, digits, caplog):
+    model = digits_model(width=64)
+    if form == "tracker":
+        tracker = WeightFlipTracker(metrics=METRICS)
+        expected = ["mark_sync() made no mark at step 0: no weight is tracked"]
+        for _ in range(2):
+            tracker.mark_sync()
+    elif form == "removed":
+        inner = torch.optim.SGD(model.parameters(), lr=0.02)
+        handle = track_flips(inner, model, quantizer="e3m4", metrics=METRICS, sinks=[])
+        backward(model, digits, 0)
+        inner.step()
+        handle.remove()
+        expected = ["mark_sync() made no mark at step 1: no weight is tracked"]
+        for _ in range(2):
+            handle.tracker.mark_sync()
+    else:
+        optimizer, marks = wrapped(model, start_step=2, end_step=4), Marks(model, "float8_e4m3")
+        optimizer.tracker.mark_sync()
+        expected = [
+            "mark_sync() made no mark at step 0: marks are made from start_step=2 to end_step=4",
+            "mark_sync() made no mark at step 5: marks are made from start_step=2 to end_step=4",
+        ]
+        for step in range(6):
+            backward(model, digits, step)
+            optimizer.step()
+            if 2 <= step + 1 <= 4:
+                marks.take()
+            optimizer.tracker.mark_sync()
+        for layer in optimizer.tracker.record().layers:
+            assert rates_of(layer.total) == marks.rates(layer.name)
+    logged = [line for line in caplog.messages if "mark_sync()" in line]
+    assert [line[: len("weightflip: ") + len(text)] for line, text in zip(logged, expected, strict=True)] == [
+        f"weightflip: {text}" for text in expected
+    ]
 
 
 def test_the_second_of_several_quantizers(digits):
@@ -457,12 +523,13 @@ def test_wrong_calls(digits):
 
 
 def seen_scales(monkeypatch):
-    """Collect the weights that the group sees at marks, with copies of their codes and scales."""
+    """Collect the weights that the group sees at marks, with copies of their codes and scales, stored if in groups."""
     seen = []
     mark = _LayerSync.mark
 
     def observe(self, weight, sums, scratch):
-        seen.append((weight.values.clone(), weight.codes.clone(), weight.scale.clone(), weight.quantizer))
+        scale = weight.scale if weight.scale_codes is None else weight.scale_codes
+        seen.append((weight.values.clone(), weight.codes.clone(), scale.clone(), weight.quantizer))
         mark(self, weight, sums, scratch)
 
     monkeypatch.setattr(_LayerSync, "mark", observe)
@@ -470,7 +537,9 @@ def seen_scales(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("format", ["float8_e4m3", "float8_e4m3:row", "int8", "int4:g16"])
+@pytest.mark.parametrize(
+    "format", ["float8_e4m3", "float8_e4m3:row", "int8", "int4:g16", "nvfp4", "float8_e4m3:128x128"]
+)
 def test_the_scale_at_a_mark_is_that_of_the_codes(format, dtype, monkeypatch):
     seen = seen_scales(monkeypatch)
     torch.manual_seed(0)
@@ -500,8 +569,13 @@ def test_the_scale_at_a_mark_is_that_of_the_codes(format, dtype, monkeypatch):
             model[1].weight.data = model[1].weight.data.clone() * 2
     assert len(seen) == 2 * len(kinds)
     for values, codes, scale, quantizer in seen:
-        expected = quantizer.encode(values.flatten(-2) if format == "int4:g16" else values)
-        assert torch.equal(expected.scale.reshape(scale.shape), scale)
+        values = values if quantizer.group is None else values.flatten(-2)
+        expected = quantizer.encode(values)
+        expected_scale = expected.scale
+        if quantizer.group is not None:
+            of_groups = expected.scale.reshape(*values.shape[:-1], -1, 1)
+            expected_scale = quantizer.scale_codes(quantizer.block_scales(of_groups, values.shape))
+        assert torch.equal(expected_scale.reshape(scale.shape), scale)
         assert torch.equal(expected.ordinals.reshape(codes.shape), codes)
 
 

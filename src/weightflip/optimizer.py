@@ -59,8 +59,8 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             only at every tenth tracked step.
         oscillation_ema: Momentum of the moving average of each weight's oscillation frequency, such as 0.01, or a tuple
             of the momentum and the threshold above which a weight counts as oscillating.
-        sync_every: For the group ``"sync"``: number of steps between two syncs. The weights before the first step are
-            the first sync. None: a sync is where you call ``tracker.mark_sync()``.
+        sync_every: For the group ``"sync"``: number of steps between two syncs. The weights before the first
+            tracked step are the first sync. None: a sync is where you call ``tracker.mark_sync()``.
         track_every: Track every n-th step.
         start_step: First step to track, counted from 0.
         end_step: First step that is no longer tracked.

@@ -22,6 +22,9 @@ from weightflip.formats import ScaleFormula
 # its block scales stay small: 4 MiB for blocks of 16.
 _ELEMENTS_PER_RUN = 1 << 24
 
+# Pieces of large weights begin at multiples of this, so that a state with one bit per weight begins with a whole word.
+_ELEMENTS_PER_WORD = 32
+
 
 class Batchable(functional.Elementwise, Protocol):
     """The part of an elementwise quantizer that a batch needs. The same class and name means the same codes."""
@@ -363,7 +366,7 @@ def _runs(indices: Sequence[int], members: Sequence[Member], elements: int) -> I
         member = members[index]
         numel, matrix = member.numel, member.numel // member.matrices
         # A piece with blocks over several rows must not cross matrices.
-        unit = matrix if member.width else member.group or 1
+        unit = matrix if member.width else math.lcm(member.group or 1, _ELEMENTS_PER_WORD)
         first = 0
         while first < numel:
             size = max(1, remaining // unit) * unit

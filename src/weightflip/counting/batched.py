@@ -42,6 +42,8 @@ class BatchedRoute:
         self._batches: list[tuple[list[int], _LayerBatch]] = []
         self._observed = ObservedLayers(runner, backend, with_updates)
         self._has_encoded = False
+        self._places = 0
+        """Increases whenever the scales of layers are kept in another place."""
 
     @property
     def batches(self) -> list[Batch]:
@@ -52,6 +54,7 @@ class BatchedRoute:
         """As in :class:`Route`."""
         self._members, self._batches = [], []
         self._observed.release()
+        self._runner.release_codes()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_members": [], "_batches": []}
@@ -154,10 +157,13 @@ class BatchedRoute:
         members = _members_of(layers)
         if members != self._members or self._observed.pop_change():
             self._build(layers, members)
+            self._places += 1
         elif self._has_encoded:
+            self._places += 1
             for _, layer_batch in self._batches:
                 layer_batch.batch.adopt_scales()
         self._has_encoded = False
+        self._runner.begin_count(layers, self._places)
         for indices, layer_batch in self._batches:
             try:
                 failed = layer_batch.count([updates[index] for index in indices], due)

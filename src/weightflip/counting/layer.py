@@ -154,11 +154,14 @@ class MetricCalls(NamedTuple):
         before: Those called before the step.
         slices: Those called for each slice, unless a kernel does the same.
         after: Those called after the step.
+        samples: Those with a sample, whose ``before`` and ``after`` are called unless a kernel does the same. They are
+            not among the others.
     """
 
     before: tuple[tuple[Group, LayerMetric], ...] = ()
     slices: tuple[tuple[Group, LayerMetric], ...] = ()
     after: tuple[tuple[Group, LayerMetric], ...] = ()
+    samples: tuple[tuple[Group, LayerMetric], ...] = ()
 
 
 class CodeState(Enum):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from weightflip import functional, kernels
 from weightflip.counting.layer import CodeState, Layer, MetricCalls
 from weightflip.counting.notices import Notices
 from weightflip.counting.observations import Observation
+from weightflip.counting.sampled import SampledLayers
 from weightflip.counting.schedule import Schedule
 from weightflip.counting.table import LayerTable
 from weightflip.metrics import LayerMetric, Slice, Weight
@@ -41,8 +43,11 @@ class MetricRunner:
         self._groups, self._schedule, self._notices = groups, schedule, notices
         self._scratch, self._backend = scratch, backend
         self._measured: dict[str, int] = {}
+        self._samples: dict[str, SampledLayers] = {}
         self._of_steps = [group for group in groups if group.metric.uses_steps]
         self._of_marks = [group for group in groups if group.metric.uses_marks]
+        self._runs = dict.fromkeys((group.metric.name for group in self._of_steps), 0)
+        """The number of steps in which each group has run."""
         self.changes = 0
         """Increases whenever a group starts or stops running for a layer."""
         self.has_new_counts = False
@@ -71,8 +76,24 @@ class MetricRunner:
 
     # ------------------------------------------------------------------ in a step
 
+    def before_all(self, layers: Sequence[Layer], shards: Container[str]) -> None:
+        """Before the step, open the groups that are not open yet, and call them.
+
+        Args:
+            layers: The layers of the step, with their current codes.
+            shards: The names of layers of which other processes have parts.
+        """
+        for layer in layers:
+            self.before(layer, is_shard=layer.name in shards)
+        for samples in self._due_samples:
+            others: list[Layer] = []
+            with self._drops_on_fault(samples):
+                others = samples.before(layers, self.changes, self._schedule.steps)
+            for layer, metric, weight in self._seen_by(samples.group, others):
+                self._call(layer, samples.group, metric.before, weight)
+
     def before(self, layer: Layer, *, is_shard: bool) -> None:
-        """Before the step, open the groups of a layer that are not open yet, and call them.
+        """Open the groups of a layer that are not open yet, and call them, except those with a sample.
 
         Args:
             layer: A layer with its current codes.
@@ -120,17 +141,29 @@ class MetricRunner:
             for group in self._of_steps
             if layer.metrics is not None and (metric := layer.metrics.get(group.metric.name)) is not None
         ]
+        whole = [(group, metric) for group, metric in found if metric.sample is None]
         layer.metric_calls = MetricCalls(
-            before=tuple((g, metric) for g, metric in found if type(metric).before is not LayerMetric.before),
+            before=tuple((g, metric) for g, metric in whole if type(metric).before is not LayerMetric.before),
             slices=tuple((g, metric) for g, metric in found if type(metric).slice is not LayerMetric.slice),
-            after=tuple((g, metric) for g, metric in found if type(metric).after is not LayerMetric.after),
+            after=tuple((g, metric) for g, metric in whole if type(metric).after is not LayerMetric.after),
+            samples=tuple((g, metric) for g, metric in found if metric.sample is not None),
         )
+        for group, _ in layer.metric_calls.samples:
+            if group.metric.name not in self._samples:
+                self._samples[group.metric.name] = SampledLayers(group, self._backend)
         self.changes += 1
 
     def make_observer(
         self, layer: Layer, weight: Tensor, quantizer: Quantizer, valid: Tensor | None
     ) -> functional.Observer | None:
-        """Return a function that passes each slice of a weight to the groups; None if no group needs it."""
+        """Return a function that passes each slice of a weight to the groups; None if no group needs it.
+
+        Called before the codes are replaced, for a layer that is counted alone.
+        """
+        for _, metric in () if layer.metric_calls is None else layer.metric_calls.samples:
+            assert metric.sample is not None
+            # A kernel that took the sample did not need it.
+            metric.sample.scale = layer.scale_of_codes
         due = self._due(layer.metric_calls.slices) if layer.metric_calls is not None else []
         if not due:
             return None
@@ -160,12 +193,10 @@ class MetricRunner:
             for state, _ in metric.pointwise.states:
                 name, dtype = state.operands
                 kept = metric.tensors.get(name)
-                if kept is None or kept.dtype is not (dtype or layer.codes.dtype):
-                    return None
-                if kept.numel() != layer.codes.numel() or kept.device != layer.codes.device or not kept.is_contiguous():
+                if kept is None or not _is_state_of(layer.codes, kept, dtype):
                     return None
                 states.append(kept)
-            columns = tuple(range(group.sums.start, group.sums.stop, 2))
+            columns = tuple(range(group.sums.start, group.sums.stop, 2)) if metric.pointwise.counts else ()
             if len(columns) != len(metric.pointwise.counts):
                 return None
             found.append(Observation(group.metric.name, metric.pointwise, tuple(states), columns))
@@ -178,21 +209,79 @@ class MetricRunner:
         )
 
     def after(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> None:
-        """Call the groups after the step, once the whole weight is counted."""
-        for group, metric in () if layer.metric_calls is None else self._due(layer.metric_calls.after):
+        """Call the groups after the step, once the whole weight is counted alone."""
+        calls = layer.metric_calls
+        for group, metric in () if calls is None else self._due(calls.after + calls.samples):
             self._call(layer, group, metric.after, layer.view_for_metrics(weight, quantizer), _sums(layer, group))
+
+    def begin_count(self, layers: Sequence[Layer], places: int) -> None:
+        """Prepare for replacing the codes of layers that are counted together.
+
+        Args:
+            layers: The layers.
+            places: Increases whenever the scales of a layer are kept in another place.
+        """
+        for samples in self._due_samples:
+            with self._drops_on_fault(samples):
+                samples.begin_count(layers, places)
 
     def after_all(self, layers: Sequence[Layer]) -> None:
         """As :meth:`after`, for layers that are counted together."""
+        for samples in self._due_samples:
+            alone: list[Layer] = []
+            with self._drops_on_fault(samples):
+                alone = samples.after(self._schedule.steps)
+            for layer, metric, weight in self._seen_by(samples.group, alone):
+                self._call(layer, samples.group, metric.after, weight, _sums(layer, samples.group))
         for layer in layers:
             if layer.metric_calls is not None and layer.metric_calls.after and layer.tracked is not None:
                 self.after(layer, *layer.tracked.unwrapped())
+
+    def release_codes(self) -> None:
+        """Release the codes of all layers. The next step takes them again."""
+        for samples in self._samples.values():
+            samples.release()
+
+    @staticmethod
+    def _seen_by(group: Group, layers: Sequence[Layer]) -> Iterator[tuple[Layer, LayerMetric, Weight]]:
+        """Yield layers with what a group's methods need."""
+        for layer in layers:
+            metric = (layer.metrics or {}).get(group.metric.name)
+            if metric is not None and layer.tracked is not None:
+                yield layer, metric, layer.view_for_metrics(*layer.tracked.unwrapped())
+
+    @property
+    def _due_samples(self) -> list[SampledLayers]:
+        due = self.due if self._samples else ()
+        return [samples for name, samples in self._samples.items() if name in due]
+
+    @contextmanager
+    def _drops_on_fault(self, samples: SampledLayers) -> Iterator[None]:
+        """If the context fails, warn once, and stop running the group for the layers with these samples."""
+        try:
+            yield
+        except Exception as error:
+            name, layers = samples.group.metric.name, samples.layers
+            for layer in layers:
+                if layer.metrics is not None:
+                    layer.metrics[name] = None
+                    self._set_metric_calls(layer)
+            samples.release()
+            self._notices.add(
+                f"{len(layers)} layers have no numbers of {name!r} any more, everything else continues: "
+                f"{type(error).__name__}: {error}"
+            )
 
     @property
     def due(self) -> tuple[str, ...]:
         """The names of the groups that are due in this step."""
         steps = self._schedule.tracked_steps
         return tuple(group.metric.name for group in self._of_steps if steps % group.every == 0)
+
+    def note_step(self) -> None:
+        """Note that the groups that are due have run in this step."""
+        for name in self.due:
+            self._runs[name] += 1
 
     def _due(self, calls: Sequence[tuple[Group, LayerMetric]]) -> list[tuple[Group, LayerMetric]]:
         """Return those of the calls that are due in this step."""
@@ -209,14 +298,26 @@ class MetricRunner:
             is_shard: Whether other processes have parts of the same weight.
         """
         assert layer.row is not None
-        weight = self._view_between_steps(layer)
+        weight = self._view_at_mark(layer)
         self._open_all(layer, self._of_marks, weight, is_shard)
         for group in self._of_marks:
             metric = (layer.metrics or {}).get(group.metric.name)
-            if metric is not None:
+            if metric is None:
+                continue
+            runs = self._runs.get(group.metric.name)
+            if runs is None or metric.runs_at_mark != runs:
+                metric.runs_at_mark = runs
                 sums = layer.row.metric_total(group.sums).view(-1, 2)
                 self._call(layer, group, metric.mark, weight, sums, self._scratch)
         self.has_new_counts = True
+
+    def _view_at_mark(self, layer: Layer) -> Weight:
+        """Return a weight in the form that metric groups receive at marks."""
+        if layer.scale_codes is None or any(group.metric.reads_scale_at_marks for group in self._of_marks):
+            return self._view_between_steps(layer)._replace(scale_codes=layer.scale_codes)
+        assert layer.tracked is not None
+        weight = layer.view_for_metrics(*layer.tracked.unwrapped())
+        return weight._replace(backend=self._backend, scale_codes=layer.scale_codes)
 
     def forget_mark(self, layer: Layer) -> None:
         """Drop the state of the last mark, because the layer is not part of the current one."""
@@ -224,6 +325,9 @@ class MetricRunner:
             layer.saved.pop(group.metric.name, None)
             if layer.metrics and layer.metrics.get(group.metric.name) is not None:
                 del layer.metrics[group.metric.name]
+                if group.metric.uses_steps:
+                    # The next step opens it again.
+                    layer.metric_calls = None
 
     # ------------------------------------------------------------------ at a logging point
 
@@ -300,6 +404,15 @@ class MetricRunner:
 def _code_kind(codes: Tensor, quantizer: Quantizer) -> tuple[torch.Size, torch.dtype]:
     grouped = quantizer.grouped(codes) if isinstance(quantizer, ElementwiseQuantizer) else codes
     return grouped.shape, grouped.dtype
+
+
+def _is_state_of(codes: Tensor, kept: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether a kernel can access a tensor as a state of the codes. ``dtype`` is as in an expression."""
+    if kept.device != codes.device or not kept.is_contiguous():
+        return False
+    if dtype is torch.bool:
+        return kept.dtype is torch.uint8 and 8 * kept.numel() >= codes.numel()
+    return kept.dtype is (dtype or codes.dtype) and kept.numel() == codes.numel()
 
 
 def _sums(layer: Layer, group: Group) -> Tensor:

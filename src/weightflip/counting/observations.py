@@ -17,7 +17,7 @@ class Observation(NamedTuple):
     Attributes:
         group: The name of the group.
         pointwise: The computation as an expression.
-        states: The tensors that the expression reads and writes, with the layout of the codes.
+        states: The tensors that the expression reads and writes, with the layout of the codes or one bit per weight.
         columns: The column to which each count is added, among those of all groups.
     """
 
@@ -30,6 +30,12 @@ class Observation(NamedTuple):
     def kind(self) -> tuple[str, kernels.Pointwise, tuple[int, ...]]:
         """The key by which layers are grouped into one call."""
         return self.group, self.pointwise, self.columns
+
+    def address(self, state: int, first: int) -> int:
+        """Return the address of a state of the weights from ``first`` on, which is a multiple of 32."""
+        tensor = self.states[state]
+        expression, _ = self.pointwise.states[state]
+        return tensor.data_ptr() + first * kernels.bits_of_state(expression, tensor.dtype) // 8
 
 
 class KeptScale:
@@ -95,8 +101,7 @@ class Observations:
         if not of_first:
             return None
         addresses = [
-            [state.data_ptr() + first * state.element_size() for one in of_one for state in one.states]
-            for of_one, first in due_parts
+            [one.address(at, first) for one in of_one for at in range(len(one.states))] for of_one, first in due_parts
         ]
         states = np.array(addresses, dtype=np.int64).reshape(len(due_parts), -1)
         columns = np.array([column for one in of_first for column in one.columns], dtype=np.int64)

@@ -44,7 +44,7 @@ class ShardedRun:
     def __bool__(self) -> bool:
         return bool(self._weights)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._weights
 
     def for_weights(self, weights: Sequence[TrackedWeight]) -> Shards:

@@ -18,7 +18,7 @@ class Shards(Protocol):
         """Whether there are sharded weights, so that counts have to be added up."""
         ...
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         """Whether this weight is sharded."""
         ...
 

@@ -24,7 +24,7 @@ class SingleProcess:
     def __bool__(self) -> bool:
         return False
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return False
 
     def for_weights(self, weights: Sequence[TrackedWeight]) -> Shards:

@@ -91,8 +91,8 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         oscillation_ema: Momentum of the moving average of each weight's oscillation frequency, or a tuple of it and the
             threshold above which a weight counts as oscillating; see
             :class:`~weightflip.metrics.oscillation.Oscillation`.
-        sync_every: For the group ``"sync"``: number of steps between two syncs. The weights before the first step are
-            the first sync. None: a sync is where ``mark_sync`` is called.
+        sync_every: For the group ``"sync"``: number of steps between two syncs. The weights before the first
+            tracked step are the first sync. None: a sync is where ``mark_sync`` is called.
         track_every: Track every n-th step.
         start_step: The first step to track, counted from 0.
         end_step: The first step that is no longer tracked; None for no end.
@@ -282,10 +282,9 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._begin(weights)
         self._silent_writes.check(weights)
         self._current.set_layers(self._encode_current(weights))
-        if self._runner.uses_steps:
-            for layer in self._current:
-                self._runner.before(layer, is_shard=layer.name in self._shards)
         self._marks.make_first_if_due(self._current, self._shards)
+        if self._runner.uses_steps:
+            self._runner.before_all(self._current.layers, self._shards)
         if "stalls" in self.metrics:
             self._gradients = {layer.name: layer.tracked.parameter.grad for layer in self._current if layer.tracked}
         self._notices.flush()
@@ -374,6 +373,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._shards.share(is_next_due=self._schedule.is_due(self._schedule.steps + 1))
         self._current.count(self._gradients, valid)
         self._shards.discard_flagged()
+        self._runner.note_step()
         self._gradients = {}
 
     def _keep_codes(self) -> None:
@@ -472,6 +472,9 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         Call it where the training sends its weights to rollout engines. The metric group ``"sync"`` then compares the
         codes with those at the last mark. The first mark only stores the codes. In a hook of the optimizer's step, the
         mark is made at the end of that step. There is no device synchronization.
+
+        Before ``start_step`` and after ``end_step``, and while no weight is tracked, no mark is made. The first such
+        call is logged.
 
         If weights are sharded over processes, all processes have to call it.
 

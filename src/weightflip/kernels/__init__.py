@@ -10,7 +10,7 @@ from weightflip.formats import Rounding
 from weightflip.kernels.backend import check_backend, keep_, one_pass, run, run_for
 from weightflip.kernels.eager import count_
 from weightflip.kernels.gathered import Layout, is_small, pack
-from weightflip.kernels.pointwise import Pointwise
+from weightflip.kernels.pointwise import Pointwise, bits_of_state
 from weightflip.kernels.proof import Question
 from weightflip.kernels.runs import (
     Addresses,
@@ -24,6 +24,7 @@ from weightflip.kernels.runs import (
     Stretch,
     upload,
 )
+from weightflip.kernels.sampled import LANES, Sample, SampledWeight, Samples
 from weightflip.kernels.scratch import ScratchPool
 from weightflip.kernels.slices import Index, slice_elements, slices, take
 
@@ -32,6 +33,7 @@ FLIPS, UPDATES, STALLED = range(3)
 
 __all__ = [
     "FLIPS",
+    "LANES",
     "STALLED",
     "UPDATES",
     "Addresses",
@@ -43,12 +45,16 @@ __all__ = [
     "Question",
     "Rounding",
     "Run",
+    "Sample",
+    "SampledWeight",
+    "Samples",
     "ScaleCodes",
     "ScaleSteps",
     "Scaling",
     "ScratchPool",
     "StoredScales",
     "Stretch",
+    "bits_of_state",
     "check_backend",
     "count_",
     "is_small",

@@ -16,7 +16,7 @@ import llvmlite.binding  # type: ignore[import-untyped]
 import numba
 import numpy as np
 
-from weightflip.kernels import groups, items, lowering, vectors
+from weightflip.kernels import groups, items, lowering, moves, vectors
 from weightflip.kernels.pointwise import Pointwise
 
 logger = logging.getLogger("weightflip")
@@ -103,6 +103,26 @@ def keep_loop(code_bits: int) -> Loop | None:
     return _loop(items.keep, 1, (code_bits,), instructions)
 
 
+def take_loop(weight_bits: int, code_bits: int) -> Loop | None:
+    """:func:`weightflip.kernels.moves.take` for float32 or bfloat16 weights, and codes of 8 or 16 bits."""
+    return _loop(moves.take, 1, (weight_bits, code_bits), lambda: _dtypes_of_moves(weight_bits, code_bits))
+
+
+def move_loop(weight_bits: int, code_bits: int) -> Loop | None:
+    """:func:`weightflip.kernels.moves.move`; see :func:`take_loop`."""
+    return _loop(moves.move, 1, (weight_bits, code_bits), lambda: _dtypes_of_moves(weight_bits, code_bits))
+
+
+def _dtypes_of_moves(weight_bits: int, code_bits: int) -> dict[str, Any]:
+    return {
+        "BITS": _INTEGERS[weight_bits],
+        "BITS_SIZE": weight_bits // 8,
+        "CODE": _INTEGERS[code_bits],
+        "CODE_SIZE": code_bits // 8,
+        "HALF": 1 << (code_bits - 1),
+    }
+
+
 def count_groups_loop() -> Loop | None:
     """:func:`weightflip.kernels.groups.count_groups`."""
     return _loop(groups.count_groups, 1)
@@ -150,7 +170,9 @@ def _loop(
 
 @functools.cache
 def _log_compilation() -> None:
-    logger.info("Numba compiles the counting loops for the CPU, which takes a few seconds, and caches them on disk")
+    logger.warning(
+        "weightflip: Numba compiles the counting loops for the CPU, which takes some seconds, and caches them on disk"
+    )
 
 
 def _compiled(function: Any, name: str, arguments: int, instructions: dict[str, Any]) -> Loop:
@@ -182,5 +204,5 @@ def _digest() -> str:
     # Set by NUMBA_CPU_NAME and NUMBA_CPU_FEATURES.
     requested = numba.config.CPU_NAME, numba.config.CPU_FEATURES  # type: ignore[attr-defined]
     processor = f"{host.get_host_cpu_name()} {host.get_host_cpu_features().flatten()} {requested}"
-    sources = [inspect.getsource(module) for module in (groups, items, lowering, vectors)]
+    sources = [inspect.getsource(module) for module in (groups, items, lowering, moves, vectors)]
     return hashlib.sha256("\n".join([processor, *sources]).encode()).hexdigest()[:12]

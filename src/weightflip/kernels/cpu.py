@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import BF16, ScaleFormula
-from weightflip.kernels import compiled, groups, items, pool, vectors
+from weightflip.kernels import compiled, groups, items, moves, pool, vectors
 from weightflip.kernels.constants import lanes
-from weightflip.kernels.pointwise import Expression, Pointwise
+from weightflip.kernels.pointwise import Expression, Pointwise, bits_of_state
 from weightflip.kernels.runs import Addresses, Kind, Observed, ScaleCodes, ScaleSteps, Scaling, StoredScales, Stretch
+from weightflip.kernels.sampled import SampledWeight
 
 DEVICE = "cpu"
 
@@ -31,11 +32,69 @@ _CODES = (torch.int8, torch.int16, torch.int32)
 _NO_SCALE = np.ones(1, dtype=np.float32)
 
 
+class Samples:
+    """:class:`weightflip.kernels.sampled.Samples` on the CPU: threads share the weights."""
+
+    def __init__(self, weights: Sequence[SampledWeight]) -> None:
+        # The tensors must stay where they are.
+        self._weights = list(weights)
+        sample = weights[0].sample
+        self._bits = 8 * sample.weights.itemsize, 8 * sample.codes.itemsize
+        self._places = np.array([_place(weight) for weight in weights], dtype=np.int64)
+        self._all = np.arange(len(weights))
+
+    @staticmethod
+    def can_do(weight: torch.dtype, codes: torch.dtype) -> bool:
+        if weight not in _WEIGHTS or codes not in (torch.int8, torch.int16):
+            return False
+        bits = 8 * weight.itemsize, 8 * codes.itemsize
+        return compiled.take_loop(*bits) is not None and compiled.move_loop(*bits) is not None
+
+    def take(self) -> None:
+        self._call(compiled.take_loop(*self._bits), self._task(self._all))
+
+    def move(self, indices: Addresses, old_scales: Addresses, new_scales: Addresses, sums: Tensor) -> None:
+        task = self._task(indices)
+        task[moves.OLD_SCALES], task[moves.NEW_SCALES] = old_scales.ctypes.data, new_scales.ctypes.data
+        task[moves.SUMS], task[moves.STRIDE] = sums.data_ptr(), sums.stride(0) * sums.element_size()
+        self._call(compiled.move_loop(*self._bits), task)
+
+    def _task(self, indices: Addresses) -> Addresses:
+        task = np.zeros(moves.TASK, dtype=np.int64)
+        task[moves.LAYERS], task[moves.INDICES] = len(indices), indices.ctypes.data
+        task[moves.PLACES] = self._places.ctypes.data
+        return task
+
+    def _call(self, loop: compiled.Loop | None, task: Addresses) -> None:
+        assert loop is not None
+        pool.run(loop.address, loop.call, task.ctypes.data, int(task[moves.LAYERS]))
+
+
+_MOVES = {None: moves.PLAIN, False: moves.MULTIPLIES, True: moves.DIVIDES}
+
+
+def _place(weight: SampledWeight) -> list[int]:
+    """Return a row of the table of samples."""
+    sample = weight.sample
+    place = [0] * moves.COLUMNS
+    place[moves.WEIGHT], place[moves.CODES] = weight.address, weight.codes
+    place[moves.AT] = 0 if sample.at is None else sample.at.data_ptr()
+    place[moves.NUMEL], place[moves.GROUP] = sample.weights.numel(), weight.group
+    place[moves.OLD_WEIGHTS], place[moves.OLD_CODES] = sample.weights.data_ptr(), sample.codes.data_ptr()
+    place[moves.MOVED], place[moves.QUANTIZED_MOVED] = sample.moved.data_ptr(), sample.quantized_moved.data_ptr()
+    place[moves.NUMBERS], place[moves.FORM] = weight.numbers.data_ptr(), _MOVES[weight.divides]
+    place[moves.SMALLEST], place[moves.LARGEST] = sample.outermost
+    place[moves.SHARE] = int(np.float64(sample.share).view(np.int64))
+    place[moves.ROW] = weight.row
+    return place
+
+
 class Run:
     """A :class:`weightflip.kernels.runs.Run` for the CPU: threads share the elements."""
 
     saves_calls = False
     observes = True
+    samples = Samples
     longest_group = groups.LONGEST
     widest_block = groups.WIDEST
 
@@ -168,9 +227,9 @@ class Run:
         task[items.SCALED] = scale is not None
         task[items.SCALES] = _NO_SCALE.ctypes.data if scale is None else scale.data_ptr()
         groups = () if observed is None else observed.groups
-        sizes = np.array([_state_size(state, self.kind) for state in _states(groups)], dtype=np.int64)
+        bits = np.array([bits_of_state(state, self.kind.codes) for state in _states(groups)], dtype=np.int64)
         if observed is not None:
-            task[items.STATES], task[items.STATE_SIZES] = len(sizes), sizes.ctypes.data
+            task[items.STATES], task[items.STATE_BITS] = len(bits), bits.ctypes.data
             task[items.STATE_PLACES] = observed.states.ctypes.data
             task[items.SUMS], task[items.SUM_COLUMNS] = len(observed.columns), observed.columns.ctypes.data
             task[items.SUM_TABLE] = observed.sums.data_ptr()
@@ -221,12 +280,6 @@ def _rule(description: ScaleFormula | ScaleSteps) -> Addresses:
 
 def _states(groups: tuple[Pointwise, ...]) -> list[Expression]:
     return [state for group in groups for state, _ in group.states]
-
-
-def _state_size(state: Expression, kind: Kind) -> int:
-    """Return the bytes of an element."""
-    dtype: torch.dtype = state.operands[1] or kind.codes
-    return dtype.itemsize
 
 
 def _count_lanes(kind: Kind, groups: tuple[Pointwise, ...] = (), *, is_scaled: bool) -> compiled.Loop | None:

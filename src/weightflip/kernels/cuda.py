@@ -207,6 +207,7 @@ class Run:
 
     saves_calls = True
     observes = False
+    samples = None
     longest_group = 0
     widest_block = 0
 

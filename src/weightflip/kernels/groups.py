@@ -56,10 +56,10 @@ LONGEST = 1 << 15
 WIDEST = items._CHUNK
 """The same for one row of a block over several rows."""
 
-_CHUNK, _SPARE, _ROOM = items._CHUNK, items._SPARE, items._ROOM
+_CHUNK, _SPARE, _SCALES_SIZE = items._CHUNK, items._SPARE, items._SCALES_SIZE
 # Offsets after the scales of a chunk: the buffers for the remainder, the counts, the number of changed scales, the
 # largest magnitudes, those of a row, and the scales of groups.
-_FOUND_AT = _ROOM + 4 * _SPARE
+_FOUND_AT = _SCALES_SIZE + 4 * _SPARE
 _CHANGES_AT = _FOUND_AT + 64
 _LARGEST_AT = _CHANGES_AT + 64
 _OF_ROW_AT = _LARGEST_AT + 4 * _CHUNK
@@ -104,58 +104,58 @@ def _updates(task, row):  # type: ignore[no-untyped-def]
 
 
 @_compile()
-def _count_lanes(task, row, low, numel, first_update, mask, step, room):  # type: ignore[no-untyped-def]
+def _count_lanes(task, row, low, numel, first_update, mask, step, stack):  # type: ignore[no-untyped-def]
     """Encode, compare, count and store adjacent elements, with scales that are already in the buffer."""
     place = _places(task)[row]
     at, codes_at = place[WEIGHT] + low * task[WEIGHT_SIZE], place[CODES] + low * task[CODES_SIZE]
-    update_at, found = first_update + low * task[UPDATE_SIZE], room + _FOUND_AT
+    update_at, found = first_update + low * task[UPDATE_SIZE], stack + _FOUND_AT
     whole = numel // LANES * LANES
-    _call_9(task[LANES_LOOP], at, update_at, codes_at, whole, room, step, mask, task[FORMAT], found)
+    _call_9(task[LANES_LOOP], at, update_at, codes_at, whole, stack, step, mask, task[FORMAT], found)
     if whole < numel:
         at, codes_at = at + whole * task[WEIGHT_SIZE], codes_at + whole * task[CODES_SIZE]
         update_at += whole * task[UPDATE_SIZE]
-        _rest(task, at, update_at, codes_at, numel - whole, room + step * whole, mask, found, room + _ROOM)
+        _rest(task, at, update_at, codes_at, numel - whole, stack + step * whole, mask, found, stack + _SCALES_SIZE)
 
 
 @_compile()
-def _make_scales(task, first, scales, room):  # type: ignore[no-untyped-def]
+def _make_scales(task, first, scales, stack):  # type: ignore[no-untyped-def]
     """Compute scales from the largest magnitudes. ``first`` is the index of the first one among all scales."""
     stored = task[STORED] + first * task[STORED_SIZE]
-    _call_6(task[SCALES_LOOP], room + _LARGEST_AT, scales, task[RULE], room + _SCALES_AT, stored, room + _CHANGES_AT)
+    _call_6(task[SCALES_LOOP], stack + _LARGEST_AT, scales, task[RULE], stack + _SCALES_AT, stored, stack + _CHANGES_AT)
 
 
 @_compile()
-def _count_groups(task, row, low, high, room):  # type: ignore[no-untyped-def]
+def _count_groups(task, row, low, high, stack):  # type: ignore[no-untyped-def]
     """Count the groups whose first element is in this range."""
     place = _places(task)[row]
     group = place[GROUP]
-    scales = carray(_pointer(room + _SCALES_AT), (_CHUNK,), np.float32)
+    scales = carray(_pointer(stack + _SCALES_AT), (_CHUNK,), np.float32)
     first_update, mask = _updates(task, row)
     first, last = (low + group - 1) // group, (high + group - 1) // group
     at_once = max(1, _CHUNK // group)
     while first < last:
         groups = min(at_once, last - first)
         at, numel = place[WEIGHT] + first * group * task[WEIGHT_SIZE], groups * group
-        _call_4(task[LARGEST_LOOP], at, groups, group, room + _LARGEST_AT)
-        _make_scales(task, place[SCALE] + first, groups, room)
+        _call_4(task[LARGEST_LOOP], at, groups, group, stack + _LARGEST_AT)
+        _make_scales(task, place[SCALE] + first, groups, stack)
         if groups == 1:
-            _fill(room, scales[0])
+            _fill(stack, scales[0])
             step = 0
         else:
-            _spread(scales, 0, 0, numel, group, room)
+            _spread(scales, 0, 0, numel, group, stack)
             step = 4
-        _count_lanes(task, row, first * group, numel, first_update, mask, step, room)
+        _count_lanes(task, row, first * group, numel, first_update, mask, step, stack)
         first += groups
 
 
 @_compile()
-def _count_blocks(task, row, low, high, room):  # type: ignore[no-untyped-def]
+def _count_blocks(task, row, low, high, stack):  # type: ignore[no-untyped-def]
     """Count the blocks whose first element is in this range. Elements are numbered block by block."""
     place = _places(task)[row]
     width, height, across = place[WIDTH], place[HEIGHT], place[GROUP]
     rows = place[NUMEL] // width
     first_update, mask = _updates(task, row)
-    scales = carray(_pointer(room + _SCALES_AT), (_CHUNK,), np.float32)
+    scales = carray(_pointer(stack + _SCALES_AT), (_CHUNK,), np.float32)
     in_band = (width + across - 1) // across
     band = low // (height * width)
     while band * height * width < high:
@@ -168,30 +168,30 @@ def _count_blocks(task, row, low, high, room):  # type: ignore[no-untyped-def]
             blocks = min(_CHUNK // across, last - first)
             column = first * across
             numel = min(width - column, blocks * across)
-            _find_largest(task, place, first_row * width + column, last_row - first_row, numel, room)
-            _make_scales(task, place[SCALE] + band * in_band + first, blocks, room)
-            _spread(scales, 0, 0, numel, across, room)
+            _find_largest(task, place, first_row * width + column, last_row - first_row, numel, stack)
+            _make_scales(task, place[SCALE] + band * in_band + first, blocks, stack)
+            _spread(scales, 0, 0, numel, across, stack)
             for at in range(first_row * width + column, last_row * width, width):
-                _count_lanes(task, row, at, numel, first_update, mask, 4, room)
+                _count_lanes(task, row, at, numel, first_update, mask, 4, stack)
             first += blocks
         band += 1
 
 
 @_compile()
-def _find_largest(task, place, first, rows, numel, room):  # type: ignore[no-untyped-def]
+def _find_largest(task, place, first, rows, numel, stack):  # type: ignore[no-untyped-def]
     """Find the largest magnitudes of adjacent blocks, which have ``numel`` elements in each row."""
     across = place[GROUP]
     whole = numel // across
     blocks = (numel + across - 1) // across
-    largest = carray(_pointer(room + _LARGEST_AT), (blocks,), np.int32)
-    of_row = carray(_pointer(room + _OF_ROW_AT), (blocks,), np.int32)
+    largest = carray(_pointer(stack + _LARGEST_AT), (blocks,), np.int32)
+    of_row = carray(_pointer(stack + _OF_ROW_AT), (blocks,), np.int32)
     largest[:] = 0
     for line in range(rows):
         at = place[WEIGHT] + (first + line * place[WIDTH]) * task[WEIGHT_SIZE]
-        _call_4(task[LARGEST_LOOP], at, whole, across, room + _OF_ROW_AT)
+        _call_4(task[LARGEST_LOOP], at, whole, across, stack + _OF_ROW_AT)
         if whole < blocks:
             at += whole * across * task[WEIGHT_SIZE]
-            _call_4(task[LARGEST_LOOP], at, 1, numel - whole * across, room + _OF_ROW_AT + 4 * whole)
+            _call_4(task[LARGEST_LOOP], at, 1, numel - whole * across, stack + _OF_ROW_AT + 4 * whole)
         for block in range(blocks):
             largest[block] = max(largest[block], of_row[block])
 
@@ -205,9 +205,9 @@ def count_groups(address):  # type: ignore[no-untyped-def]
     task = carray(_pointer(address), (TASK,), np.int64)
     places = _places(task)
     rows = carray(_pointer(task[ROWS]), (task[STRETCHES],), np.int64)
-    room = _stack()
-    found = carray(_pointer(room + _FOUND_AT), (3,), np.int64)
-    changes = carray(_pointer(room + _CHANGES_AT), (1,), np.int64)
+    stack = _stack()
+    found = carray(_pointer(stack + _FOUND_AT), (3,), np.int64)
+    changes = carray(_pointer(stack + _CHANGES_AT), (1,), np.int64)
     while True:
         start = _add(address + 8 * NEXT, 1) * task[ITEM]
         if start >= task[TOTAL]:
@@ -220,9 +220,9 @@ def count_groups(address):  # type: ignore[no-untyped-def]
             found[:] = 0
             changes[0] = 0
             if places[row, WIDTH]:
-                _count_blocks(task, row, start - begin, high, room)
+                _count_blocks(task, row, start - begin, high, stack)
             else:
-                _count_groups(task, row, start - begin, high, room)
+                _count_groups(task, row, start - begin, high, stack)
             counts = task[COUNTS] + rows[row] * task[STRIDE]
             for column in range(3):
                 _add(counts + 8 * column, found[column])

@@ -39,40 +39,42 @@ _intrinsic: Any = intrinsic
 
 START, NUMEL, GROUP, SCALE, WEIGHT, CODES, WIDTH, HEIGHT = range(8)
 """Columns of ``places``: index of the first element, number of elements, number of elements that share a scale, index
-of the first scale, addresses of the weight and the codes; and for blocks over several rows, the number of elements in a
+of the first scale, addresses of the weight and the codes. For blocks over several rows also the number of elements in a
 row, and the number of rows that share a scale."""
 COLUMNS = 8
 
+# The fields of a task, int64. Strides are in bytes.
 NEXT, TOTAL, ITEM, PLACES, STRETCHES, SCALES, SCALED, LARGEST = range(8)
+"""The next item. The number of elements in all stretches, and in an item. Address and number of rows of ``places``.
+Address of the scales, float32, and whether there are any; if not, it is the address of a 1. Address of the largest
+magnitudes, float32."""
 LANES_LOOP, FORMAT, WEIGHT_SIZE, UPDATE_SIZE, CODES_SIZE, UPDATES, MASK, COUNTS, STRIDE, ROWS = range(8, 18)
-"""What a task holds, int64: the next item; elements of all stretches, and of an item; address and number of the places;
-address of the scales, float32, and whether there is more than one of 1; address of the largest magnitudes, float32;
-address of the loop over lanes that is called, :func:`count_lanes` or :func:`largest_lanes` compiled for the dtypes, and
-of :class:`~weightflip.kernels.constants.Lanes`; bytes of a weight, an
-update and a code; address of the updates' addresses, 0 for one that has none, and the bits of an update that tell
-whether it is 0; address of the counts, int64, and how many bytes their rows are apart; address of the row of each
-stretch, int64."""
-STATES, STATE_PLACES, STATE_SIZES, SUMS, SUM_COLUMNS, SUM_TABLE, SUM_STRIDE, OLD_SCALES = range(18, 26)
-"""What a task holds for metric groups, zeros without: how many states there are, address of the addresses of the first
-element of each in each stretch (a row for each state), and of the bytes of an element of each; how many sums there are,
-address of the numbers of the float64 columns in which they are added, address of the table with these columns, and how
-many bytes its rows are apart; address of the scales of before the step, or 0 for those of now."""
+"""Address of the loop over lanes: :func:`count_lanes` or :func:`largest_lanes`, compiled for the dtypes. Address of
+:class:`~weightflip.kernels.constants.Lanes`. Bytes of a weight, an update and a code. Address of the addresses of the
+updates, 0 for stretches without updates, and the bits of an update that are not all 0 if it counts. Address and row
+stride of the counts, int64. Address of the row of each stretch in them, int64."""
+STATES, STATE_PLACES, STATE_BITS, SUMS, SUM_COLUMNS, SUM_TABLE, SUM_STRIDE, OLD_SCALES = range(18, 26)
+"""For metric groups; zeros if there are none. The number of states. Address of an array of shape (states, stretches)
+with the address of the first element of each state. Address of the bits per element of each state. The number of sums,
+address of their column indices, and address and row stride of the float64 table to which they are added. Address of the
+scales from before the step; 0 to use the current ones."""
 TASK = 26
 
 KEEP_CODES, KEEP_NEW, KEEP_CHANGED = range(3, 6)
-"""Fields of a task of :func:`keep`, after the next item, the number of elements and the elements of an item: addresses
-of the kept codes and the new ones, and the number of codes that differed."""
+"""The fields of a task of :func:`keep` after ``NEXT``, ``TOTAL`` and ``ITEM``: addresses of the kept codes and of the
+new ones, and the number of codes that differ."""
 KEEP_TASK = 6
 
-# The number of elements in a chunk, each with its scale, and the bytes of each of four buffers for fewer than LANES
-# elements.
+# The number of elements in a chunk. Each has its scale, and the scales of a chunk are on the stack. Fewer than LANES
+# elements are copied to four buffers of _SPARE bytes each.
 _CHUNK = 1 << 11
-_ROOM = 4 * (_CHUNK + LANES)
+_SCALES_SIZE = 4 * (_CHUNK + LANES)
 _SPARE = 4 * LANES
-# The stack memory of a call: the scales, the buffers, the counts, and for metric groups old scales and buffers.
-_FOUND_AT = _ROOM + 4 * _SPARE
-_OLD_ROOM_AT = _FOUND_AT + 8 * FOUND
-_SPARE_STATES_AT = _OLD_ROOM_AT + _ROOM
+# Offsets in the stack memory of a call after the scales and the buffers: the counts, and for metric groups the old
+# scales and a buffer for each state.
+_FOUND_AT = _SCALES_SIZE + 4 * _SPARE
+_OLD_SCALES_OFFSET = _FOUND_AT + 8 * FOUND
+_SPARE_STATES_AT = _OLD_SCALES_OFFSET + _SCALES_SIZE
 _STACK = _SPARE_STATES_AT + MOST_STATES * _SPARE
 
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
@@ -101,9 +103,9 @@ def make_stack(nbytes: int) -> Any:
     def stack(context):  # type: ignore[no-untyped-def]
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             # Not one array, which LLVM would fill with zeros in a store that takes half a minute to compile.
-            room = cgutils.alloca_once(builder, ir.IntType(8), size=nbytes)  # type: ignore[no-untyped-call]
-            room.align = 64
-            return builder.ptrtoint(room, ir.IntType(64))
+            stack = cgutils.alloca_once(builder, ir.IntType(8), size=nbytes)  # type: ignore[no-untyped-call]
+            stack.align = 64
+            return builder.ptrtoint(stack, ir.IntType(64))
 
         return numba.types.int64(), generate
 
@@ -135,7 +137,7 @@ _add, _raise = _atomically("add", 64), _atomically("max", 32)
 
 @_intrinsic
 def _add_float(context, address, value):  # type: ignore[no-untyped-def]
-    """Add to a float64 that other threads also add to."""
+    """Add atomically to a float64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], ir.DoubleType().as_pointer())
@@ -168,7 +170,7 @@ def _clear(context, target, nbytes):  # type: ignore[no-untyped-def]
 
 @_intrinsic
 def _fill(context, target, scale):  # type: ignore[no-untyped-def]
-    """Write LANES times a scale."""
+    """Write LANES copies of a scale."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         v = Vectors(builder)
@@ -219,9 +221,9 @@ def _row_of(places, element):  # type: ignore[no-untyped-def]
 
 @_compile()
 def _rest(task, at, update_at, codes_at, numel, scales, mask, found, spare):  # type: ignore[no-untyped-def]
-    """Count fewer than LANES elements, padded with zeros, which stay zeros, under a scale of 1.
+    """Count fewer than LANES elements, padded with zeros. The padding has a scale of 1, so that it does not flip.
 
-    The arguments are numbers, because Numba takes longer to compile an object that holds them.
+    The arguments are numbers, because Numba takes longer to compile a function that takes an object.
     """
     spare_update, spare_codes, spare_scales = spare + _SPARE, spare + 2 * _SPARE, spare + 3 * _SPARE
     _clear(spare, 3 * _SPARE)
@@ -235,103 +237,114 @@ def _rest(task, at, update_at, codes_at, numel, scales, mask, found, spare):  # 
 
 
 @_compile()
-def _spread(scales, index, low, high, group, room):  # type: ignore[no-untyped-def]
-    """A scale for each element, from one for each group; and for fewer than LANES beyond."""
+def _spread(scales, index, low, high, group, stack):  # type: ignore[no-untyped-def]
+    """Write the scale of each element from ``low`` to ``high``. Writes up to LANES - 1 scales past the end."""
     at, until = low, (index + 1) * group
     while at < high:
         scale = scales[index]
         for place in range(at, min(until, high), LANES):
-            # Beyond the group, too: the next one writes there after it.
-            _fill(room + 4 * (place - low), scale)
+            # The last vector can reach into the next group, which then overwrites that part.
+            _fill(stack + 4 * (place - low), scale)
         at, until, index = until, until + group, index + 1
 
 
 @_compile()
 def _aim(task, row, first, old_scales, found_at):  # type: ignore[no-untyped-def]
-    """Point the next lanes to the old scales, and to the states of the elements from this one on."""
+    """Pass the loop over lanes the addresses of the old scales and of the states, from element ``first`` on."""
     found = carray(_pointer(found_at), (FOUND,), np.int64)
     places = carray(_pointer(task[STATE_PLACES]), (task[STATES], task[STRETCHES]), np.int64)
-    sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
+    bits = carray(_pointer(task[STATE_BITS]), (task[STATES],), np.int64)
     found[OLD_SCALES_AT] = old_scales
     for state in range(task[STATES]):
-        found[STATES_AT + state] = places[state, row] + first * sizes[state]
+        found[STATES_AT + state] = places[state, row] + first * bits[state] // 8
 
 
 @_compile()
 def _take_states(task, numel, found_at, spare):  # type: ignore[no-untyped-def]
-    """Copy the states of fewer than LANES elements to a buffer, and point the lanes there."""
+    """Copy the states of fewer than LANES elements to the buffers, and pass the addresses of the buffers instead."""
     found = carray(_pointer(found_at), (FOUND,), np.int64)
-    sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
+    bits = carray(_pointer(task[STATE_BITS]), (task[STATES],), np.int64)
     _clear(spare, task[STATES] * _SPARE)
     for state in range(task[STATES]):
-        _copy(spare + state * _SPARE, found[STATES_AT + state], numel * sizes[state])
+        _copy(spare + state * _SPARE, found[STATES_AT + state], (numel * bits[state] + 7) // 8)
         found[STATES_AT + state] = spare + state * _SPARE
 
 
 @_compile()
 def _put_states(task, row, first, numel, spare):  # type: ignore[no-untyped-def]
-    """Copy the states of fewer than LANES elements from the buffer back to their tensors."""
+    """Copy the states of fewer than LANES elements from the buffers back to their tensors."""
     places = carray(_pointer(task[STATE_PLACES]), (task[STATES], task[STRETCHES]), np.int64)
-    sizes = carray(_pointer(task[STATE_SIZES]), (task[STATES],), np.int64)
+    bits = carray(_pointer(task[STATE_BITS]), (task[STATES],), np.int64)
     for state in range(task[STATES]):
-        _copy(places[state, row] + first * sizes[state], spare + state * _SPARE, numel * sizes[state])
+        place = places[state, row] + first * bits[state] // 8
+        _copy(place, spare + state * _SPARE, (numel * bits[state] + 7) // 8)
 
 
 @_compile()
-def _count_stretch(task, row, low, high, found, room):  # type: ignore[no-untyped-def]
+def _whole_lanes(element, numel):  # type: ignore[no-untyped-def]
+    """Return the next element that is a multiple of LANES, or the number of elements.
+
+    Items of a stretch begin there, so that two threads never write to the same word of a state with one bit per weight.
+    """
+    return min((element + LANES - 1) // LANES * LANES, numel)
+
+
+@_compile()
+def _count_stretch(task, row, low, high, found, stack):  # type: ignore[no-untyped-def]
+    """Encode, compare, count and store the elements from ``low`` to ``high`` of a stretch."""
     place = _places(task)[row]
     group, first_scale = (place[GROUP], place[SCALE]) if task[SCALED] else (place[NUMEL], 0)
     scales = carray(_pointer(task[SCALES] + 4 * first_scale), (place[NUMEL],), np.float32)
-    old_room, old_scales = room, scales
+    old_spread, old_scales = stack, scales
     if task[OLD_SCALES]:
-        old_room = room + _OLD_ROOM_AT
+        old_spread = stack + _OLD_SCALES_OFFSET
         old_scales = carray(_pointer(task[OLD_SCALES] + 4 * first_scale), (place[NUMEL],), np.float32)
     mask, first_update = task[MASK], np.int64(0)
     if task[UPDATE_SIZE]:
         first_update = carray(_pointer(task[UPDATES]), (task[STRETCHES],), np.int64)[row]
         if not first_update:
-            # The weight takes its place, and no bit of it counts.
+            # Without updates, read the weight instead and ignore all of its bits.
             first_update, mask = place[WEIGHT], np.int64(0)
     while low < high:
         index = low // group
         until = min((index + 1) * group, high)
         if until - low >= _CHUNK or until == high:
-            # One scale, without the elements at the end that share a vector with the next scale.
+            # All of these elements have one scale. Leave out those that share a vector with elements of the next group.
             if until < high:
                 until -= (until - low) % LANES
-            _fill(room, scales[index])
-            _fill(old_room, old_scales[index])
+            _fill(stack, scales[index])
+            _fill(old_spread, old_scales[index])
             step = 0
         else:
             until = min(low + _CHUNK, high)
-            _spread(scales, index, low, until, group, room)
+            _spread(scales, index, low, until, group, stack)
             if task[OLD_SCALES]:
-                _spread(old_scales, index, low, until, group, old_room)
+                _spread(old_scales, index, low, until, group, old_spread)
             step = 4
         numel = (until - low) // LANES * LANES
         at, codes_at = place[WEIGHT] + low * task[WEIGHT_SIZE], place[CODES] + low * task[CODES_SIZE]
         update_at = first_update + low * task[UPDATE_SIZE]
-        _aim(task, row, low, old_room, found)
-        _call_9(task[LANES_LOOP], at, update_at, codes_at, numel, room, step, mask, task[FORMAT], found)
+        _aim(task, row, low, old_spread, found)
+        _call_9(task[LANES_LOOP], at, update_at, codes_at, numel, stack, step, mask, task[FORMAT], found)
         if low + numel < until:
             at, codes_at = at + numel * task[WEIGHT_SIZE], codes_at + numel * task[CODES_SIZE]
             update_at += numel * task[UPDATE_SIZE]
-            # A single scale is also LANES times in memory.
-            rest, spare_states = until - low - numel, room + _SPARE_STATES_AT
-            _aim(task, row, low + numel, old_room + step * numel, found)
+            # A scale that all elements share is also stored LANES times.
+            rest, spare_states = until - low - numel, stack + _SPARE_STATES_AT
+            _aim(task, row, low + numel, old_spread + step * numel, found)
             _take_states(task, rest, found, spare_states)
-            _rest(task, at, update_at, codes_at, rest, room + step * numel, mask, found, room + _ROOM)
+            _rest(task, at, update_at, codes_at, rest, stack + step * numel, mask, found, stack + _SCALES_SIZE)
             _put_states(task, row, low + numel, rest, spare_states)
         low = until
 
 
 def count(address):  # type: ignore[no-untyped-def]
-    """Encode, compare, count and store, in as many items as there are left."""
+    """Encode, compare, count and store. Takes items until none are left."""
     task = carray(_pointer(address), (TASK,), np.int64)
     places = _places(task)
     rows = carray(_pointer(task[ROWS]), (task[STRETCHES],), np.int64)
-    room = _stack()
-    found_at = room + _FOUND_AT
+    stack = _stack()
+    found_at = stack + _FOUND_AT
     found = carray(_pointer(found_at), (FOUND,), np.int64)
     sum_columns = carray(_pointer(task[SUM_COLUMNS]), (task[SUMS],), np.int64)
     while True:
@@ -341,16 +354,17 @@ def count(address):  # type: ignore[no-untyped-def]
         stop = min(start + task[ITEM], task[TOTAL])
         row = _row_of(places, start)
         while start < stop:
-            begin = places[row, START]
-            high = min(places[row, NUMEL], stop - begin)
+            begin, numel = places[row, START], places[row, NUMEL]
+            high = min(numel, stop - begin)
             found[:] = 0
-            _count_stretch(task, row, start - begin, high, found_at, room)
+            first, last = _whole_lanes(start - begin, numel), _whole_lanes(high, numel)
+            _count_stretch(task, row, first, last, found_at, stack)
             counts = task[COUNTS] + rows[row] * task[STRIDE]
             for column in range(3):
                 _add(counts + 8 * column, found[column])
             sums = task[SUM_TABLE] + rows[row] * task[SUM_STRIDE]
             for number in range(task[SUMS]):
-                # A numerator, and next to it the flips.
+                # The denominator of these counts is the number of flips.
                 numerator = sums + 8 * sum_columns[number]
                 _add_float(numerator, found[COUNTS_AT + number])
                 _add_float(numerator + 8, found[0])
@@ -362,15 +376,15 @@ def count(address):  # type: ignore[no-untyped-def]
 
 
 def largest(address):  # type: ignore[no-untyped-def]
-    """Find the largest magnitude under each scale, in as many items as there are left."""
+    """Find the largest magnitude under each scale. Takes items until none are left."""
     task = carray(_pointer(address), (TASK,), np.int64)
     places = _places(task)
     part_at = _stack()
     part = carray(_pointer(part_at), (1,), np.int32)
     items = (task[TOTAL] + task[ITEM] - 1) // task[ITEM]
     while True:
-        # Backwards, since an optimizer goes forwards: the caches hold the end. What then stays there is the beginning,
-        # with which counting starts.
+        # Backwards: the optimizer went forwards, so that the caches hold the end of the weights. Afterwards they hold
+        # the beginning, where counting starts.
         start = (items - 1 - _add(address + 8 * NEXT, 1)) * task[ITEM]
         if start < 0:
             return
@@ -388,7 +402,7 @@ def largest(address):  # type: ignore[no-untyped-def]
                     _call_4(task[LANES_LOOP], at, groups, group, into)
                     low += groups * group
                 else:
-                    # Others may have another part of this group.
+                    # Other items may contain the rest of this group.
                     until = min((index + 1) * group, high)
                     _call_4(task[LANES_LOOP], at, 1, until - low, part_at)
                     _raise(into, part[0])
@@ -397,11 +411,11 @@ def largest(address):  # type: ignore[no-untyped-def]
             row += 1
 
 
-# ---------------------------------------------------------------------- what is kept
+# ---------------------------------------------------------------------- comparing with kept codes
 
 
 def keep(address):  # type: ignore[no-untyped-def]
-    """Store new codes where they differ from those that are kept, in as many items as there are left."""
+    """Replace kept codes with new ones, and count those that differ. Takes items until none are left."""
     task = carray(_pointer(address), (KEEP_TASK,), np.int64)
     changed = np.int64(0)
     while True:
@@ -423,14 +437,14 @@ def keep(address):  # type: ignore[no-untyped-def]
 
 # ---------------------------------------------------------------------- the loops over lanes
 
-# Groups of this size or more are read at several places at once, one group at a time.
+# From this size on, each group is read at several places at once.
 _LARGE = 512
 
 
 def count_lanes(weight, update, codes, numel, scales, step, mask, constants, found):  # type: ignore[no-untyped-def]
-    """Encode, compare, count and store: of :func:`weightflip.kernels.vectors.make_advance`, for the dtypes.
+    """Encode, compare, count and store. See :func:`weightflip.kernels.vectors.make_advance`.
 
-    The arguments are numbers, because a C function takes no objects.
+    The arguments are numbers, because this is compiled to a C function.
     """
     ADVANCE(weight, update, codes, numel, scales, step, mask, constants, found)  # type: ignore[name-defined]  # noqa: F821
 

@@ -56,6 +56,11 @@ class Observing:
         values: dict[Expression, Any] = {OLD: old, NEW: new}
         places = {}
         for state, address in self._addresses.items():
+            if state.operands[1] is torch.bool:
+                places[state] = b.add(address, b.lshr(index, ir.Constant(_I64, 3)))
+                word = b.load(b.inttoptr(places[state], v.word.as_pointer()), align=1)
+                values[state] = b.bitcast(word, v.type(_FLAG))
+                continue
             of = _TYPES[state.operands[1]] if state.operands[1] is not None else self._code
             places[state] = v.at(address, index, of.width // 8 if isinstance(of, ir.IntType) else 4)
             values[state] = v.load(places[state], of, 1)
@@ -63,14 +68,14 @@ class Observing:
         at = 0
         for group in self._groups:
             for flag in group.counts:
-                bits = b.bitcast(b.and_(lowered[flag], flipped), ir.IntType(v.lanes))
+                bits = b.bitcast(b.and_(lowered[flag], flipped), v.word)
                 b.store(b.add(b.load(self._counts[at]), b.zext(b.ctpop(bits), _I64)), self._counts[at])
                 at += 1
         new_states = [(places[state], lowered[value], values[state]) for g in self._groups for state, value in g.states]
         for place, value, before in new_states:
             if value.type != before.type:
                 raise TypeError(f"a state of type {before.type} becomes {value.type}")
-            v.store(value, place)
+            v.store(b.bitcast(value, v.word) if value.type.element == _FLAG else value, place)
 
     def end(self) -> None:
         """Add the counts to those in memory."""

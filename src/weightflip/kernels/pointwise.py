@@ -83,6 +83,21 @@ def state(name: str, dtype: torch.dtype | None = None) -> Expression:
     return Expression("state", (name, dtype))
 
 
+def bit(name: str) -> Expression:
+    """Return the per-weight flag before the step. The tensor has one bit per weight: :mod:`weightflip.kernels.bits`.
+
+    Args:
+        name: The name of the attribute that holds the tensor. Weights have the order of contiguous codes.
+    """
+    return Expression("state", (name, torch.bool))
+
+
+def bits_of_state(state: Expression, codes: torch.dtype) -> int:
+    """Return the number of bits per weight that a state takes, with codes of this dtype."""
+    dtype: torch.dtype = state.operands[1] or codes
+    return 1 if dtype is torch.bool else 8 * dtype.itemsize
+
+
 def differ(one: Expression, other: Operand) -> Expression:
     """Return a flag that is set if two numbers differ."""
     return Expression("!=", (one, other))
@@ -98,8 +113,8 @@ class Pointwise(NamedTuple):
 
     Attributes:
         counts: One flag per ratio of the group. The numerator is the number of flips with that flag, the denominator
-            the number of all flips.
-        states: Results of :func:`state`, and their new values.
+            the number of all flips. Empty if the group does not count its ratios in steps.
+        states: Results of :func:`state` or :func:`bit`, and their new values.
     """
 
     counts: tuple[Expression, ...] = ()

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from weightflip.formats import FP32, FloatRounding, IntegerRounding, Rounding
-from weightflip.kernels import reference
-from weightflip.kernels.pointwise import NEW, NEW_UNDER_OLD_SCALE, OLD, Expression, Pointwise, evaluate
+from weightflip.kernels import bits, reference
+from weightflip.kernels.pointwise import NEW, NEW_UNDER_OLD_SCALE, OLD, Expression, Pointwise, bits_of_state, evaluate
 from weightflip.kernels.runs import (
     Addresses,
     Kind,
@@ -34,6 +34,7 @@ from weightflip.kernels.runs import (
     StoredScales,
     Stretch,
 )
+from weightflip.kernels.scratch import ScratchPool
 
 logger = logging.getLogger("weightflip")
 
@@ -460,6 +461,7 @@ def _observation(question: Question, trial: _Trial) -> _Observation:
     names = [state for group in question.groups for state, _ in group.states]
     old_states = [_old_state(state, codes) for state in names]
     new_states = [state.clone() for state in old_states]
+    kept = [_packed(state) for state in old_states]
     flags = [flag for group in question.groups for flag in group.counts]
     sums = torch.zeros(len(trial.parts), 2 * len(flags), dtype=torch.float64, device=device)
     # The scales before the step are the current ones in another order.
@@ -481,18 +483,32 @@ def _observation(question: Question, trial: _Trial) -> _Observation:
         news = [value for group in question.groups for _, value in group.states]
         for state, value in zip(new_states, news, strict=True):
             state[here] = evaluate(value, leaves)
-    addresses = [[state[place:].data_ptr() for place in trial.places] for state in old_states]
+    addresses = [
+        [state.data_ptr() + place * bits_of_state(name, codes.dtype) // 8 for place in trial.places]
+        for name, state in zip(names, kept, strict=True)
+    ]
     columns = 2 * np.arange(len(flags), dtype=np.int64)
     places = np.array(addresses, dtype=np.int64).reshape(len(names), len(trial.parts))
     observed = Observed(question.groups, places, old_scales, torch.zeros_like(sums), columns)
-    return _Observation(observed, old_states, new_states, sums)
+    return _Observation(observed, kept, [_packed(state) for state in new_states], sums)
 
 
 def _old_state(state: Expression, codes: Tensor) -> Tensor:
     """Return numbers of both signs and 0, with another period than the codes, also between the weights."""
     dtype: torch.dtype = state.operands[1] or codes.dtype
     numbers = torch.arange(len(codes), device=codes.device) % 5 - 2
+    if dtype is torch.bool:
+        return numbers > 1
     return (numbers.to(dtype) / 8).to(dtype) if dtype.is_floating_point else numbers.clamp_(-1, 1).to(dtype)
+
+
+def _packed(state: Tensor) -> Tensor:
+    """Return the state of all weights as a metric group keeps it."""
+    if state.dtype is not torch.bool:
+        return state
+    packed = bits.zeros(len(state), state.device)
+    bits.or_(packed, state, 0, ScratchPool())
+    return packed
 
 
 def _fault_of_scale_codes(kernel: Run, trial: _Trial) -> str | None:

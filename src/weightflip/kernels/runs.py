@@ -13,6 +13,7 @@ from torch import Tensor
 
 from weightflip.formats import Rounding, ScaleFormula
 from weightflip.kernels.pointwise import Pointwise
+from weightflip.kernels.sampled import Samples
 
 Addresses: TypeAlias = "npt.NDArray[np.int64]"
 
@@ -151,6 +152,9 @@ class Run(Protocol):
 
     observes: bool
     """Whether it supports metric groups in the same pass."""
+
+    samples: type[Samples] | None
+    """Compares samples of many weights in one call; None if there is no kernel for this."""
 
     longest_group: int
     """The maximum size of groups or blocks that can be scaled and counted in one pass; 0 if there is no such pass."""

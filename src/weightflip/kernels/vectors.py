@@ -1,7 +1,7 @@
-"""Loops over 32 weights at a time with LLVM vectors, which LLVM compiles for AVX2, AVX-512, NEON and others.
+"""Loops over 32 weights at a time, in vectors that LLVM compiles for AVX2, AVX-512, NEON and others.
 
-Loops that Numba vectorizes over int8, int32 and float32 at once take twice as many instructions. Memory is accessed by
-address. Imported only if Numba is installed.
+Plain loops that mix int8, int32 and float32 take twice as many instructions when Numba vectorizes them. These loops
+access memory by address. Imported only if Numba is installed.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from numba.extending import intrinsic
 
 from weightflip.kernels.constants import Lanes
 
-# Their types say that an intrinsic is called with what it is defined with, or nothing.
+# The annotations of Numba and llvmlite do not cover how intrinsics are written and called.
 _intrinsic: Any = intrinsic
 _tools: Any = cgutils
 _types: Any = types
 
 LANES = 32
-# For loops that find the largest magnitude: the lanes, and the number of places that one of them reads at once.
+# In the loops that find the largest magnitude: the number of lanes, and of places in memory that are read at once.
 LANES_OF_LARGEST, _STREAMS = 16, 4
 WIDE_OF_LARGEST = LANES_OF_LARGEST * _STREAMS
 
-# The loop that compares codes with those at the last mark: the bytes of a vector, and the number of places it reads at.
+# In the loop that compares codes with those at the last mark: the bytes of a vector, and the number of such places.
 BYTES_OF_KEEP, STREAMS_OF_KEEP = 64, 4
 
-# The prefetch distances in bytes. Processors also prefetch automatically, but seem to start again at each page.
+# Prefetch distances in bytes. Processors also prefetch by themselves, but seem to start again at each page.
 _AHEAD, _AHEAD_CODES, _AHEAD_LARGEST = 2048, 1024, 512
 _CACHE_LINE = 64
 
-# What the loop that counts finds and is given, as int64: flips, updates, stalled; where it observes for metric groups,
-# also the address of the old scales, up to so many counts, and the addresses of up to so many states.
+# The int64 array ``found`` of the counting loop: flips, updates and stalled weights. For metric groups also the address
+# of the old scales, up to MOST_COUNTS counts, and the addresses of up to MOST_STATES states.
 OLD_SCALES_AT, COUNTS_AT, MOST_COUNTS, MOST_STATES = 3, 4, 8, 8
 STATES_AT = COUNTS_AT + MOST_COUNTS
 FOUND = STATES_AT + MOST_STATES
@@ -44,10 +44,12 @@ _ADDRESS = types.int64
 
 
 class Vectors:
-    """Instructions on vectors of a number of lanes."""
+    """Builds instructions on vectors with this number of lanes."""
 
     def __init__(self, builder: Any, lanes: int = LANES) -> None:
         self.b, self.lanes = builder, lanes
+        self.word = ir.IntType(lanes)
+        """One bit for each lane."""
 
     def type(self, of: Any) -> Any:
         return ir.VectorType(of, self.lanes)
@@ -90,7 +92,7 @@ class Vectors:
         return self.b.extract_element(value, ir.Constant(_I32, 0))
 
     def magnitude(self, address: Any, of: Any) -> Any:
-        """Floats without their sign, as integers, which have the numbers' order; NaN is above them all."""
+        """Load floats without their signs, as integers. These have the order of the numbers, and NaN is the largest."""
         return self.b.and_(self.load(address, of, of.width // 8), self.all(of, (1 << (of.width - 1)) - 1))
 
     def larger_neighbors(self, x: Any, y: Any) -> Any:
@@ -102,7 +104,7 @@ class Vectors:
         return self.larger(even, odd)
 
     def prefetch(self, address: Any, ahead: int, size: int) -> None:
-        """Prefetch memory after that of the current lanes."""
+        """Prefetch the memory ``ahead`` bytes after the current lanes."""
         pointer = _I8.as_pointer()
         signature = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
         function = _tools.get_or_insert_function(self.b.module, signature, "llvm.prefetch.p0")
@@ -113,7 +115,7 @@ class Vectors:
 
 
 class _Rounding:
-    """Magnitudes, as bits of float32, to ordinals of another width, not yet with sign or NaN."""
+    """Rounds magnitudes, given as bits of float32, to ordinals. Signs and NaN are handled elsewhere."""
 
     def __init__(self, vectors: Vectors, constants: Any, codes: Any) -> None:
         self.v, self.codes = vectors, codes
@@ -131,10 +133,10 @@ class _Rounding:
         return value if value.type.element == self.codes else self.v.b.trunc(value, self.v.type(self.codes))
 
     def by_adding(self, magnitude: Any) -> Any:
-        """The processor rounds, to nearest even, normal and subnormal numbers alike.
+        """Let the processor round to nearest even, by adding a power of two to normal and subnormal numbers.
 
-        Added is the power of two whose last place is the distance of the format's numbers there. The sum's last bits
-        are then the ordinal, but for the exponent, which what was added has as well.
+        The unit in the last place of that power is the distance between neighboring numbers of the format. The last
+        bits of the sum are then the ordinal plus a constant that depends on the exponent.
         """
         b, v = self.v.b, self.v
         at_least = v.larger(magnitude, self["first"])
@@ -144,10 +146,10 @@ class _Rounding:
         return b.sub(self.narrow(bits), self.narrow(self["base"]))
 
     def by_shifting(self, magnitude: Any) -> Any:
-        """As :func:`weightflip.quantizers.ordinals.round_to_ordinals`, which explains it.
+        """Round as :func:`weightflip.quantizers.ordinals.round_to_ordinals` does, which explains the method.
 
-        For formats without mantissa bits, in which another bit tells what is even, and those with the exponents of
-        float32: their subnormal numbers are right also where the processor takes subnormal numbers for 0.
+        Used for formats without mantissa bits, in which the exponent decides what is even, and for formats with the
+        exponents of float32, whose subnormal numbers must be right even if the processor flushes them to 0.
         """
         b, v = self.v.b, self.v
         is_odd = b.and_(b.xor(b.lshr(magnitude, self["cut"]), self["parity"]), self["tie"])
@@ -165,7 +167,7 @@ def _encoded(rounding: _Rounding, by_adding: bool, number: Any) -> Any:
     is_nan = b.icmp_signed(">", magnitude, v.all(_I32, 0x7F800000))
     magnitude = v.smaller(magnitude, rounding["limit"])
     code = rounding.by_adding(magnitude) if by_adding else rounding.by_shifting(magnitude)
-    # All ones for a negative number.
+    # All bits are set if the number is negative.
     sign = rounding.narrow(b.ashr(bits, v.all(_I32, 31)))
     cap = b.add(rounding.narrow(rounding["cap"]), b.and_(sign, rounding.narrow(rounding["asymmetry"])))
     code = b.select(b.icmp_unsigned("<", code, cap), code, cap)
@@ -178,7 +180,7 @@ PLAIN, MULTIPLIED, DIVIDED = range(3)
 
 
 def _number(v: Vectors, weight_bits: int, address: Any, scaling: int, scale: Any) -> Any:
-    """Weights as float32, under their scale."""
+    """Load weights as float32, and apply the scale."""
     if weight_bits == 32:
         number = v.load(address, _F32, 4)
     else:
@@ -192,7 +194,7 @@ def _number(v: Vectors, weight_bits: int, address: Any, scaling: int, scale: Any
 
 
 class Observing(Protocol):
-    """What more the loop that counts has to do: :class:`weightflip.kernels.lowering.Observing`."""
+    """The work of metric groups in the counting loop; see :class:`weightflip.kernels.lowering.Observing`."""
 
     def each(self, index: Any, old: Any, new: Any, flipped: Any, under_old_scale: Callable[[], Any]) -> None: ...
 
@@ -207,23 +209,24 @@ def make_advance(
     by_adding: bool,
     observing: Callable[[Vectors, Any, Any], Observing] | None = None,
 ) -> Any:
-    """The loop that encodes, compares, counts and stores.
+    """Make the loop that encodes, compares, counts and stores.
 
     Args:
         weight_bits: 32 for float32, 16 for bfloat16.
-        update_bits: Of an update, which is a float, or a bool of 8; 0 where none are counted.
-        code_bits: Of an ordinal.
-        scaling: What becomes of a weight before it is rounded.
-        by_adding: How it is rounded.
-        observing: Makes what more is done with each weight, from vectors, the address ``found`` and LLVM's type of an
-            ordinal; None for nothing.
+        update_bits: Size of an update, which is a float or, with 8 bits, a bool; 0 if updates are not counted.
+        code_bits: Size of an ordinal.
+        scaling: How the scale is applied before rounding.
+        by_adding: Whether to use :meth:`_Rounding.by_adding`; otherwise :meth:`_Rounding.by_shifting`.
+        observing: Makes the work of metric groups from the vectors, the address ``found`` and LLVM's type of an
+            ordinal; None if there is none.
 
     Returns:
-        ``advance(weight, update, codes, numel, scales, scale_step, mask, constants, found)``: addresses of the first of
-        ``numel`` weights, updates and codes, a multiple of ``LANES``; address of ``LANES`` scales, and how many bytes
-        further those of the next weight are, 4 or 0; the bits of an update that tell whether it is 0; addresses of
-        :class:`~weightflip.kernels.constants.Lanes` and of three int64: flips, updates and stalled weights, added to.
-        Where more is done, ``FOUND`` int64, as above.
+        ``advance(weight, update, codes, numel, scales, scale_step, mask, constants, found)``. ``weight``, ``update``
+        and ``codes`` are addresses of the first of ``numel`` elements, a multiple of ``LANES``. ``scales`` is the
+        address of ``LANES`` scales, and ``scale_step`` is 4 if each weight has its own scale there, or 0 if all weights
+        share these. ``mask`` has the bits of an update that are not all 0 if it counts. ``constants`` is the address of
+        :class:`~weightflip.kernels.constants.Lanes`. ``found`` is the address of three int64 to which flips, updates
+        and stalled weights are added; with metric groups, of the array described above.
     """
     code, bits = ir.IntType(code_bits), ir.IntType(update_bits or 8)
     weight_size, update_size, code_size = weight_bits // 8, update_bits // 8, code_bits // 8
@@ -282,10 +285,15 @@ def make_advance(
 
 
 def make_largest(weight_bits: int, streams: int) -> Any:
-    """The loop that finds the largest magnitude, reading from this many places at once.
+    """Make the loop that finds the largest magnitude.
+
+    Args:
+        weight_bits: 32 for float32, 16 for bfloat16.
+        streams: The number of places in memory that are read at once.
 
     Returns:
-        ``largest(address, numel)``: over a multiple of ``LANES_OF_LARGEST * streams`` weights. Bits of the magnitude.
+        ``largest(address, numel)``, which returns the bits of the largest magnitude. ``numel`` is a multiple of
+        ``LANES_OF_LARGEST * streams``.
     """
     bits, size = ir.IntType(weight_bits), weight_bits // 8
 
@@ -313,11 +321,11 @@ def make_largest(weight_bits: int, streams: int) -> Any:
 
 
 def make_largest_of_blocks(weight_bits: int) -> Any:
-    """The loop that finds the largest magnitude of each of many small groups, ``LANES_OF_LARGEST`` at a time.
+    """Make the loop that finds the largest magnitude of each small group, ``LANES_OF_LARGEST`` groups at a time.
 
     Returns:
-        ``largest(address, groups, group, into)``: of ``groups`` groups of ``group`` weights, both multiples of
-        ``LANES_OF_LARGEST``. Bits of the magnitudes, as float32, go to the address ``into``.
+        ``largest(address, groups, group, into)``, which writes the magnitudes of ``groups`` groups of ``group`` weights
+        to the address ``into``, as bits of float32. Both numbers are multiples of ``LANES_OF_LARGEST``.
     """
     bits, size = ir.IntType(weight_bits), weight_bits // 8
 
@@ -335,7 +343,7 @@ def make_largest_of_blocks(weight_bits: int) -> Any:
                     v.prefetch(place, _AHEAD, size)
                     b.store(v.larger(b.load(largest), v.magnitude(place, bits)), largest)
             vectors = [b.load(largest) for largest in found]
-            # Neighbors with neighbors, two vectors to one, until a lane is left of each.
+            # Halve the number of vectors until each group is left with one lane.
             while len(vectors) > 1:
                 vectors = [v.larger_neighbors(*vectors[at : at + 2]) for at in range(0, len(vectors), 2)]
             result = vectors[0]
@@ -352,11 +360,11 @@ def make_largest_of_blocks(weight_bits: int) -> Any:
 
 
 def make_keep(code_bits: int) -> Any:
-    """The loop that stores codes where they differ from the ones that are kept.
+    """Make the loop that replaces kept codes with new ones.
 
     Returns:
-        ``keep(codes, new, numel)``: addresses of ``numel`` codes, a multiple of ``STREAMS_OF_KEEP`` vectors; the first
-        codes are overwritten. How many differed.
+        ``keep(codes, new, numel)``, which returns how many codes differed. ``codes`` and ``new`` are addresses of
+        ``numel`` codes, a multiple of ``STREAMS_OF_KEEP`` vectors; ``codes`` are overwritten.
     """
     code, size = ir.IntType(code_bits), code_bits // 8
     lanes = BYTES_OF_KEEP // size
@@ -374,7 +382,7 @@ def make_keep(code_bits: int) -> Any:
                 v.prefetch(new_place, _AHEAD, size)
                 new = v.load(new_place, code, size)
                 differs = b.bitcast(b.icmp_signed("!=", new, v.load(place, code, size)), ir.IntType(lanes))
-                # Memory that is not written does not go back to the main memory.
+                # Cache lines that are not written need not be written back to memory.
                 with b.if_then(b.icmp_unsigned("!=", differs, ir.Constant(differs.type, 0))):
                     v.store(new, place)
                 number = b.ctpop(differs)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch import Tensor
 
 from weightflip import checks, functional, records
-from weightflip.kernels import Index, Pointwise, ScratchPool, take
+from weightflip.kernels import Index, Pointwise, Sample, ScratchPool, take
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 from weightflip.records import Kind, Value
 
@@ -47,6 +47,7 @@ class Weight(NamedTuple):
         scale: The scale, which broadcasts to the codes; None for formats without one.
         quantizer: The quantizer that made the codes.
         backend: As in :func:`weightflip.kernels.check_backend`.
+        scale_codes: At marks, the scales of blocks and groups as the format stores them; None for other formats.
     """
 
     values: Tensor
@@ -54,6 +55,7 @@ class Weight(NamedTuple):
     scale: Tensor | None
     quantizer: Quantizer
     backend: str = "auto"
+    scale_codes: Tensor | None = None
 
     @property
     def ndim(self) -> int:
@@ -121,6 +123,14 @@ class LayerMetric:
     flips, and update the tensors that it names in place. None: ``slice`` is called for every slice, which is slower. A
     class that overrides ``slice`` does not inherit it, and sets its own."""
 
+    runs_at_mark: int | None = None
+    """Set by the caller, for groups that also run in steps: how often the group had run in steps at the last mark."""
+
+    sample: Sample | None = None
+    """What :meth:`before` keeps of the weight for :meth:`after`, if ``after`` does what
+    :class:`weightflip.kernels.Sample` describes, with four columns of ``sums`` in this order. A kernel may then do both
+    for many weights at once. It is tested against these methods before it is used."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "slice" in vars(cls) and "pointwise" not in vars(cls):
@@ -148,6 +158,8 @@ class LayerMetric:
     def mark(self, weight: Weight, sums: Tensor, scratch: ScratchPool) -> None:
         """Called at a mark of ``mark_sync`` or ``sync_every=``. Must not synchronize with the device.
 
+        A group that also runs in steps is not called if it has not run in a step since the last mark.
+
         Args:
             weight: The whole weight.
             sums: As in ``slice``, but added directly to the totals.
@@ -171,7 +183,8 @@ class LayerMetric:
     @property
     def nbytes(self) -> int:
         """Bytes held between steps."""
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+        kept = [*vars(self).values(), *(() if self.sample is None else vars(self.sample).values())]
+        return sum(value.nbytes for value in kept if isinstance(value, Tensor))
 
 
 class Metric(ABC):
@@ -191,6 +204,8 @@ class Metric(ABC):
     """Whether it has ``before``, ``slice`` or ``after``. If no group does, many weights are counted in one call."""
     uses_marks: bool = False
     """Whether it has ``mark``. A group with ``mark`` only is opened at the first mark."""
+    reads_scale_at_marks: bool = True
+    """Whether ``mark`` needs ``scale`` for formats that have ``scale_codes``. Without, the weight is not read again."""
     supports_shards: bool = True
     """Whether the sums over the shards of a weight equal those of the whole. If not, sharded weights are left out."""
 

@@ -44,6 +44,7 @@ class Sync(Metric):
     name = "sync"
     uses_steps = False
     uses_marks = True
+    reads_scale_at_marks = False
     values = (
         Value(
             "changed_fraction",
@@ -165,12 +166,9 @@ class _LayerSync(LayerMetric):
 
 
 def _stored_scales(weight: Weight) -> Tensor | None:
-    """Return the scales as the integers that the format stores."""
-    if weight.scale is None:
-        return None
-    elementwise = weight.elementwise
-    if elementwise is not None and elementwise.group is not None:
-        return elementwise.scale_codes(weight.scale)
+    """Return the scales as integers: those that the format stores, or the bits of a tensor's or a row's scale."""
+    if weight.scale_codes is not None or weight.scale is None:
+        return weight.scale_codes
     return bits_of_scale(weight.scale)
 
 

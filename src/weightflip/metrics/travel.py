@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from weightflip.kernels import LANES, Sample
 from weightflip.metrics.base import Bins, LayerMetric, Metric, Weight, register
 from weightflip.quantizers.protocol import ElementwiseQuantizer
 from weightflip.records import Value
@@ -90,10 +92,9 @@ class _Table(NamedTuple):
     at: Tensor
 
 
-class _Snapshot(NamedTuple):
-    """The sample at one moment, with the scale of each weight, or with a table if all have the same scale."""
+class _Moment(NamedTuple):
+    """The codes of the sample at one moment, with the scale of each, or with a table if all have the same scale."""
 
-    weights: Tensor
     codes: Tensor
     values: Tensor
     scale: Tensor | None
@@ -102,80 +103,107 @@ class _Snapshot(NamedTuple):
 
 class _LayerTravel(LayerMetric):
     state = ("travelled", "quantized_travelled")
+    sample: Sample
 
     def __init__(self, name: str, weight: Weight, quantizer: ElementwiseQuantizer, outermost: tuple[int, int]) -> None:
-        self.quantizer, self.outermost = quantizer, outermost
-        self.at = _sample(weight.values.numel(), name).to(weight.values.device)
-        """Flat indices of the sample in the weight."""
-        self.weights_per_sample = weight.values.numel() / self.at.numel()
-        """The number of weights that each sampled weight represents."""
-        self.old: _Snapshot | None = None
-        self.travelled = torch.zeros(self.at.shape, dtype=torch.float64, device=self.at.device)
-        self.quantized_travelled = torch.zeros_like(self.travelled)
+        self.quantizer = quantizer
+        numel, like = weight.values.numel(), weight.values
+        at = None if numel <= _SAMPLE else _choose(numel, name).to(like.device)
+        sampled = min(numel, _SAMPLE)
+        self.sample = Sample(
+            at,
+            weights=like.new_zeros(sampled),
+            codes=weight.codes.new_zeros(sampled),
+            moved=like.new_zeros(sampled, dtype=torch.float64),
+            quantized_moved=like.new_zeros(sampled, dtype=torch.float64),
+            share=numel / sampled,
+            outermost=outermost,
+        )
+
+    @property
+    def travelled(self) -> Tensor:
+        """The distance that each sampled weight moved since the last logging point."""
+        return self.sample.moved
+
+    @property
+    def quantized_travelled(self) -> Tensor:
+        """The same for their quantized values."""
+        return self.sample.quantized_moved
 
     def before(self, weight: Weight) -> None:
-        self.old = self._take_snapshot(weight)
+        self.sample.weights.copy_(self._take_sample(weight.values))
+        self.sample.codes.copy_(self._take_sample(weight.codes))
+        self.sample.scale = weight.scale
 
     def after(self, weight: Weight, sums: Tensor) -> None:
-        assert self.old is not None
-        old, new = self.old, self._take_snapshot(weight)
-        self.old = None
-        moved = (new.weights - old.weights).abs_()
+        shape = weight.codes.shape
+        old = self._at_moment(self.sample.codes, self.sample.scale, shape)
+        new = self._at_moment(self._take_sample(weight.codes), weight.scale, shape)
+        self.sample.scale = None
+        moved = self._take_sample(weight.values).double().sub_(self.sample.weights.double()).abs_()
         quantized_moved = (new.values - old.values).abs_()
         # NaN, infinite weights and weights that share a scale with them count as not moved. Times 0, they are NaN.
         is_finite = moved.mul(0).add_(quantized_moved, alpha=0) == 0
         moved, quantized_moved = moved.where(is_finite, 0.0), quantized_moved.where(is_finite, 0.0)
         expected = (moved / self._cells(old)).clamp_(max=1).nan_to_num_(nan=0.0)
         flips = (new.codes != old.codes).logical_and_(is_finite)
-        found = [quantized_moved.sum(), moved.sum(), flips.sum(dtype=torch.float64), expected.sum()]
-        sums.add_(torch.stack(found).view(2, 2), alpha=self.weights_per_sample)
+        found = _sum_in_lanes([quantized_moved, moved, flips, expected])
+        sums.add_(found.view(2, 2), alpha=self.sample.share)
         self.travelled.add_(moved)
         self.quantized_travelled.add_(quantized_moved)
 
     def gauge(self, weight: Weight, gauges: Tensor, bins: Tensor) -> None:
         has_moved = self.travelled > 0
         ratios = self.quantized_travelled / self.travelled
-        gauges[0, 0] = torch.count_nonzero(has_moved & (ratios > _HIGH)) * self.weights_per_sample
-        gauges[0, 1] = torch.count_nonzero(has_moved) * self.weights_per_sample
+        gauges[0, 0] = torch.count_nonzero(has_moved & (ratios > _HIGH)) * self.sample.share
+        gauges[0, 1] = torch.count_nonzero(has_moved) * self.sample.share
         lowest, highest = Travel.histograms[0].edges[0], Travel.histograms[0].edges[-1]
         found = ratios.log2().floor().clamp_(lowest, highest - 1).sub_(lowest)
         found = (found[:, None] == torch.arange(len(bins), device=found.device)) & has_moved[:, None]
-        bins.copy_((found.sum(0) * self.weights_per_sample).round_())
+        bins.copy_((found.sum(0) * self.sample.share).round_())
         self.travelled.zero_()
         self.quantized_travelled.zero_()
 
-    def _take_snapshot(self, weight: Weight) -> _Snapshot:
-        weights, codes = self._take_sample(weight.values).to(torch.float64), self._take_sample(weight.codes)
-        scale = weight.scale
+    def _take_sample(self, tensor: Tensor) -> Tensor:
+        at = self.sample.at
+        if at is None:
+            return tensor.reshape(-1)
+        return tensor.view(-1).index_select(0, at) if tensor.is_contiguous() else torch.take(tensor, at)
+
+    def _at_moment(self, codes: Tensor, scale: Tensor | None, shape: torch.Size) -> _Moment:
+        """Return the sample's values.
+
+        Args:
+            codes: The codes of the sample.
+            scale: The scale of the whole weight.
+            shape: The shape of the weight.
+        """
         if codes.dtype is torch.int8 and (scale is None or scale.numel() == 1):
             # With a single scale, each code has one value, and a table of values is shorter than the sample.
             known = _all_codes(codes.device)
             values = self._values(known, None if scale is None else scale.reshape(1).expand(known.shape))
             index = codes.int().add_(_HALF)
-            return _Snapshot(weights, codes, values.index_select(0, index), None, _Table(values, index))
+            return _Moment(codes, values.index_select(0, index), None, _Table(values, index))
         if scale is not None:
-            scale = self._scale_of_each(scale, weight.codes.shape)
-        return _Snapshot(weights, codes, self._values(codes, scale), scale, None)
-
-    def _take_sample(self, tensor: Tensor) -> Tensor:
-        """Return the sample of a tensor in new memory."""
-        if tensor.numel() == self.at.numel():
-            return tensor.reshape(-1).clone()
-        return tensor.view(-1).index_select(0, self.at) if tensor.is_contiguous() else torch.take(tensor, self.at)
+            scale = self._scale_of_each(scale, shape)
+        return _Moment(codes, self._values(codes, scale), scale, None)
 
     def _scale_of_each(self, scale: Tensor, shape: torch.Size) -> Tensor:
+        at = self.sample.at
+        if at is None:
+            return scale.expand(shape).reshape(-1)
         if scale.shape == (*shape[:-1], 1) and scale.is_contiguous():
-            return scale.view(-1).index_select(0, self.at.div(shape[-1], rounding_mode="floor"))
-        return scale.expand(shape)[torch.unravel_index(self.at, shape)]
+            return scale.view(-1).index_select(0, at.div(shape[-1], rounding_mode="floor"))
+        return scale.expand(shape)[torch.unravel_index(at, shape)]
 
     def _values(self, codes: Tensor, scale: Tensor | None) -> Tensor:
         return self.quantizer.values(codes, scale).double()
 
-    def _cells(self, moment: _Snapshot) -> Tensor:
+    def _cells(self, moment: _Moment) -> Tensor:
         """Return the widths of the cells that contain the weights; arbitrary for NaN."""
         if moment.table is not None:
-            return _cells_of_table(moment.table.values, self.outermost).index_select(0, moment.table.at)
-        smallest, largest = self.outermost
+            return _cells_of_table(moment.table.values, self.sample.outermost).index_select(0, moment.table.at)
+        smallest, largest = self.sample.outermost
         codes = moment.codes.long().clamp_(smallest, largest)
 
         def value(shifted: Tensor) -> Tensor:
@@ -184,6 +212,16 @@ class _LayerTravel(LayerMetric):
         here = moment.values
         below, above = here - value(codes - 1), value(codes + 1) - here
         return torch.where(codes == smallest, above, torch.where(codes == largest, below, (below + above) / 2))
+
+
+def _sum_in_lanes(rows: Sequence[Tensor]) -> Tensor:
+    """Return the sums of 1-dim tensors, float64, added in the order that ``LANES`` describes."""
+    numel = rows[0].numel()
+    padded = torch.zeros(len(rows), -(-numel // LANES) * LANES, dtype=torch.float64, device=rows[0].device)
+    for row, numbers in zip(padded, rows, strict=True):
+        row[:numel].copy_(numbers)
+    # Unlike sum(), cumsum() adds one after the other on the CPU.
+    return padded.view(len(rows), -1, LANES).cumsum(1)[:, -1].cumsum(1)[:, -1]
 
 
 def _cells_of_table(values: Tensor, outermost: tuple[int, int]) -> Tensor:
@@ -200,10 +238,8 @@ def _all_codes(device: torch.device) -> Tensor:
     return torch.arange(-_HALF, _HALF, dtype=torch.int8, device=device)
 
 
-def _sample(numel: int, name: str) -> Tensor:
+def _choose(numel: int, name: str) -> Tensor:
     """Return flat indices, one at random from each of 16,384 equal parts. They are the same in every run."""
-    if numel <= _SAMPLE:
-        return torch.arange(numel, device="cpu")
     borders = torch.arange(_SAMPLE + 1, dtype=torch.float64, device="cpu").mul_(numel / _SAMPLE).long()
     # A separate generator, so that tracking does not change the random numbers of the training.
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))

@@ -80,14 +80,14 @@ class _BlockQuantizer(ElementwiseQuantizer):
         return FloatRounding(self.format, self.format.max_ordinal)
 
     def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
-        assert scale is not None
-        return ordinals_to_values(ordinals, self.format, torch.float32) * self._decoding_scale(scale)
+        values = ordinals_to_values(ordinals, self.format, torch.float32)
+        return values if scale is None else values * self.value_scale(scale)
+
+    def value_rule(self) -> Literal["multiplies"]:
+        return "multiplies"
 
     def ordinal_range(self, weight: Tensor) -> tuple[int, int]:
         return -self.format.max_ordinal, self.format.max_ordinal
-
-    def _decoding_scale(self, scale: Tensor) -> Tensor:
-        return scale
 
 
 class MXQuantizer(_BlockQuantizer):
@@ -212,7 +212,7 @@ class NVFP4Quantizer(_BlockQuantizer):
             return scale.reciprocal()
         return scale.imag.reciprocal().div_(scale.real)
 
-    def _decoding_scale(self, scale: Tensor) -> Tensor:
+    def value_scale(self, scale: Tensor) -> Tensor:
         return scale.imag * scale.real if self.per_tensor_scale else scale
 
     def scale_codes(self, scale: Tensor) -> Tensor:

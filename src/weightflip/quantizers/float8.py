@@ -78,6 +78,9 @@ class _Float8Cast(ElementwiseQuantizer):
         values = ordinals_to_values(ordinals, self.format, torch.float32)
         return values if scale is None else values / scale
 
+    def value_rule(self) -> Literal["divides"]:
+        return "divides"
+
     def ordinal_range(self, weight: Tensor) -> tuple[int, int]:
         return -self.format.max_ordinal, self.format.max_ordinal
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -162,6 +162,9 @@ class FloatxQuantizer(ElementwiseQuantizer):
         dtype = scale.dtype if scale is not None else self._compute_dtype(torch.float32)
         values = ordinals_to_values(ordinals, self.format, dtype, exponent_shift=self._exponent_shift)
         return values if scale is None else values * scale
+
+    def value_rule(self) -> Literal["multiplies"] | None:
+        return "multiplies" if self._compute_dtype(torch.float32) is torch.float32 else None
 
     def ordinal_range(self, weight: Tensor) -> tuple[int, int]:
         return -self.format.max_ordinal, self.format.max_ordinal

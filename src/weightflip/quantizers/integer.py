@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +38,10 @@ class _Integers(ElementwiseQuantizer):
             values.masked_fill_(ordinals == NAN_ORDINAL, torch.nan)
         # A NaN or infinite weight makes its scale non-finite, and then all values under that scale are NaN.
         return values if scale is None else torch.where(scale.isfinite(), values * scale, torch.nan)
+
+    def value_rule(self) -> Literal["multiplies"]:
+        # Under a scale that is not finite, no value is finite either way.
+        return "multiplies"
 
 
 class IntegerQuantizer(_Integers):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -90,6 +92,9 @@ class CastQuantizer(NativeQuantizer):
 
     def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
         return _bits_as_values(ordinals, self.format)
+
+    def value_rule(self) -> Literal["multiplies"]:
+        return "multiplies"
 
 
 def _reject_options(name: str, options: tuple[str, ...]) -> None:

@@ -185,6 +185,8 @@ class ElementwiseQuantizer(BaseQuantizer):
         if vars(cls).keys() & {"scale_of", "applied_scale", "scale_codes"} and "scale_rule" not in vars(cls):
             # An inherited rule does not describe overridden scales.
             cls.scale_rule = ElementwiseQuantizer.scale_rule  # type: ignore[method-assign]
+        if "values" in vars(cls) and "value_rule" not in vars(cls):
+            cls.value_rule = ElementwiseQuantizer.value_rule  # type: ignore[method-assign]
         if vars(cls).keys() & {"is_active", "has_state", "encodes"} and "batchable" not in vars(cls):
             # These may change from step to step, and must be read for each weight.
             cls.batchable = False
@@ -291,7 +293,22 @@ class ElementwiseQuantizer(BaseQuantizer):
 
     @abstractmethod
     def values(self, ordinals: Tensor, scale: Tensor | None) -> Tensor:
-        """Return the numbers that ordinals stand for under a scale that broadcasts to them: float32 or float64."""
+        """Return the numbers that ordinals stand for under a scale that broadcasts to them: float32 or float64.
+
+        Without a scale, a format that has one returns the numbers under a scale of 1.
+        """
+
+    def value_rule(self) -> Literal["multiplies", "divides"] | None:
+        """What ``values`` does with a scale, as data, for kernels that compute values.
+
+        It multiplies or divides ``values(ordinals, None)``, the numbers without a scale, by ``value_scale(scale)``, all
+        in float32. None: something else.
+        """
+        return None
+
+    def value_scale(self, scale: Tensor) -> Tensor:
+        """Return what numbers are multiplied or divided by to get values, as ``value_rule`` says: float32."""
+        return scale
 
     def ordinal_range(self, weight: Tensor) -> tuple[int, int] | None:
         """Return the smallest and largest ordinal of a finite number; None if some ordinals between have no number."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from weightflip.session.weights import Weights
 
 
 class Guard:
-    """Runs the parts of a step. A fault in one of them ends tracking, with one warning."""
+    """Runs the parts of a step. A fault in one of them ends tracking, with one warning.
+
+    A fault while tracking ends is suppressed: what is left to do then is to free memory.
+    """
 
     def __init__(self, tracker: WeightFlipTracker, weights: Weights, log: Log, source: Source) -> None:
         self._tracker = tracker
@@ -22,11 +26,17 @@ class Guard:
         self._source = source
 
     def run(self, action: Callable[..., None], *args: Any) -> None:
-        """Run an action whose faults must not stop training."""
-        if self._source.is_broken and not self._log.is_sharded:
-            return
+        """Run an action whose faults must not stop training, unless tracking has ended on all processes."""
         try:
-            action(*args)
+            if not self._source.is_broken or self._log.is_sharded:
+                action(*args)
+        except Exception as error:
+            self._stop_tracking(error)
+
+    def contain(self, action: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """As :meth:`run`, but also after tracking has ended."""
+        try:
+            action(*args, **kwargs)
         except Exception as error:
             self._stop_tracking(error)
 
@@ -51,17 +61,12 @@ class Guard:
         return True
 
     def _stop_tracking(self, error: Exception) -> None:
-        was_broken, self._source.is_broken = self._source.is_broken, True
-        if self._tracker.is_sharded:
-            # The other processes continue to count, and wait for this one in each step.
-            self._tracker.abandon()
-        else:
-            self._tracker.drop_codes()
-            self._weights.release()
-        if not was_broken:
-            self._log.pending_warnings.append(
-                f"weightflip: tracking has stopped, training continues: {type(error).__name__}: {error}"
-            )
+        with suppress(Exception):
+            self._log.stop_tracking(self._source, error)
+        with suppress(Exception):
+            # The other processes of a sharded run continue to count, and wait for this one in each step.
+            if not self._tracker.is_sharded:
+                self._weights.release()
 
 
 def run_outside_graphs(action: Callable[..., None], *args: Any) -> None:

@@ -81,6 +81,15 @@ class Source:
         """Return the tracker's pending warnings and clear them."""
         return [] if self._tracker is None else self._tracker.take_warnings()
 
+    def free_memory(self) -> None:
+        """After a fault, free the memory of the codes. If weights are sharded, still take part in collectives."""
+        if self._tracker is not None:
+            if self._tracker.is_sharded:
+                # The other processes continue to count, and wait for this one in each step.
+                self._tracker.abandon()
+            else:
+                self._tracker.drop_codes()
+
     def continue_from(self, sources: Sequence[Source]) -> None:
         """Continue the step count of other sources if all of them have ended."""
         if not any(source.is_live for source in sources):
@@ -186,7 +195,6 @@ class Log:
             return
         needs_records = self._has_sinks or bool(self.alerts)
         records: list[FlipRecord] = []
-        faults: list[Exception] = []
         for source in self.sources:
             try:
                 if needs_records:
@@ -194,11 +202,8 @@ class Log:
                 else:
                     source.synchronize()
             except Exception as error:
-                # Go on with the next source, which has a collective. A broken one has been warned about already.
-                if not source.is_broken:
-                    faults.append(error)
-        if faults:
-            raise faults[0]
+                # Go on with the next source: its numbers are valid, and with sharded weights it has a collective.
+                self.stop_tracking(source, error)
         if records and is_writer:
             merged = FlipRecord.merged(records)
             if any(layer.is_new for layer in merged.layers):
@@ -217,6 +222,16 @@ class Log:
             self._run_deferring_warnings(self.sinks.alert, event)
         self.pending_warnings += self.alerts.take_warnings()
 
+    def stop_tracking(self, source: Source, error: Exception) -> None:
+        """End the tracking of an optimizer after a fault, with a warning about the first one. Never raises."""
+        was_broken, source.is_broken = source.is_broken, True
+        if not was_broken:
+            self.pending_warnings.append(
+                f"weightflip: tracking has stopped, training continues: {type(error).__name__}: {error}"
+            )
+        with suppress(Exception):
+            source.free_memory()
+
     def _run_deferring_warnings(self, action: Callable[..., None], *args: Any) -> None:
         """Run an action, and keep its warning for later if warnings are configured to raise."""
         try:
@@ -228,17 +243,27 @@ class Log:
         """Issue the pending warnings. Not while other processes wait: warnings may be configured to raise."""
         if self._is_writing:
             return
-        self.pending_warnings[:0] = [text for source in self.sources for text in source.take_warnings()]
+        texts: list[str] = []
+        for source in self.sources:
+            texts += self._take_warnings(source)
+        self.pending_warnings[:0] = texts
         while self.pending_warnings:
             # Remove it first: if the warning raises, the others are issued next time.
             warnings.warn(printable(self.pending_warnings.pop(0)), stacklevel=2)
+
+    def _take_warnings(self, source: Source) -> list[str]:
+        try:
+            return source.take_warnings()
+        except Exception as error:
+            self.stop_tracking(source, error)
+            return []
 
     def flush(self) -> None:
         """Flush the sinks. If a sink or callback calls this, the flush waits until all sinks have the record."""
         if self._is_writing:
             self._deferred.append(self.sinks.flush)
             return
-        self.sinks.flush()
+        self._attempt("the sinks could not be flushed", self.sinks.flush)
         self.emit_warnings()
 
     def close(self, *, together: bool = True) -> None:
@@ -252,8 +277,8 @@ class Log:
             # Wait until all sinks have the record.
             self._deferred.append(self.sinks.close)
             return
-        self._write_last(together)
-        self.sinks.close()
+        self._attempt("the last record could not be written", self._write_last, together)
+        self._attempt("the sinks could not be closed", self.sinks.close)
         self.emit_warnings()
 
     def end_source(self, source: Source, process: int, *, together: bool = False) -> None:
@@ -264,12 +289,10 @@ class Log:
         if self._is_writing:
             self._deferred.append(partial(self.end_source, source, process))
             return
-        self._write_last(together)
-        texts = source.take_warnings()
-        source.freeze()
-        self.pending_warnings += texts
-        if not any(source.is_live for source in self.sources):
-            self.sinks.close()
+        self._attempt("the last record could not be written", self._write_last, together)
+        self.pending_warnings += self._take_warnings(source)
+        self._attempt("the final numbers could not be kept", source.freeze)
+        self._attempt("the sinks could not be closed", self._close_after_last)
         self.emit_warnings()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -277,14 +300,19 @@ class Log:
         return {**self.__dict__, "_is_writing": False, "_deferred": []}
 
     def _write_last(self, together: bool) -> None:
-        if not together and self.is_sharded:
-            return
-        try:
+        if together or not self.is_sharded:
             self.write()
+
+    def _close_after_last(self) -> None:
+        if not any(source.is_live for source in self.sources):
+            self.sinks.close()
+
+    def _attempt(self, failure: str, action: Callable[..., None], *args: Any) -> None:
+        """Run an action outside the steps. A fault becomes a warning, which begins with what has failed."""
+        try:
+            self._run_deferring_warnings(action, *args)
         except Exception as error:
-            self.pending_warnings.append(
-                f"weightflip: the last record could not be written: {type(error).__name__}: {error}"
-            )
+            self.pending_warnings.append(f"weightflip: {failure}: {type(error).__name__}: {error}")
 
 
 def restrict_groups(groups: Mapping[str, tuple[str, ...]], names: Set[str]) -> dict[str, tuple[str, ...]]:

@@ -150,10 +150,14 @@ class Session:
         try:
             self._count()
         finally:
-            self.abort_step()
+            self._release()
 
     def abort_step(self) -> None:
-        """Release what is held only during a step: parameters and gradients."""
+        """End a step that raised an exception: release what is held only during a step."""
+        self._guard.contain(self._release)
+
+    def _release(self) -> None:
+        """Release parameters and gradients."""
         self._is_in_step = False
         self.weights.release()
         self.tracker.abort_step()
@@ -188,21 +192,21 @@ class Session:
         self.log.emit_warnings()
 
     def flush(self) -> None:
-        self.run_guarded(self.log.write)
+        """Write what the optimizers of the run have counted, also if this one is no longer tracked."""
+        run_outside_graphs(self._guard.contain, self.log.write)
         self.log.flush()
 
     def close(self, *, together: bool = True) -> None:
         """Write the last record and close the sinks."""
-        self._unseen.queue_warning()
+        self._guard.contain(self._unseen.queue_warning)
         self.log.close(together=together)
 
     def end(self, *, together: bool = True) -> None:
         """Write the last record and free memory. The numbers remain available."""
-        self._unseen.queue_warning()
-        self._unseen.stop(self._unseen.text)
+        self._guard.contain(self._unseen.finish)
         self._ending.run_now(together=together)
-        self.tracker.drop_codes()
-        self.weights.clear()
+        self._guard.contain(self.tracker.drop_codes)
+        self._guard.contain(self.weights.clear)
 
     # ------------------------------------------------------------------ checkpoints and copies
 
@@ -220,7 +224,7 @@ class Session:
         try:
             self.load_state_dict(state_dict)
         except Exception as error:
-            self.tracker.reset()
+            self._guard.contain(self.tracker.reset)
             self._calls = 0
             warnings.warn(
                 "weightflip: the optimizer's state is loaded, but the counts in this checkpoint cannot be read and "

@@ -113,6 +113,11 @@ class UnseenSteps:
             self._has_warned = True
             self._log.pending_warnings.append(f"weightflip: {text}")
 
+    def finish(self) -> None:
+        """Stop watching because tracking ends. The text remains available."""
+        self.queue_warning()
+        self.stop(self.text)
+
     def _on_owner_gone(self, process: int) -> None:
         # In a forked process, missing steps mean nothing: they are made in its parent.
         if os.getpid() == process:

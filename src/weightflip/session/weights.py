@@ -137,8 +137,10 @@ class Weights:
             for quantizer in quantizers
         ]
         weights, taken = _exclude_taken(weights, others, strict)
-        notes = (*plan.notes, *self._note_positional_names(weights))
-        self._log_notes(notes)
+        positional = self._note_positional_names(weights)
+        notes = (*plan.notes, *positional)
+        self._log_notes(plan.notes, _log_from_writer)
+        self._log_notes(positional, _log_once_from_writer)
         if strict and not weights and not others:
             _log_from_writer(
                 f"{plan.nothing_to_track_message}; they are checked again at the first step and whenever they change"
@@ -177,13 +179,13 @@ class Weights:
             f"({examples})",
         )
 
-    def _log_notes(self, notes: Sequence[str]) -> None:
+    def _log_notes(self, notes: Sequence[str], log: Callable[[str], None]) -> None:
         for note in notes:
             # Ignore the names at the end: under ZeRO-3 they may change in each step.
             sentence = note.rpartition(" (")[0]
             if sentence not in self._logged_notes:
                 self._logged_notes.add(sentence)
-                _log_from_writer(note)
+                log(note)
 
     # ------------------------------------------------------------------ other processes
 
@@ -316,7 +318,18 @@ def _log_from_writer(text: str) -> None:
         logger.warning("weightflip: %s", printable(text))
 
 
-_SIGNED_ATTRIBUTES = tuple(map(operator.attrgetter, ("dtype", "device.type", "requires_grad")))
+_logged: set[str] = set()
+"""The texts that this process has passed to ``_log_once_from_writer``."""
+
+
+def _log_once_from_writer(text: str) -> None:
+    """As ``_log_from_writer``, but each text once: a script may have one optimizer per parameter."""
+    if text not in _logged:
+        _logged.add(text)
+        _log_from_writer(text)
+
+
+_SIGNED_ATTRIBUTES = tuple(map(operator.attrgetter, ("dtype", "device", "requires_grad")))
 
 
 def _parameter_signature(parameters: Sequence[Tensor]) -> tuple[object, ...]:
