@@ -115,9 +115,9 @@ def test_there_are_no_import_cycles():
 COUNTING_LEVELS = (
     {"tracker"},
     {"current"},
-    {"totals", "batched", "gathered", "display", "stalls", "single"},
+    {"totals", "batched", "gathered", "display", "stalls", "unsharded"},
     {"marks", "routes", "named", "silent_writes", "sharded", "summary", "history"},
-    {"metric_runner", "shards", "canary", "nonfinite"},
+    {"metric_runner", "sharding", "canary", "nonfinite"},
     {"table"},
     {"layer", "columns", "notices", "schedule", "checkpoint"},
     {"batch", "ledger"},

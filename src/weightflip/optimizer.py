@@ -198,7 +198,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
 
     def __exit__(self, *exc_info: object) -> None:
         # After an error, the other processes of a sharded run may never get here.
-        self._session.close(together=exc_info[0] is None)
+        self._session.close(is_collective=exc_info[0] is None)
 
     # ------------------------------------------------------------------ the inner optimizer's
 

@@ -16,9 +16,9 @@ from weightflip.counting.notices import Notices
 from weightflip.counting.routes import ElementwiseRoute, WholeWeightRoute
 from weightflip.counting.schedule import Schedule
 from weightflip.counting.silent_writes import SilentWrites
-from weightflip.counting.single import SingleProcess
 from weightflip.counting.table import LayerTable
 from weightflip.counting.totals import Totals
+from weightflip.counting.unsharded import UnshardedRun
 from weightflip.metrics.columns import make_groups
 from weightflip.quantizers import resolve
 
@@ -35,7 +35,7 @@ def make(*metrics: str, backend: str = "auto") -> SimpleNamespace:
     parts.current = CurrentLayers(parts.layers, (parts.batched, parts.elementwise, parts.whole))
     parts.silent = SilentWrites(parts.layers, parts.notices)
     parts.totals = Totals(parts.columns, parts.layers, parts.schedule, parts.silent)
-    parts.shards = SingleProcess(parts.layers, parts.columns)
+    parts.sharding = UnshardedRun(parts.layers, parts.columns)
     return parts
 
 

@@ -11,7 +11,7 @@ from weightflip.counting.layer import CodeState
 
 
 def begin(parts, weights, *, force=False):
-    parts.current.set_layers(parts.current.encode_current(weights, parts.shards, force=force))
+    parts.current.set_layers(parts.current.encode_current(weights, parts.sharding, force=force))
     return [(layer.name, layer.state) for layer in parts.current]
 
 
@@ -64,7 +64,7 @@ def test_other_layers_continue_without_one_that_fails():
     parts.layers.fail("a", ValueError("it broke"))
     parts.current.drop_failed()
     assert [layer.name for layer in parts.current] == ["bb"]
-    assert [layer.name for layer in parts.current.encode_current(weights, parts.shards, force=False)] == ["bb"]
+    assert [layer.name for layer in parts.current.encode_current(weights, parts.sharding, force=False)] == ["bb"]
 
 
 def test_a_copy_holds_no_step():

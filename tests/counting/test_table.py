@@ -38,13 +38,13 @@ def test_another_weight_with_the_same_name_starts_from_zero():
     layer = opened(parts, weight("w", "e3m4"))
     layer.row.step[WEIGHT_STEPS] = 512
     commit(parts)
-    assert parts.totals.close_window(parts.shards).model.window.weight_steps == 512
+    assert parts.totals.close_window(parts.sharding).model.window.weight_steps == 512
     layer = opened(parts, weight("w", "e3m4", (4, 4)))
     assert "'w' had 512 weights and now has 16; its counts start from zero" in parts.notices.take()[0]
     parts.layers.begin_step()
     layer.row.step[WEIGHT_STEPS] = 16
     commit(parts)
-    (found,) = parts.totals.close_window(parts.shards).layers
+    (found,) = parts.totals.close_window(parts.sharding).layers
     assert (found.window.weight_steps, found.total.weight_steps, found.weights) == (16, 16, 16)
 
 
@@ -52,7 +52,7 @@ def test_checkpoint_round_trip():
     parts, other = make(), make()
     opened(parts, weight("w", "e3m4")).row.step[WEIGHT_STEPS] = 512
     commit(parts)
-    state = parts.totals.state_dict(parts.shards)
+    state = parts.totals.state_dict(parts.sharding)
     steps, layers, window_base, unasked = parse(state, other.columns, set())
     other.totals.load(steps, layers, window_base)
     assert other.totals.state_dict(other.shards) == state

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from weightflip.counting.layer import CodeState, Layer, TrackedWeight
 from weightflip.counting.routes import Gradients, Route
-from weightflip.counting.shards import Shards
+from weightflip.counting.sharding import Sharding
 from weightflip.counting.table import LayerTable
 
 
@@ -34,12 +34,12 @@ class CurrentLayers:
     def __bool__(self) -> bool:
         return bool(self.layers)
 
-    def encode_current(self, weights: Iterable[TrackedWeight], shards: Shards, *, force: bool) -> list[Layer]:
+    def encode_current(self, weights: Iterable[TrackedWeight], sharding: Sharding, *, force: bool) -> list[Layer]:
         """Encode the weights whose codes are outdated, and return their layers with current codes.
 
         Args:
             weights: Some or all of the weights of the step.
-            shards: Tells which codes may be kept.
+            sharding: Tells which codes may be kept.
             force: Whether to encode all of them.
         """
         layers, found = self._table.by_name, []
@@ -48,7 +48,7 @@ class CurrentLayers:
             try:
                 layer = layers.get(tracked.name)
                 if layer is None or force or not layer.is_current(tracked):
-                    layer = self._check(tracked, stale, shards, force)
+                    layer = self._check(tracked, stale, sharding, force)
             except Exception as error:
                 self._table.fail(tracked.name, error)
                 continue
@@ -62,21 +62,21 @@ class CurrentLayers:
         return found
 
     def _check(
-        self, tracked: TrackedWeight, stale: dict[Route, list[Layer]], shards: Shards, force: bool
+        self, tracked: TrackedWeight, stale: dict[Route, list[Layer]], sharding: Sharding, force: bool
     ) -> Layer | None:
         """Return a weight's layer, and add it to ``stale`` if its codes are outdated. None if it is not tracked."""
         if tracked.name in self._table.failed:
             return None
         if not tracked.is_active:
             if tracked.name in self._table:
-                self._table[tracked.name].distrust()
+                self._table[tracked.name].invalidate()
             return None
         weight, quantizer = tracked.unwrapped()
         layer = self._table.open(tracked, weight, quantizer)
-        is_kept = shards.may_keep(tracked.name, layer.is_unwritten(tracked.parameter, weight))
+        is_kept = sharding.may_keep(tracked.name, layer.is_unwritten(tracked.parameter, weight))
         is_kept = is_kept and layer.state is CodeState.KEPT and not force
         if not is_kept:
-            layer.distrust()
+            layer.invalidate()
         if not is_kept or layer.route is None or layer.tracked is not tracked:
             layer.tracked = tracked
             layer.route = next(route for route in self._routes if route.accepts(layer, weight, quantizer))

@@ -45,7 +45,7 @@ def as_html(steps: int, layers: Iterable[tuple[str, str, int, Counts]], note: st
     )
 
 
-class Displayed(ABC):
+class DisplayMixin(ABC):
     """The display of a tracker in notebooks, and its numbers as rows."""
 
     _show: weakref.WeakMethod[Callable[..., str]] | None

@@ -240,7 +240,7 @@ class Layer:
         stamp.versions = (version, version)
         self.state = CodeState.KEPT
 
-    def distrust(self) -> None:
+    def invalidate(self) -> None:
         """Note that the weight may have been written since its codes were made."""
         self.stamp = None
         if self.state in (CodeState.FRESH, CodeState.KEPT):
@@ -314,7 +314,7 @@ class Layer:
     def allocate_codes(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a tensor for the codes of a weight, reusing the old one if it fits."""
         if self.codes is None or self.codes.shape != weight.shape or self.codes.dtype != dtype:
-            self.distrust()
+            self.invalidate()
             self.codes = torch.empty_like(weight, dtype=dtype)
         return self.codes
 

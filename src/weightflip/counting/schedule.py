@@ -105,8 +105,8 @@ class Schedule:
         return self.steps >= self.start_step and (self.end_step is None or self.steps <= self.end_step)
 
 
-class Scheduled:
-    """The public attributes of a tracker that concern its schedule."""
+class ScheduleMixin:
+    """The attributes of a tracker that concern its schedule."""
 
     _schedule: Schedule
 

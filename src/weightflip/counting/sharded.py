@@ -10,7 +10,7 @@ from torch import Tensor
 from weightflip import distributed
 from weightflip.counting.columns import Columns
 from weightflip.counting.layer import Layer, TrackedWeight
-from weightflip.counting.shards import Shards, Totals
+from weightflip.counting.sharding import Sharding, Totals
 from weightflip.counting.table import LayerTable
 from weightflip.quantizers.adapt import quantizer_name
 
@@ -47,11 +47,11 @@ class ShardedRun:
     def __contains__(self, name: object) -> bool:
         return name in self._weights
 
-    def for_weights(self, weights: Sequence[TrackedWeight]) -> Shards:
+    def for_weights(self, weights: Sequence[TrackedWeight]) -> Sharding:
         return self
 
-    def expect_others(self, *, are_known: bool) -> Shards:
-        self._must_compare, self._membership_unknown = True, not are_known
+    def request_comparison(self, *, is_selection_known: bool) -> Sharding:
+        self._must_compare, self._membership_unknown = True, not is_selection_known
         return self
 
     # ------------------------------------------------------------------ before a step
@@ -146,7 +146,7 @@ class ShardedRun:
 
     # ------------------------------------------------------------------ after a step
 
-    def share(self, *, is_next_due: bool) -> None:
+    def exchange_statistics(self, *, is_next_due: bool) -> None:
         self._statistics_current = False
         self._combine_statistics()
         # Set now: a later failure on this process must not change whether it joins a collective before the next step.
@@ -156,7 +156,7 @@ class ShardedRun:
         for table, names in self._weights.tables:
             self._layers.keep_counts(names, table.is_counted)
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         self._versions = None
 
     @property
@@ -168,7 +168,7 @@ class ShardedRun:
 
     # ------------------------------------------------------------------ sums
 
-    def add_up(self, steps: int, rows: Mapping[str, Sequence[float]]) -> None:
+    def reduce_counts(self, steps: int, rows: Mapping[str, Sequence[float]]) -> None:
         columns = self._columns
         local = {name: self._layers.local(layer, rows[name]) for name, layer in self._layers.items()}
         totals = {name: columns.add(layer.synchronized_counts, local[name]) for name, layer in self._layers.items()}

@@ -147,10 +147,10 @@ class LayerTable(Mapping[str, Layer]):
         for layer in self._layers.values():
             layer.fail()
 
-    def distrust(self) -> None:
+    def invalidate(self) -> None:
         """Do not trust any codes: weights may have been written since they were made."""
         for layer in self._layers.values():
-            layer.distrust()
+            layer.invalidate()
 
     def drop_codes(self) -> None:
         """Free the memory of all codes."""

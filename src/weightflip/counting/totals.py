@@ -11,8 +11,8 @@ from weightflip.counting.history import History
 from weightflip.counting.layer import Layer
 from weightflip.counting.ledger import COLUMNS
 from weightflip.counting.schedule import Progress, Schedule
-from weightflip.counting.shards import Shards
-from weightflip.counting.shards import Totals as Numbers
+from weightflip.counting.sharding import Sharding
+from weightflip.counting.sharding import Totals as Numbers
 from weightflip.counting.silent_writes import SilentWrites
 from weightflip.counting.table import LayerTable
 from weightflip.records import FlipRecord, LayerRecord
@@ -42,12 +42,12 @@ class Totals:
         self._silent_writes.receive(values[: len(pending)])
         return self._schedule.steps - sum(values[len(pending) :]), rows
 
-    def read(self, shards: Shards) -> Numbers:
+    def read(self, sharding: Sharding) -> Numbers:
         """Return the number of steps and the totals of all layers.
 
         One transfer from each device; none in a run with sharded weights.
         """
-        known = shards.totals(self._schedule.steps)
+        known = sharding.totals(self._schedule.steps)
         if known is not None:
             return known
         steps, rows = self.rows()
@@ -56,9 +56,9 @@ class Totals:
             name: add(layer.synchronized_counts, local(layer, rows[name])) for name, layer in self._layers.items()
         }
 
-    def close_window(self, shards: Shards) -> FlipRecord:
+    def close_window(self, sharding: Sharding) -> FlipRecord:
         """End the current window and return its record."""
-        steps, totals = self.read(shards)
+        steps, totals = self.read(sharding)
         layers = []
         for name, total in totals.items():
             base = self._base_of(name)
@@ -85,9 +85,9 @@ class Totals:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def state_dict(self, shards: Shards) -> dict[str, Any]:
+    def state_dict(self, sharding: Sharding) -> dict[str, Any]:
         """As :meth:`WeightFlipTracker.state_dict`."""
-        steps, totals = self.read(shards)
+        steps, totals = self.read(sharding)
         layers, ratios = [], []
         for name, total in totals.items():
             layer, base = self._layers[name], self._base_of(name)
@@ -97,7 +97,7 @@ class Totals:
         weights = {
             name: kept
             for name, layer in self._layers.items()
-            if name not in shards and (kept := layer.metric_tensors())
+            if name not in sharding and (kept := layer.metric_tensors())
         }
         return {"version": checkpoint.VERSION, "steps": steps, "layers": layers, "ratios": ratios, "weights": weights}
 

@@ -58,7 +58,7 @@ class ShardedWeights:
     def __bool__(self) -> bool:
         return bool(self._members)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._members
 
     def __iter__(self) -> Iterator[str]:

@@ -136,7 +136,7 @@ class Weights:
             for name, quantizers in plan.tracked.items()
             for quantizer in quantizers
         ]
-        weights, taken = _exclude_taken(weights, others, strict)
+        weights, taken = _exclude_already_tracked(weights, others, strict)
         positional = self._note_positional_names(weights)
         notes = (*plan.notes, *positional)
         self._log_notes(plan.notes, _log_from_writer)
@@ -189,14 +189,14 @@ class Weights:
 
     # ------------------------------------------------------------------ other processes
 
-    def compare_changed_shards(self, *, are_known: bool) -> None:
+    def compare_changed_shards(self, *, is_selection_known: bool) -> None:
         """Have the tracker compare the sharded weights with those of the other processes, if they have changed.
 
         Args:
-            are_known: Whether this process has successfully selected its own.
+            is_selection_known: Whether this process has successfully selected its own.
         """
         if self._have_shards_changed:
-            self._tracker.expect_others(are_known=are_known)
+            self._tracker.request_comparison(is_selection_known=is_selection_known)
             self._have_shards_changed, self._has_compared = False, True
 
     def _have_all_changed(self, shards: Sequence[tuple[object, distributed.Layout]]) -> bool:
@@ -281,7 +281,7 @@ class Weights:
         self._reset()
 
 
-def _exclude_taken(
+def _exclude_already_tracked(
     weights: Sequence[TrackedWeight], others: Sequence[Source], strict: bool
 ) -> tuple[list[TrackedWeight], dict[str, str]]:
     """Exclude the weights that another optimizer of the run already tracks under the same name.
