@@ -13,7 +13,7 @@ from conftest import case
 from kernel_cases import QUANTIZERS, assert_together_as_alone, by_eager, each_alone, with_special
 from test_cpu_kernel import weights
 
-from weightflip import WeightFlipTracker
+from weightflip import WeightFlipTracker, kernels
 from weightflip.counting import batch
 from weightflip.counting.layer import TrackedWeight
 from weightflip.formats import FloatFormat
@@ -86,7 +86,24 @@ def test_scales_of_groups_are_made_in_the_pass_that_counts(dtype):
         torch.ones(2, cpu.Run.longest_group + 1),
         torch.zeros(2, cpu.Run.longest_group + 1, dtype=torch.int8),
     )
-    assert batch.make_member(weight, resolve("int8"), codes, "auto", with_updates=True).scaling is None
+    for name in ("float8_e4m3", "float8_e4m3:row:pow2", "int8"):
+        member = batch.make_member(weight, resolve(name), codes, "auto", with_updates=True)
+        assert (member.scaling is None, member.scaling_before is None) == (True, False), name
+
+
+def test_scales_that_many_weights_share_are_the_quantizers_own():
+    rows = torch.randn(7, cpu.Run.longest_group + 3) * torch.logspace(-44, 38, 7)[:, None]
+    rows[1, 5], rows[2, 6], rows[3] = torch.inf, torch.nan, 0.0
+    for name in ("float8_e4m3:row", "float8_e4m3:row:pow2", "float8_e5m2:row", "e3m4:row", "int8"):
+        for weight in (rows, rows.bfloat16()):
+            quantizer, codes = resolve(name), torch.zeros(weight.shape, dtype=torch.int8)
+            member = batch.make_member(weight, quantizer, codes, "auto", with_updates=False)
+            place = kernels.Stretch(member.address, codes.data_ptr(), weight.numel(), member.group)
+            kind = kernels.Kind(weight.dtype, None, codes.dtype, member.rounding, weight.device)
+            with case(name, weight.dtype):
+                found = cpu.Run([place], kind).factors(member.scaling_before)
+                expected = quantizer.applied_scale(quantizer.scale(weight)).flatten()
+                torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_formats_side_by_side_and_without_updates():

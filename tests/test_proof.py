@@ -305,6 +305,12 @@ class KeepsAnOldScaleInGroups(cpu.Run):
             stored.codes[-1] ^= 1
 
 
+class RoundsFactorsUp(cpu.Run):
+    def factors(self, scaling):
+        factors = super().factors(scaling)
+        return torch.nextafter(factors, torch.full_like(factors, torch.inf))
+
+
 class SharesScalesByRowsOfBlocks(cpu.Run):
     def __init__(self, stretches, kind):
         super().__init__([s._replace(height=1) if s.width else s for s in stretches], kind)
@@ -319,6 +325,7 @@ class SharesScalesByRowsOfBlocks(cpu.Run):
         (LosesAChangeInGroups, "int4:g32", "it counts changes of scales"),
         (KeepsAnOldScaleInGroups, "nvfp4", "its stored scales differ"),
         (SharesScalesByRowsOfBlocks, "int8", "in blocks over several rows, "),
+        (RoundsFactorsUp, "float8_e4m3", "its scales before counting differ"),
     ],
 )
 def test_broken_scales_of_groups_are_refused_and_made_by_plain_torch(kernel, quantizer, fault, monkeypatch, caplog):

@@ -63,7 +63,9 @@ class Member:
         width: The number of elements in a row if blocks over several rows share a scale; otherwise 0.
         height: The number of rows that share a scale.
         run: The kernel's class of runs.
-        scaling: How the kernel computes the scales of groups; None if the quantizer computes them.
+        scaling: How the kernel computes the scales of groups in the pass that counts; None if it does not.
+        scaling_before: The same for scales that are shared by too many weights for one pass; None if the quantizer
+            computes them.
         scale_shape: Shape of the quantizer's scale.
         keeps_scale: Whether the scale of its codes is kept, for metric groups. Only without ``scaling``, and the same
             for all members of a quantizer.
@@ -84,6 +86,7 @@ class Member:
     run: type[kernels.Run]
     scaling: kernels.Scaling | None
     scale_shape: tuple[int, ...]
+    scaling_before: kernels.Scaling | None = None
     keeps_scale: bool = False
     scale_slices: list[ScaleSlice] = field(default_factory=list)
     observations: tuple[Observation, ...] | None = ()
@@ -128,7 +131,15 @@ class Member:
     def kind(self) -> tuple[Any, ...]:
         """The key by which members are grouped into one call."""
         of_quantizer = (type(self.quantizer), self.quantizer.name, self.rounding)
-        return (*of_quantizer, self.dtype, self.codes.dtype, self.group == 0, self.width == 0, self.scaling)
+        return (
+            *of_quantizer,
+            self.dtype,
+            self.codes.dtype,
+            self.group == 0,
+            self.width == 0,
+            self.scaling,
+            self.scaling_before,
+        )
 
     def count_scales(self, numel: int) -> int:
         """Return the number of scales for this many elements, which must start and end at scale boundaries."""
@@ -202,21 +213,23 @@ def make_member(
             for update in ((None, weight.dtype) if with_updates else (None,))
         )
 
-    scaling = None
+    scaling = scaling_before = None
     fits = 0 < group * height <= run.longest_group and not (width and group > run.widest_block)
-    if fits and not observed:
+    if not observed and (fits or (group and run.longest_group and quantizer.group is None)):
         scaling = get_scaling(quantizer, rounding, weight.dtype, weight.device)
     if scaling is not None and not is_usable(scaling):
         scaling = None
+    if not fits:
+        scaling, scaling_before = None, scaling
     if observed and quantizer.tile is not None and quantizer.tile[0] > 1:
         # Metric groups expect one scale per group in each row.
         return None
     if scaling is None and (width or not is_usable(None)):
         # No other kernel supports blocks over several rows.
         return None
-    where = weight.data_ptr(), weight.numel(), weight.dtype
-    scale_shape = _shape_of_scale(weight, quantizer)
-    return Member(*where, codes, scale_codes, quantizer, rounding, group, width, height, run, scaling, scale_shape)
+    place = weight.data_ptr(), weight.numel(), weight.dtype
+    of_scales = scaling, _shape_of_scale(weight, quantizer), scaling_before
+    return Member(*place, codes, scale_codes, quantizer, rounding, group, width, height, run, *of_scales)
 
 
 def _scale_layout(weight: Tensor, quantizer: Batchable) -> tuple[int, int, int]:
@@ -398,7 +411,8 @@ class _Part:
     ) -> None:
         first = members[pieces[0].member]
         self.quantizer, self.dtype = first.quantizer, first.dtype
-        self.is_scaled, self.scaling = first.group != 0, first.scaling
+        self.is_scaled = first.group != 0
+        self.scaling, self.scaling_before = first.scaling, first.scaling_before
         kind = kernels.Kind(
             first.dtype, first.dtype if with_updates else None, first.codes.dtype, first.rounding, first.codes.device
         )
@@ -488,6 +502,8 @@ class _Part:
         """Compute the scale factors and the stored scales; None for what the format does not have."""
         if not self.is_scaled:
             return self.quantizer.applied_scale(None), None
+        if self.scaling_before is not None and self.kept_scale is None:
+            return self.run.factors(self.scaling_before), None
         largest = self.run.largest()
         if self.table is not None:
             return self.table.look_up(largest)

@@ -43,7 +43,7 @@ class Loop(NamedTuple):
     owner: Any
 
 
-_loops: dict[str, Loop | None] = {}
+_loops: dict[tuple[Any, ...], Loop | None] = {}
 
 
 def count_loop() -> Loop | None:
@@ -148,15 +148,16 @@ def _loop(
     kind: tuple[int | str, ...] = (),
     instructions: Callable[[], dict[str, Any]] = dict,
 ) -> Loop | None:
-    name = "_".join([function.__name__, *(part if isinstance(part, str) else str(int(part)) for part in kind)])
-    if name not in _loops:
+    key = (function, *kind)
+    if key not in _loops:
+        name = "_".join([function.__name__, *(part if isinstance(part, str) else str(int(part)) for part in kind)])
         note = threading.Timer(_PATIENCE, _log_compilation)
         note.daemon = True
         note.start()
         try:
-            _loops[name] = _compiled(function, f"{name}_{_digest()}", arguments, instructions())
+            _loops[key] = _compiled(function, f"{name}_{_digest()}", arguments, instructions())
         except Exception as error:
-            _loops[name] = None
+            _loops[key] = None
             message = str(error).strip().splitlines()[:1]
             warnings.warn(
                 "weightflip: Numba cannot compile, counting continues without it: "
@@ -165,7 +166,7 @@ def _loop(
             )
         finally:
             note.cancel()
-    return _loops[name]
+    return _loops[key]
 
 
 @functools.cache

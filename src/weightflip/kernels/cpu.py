@@ -169,6 +169,16 @@ class Run:
         self._call(compiled.largest_loop(), compiled.largest_lanes(8 * self.kind.weight.itemsize), task)
         return largest
 
+    def factors(self, scaling: Scaling) -> Tensor:
+        loop = _scales_loop(scaling)
+        assert loop is not None
+        assert not scaling.is_stored
+        largest = self.largest()
+        factors = torch.empty_like(largest)
+        rule, changes = _rule(scaling.description), np.zeros(1, dtype=np.int64)
+        loop.call(largest.data_ptr(), len(largest), rule.ctypes.data, factors.data_ptr(), 0, changes.ctypes.data)
+        return factors
+
     def count_(self, scale: Tensor | None, updates: Addresses | None) -> Tensor:
         counts = torch.zeros(len(self._places), 3, dtype=torch.int64, device="cpu")
         self._count_into(counts, self._in_order.ctypes.data, scale, updates)

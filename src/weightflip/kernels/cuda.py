@@ -251,6 +251,9 @@ class Run:
     def keep(codes: Tensor, new: Tensor) -> Tensor | None:
         return None
 
+    def factors(self, scaling: Scaling) -> Tensor:
+        raise NotImplementedError("this kernel does not compute scales")
+
     def count_groups_into_(
         self,
         counts: Tensor,

@@ -402,13 +402,13 @@ def find_fault_in_groups(run: type[Run], question: Question, scales: Scales) -> 
         scales: Computes the expected scales.
     """
     for in_blocks in (False, True):
-        fault = _fault_of_scaling(run, question, _trial(question, scales, in_blocks=in_blocks))
+        fault = _fault_of_scaling(run, question, _trial(question, scales, in_blocks=in_blocks), in_blocks=in_blocks)
         if fault is not None:
             return f"in blocks over several rows, {fault}" if in_blocks else fault
     return None
 
 
-def _fault_of_scaling(run: type[Run], question: Question, trial: _Trial) -> str | None:
+def _fault_of_scaling(run: type[Run], question: Question, trial: _Trial, *, in_blocks: bool) -> str | None:
     assert question.scaling is not None
     assert trial.stored is not None
     kernel, expected = run(trial.stretches, question.kind), trial.stored
@@ -422,13 +422,23 @@ def _fault_of_scaling(run: type[Run], question: Question, trial: _Trial) -> str 
         changes = torch.stack([part.count_nonzero() for part in torch.split(is_other, trial.scales_of_parts)])
     kernel.count_groups_into_(table[:, :3], rows, question.scaling, trial.addresses, stored)
     fault = _fault_of_counts(table[:, :3], trial)
-    if fault is not None or stored is None:
+    if fault is not None:
         return fault
+    if stored is None:
+        return None if in_blocks else _fault_of_factors(kernel, question.scaling, trial)
     if not torch.equal(stored.codes, expected):
         return "its stored scales differ"
     if not torch.equal(table[:, 3], changes):
         return f"it counts changes of scales {table[:, 3].tolist()}, plain torch {changes.tolist()}"
     return None
+
+
+def _fault_of_factors(kernel: Run, scaling: Scaling, trial: _Trial) -> str | None:
+    """Test the factors that are computed before the pass that counts."""
+    assert trial.scales is not None
+    found, expected = kernel.factors(scaling), trial.scales
+    are_equal = (found == expected) | (found.isnan() & expected.isnan())
+    return None if found.shape == expected.shape and bool(are_equal.all()) else "its scales before counting differ"
 
 
 class _Observation(NamedTuple):

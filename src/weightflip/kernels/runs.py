@@ -186,6 +186,17 @@ class Run(Protocol):
         """
         ...
 
+    def factors(self, scaling: Scaling) -> Tensor:
+        """Compute the factors that weights are multiplied or divided by, if too many weights share them for one pass.
+
+        Args:
+            scaling: How to compute scales, which are not stored. See :meth:`can_scale`.
+
+        Returns:
+            float32, one for each element of :meth:`largest`.
+        """
+        ...
+
     def count_(self, scale: Tensor | None, updates: Addresses | None) -> Tensor:
         """Encode the weights, compare, count, and store the new codes.
 
