@@ -118,7 +118,7 @@ COUNTING_LEVELS = (
     {"totals", "batched", "gathered", "display", "stalls", "unsharded"},
     {"marks", "routes", "named", "silent_writes", "sharded", "summary", "history"},
     {"metric_runner", "sharding", "canary", "nonfinite"},
-    {"table"},
+    {"table", "sampled"},
     {"layer", "columns", "notices", "schedule", "checkpoint"},
     {"batch", "ledger"},
     {"scaling", "observations"},

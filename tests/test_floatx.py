@@ -39,7 +39,7 @@ def hard_cases(split: tuple[int, int], dtype: type[np.floating]) -> np.ndarray:
         exact = np.concatenate([values, mids, overflow]).astype(dtype)
     info = np.finfo(dtype)
     specials = np.array([0.0, np.inf, np.nan, info.smallest_subnormal, info.tiny, info.max], dtype=dtype)
-    neighbors = [np.nextafter(exact, dtype(towards)) for towards in (-np.inf, np.inf)]
+    neighbors = [np.nextafter(exact, dtype(toward)) for toward in (-np.inf, np.inf)]
     half = np.concatenate([exact, *neighbors, specials])
     return np.concatenate([half, -half])
 
@@ -96,7 +96,7 @@ def test_weights_in_formats_beyond_float64(split):
     rng = np.random.default_rng(1)
     weight = np.exp2(rng.uniform(-1021, 1023, 300)) * rng.choice([-1.0, 1.0], 300)
     ties = [1.0, 1.5, 3.0, 1 + 2.0 ** -(split[1] + 1), 1 + 3 * 2.0 ** -(split[1] + 1)]
-    ties += [math.nextafter(x, towards) for x in ties for towards in (0.0, math.inf)]
+    ties += [math.nextafter(x, toward) for x in ties for toward in (0.0, math.inf)]
     weight = np.concatenate([weight, ties, np.negative(ties), [0.0, -0.0]])
     expected = [nearest(Fraction(float(x)), split) for x in weight]
 

@@ -146,7 +146,7 @@ def test_damaged_lines_are_counted_and_left_out(digits, tmp_path):
     (run,) = look_at(path, tmp_path / "report.html")
     assert run.notes == (
         f"{len(ODD)} damaged lines skipped: incomplete, because the training was killed or is still writing, or "
-        "modified afterwards",
+        "modified afterward",
     )
     assert run.steps.tolist() == whole.steps.tolist()
     for cell in (b'"5"', b"1" + b"0" * 400, b"-5", b"true", b"2.5", b"NaN", b"[]", b"null"):

@@ -55,7 +55,7 @@ def test_checkpoint_round_trip():
     state = parts.totals.state_dict(parts.sharding)
     steps, layers, window_base, unasked = parse(state, other.columns, set())
     other.totals.load(steps, layers, window_base)
-    assert other.totals.state_dict(other.shards) == state
+    assert other.totals.state_dict(other.sharding) == state
     assert unasked == set()
     with pytest.raises(ValueError, match="without"):
         parse({}, other.columns, set())

@@ -44,7 +44,7 @@ def try_barrier(layouts: Iterable[Layout], topic: str) -> bool:
     """Whether all processes that hold parts of these weights call this within ``BARRIER_TIMEOUT``.
 
     All of them get the same answer. The barrier uses the default process group's store: a collective that some
-    processes do not join would wait for the group's timeout, and the group could not be used afterwards.
+    processes do not join would wait for the group's timeout, and the group could not be used afterward.
 
     Args:
         layouts: Layouts of the weights. This process holds a part of each.

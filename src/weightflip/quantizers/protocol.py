@@ -47,7 +47,7 @@ class Quantizer(Protocol):
 
     Quantizers that belong to a module or a tensor subclass may also have these attributes:
 
-    * ``is_active``: False while the weight is not quantized. Nothing is counted then, and the first codes afterwards
+    * ``is_active``: False while the weight is not quantized. Nothing is counted then, and the first codes afterward
       are a baseline.
     * ``has_state``: True if codes depend on more than the weight, so that they are never kept from step to step.
     * ``plain(weight)``: an ordinary tensor whose non-finite elements are those of the weight.

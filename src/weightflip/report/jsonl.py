@@ -140,7 +140,7 @@ class _Chain:
         if self._damaged:
             notes.append(
                 f"{self._damaged:,} damaged line{'s' * (self._damaged > 1)} skipped: incomplete, because the training "
-                "was killed or is still writing, or modified afterwards"
+                "was killed or is still writing, or modified afterward"
             )
         if self._steps_back > 1:
             notes.append(
