@@ -315,6 +315,7 @@ def test_the_options_are_those_of_the_signature():
     parameters = list(inspect.signature(FlipTrackingOptimizer).parameters.values())
     keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert keywords == {field.name: field.default for field in fields(Options)}
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters), "help() and the documents list only what is accepted"
     with pytest.raises(AttributeError):
         Options().include = "x"
     assert copy.deepcopy(Options(include="0.*")) == Options(include=["0.*"])
