@@ -128,6 +128,8 @@ def make_model(args: argparse.Namespace) -> nn.Module:
         return model
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
+    # On some processors oneDNN has only reference loops for products of float8, hundreds of times slower than torch's.
+    torch.backends.mkldnn.set_flags(False)
     # GPUs before compute capability 8.9 have no float8 matrix multiplication; there torchao can emulate it.
     emulate = args.device.startswith("cuda") and torch.cuda.get_device_capability(args.device) < (8, 9)
     # The head shares its weight with the embedding and stays in high precision, as is usual.

@@ -59,6 +59,7 @@ class Training:
             "stalls" in metrics,
             (options.get("track_every", 1), options.get("start_step", 0), options.get("end_step")),
             options.get("oscillation_ema"),
+            options.get("sync_every"),
         )
         self.log_calls = 0
         self.optimizer: Any = None
@@ -214,12 +215,13 @@ class Training:
         except _Raised:
             # No hook runs then, so the handle keeps the parameters until the next step.
             self.brute.are_held = self.handle is not None and self.brute.is_tracking
+            self.brute.is_in_step = self.handle is not None
             return
         finally:
             if details["found_inf"] is not None:
                 del self.optimizer.grad_scale, self.optimizer.found_inf
         if self.tracked:
-            self.brute.after(details["found_inf"] != 1.0)
+            self.brute.after(details["found_inf"] != 1.0, self.tracked_weights())
             self.log_calls += 1
             if self.scenario.logs and self.log_calls % self.scenario.options["log_every"] == 0:
                 self._check_written()
@@ -257,6 +259,11 @@ class Training:
     def _record(self, action: Action, generator: torch.Generator) -> None:
         if self.tracked:
             self.brute.check_record(self.tracker.record(), self.signature())
+
+    def _mark(self, action: Action, generator: torch.Generator) -> None:
+        if self.tracked:
+            self.tracker.mark_sync()
+            self.brute.mark(self.tracked_weights())
 
     def _write(self, action: Action, generator: torch.Generator) -> None:
         with torch.no_grad():
@@ -343,6 +350,7 @@ class Training:
         self.optimizer, self.model = made
         self.inner = self.optimizer.inner if self.tracked else self.optimizer
         self.is_copy = True
+        self.brute.forget_runs()
         if self.model is not None:
             self.names.update({(i, j): f"group{i}.param{j}" for i, j in self.names if (i, j) not in self.known})
         self.brute.current = []

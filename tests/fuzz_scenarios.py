@@ -68,7 +68,7 @@ FORMATS = (
     "format e5m2:none",
 )
 
-GROUPS = ("oscillation", "coverage", "scale", "travel", "range", "rank")
+GROUPS = ("oscillation", "coverage", "scale", "travel", "range", "rank", "sync", "touched")
 
 
 def multiple_of(format: str) -> int:
@@ -304,6 +304,11 @@ class _Maker:
             odd.append(Parameter((3, 32), torch.complex64))
         return odd
 
+    @staticmethod
+    def marks(metrics: Any) -> bool:
+        """Whether metric groups use marks."""
+        return "sync" in metrics or "touched" in metrics
+
     def _options(self) -> dict[str, Any]:
         r = self.random
         options: dict[str, Any] = {}
@@ -319,6 +324,8 @@ class _Maker:
             options["oscillation_ema"] = (r.choice([0.1, 0.3, 0.7]), r.choice([0.005, 0.2]))
         if self.chance(0.25):
             options["track_every"] = r.randint(2, 3)
+        if self.marks(groups) and self.chance(0.4):
+            options["sync_every"] = r.randint(1, 3)
         if self.chance(0.15):
             options["start_step"] = r.randint(1, 3)
         if self.chance(0.15):
@@ -344,10 +351,15 @@ class _Maker:
         r = self.random
         actions: list[Action] = []
         steps = r.randint(3, 8)
+        has_marks = self.marks(options.get("metrics", ())) and "sync_every" not in options
+        if has_marks and self.chance(0.6):
+            actions.append(self._action("mark"))
         for step in range(steps):
             if step:
                 actions += [action for action in self._between(options) if action is not None]
             actions.append(self._step(fails=step > 0 and self.chance(0.04)))
+            if has_marks and self.chance(0.5):
+                actions.append(self._action("mark"))
             if self.chance(0.25):
                 actions.append(self._action("record"))
         actions.append(self._action("record"))

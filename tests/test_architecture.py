@@ -120,7 +120,7 @@ COUNTING_LEVELS = (
     {"metric_runner", "sharding", "canary", "nonfinite"},
     {"table", "sampled"},
     {"layer", "columns", "notices", "schedule", "checkpoint"},
-    {"batch", "ledger"},
+    {"batch", "ledger", "expressions"},
     {"scaling", "observations"},
     {"scale_table"},
 )

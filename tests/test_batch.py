@@ -12,11 +12,12 @@ import torch
 from conftest import case
 from kernel_cases import QUANTIZERS, assert_together_as_alone, by_eager, each_alone, with_special
 from test_cpu_kernel import weights
+from torch import Tensor, nn
 
 from weightflip import WeightFlipTracker, kernels
 from weightflip.counting import batch
 from weightflip.counting.layer import TrackedWeight
-from weightflip.formats import FloatFormat
+from weightflip.formats import E4M3, FloatFormat
 from weightflip.kernels import cpu
 from weightflip.metrics import LayerMetric, Metric, Value
 from weightflip.quantizers import resolve
@@ -492,3 +493,70 @@ def test_a_default_device_of_another_kind():
                 weights[0].parameter.mul_(-1)
             tracker.after_step()
     assert tracker.get_flip_counts() == {"a": 2 * 512, "b": 0}
+
+
+class Halved(FloatxQuantizer):
+    """e3m4 with its own factor for the scale, which its name does not tell."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(E3M4, "tensor")
+        self.factor = factor
+
+    def scale_of(self, largest: Tensor) -> Tensor:
+        return super().scale_of(largest) * self.factor
+
+    def scale(self, weight: Tensor, statistic: Tensor | None = None) -> Tensor | None:
+        return self.scale_of(weight.abs().amax())
+
+    only_needs_amax = True
+
+
+class InSteps(MXQuantizer):
+    """mxfp8 with its own shift of the exponent, which its name does not tell."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__(E4M3)
+        self.shift = shift
+
+    def scale_of(self, largest: Tensor, of_tensor: Tensor | None = None) -> Tensor:
+        return super().scale_of(largest.float() * 2.0**self.shift)
+
+    def scale_rule(self, dtype: torch.dtype) -> str:
+        return "steps"
+
+
+@pytest.mark.parametrize("quantizers", [(Halved(1.0), Halved(1.7)), (InSteps(0), InSteps(3))], ids=["scale", "table"])
+@pytest.mark.parametrize("metrics", [("flips",), ("flips", "scale", "travel")], ids=str)
+def test_quantizers_of_one_name_with_other_parameters_keep_their_own_scales(quantizers, metrics):
+    def run(backend: str):
+        generator = torch.Generator().manual_seed(5)
+        start = torch.randn(64, 64, generator=generator)
+        tracked = [
+            TrackedWeight(name, nn.Parameter(start.clone()), quantizer)
+            for name, quantizer in zip("abc", (*quantizers, quantizers[0]), strict=True)
+        ]
+        tracker = WeightFlipTracker(backend=backend, metrics=metrics)
+        for _ in range(4):
+            tracker.before_step(tracked)
+            change = 1 + torch.randn(64, 64, generator=generator) / 30
+            for weight in tracked:
+                weight.parameter.data.mul_(change)
+            tracker.after_step()
+        return tracker.state_dict()["layers"], {name: layer.codes for name, layer in tracker.layers.items()}
+
+    (found, codes), (expected, expected_codes) = run("auto"), run("eager")
+    assert found == expected
+    for name in "abc":
+        assert torch.equal(codes[name], expected_codes[name])
+    assert not torch.equal(codes["a"], codes["b"])
+    assert torch.equal(codes["a"], codes["c"])
+
+
+def test_quantizers_of_a_name_share_a_kind():
+    assert resolve("mxfp4").key == resolve("mxfp4").key != resolve("mxfp4:rceil").key
+    one, other = Halved(1.0), Halved(1.0)
+    assert one.key == one.key != other.key
+    assert len({one.key, one.key, other.key, resolve("e3m4").key}) == 3
+    kept = one.key
+    del one
+    assert kept != Halved(1.0).key

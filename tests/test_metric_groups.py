@@ -433,6 +433,14 @@ def test_each_point_of_travel_begins_anew():
     assert sum(layer.histograms["log2_travel_ratio"].counts) == 8
 
 
+def test_travel_does_not_write_to_float64_weights():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 16, generator=generator, dtype=torch.float64)
+    parameter, optimizer = tracked(weight.clone(), "e3m4", "travel", lr=1.0)
+    move(parameter, optimizer, torch.full_like(weight, 0.25))
+    assert torch.equal(parameter, weight + 0.25)
+
+
 def test_the_scale_of_ones_own_is_not_looked_at_later():
     scale = torch.tensor(0.01)
     quantizer = FloatxQuantizer(E0M7, fixed_scale=scale)

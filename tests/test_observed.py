@@ -11,9 +11,25 @@ from kernel_cases import INF, NAN
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, WeightFlipTracker
+from weightflip.counting.expressions import find_difference
 from weightflip.counting.layer import TrackedWeight
-from weightflip.metrics import NEW, OLD, LayerMetric, Metric, Pointwise, Value, state, where
+from weightflip.functional import Encoding, encode_into
+from weightflip.kernels import ScratchPool
+from weightflip.metrics import (
+    NEW,
+    OLD,
+    LayerMetric,
+    Metric,
+    Pointwise,
+    Value,
+    Weight,
+    make_metrics,
+    metric_names,
+    state,
+    where,
+)  # fmt: skip
 from weightflip.metrics.coverage import Coverage
+from weightflip.metrics.oscillation import Oscillation
 from weightflip.quantizers import resolve
 
 GROUPS = ("oscillation", "coverage", "scale", "travel", "touched")
@@ -285,3 +301,82 @@ def test_a_class_that_overrides_slice_does_not_inherit_the_expression():
 
     assert Other.pointwise is None
     assert LayerUpSteps.pointwise is not None
+
+
+class WrongCount(Metric):
+    """Up flips, with an expression that counts down flips."""
+
+    name = "wrong_count"
+    values = (Value("wrong_count", "rate"),)
+
+    def open(self, name, weight):
+        return LayerWrongCount()
+
+
+class LayerWrongCount(LayerUps):
+    slice = LayerUps.slice
+    pointwise = Pointwise((NEW < OLD,))
+
+
+class WrongState(UpSteps):
+    """With an expression that differs only for flips in the direction of the last one."""
+
+    name = "wrong_state"
+
+    def open(self, name, weight):
+        return LayerWrongState(weight)
+
+
+class LayerWrongState(LayerUpSteps):
+    slice = LayerUpSteps.slice
+    pointwise = Pointwise(states=((UP_STEPS, where(NEW > OLD, where(UP_STEPS > 1, 2, UP_STEPS + 1), UP_STEPS)),))
+
+
+@pytest.mark.parametrize("group", [WrongCount, WrongState])
+def test_a_group_whose_expression_is_wrong_is_counted_by_its_slices(group, caplog):
+    def run(backend):
+        generator = torch.Generator().manual_seed(3)
+        tracked = [
+            TrackedWeight(name, nn.Parameter(torch.randn(33, 7, generator=generator)), resolve("e3m4")) for name in "ab"
+        ]
+        tracker = WeightFlipTracker(metrics=("flips", "oscillation", group()), backend=backend)
+        together = []
+        for _ in range(5):
+            tracker.before_step(tracked)
+            move(tracked, generator, 0.5)
+            tracker.after_step()
+            together.append(len(tracker.batches))
+        return [layer.values for layer in tracker.record().layers], together
+
+    expected, _ = run("eager")
+    assert caplog.messages == []
+    found, together = run("auto")
+    assert is_same(found, expected)
+    assert together == [0] * 5
+    run("auto")
+    (message,) = [message for message in caplog.messages if "compil" not in message]
+    assert message.startswith(f"the metric group {group.name!r} is counted by its slice(), which is slower: ")
+    assert "pointwise" in message
+
+
+def test_the_expressions_of_all_groups_are_right():
+    """With weights of one, two and three dimensions, and every kind of scale, rounding and width of codes."""
+    groups = [*(group for group, _ in make_metrics(dict.fromkeys(metric_names()))), Oscillation(ema=0.01)]
+    have_expressions = set()
+    for index, (quantizer, group) in enumerate(itertools.product(QUANTIZERS, groups)):
+        dtype = (torch.float32, torch.bfloat16)[index % 2]
+        for shape in ((256,), (4, 256), (2, 4, 256))[index % 3 :]:
+            weight = torch.ones(shape, dtype=dtype)
+            assert find_difference(group, "layer", weight, resolve(quantizer)) is None, (group.name, quantizer, dtype)
+        seen = view(weight, resolve(quantizer))
+        opened = group.open("layer", seen)
+        if opened is not None and opened.pointwise is not None:
+            have_expressions.add(group.name)
+    assert have_expressions >= {"oscillation", "coverage", "scale", "touched"}
+
+
+def view(weight: Tensor, quantizer) -> Weight:
+    """A weight as metric groups receive it."""
+    codes = torch.zeros(weight.shape, dtype=quantizer.code_dtype(weight))
+    scale = encode_into(weight, Encoding(quantizer, ScratchPool(), "eager"), codes)
+    return Weight(quantizer.grouped(weight), quantizer.grouped(codes), scale, quantizer, "eager")

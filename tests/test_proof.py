@@ -279,28 +279,28 @@ def test_a_good_kernel_is_told_of_once(monkeypatch, caplog):
 
 
 class LosesAFlipInGroups(cpu.Run):
-    def count_groups_into_(self, counts, rows, scaling, updates, stored=None):
-        super().count_groups_into_(counts, rows, scaling, updates, stored)
+    def count_groups_into_(self, counts, rows, scaling, updates, stored=None, largest=None):
+        super().count_groups_into_(counts, rows, scaling, updates, stored, largest)
         counts[-1, 0] -= 1
 
 
 class TakesAnotherScale(cpu.Run):
-    def count_groups_into_(self, counts, rows, scaling, updates, stored=None):
+    def count_groups_into_(self, counts, rows, scaling, updates, stored=None, largest=None):
         formula = scaling.description
         other = kernels.Scaling(formula._replace(number=formula.number * (1 + 2.0**-20)), scaling.is_stored)
-        super().count_groups_into_(counts, rows, other, updates, stored)
+        super().count_groups_into_(counts, rows, other, updates, stored, largest)
 
 
 class LosesAChangeInGroups(cpu.Run):
-    def count_groups_into_(self, counts, rows, scaling, updates, stored=None):
-        super().count_groups_into_(counts, rows, scaling, updates, stored)
+    def count_groups_into_(self, counts, rows, scaling, updates, stored=None, largest=None):
+        super().count_groups_into_(counts, rows, scaling, updates, stored, largest)
         if stored is not None:
             stored.changes[-1] -= 1
 
 
 class KeepsAnOldScaleInGroups(cpu.Run):
-    def count_groups_into_(self, counts, rows, scaling, updates, stored=None):
-        super().count_groups_into_(counts, rows, scaling, updates, stored)
+    def count_groups_into_(self, counts, rows, scaling, updates, stored=None, largest=None):
+        super().count_groups_into_(counts, rows, scaling, updates, stored, largest)
         if stored is not None:
             stored.codes[-1] ^= 1
 

@@ -14,6 +14,7 @@ from conftest import assert_same, backward, digits_model
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, WeightFlipTracker, functional, track_flips
+from weightflip.counting.batch import Member
 from weightflip.metrics.sync import _LayerSync
 from weightflip.quantizers import resolve
 
@@ -662,3 +663,23 @@ def test_a_fault_at_the_first_mark_only_costs_this_mark(digits, monkeypatch):
     assert record.model.window.flips > 0
     # Marks after the steps 2, 4 and 6: two windows.
     assert record.model.window.ratios["changed_fraction"].denominator == 2 * record.model.weights
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs Numba")
+@pytest.mark.parametrize("format", ["float8_e4m3:row", "int8", "int4:g16", "mxfp4", "float8_e4m3:128x128"])
+def test_a_mark_after_a_step_does_not_read_the_weight(format, monkeypatch):
+    """Scales of rows are kept by the pass that counts, and those of blocks are stored."""
+    model = nn.Linear(320, 200)
+    optimizer = wrapped(model, format)
+
+    def fail(self, *args):
+        raise AssertionError("the scale was expected to be kept")
+
+    for step in range(3):
+        model.weight.grad = torch.randn(200, 320)
+        optimizer.step()
+        if step == 0:
+            monkeypatch.setattr(functional.Encoding, "scale", fail)
+            monkeypatch.setattr(Member, "computed_scale", fail)
+        optimizer.tracker.mark_sync()
+    assert optimizer.tracker.record().model.window.ratios["scale_changed_fraction"].denominator > 0

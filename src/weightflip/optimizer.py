@@ -55,12 +55,12 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
             ``"blocks"`` for one group per repeated model block (``layers.3``). None: ``"blocks"`` if more than 30
             weights are tracked. ``{}``: no groups.
         metrics: ``"flips"``, ``"stalls"``, and the groups ``"oscillation"``, ``"coverage"``, ``"scale"``, ``"travel"``,
-            ``"range"``, ``"rank"``, ``"sync"``. With a mapping, such as ``{"flips": 1, "travel": 10}``, a group runs
-            only at every tenth tracked step.
+            ``"range"``, ``"rank"``, ``"sync"``, ``"touched"``. With a mapping, such as ``{"flips": 1, "travel": 10}``,
+            a group runs only at every tenth tracked step.
         oscillation_ema: Momentum of the moving average of each weight's oscillation frequency, such as 0.01, or a tuple
             of the momentum and the threshold above which a weight counts as oscillating.
-        sync_every: For the group ``"sync"``: number of steps between two syncs. The weights before the first
-            tracked step are the first sync. None: a sync is where you call ``tracker.mark_sync()``.
+        sync_every: For the groups ``"sync"`` and ``"touched"``: number of steps between two syncs. The weights before
+            the first tracked step are the first sync. None: a sync is where you call ``tracker.mark_sync()``.
         track_every: Track every n-th step.
         start_step: First step to track, counted from 0.
         end_step: First step that is no longer tracked.

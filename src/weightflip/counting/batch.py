@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -27,11 +27,14 @@ _ELEMENTS_PER_WORD = 32
 
 
 class Batchable(functional.Elementwise, Protocol):
-    """The part of an elementwise quantizer that a batch needs. The same class and name means the same codes."""
+    """The part of an elementwise quantizer that a batch needs."""
 
     name: str
     group: int | None
     tile: tuple[int, int] | None
+
+    @property
+    def key(self) -> Hashable: ...
 
     @property
     def scope(self) -> str | None: ...
@@ -67,9 +70,8 @@ class Member:
         scaling_before: The same for scales that are shared by too many weights for one pass; None if the quantizer
             computes them.
         scale_shape: Shape of the quantizer's scale.
-        keeps_scale: Whether the scale of its codes is kept, for metric groups. Only without ``scaling``, and the same
-            for all members of a quantizer.
-        scale_slices: Where the parts of that scale are, for metric groups.
+        keeps_scale: Whether the scale of its codes is kept, for metric groups. The same for all members of a quantizer.
+        places: The positions of the parts of that scale, for metric groups.
         observations: What metric groups compute for it; None if a kernel cannot do that.
     """
 
@@ -130,9 +132,9 @@ class Member:
     @property
     def kind(self) -> tuple[Any, ...]:
         """The key by which members are grouped into one call."""
-        of_quantizer = (type(self.quantizer), self.quantizer.name, self.rounding)
         return (
-            *of_quantizer,
+            self.quantizer.key,
+            self.rounding,
             self.dtype,
             self.codes.dtype,
             self.group == 0,
@@ -156,9 +158,7 @@ class Member:
     def matches(self, weight: Tensor, quantizer: Any, codes: Tensor | None) -> bool:
         """Whether a weight is still in the same memory and encoded in the same way."""
         is_same_quantizer = self.quantizer is quantizer or (
-            type(self.quantizer) is type(quantizer)
-            and self.quantizer.name == quantizer.name
-            and self.rounding == quantizer.rounding(weight)
+            self.quantizer.key == quantizer.key and self.rounding == quantizer.rounding(weight)
         )
         return is_same_quantizer and (
             self.address == weight.data_ptr()
@@ -446,6 +446,7 @@ class _Part:
         self.table: ScaleTable | None = None
         self.kept_scale = KeptScale() if first.keeps_scale else None
         self.scale_ranges = _scale_ranges(of_members) if first.keeps_scale else []
+        self.scales = sum(number for _, number in self.scale_ranges)
         self.observations = Observations([(members[piece.member].observations or (), piece.first) for piece in pieces])
         if self.scale_codes and first.run.saves_calls and not first.keeps_scale:
             self.table = get_scale_table(first.quantizer, first.rounding, first.dtype, first.codes.device)
@@ -491,7 +492,12 @@ class _Part:
             stored = torch.cat(self.scale_codes)
         if self.scaling is not None:
             of_scales = None if stored is None else kernels.StoredScales(stored, scale_changes)
-            self.run.count_groups_into_(counts, self.device_rows, self.scaling, addresses, of_scales)
+            largest = (
+                None if self.kept_scale is None else torch.empty(self.scales, dtype=torch.float32, device=counts.device)
+            )
+            self.run.count_groups_into_(counts, self.device_rows, self.scaling, addresses, of_scales, largest)
+            if self.kept_scale is not None and largest is not None:
+                self.kept_scale.scale = self.quantizer.scale_of(largest.to(self.dtype))
         else:
             codes = None if new is None or stored is None else kernels.ScaleCodes(new, stored, scale_changes)
             self.run.count_into_(counts, self.device_rows, factors, addresses, codes, observed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class BatchedRoute:
         backend: As in :func:`weightflip.kernels.check_backend`.
         with_updates: Whether updates are counted.
     """
+
+    counts_together: ClassVar[bool] = True
 
     def __init__(
         self, layers: LayerTable, one_by_one: ElementwiseRoute, runner: MetricRunner, backend: str, with_updates: bool
@@ -90,8 +92,7 @@ class BatchedRoute:
                     observed=self._runner.uses_steps,
                 )
             if member is not None:
-                # A pass that also computes the scales does not return them.
-                member.keeps_scale = member.scaling is None and self._runner.keeps_scale(quantizer)
+                member.keeps_scale = self._runner.keeps_scale(quantizer)
         layer.member = member
         if member is None:
             return False
@@ -272,6 +273,12 @@ class _LayerBatch:
         scales = [0 if layer.scale_codes is None else layer.scale_codes.numel() for layer in layers]
         known[indices, SCALE_STEPS] = torch.tensor(scales, device="cpu")
         self._known = kernels.upload(known, self._ledger.device)
+        self._set_table(self._ledger.step)
+
+    def _set_table(self, step: Tensor) -> None:
+        # Kept for all steps: each view takes a call of torch.
+        self._step, self._rows = step, step[: len(self._known)]
+        self._columns = step[:, COUNTED], step[:, SCALE_CHANGES]
 
     def count(self, updates: Sequence[int], groups: tuple[str, ...]) -> list[tuple[int, Exception]]:
         """Count a step, and return the layers that could not be counted, with the reasons.
@@ -281,9 +288,11 @@ class _LayerBatch:
             groups: The metric groups that are due.
         """
         step, sums = self._ledger.step, self._ledger.metric_step
-        step[: len(self._known)].add_(self._known)
+        if step is not self._step:
+            self._set_table(step)
+        self._rows.add_(self._known)
         due = None if sums is None or not groups else DueGroups(groups, sums)
-        return self.batch.advance(updates, (step[:, COUNTED], step[:, SCALE_CHANGES]), due).failed
+        return self.batch.advance(updates, self._columns, due).failed
 
 
 def _members_of(layers: Iterable[Layer]) -> list[Member]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +23,9 @@ _MAX_SCRATCH_BYTES = 1 << 26
 
 
 class _Kind(NamedTuple):
-    """The key by which layers are gathered. The same class, name and rounding of quantizers means the same codes."""
+    """The key by which layers are gathered. The same key and rounding of quantizers means the same codes."""
 
-    quantizer: type[ElementwiseQuantizer]
-    name: str
+    quantizer: Hashable
     rounding: object
     format: object
     weight: torch.dtype
@@ -48,6 +47,8 @@ class GatheredRoute:
         is_open: Whether the route accepts layers; False if metric groups run in steps.
     """
 
+    counts_together: ClassVar[bool] = True
+
     def __init__(
         self, one_by_one: ElementwiseRoute, scratch: kernels.ScratchPool, with_updates: bool, is_open: bool
     ) -> None:
@@ -66,10 +67,6 @@ class GatheredRoute:
         return {**self.__dict__, "buckets": [], "_kinds": {}}
 
     def accepts(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> bool:
-        layer.is_gathered = self._supports(layer, weight, quantizer)
-        return layer.is_gathered
-
-    def _supports(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> bool:
         assert layer.tracked is not None
         if (
             not self._is_open
@@ -89,8 +86,7 @@ class GatheredRoute:
         if not kernels.is_small(weight.numel(), _group(quantizer, weight)):
             return False
         kind = _Kind(
-            type(quantizer),
-            quantizer.name,
+            quantizer.key,
             quantizer.rounding(weight),
             quantizer.format,
             weight.dtype,

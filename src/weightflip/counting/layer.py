@@ -205,8 +205,6 @@ class Layer:
     """Encodes and counts the layer; None until a step chooses one."""
     member: Member | None = None
     """Its place in a batch."""
-    is_gathered: bool = False
-    """Whether plain torch counts it together with other layers."""
     metrics: dict[str, LayerMetric | None] | None = None
     """The state of each metric group by name, once there is a baseline. None for a group that does not support it."""
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -261,7 +259,6 @@ class Layer:
     def leave_route(self) -> None:
         """Leave the current route, so that the next step chooses one."""
         self.member = self.route = None
-        self.is_gathered = False
 
     def fail(self) -> None:
         """Stop tracking the layer."""
@@ -281,7 +278,8 @@ class Layer:
         return (
             self.tracked is tracked
             and self.state is CodeState.KEPT
-            and (self.is_gathered or self.member is not None)
+            and self.route is not None
+            and self.route.counts_together
             and stamp is not None
             and stamp.is_unwritten(parameter := tracked.parameter, parameter)
         )

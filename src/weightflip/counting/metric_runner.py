@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from weightflip import functional, kernels
+from weightflip.counting import expressions
 from weightflip.counting.layer import CodeState, Layer, MetricCalls
 from weightflip.counting.notices import Notices
 from weightflip.counting.observations import Observation
 from weightflip.counting.sampled import SampledLayers
 from weightflip.counting.schedule import Schedule
+from weightflip.counting.sharding import Sharding
 from weightflip.counting.table import LayerTable
 from weightflip.metrics import LayerMetric, Slice, Weight
 from weightflip.metrics.columns import Group
@@ -76,15 +78,18 @@ class MetricRunner:
 
     # ------------------------------------------------------------------ in a step
 
-    def before_all(self, layers: Sequence[Layer], shards: Container[str]) -> None:
+    def before_all(self, layers: Sequence[Layer], shards: Sharding) -> None:
         """Before the step, open the groups that are not open yet, and call them.
 
         Args:
             layers: The layers of the step, with their current codes.
-            shards: The names of layers of which other processes have parts.
+            shards: Tells of which weights other processes have parts.
         """
         for layer in layers:
-            self.before(layer, is_shard=layer.name in shards)
+            calls = layer.metric_calls
+            # Kept codes have the shape and dtype of the last step. Do not call anything for each layer in each step.
+            if calls is None or calls.before or layer.state is not CodeState.KEPT:
+                self._before(layer, is_shard=layer.name in shards)
         for samples in self._due_samples:
             others: list[Layer] = []
             with self._drops_on_fault(samples):
@@ -92,7 +97,7 @@ class MetricRunner:
             for layer, metric, weight in self._seen_by(samples.group, others):
                 self._call(layer, samples.group, metric.before, weight)
 
-    def before(self, layer: Layer, *, is_shard: bool) -> None:
+    def _before(self, layer: Layer, *, is_shard: bool) -> None:
         """Open the groups of a layer that are not open yet, and call them, except those with a sample.
 
         Args:
@@ -101,9 +106,6 @@ class MetricRunner:
         """
         assert layer.tracked is not None
         assert layer.codes is not None
-        if layer.metric_calls is not None and not layer.metric_calls.before and layer.state is CodeState.KEPT:
-            # Kept codes have the shape and dtype of the last step. This is called for each layer in each step.
-            return
         weight, quantizer = layer.tracked.unwrapped()
         if layer.metric_calls is None or layer.code_kind != _code_kind(layer.codes, quantizer):
             self._open_all(layer, self._of_steps, layer.view_for_metrics(weight, quantizer), is_shard)
@@ -187,8 +189,9 @@ class MetricRunner:
         assert layer.codes is not None
         found = []
         for group, metric in () if layer.metric_calls is None else layer.metric_calls.slices:
-            if metric.pointwise is None:
+            if not self._has_usable_expression(layer, group, metric):
                 continue
+            assert metric.pointwise is not None
             states = []
             for state, _ in metric.pointwise.states:
                 name, dtype = state.operands
@@ -201,6 +204,14 @@ class MetricRunner:
                 return None
             found.append(Observation(group.metric.name, metric.pointwise, tuple(states), columns))
         return tuple(found)
+
+    def _has_usable_expression(self, layer: Layer, group: Group, metric: LayerMetric) -> bool:
+        if metric.pointwise is not None:
+            assert layer.tracked is not None
+            if not expressions.is_usable(group.metric, metric, layer.name, *layer.tracked.unwrapped()):
+                # From now on, it needs slices.
+                metric.pointwise = None
+        return metric.pointwise is not None
 
     def needs_slices(self, layer: Layer) -> bool:
         """Whether a group that is due in this step needs the slices of a layer."""
@@ -298,7 +309,7 @@ class MetricRunner:
             is_shard: Whether other processes have parts of the same weight.
         """
         assert layer.row is not None
-        weight = self._view_at_mark(layer)
+        weight = self._view_between_steps(layer, self._of_marks)
         self._open_all(layer, self._of_marks, weight, is_shard)
         for group in self._of_marks:
             metric = (layer.metrics or {}).get(group.metric.name)
@@ -310,14 +321,6 @@ class MetricRunner:
                 sums = layer.row.metric_total(group.sums).view(-1, 2)
                 self._call(layer, group, metric.mark, weight, sums, self._scratch)
         self.has_new_counts = True
-
-    def _view_at_mark(self, layer: Layer) -> Weight:
-        """Return a weight in the form that metric groups receive at marks."""
-        if layer.scale_codes is None or any(group.metric.reads_scale_at_marks for group in self._of_marks):
-            return self._view_between_steps(layer)._replace(scale_codes=layer.scale_codes)
-        assert layer.tracked is not None
-        weight = layer.view_for_metrics(*layer.tracked.unwrapped())
-        return weight._replace(backend=self._backend, scale_codes=layer.scale_codes)
 
     def forget_mark(self, layer: Layer) -> None:
         """Drop the state of the last mark, because the layer is not part of the current one."""
@@ -357,7 +360,7 @@ class MetricRunner:
             due: The groups that ``begin_measure`` returned.
         """
         assert layer.row is not None
-        weight = self._view_between_steps(layer)
+        weight = self._view_between_steps(layer, due)
         for group in due:
             metric = (layer.metrics or {}).get(group.metric.name)
             if metric is not None:
@@ -368,14 +371,16 @@ class MetricRunner:
                     # The kernel must not go on with the old tensors.
                     self.changes += 1
 
-    def _view_between_steps(self, layer: Layer) -> Weight:
-        """Return a weight between two steps in the form that metric groups receive."""
+    def _view_between_steps(self, layer: Layer, groups: Sequence[Group]) -> Weight:
+        """Return a weight between two steps in the form that these metric groups receive."""
         assert layer.tracked is not None
         weight, quantizer = layer.tracked.unwrapped()
-        seen = layer.view_for_metrics(weight, quantizer)._replace(backend=self._backend)
+        seen = layer.view_for_metrics(weight, quantizer)
+        seen = seen._replace(backend=self._backend, scale_codes=layer.scale_codes)
         member = layer.member
         has_scale = self.uses_steps or (member is not None and member.keeps_scale and seen.scale is not None)
-        if has_scale or not isinstance(quantizer, ElementwiseQuantizer):
+        needs_scale = layer.scale_codes is None or any(group.metric.reads_scale for group in groups)
+        if has_scale or not needs_scale or not isinstance(quantizer, ElementwiseQuantizer):
             return seen
         scale = None if member is None else member.computed_scale(self._backend)
         if scale is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,13 @@ Gradients = Mapping[str, Tensor | None]
 
 
 class Route(Protocol):
-    """A way to get codes and counts from weights. A layer that fails is no longer tracked; the others continue."""
+    """A way to get codes and counts from weights. A layer that fails is no longer tracked; the others continue.
+
+    Attributes:
+        counts_together: Whether it encodes and counts many layers at once, from the parameters themselves.
+    """
+
+    counts_together: ClassVar[bool]
 
     def accepts(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> bool:
         """Take a layer over and return True if this route supports it. Called when the layer is opened or changes.
@@ -62,6 +68,8 @@ class OneByOne(ABC):
         backend: As in :func:`weightflip.kernels.check_backend`.
         with_updates: Whether updates are counted.
     """
+
+    counts_together: ClassVar[bool] = False
 
     def __init__(
         self, layers: LayerTable, runner: MetricRunner, scratch: kernels.ScratchPool, backend: str, with_updates: bool

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from weightflip import kernels
+from weightflip.counting import sample_proof
 from weightflip.counting.batch import Member
 from weightflip.counting.layer import CodeState, Layer
 from weightflip.counting.observations import KeptScale
-from weightflip.metrics import LayerMetric, Metric, Weight
+from weightflip.metrics import LayerMetric
 from weightflip.metrics.columns import Group
 from weightflip.quantizers.protocol import ElementwiseQuantizer
-
-logger = logging.getLogger("weightflip")
 
 
 class SampledLayers:
@@ -41,18 +39,19 @@ class SampledLayers:
         self.layers: list[Layer] = []
         """The layers whose samples the kernel compares."""
         self._others: list[Layer] = []
-        self._alone: list[Layer] = []
+        self._one_by_one: list[Layer] = []
         self._plan: tuple[list[Layer], list[Member | None], int] | None = None
         self._calls: list[_Call] = []
-        self._moving: list[tuple[_Call, kernels.Addresses, _Addresses]] = []
+        self._moving: list[tuple[_Call, list[int], _Addresses]] = []
         self._taken_after: int | None = None
         """The step after which the samples of all layers were taken last."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"group": self.group, "_backend": self._backend}
+    def __getstate__(self) -> tuple[Group, str]:
+        return self.group, self._backend
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(*state.values())  # type: ignore[misc]
+    def __setstate__(self, state: tuple[Group, str]) -> None:
+        self.group, self._backend = state
+        self.release()
 
     # ------------------------------------------------------------------ in a step
 
@@ -80,17 +79,16 @@ class SampledLayers:
             layers: The layers that are counted together in this step.
             places: Increases whenever the scales of a layer are kept in another place.
         """
-        counted, name = set(layers), self.group.metric.name
-        self._moving, self._alone = [], []
+        self._moving, self._one_by_one = [], []
+        counted = None if layers == self.layers else set(layers)
         for call in self._calls:
-            indices = [index for index, layer in enumerate(call.layers) if layer in counted]
-            self._moving.append((call, np.array(indices, dtype=np.int64), call.scale_addresses(places)))
-        if sum(len(indices) for _, indices, _ in self._moving) < len(layers):
-            for layer in counted.difference(self.layers):
-                metric = (layer.metrics or {}).get(name)
-                if metric is not None and metric.sample is not None:
-                    metric.sample.scale = layer.scale_of_codes
-                    self._alone.append(layer)
+            indices = [i for i, layer in enumerate(call.layers) if counted is None or layer in counted]
+            self._moving.append((call, indices, call.scale_addresses(places)))
+        for layer in () if counted is None else counted.difference(self.layers):
+            metric = (layer.metrics or {}).get(self.group.metric.name)
+            if metric is not None and metric.sample is not None:
+                metric.sample.scale = layer.scale_of_codes
+                self._one_by_one.append(layer)
 
     def after(self, steps: int) -> list[Layer]:
         """Compare the samples of the layers that were counted together with those before the step.
@@ -99,15 +97,15 @@ class SampledLayers:
             Those of these layers for which ``after`` must be called.
         """
         self._taken_after = None
+        number = 0
         moving, self._moving = self._moving, []
-        are_all = bool(moving)
         for call, indices, old in moving:
-            is_counted = [call.layers[index].state is not CodeState.FAILED for index in indices]
-            are_all = are_all and all(is_counted) and len(indices) == len(call.layers)
-            call.move(indices[is_counted], old, self.group.sums)
-        if are_all:
+            counted = [index for index in indices if call.layers[index].state is not CodeState.FAILED]
+            call.move(np.array(counted, dtype=np.int64), old, self.group.sums)
+            number += len(counted)
+        if number == len(self.layers):
             self._taken_after = steps + 1
-        return [layer for layer in self._alone if layer.state is not CodeState.FAILED]
+        return [layer for layer in self._one_by_one if layer.state is not CodeState.FAILED]
 
     # ------------------------------------------------------------------ joining
 
@@ -145,37 +143,20 @@ class SampledLayers:
         quantizer = member.quantizer
         if not isinstance(quantizer, ElementwiseQuantizer) or (member.group and not member.keeps_scale):
             return None
-        if not _is_usable(kernel, self.group.metric, _Kind(quantizer, member.dtype, member.codes.dtype)):
+        kind = sample_proof.Kind(quantizer, member.dtype, member.codes.dtype)
+        numbers = sample_proof.numbers_if_usable(kernel, self.group.metric, kind)
+        if numbers is None:
             return None
         assert metric.sample is not None
         group = 0 if member.group >= member.numel else member.group
-        address, codes = member.address, member.codes.data_ptr()
-        return _sampled(quantizer, address, codes, metric.sample, group, bool(member.group), row.index)
+        divides = quantizer.value_rule() == "divides" if member.group else None
+        codes = member.codes.data_ptr()
+        return kernels.SampledWeight(member.address, codes, metric.sample, group, numbers, divides, row.index)
 
 
 def _kernel(backend: str, member: Member | None) -> type[kernels.Samples] | None:
     run = None if member is None else kernels.run(backend, member.codes.device)
     return None if run is None else run.samples
-
-
-def _sampled(
-    quantizer: ElementwiseQuantizer,
-    address: int,
-    codes: int,
-    sample: kernels.Sample,
-    group: int,
-    is_scaled: bool,
-    row: int,
-) -> kernels.SampledWeight:
-    """Return the kernel's argument for a weight.
-
-    Size: the parameters are independent numbers.
-    """
-    limits = torch.iinfo(sample.codes.dtype)
-    known = torch.arange(limits.min, limits.max + 1, dtype=sample.codes.dtype, device="cpu")
-    numbers = quantizer.values(known, None).contiguous()
-    divides = quantizer.value_rule() == "divides" if is_scaled else None
-    return kernels.SampledWeight(address, codes, sample, group, numbers, divides, row)
 
 
 class _Addresses(NamedTuple):
@@ -207,7 +188,7 @@ class _Call:
         of_layers = addresses[self._held_of] + self._offsets
         for index, member in self._in_parts:
             assert member.scale is not None
-            tensor = _value_scale(member, member.scale)
+            tensor = sample_proof.value_scale(member.quantizer, member.scale)
             of_layers[index] = tensor.data_ptr()
             tensors.append(tensor)
         return _Addresses(of_layers, tensors)
@@ -242,7 +223,7 @@ class _Call:
             raise RuntimeError("expected the scales of all codes, but there are none")
         known = self._scales.get(index)
         if known is None or known[0] is not held.scale:
-            known = self._scales[index] = held.scale, _value_scale(member, held.scale)
+            known = self._scales[index] = held.scale, sample_proof.value_scale(member.quantizer, held.scale)
         return known[1]
 
     def move(self, indices: kernels.Addresses, old: _Addresses, columns: slice) -> None:
@@ -258,108 +239,3 @@ class _Call:
         assert row.ledger.metric_step is not None
         new = self.scale_addresses()
         self.samples.move(indices, old.of_layers, new.of_layers, row.ledger.metric_step[:, columns])
-
-
-def _value_scale(member: Member, scale: Tensor) -> Tensor:
-    quantizer: Any = member.quantizer
-    found: Tensor = quantizer.value_scale(scale).reshape(-1).contiguous()
-    if found.dtype is not torch.float32:
-        raise TypeError(f"expected value_scale() of quantizer {quantizer.name!r} to be float32, got {found.dtype}")
-    return found
-
-
-# ---------------------------------------------------------------------- equal
-
-
-class _Kind(NamedTuple):
-    """What a kernel is tested for."""
-
-    quantizer: ElementwiseQuantizer
-    weight: torch.dtype
-    codes: torch.dtype
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """The same for quantizers that make the same values."""
-        return type(self.quantizer), self.quantizer.name, self.weight, self.codes
-
-
-_answers: dict[tuple[Any, ...], bool] = {}
-
-
-def _is_usable(kernel: type[kernels.Samples], metric: Metric, kind: _Kind) -> bool:
-    """Whether a kernel does the same as the methods of a metric group. The first call for a kind tests it."""
-    key = kernel, type(metric), *kind.key
-    if key not in _answers:
-        _answers[key] = _passes_test(kernel, metric, kind)
-    return _answers[key]
-
-
-@torch.no_grad()
-def _passes_test(kernel: type[kernels.Samples], metric: Metric, kind: _Kind) -> bool:
-    fault, what = None, f"samples of {kind.quantizer.name} ({kind.weight}) for {metric.name!r}"
-    try:
-        if kind.quantizer.value_rule() is None or not kernel.can_do(kind.weight, kind.codes):
-            return False
-        # All weights, and a sample of more.
-        for rows, is_finite in ((3, True), (3, False), (70, True), (70, False)):
-            fault = fault or find_fault(kernel, metric, kind, rows, is_finite=is_finite)
-    except Exception as error:
-        fault = f"it raised {type(error).__name__}: {error}"
-    if fault is not None:
-        logger.warning("%s: the kernel is not used, plain torch compares them instead: %s", what, fault)
-    else:
-        logger.info("%s: equal", what)
-    return fault is None
-
-
-def find_fault(kernel: type[kernels.Samples], metric: Metric, kind: _Kind, rows: int, *, is_finite: bool) -> str | None:
-    """Describe how a kernel's results differ from those of a metric group's own methods; None if they do not.
-
-    Args:
-        kernel: The kernel.
-        metric: The group.
-        kind: The format and the dtypes.
-        rows: The number of rows of the weight.
-        is_finite: Whether all weights are finite.
-    """
-    quantizer = kind.quantizer
-    moments = [_moment(kind, rows, number, is_finite=is_finite) for number in range(3)]
-    expected, found = (metric.open("weight", moments[0]) for _ in range(2))
-    if expected is None or found is None:
-        return None
-    assert found.sample is not None
-    weight, codes = moments[0].values.clone(), moments[0].codes.clone()
-    scales = [None if moment.scale is None else quantizer.value_scale(moment.scale).reshape(-1) for moment in moments]
-    group = 0 if scales[0] is None or len(scales[0]) == 1 else codes.numel() // len(scales[0])
-    is_scaled = scales[0] is not None
-    addresses = [np.array([0 if scale is None else scale.contiguous().data_ptr()]) for scale in scales]
-    samples = kernel([_sampled(quantizer, weight.data_ptr(), codes.data_ptr(), found.sample, group, is_scaled, 0)])
-    samples.take()
-    for before, after, old, new in zip(moments, moments[1:], addresses, addresses[1:], strict=False):
-        sums = torch.zeros(2, 4, dtype=torch.float64, device="cpu")
-        expected.before(before)
-        expected.after(after, sums[0].view(2, 2))
-        weight.copy_(after.values)
-        codes.copy_(after.codes)
-        samples.move(np.zeros(1, dtype=np.int64), old, new, sums[1:])
-        if not torch.equal(*sums):
-            return f"its sums are {sums[1].tolist()}, those of plain torch {sums[0].tolist()}"
-    differ = [name for name, state in expected.tensors.items() if not torch.equal(state, found.tensors[name])]
-    return f"{differ} differ" if differ else None
-
-
-def _moment(kind: _Kind, rows: int, number: int, *, is_finite: bool) -> Weight:
-    """Return a weight with numbers of many magnitudes; others for another number."""
-    quantizer = kind.quantizer
-    columns = 10 * quantizer.group if quantizer.group else 331
-    numbers = torch.arange(rows * columns, device="cpu").mul_(7919).remainder_(100003).sub_(50001).double()
-    numbers.mul_(torch.exp2(torch.arange(len(numbers), device="cpu") % 23 - 20.0)).mul_(1e-5)
-    # Some move by more than a cell, some by less, and some not at all.
-    numbers.mul_(1 + number * torch.tensor([0.3, 0.004, 0.0], device="cpu").repeat(len(numbers))[: len(numbers)])
-    if not is_finite:
-        for at, value in ((5, torch.nan), (columns + 7, torch.inf), (2 * columns - 9, -torch.inf)):
-            numbers[at : at + number + 1] = value
-    weight = numbers.view(rows, columns).to(kind.weight)
-    codes = quantizer.encode(weight)
-    return Weight(quantizer.grouped(weight), quantizer.grouped(codes.ordinals), codes.scale, quantizer)

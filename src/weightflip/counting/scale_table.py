@@ -7,6 +7,7 @@ devices divide and take logarithms differently.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,7 +24,8 @@ _AROUND = 64
 class ScaleRule(Protocol):
     """The part of a quantizer that this module needs."""
 
-    name: str
+    @property
+    def key(self) -> Hashable: ...
 
     def scale_of(self, largest: Tensor) -> Tensor: ...
 
@@ -64,8 +66,8 @@ def get_scale_table(
 ) -> ScaleTable | None:
     """Return the table of a quantizer; None if it does not reproduce the quantizer's rule exactly.
 
-    It is made once for each kind, with a device synchronization. Quantizers with the same class, name and rounding have
-    the same rule.
+    It is made once for each kind, with a device synchronization. Quantizers with the same key and rounding have the
+    same rule.
 
     Args:
         quantizer: A quantizer whose scales depend only on the largest magnitudes.
@@ -75,7 +77,7 @@ def get_scale_table(
         is_stored: Whether scales are stored in a byte. If not, they are powers of two, and the table returns their
             exponents.
     """
-    key = (type(quantizer), quantizer.name, rounding, dtype, device, is_stored, flushes_subnormal())
+    key = (quantizer.key, rounding, dtype, device, is_stored, flushes_subnormal())
     if key not in _tables:
         try:
             _tables[key] = _make(quantizer, dtype, device, is_stored)

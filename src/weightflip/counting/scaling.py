@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,8 +20,10 @@ _MAX_SLOTS = 1 << 15
 class ScaledQuantizer(Protocol):
     """The part of a quantizer that this module needs."""
 
-    name: str
     group: int | None
+
+    @property
+    def key(self) -> Hashable: ...
 
     def scale_of(self, largest: Tensor) -> Tensor: ...
 
@@ -40,8 +42,8 @@ def get_scaling(
 ) -> kernels.Scaling | None:
     """Describe how a quantizer scales its groups; None if there is no such description.
 
-    It is made once for each kind: quantizers with the same class, name and rounding have the same rule. The test of
-    the kernel that uses it shows whether it is correct.
+    It is made once for each kind: quantizers with the same key and rounding have the same rule. The test of the kernel
+    that uses it shows whether it is correct.
 
     Args:
         quantizer: A quantizer whose scales depend only on the largest magnitudes.
@@ -49,7 +51,7 @@ def get_scaling(
         dtype: The dtype of the weights.
         device: Their device.
     """
-    key = (type(quantizer), quantizer.name, rounding, dtype, device, flushes_subnormal())
+    key = (quantizer.key, rounding, dtype, device, flushes_subnormal())
     if key not in _scalings:
         _scalings[key] = _make(quantizer, rounding, dtype, device)
     return _scalings[key]

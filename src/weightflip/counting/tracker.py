@@ -91,8 +91,8 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
         oscillation_ema: Momentum of the moving average of each weight's oscillation frequency, or a tuple of it and the
             threshold above which a weight counts as oscillating; see
             :class:`~weightflip.metrics.oscillation.Oscillation`.
-        sync_every: For the group ``"sync"``: number of steps between two syncs. The weights before the first
-            tracked step are the first sync. None: a sync is where ``mark_sync`` is called.
+        sync_every: For the groups ``"sync"`` and ``"touched"``: number of steps between two syncs. The weights before
+            the first tracked step are the first sync. None: a sync is where ``mark_sync`` is called.
         track_every: Track every n-th step.
         start_step: The first step to track, counted from 0.
         end_step: The first step that is no longer tracked; None for no end.
@@ -470,7 +470,8 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
         """Mark that the training publishes its weights now.
 
         Call it where the training sends its weights to rollout engines. The metric group ``"sync"`` then compares the
-        codes with those at the last mark. The first mark only stores the codes. In a hook of the optimizer's step, the
+        codes with those at the last mark, and ``"touched"`` counts the weights that flipped since then. The first mark
+        only begins a window. In a hook of the optimizer's step, the
         mark is made at the end of that step. There is no device synchronization.
 
         Before ``start_step`` and after ``end_step``, and while no weight is tracked, no mark is made. The first such
@@ -479,7 +480,7 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
         If weights are sharded over processes, all processes have to call it.
 
         Raises:
-            ValueError: ``metrics=`` does not have ``"sync"``.
+            ValueError: ``metrics=`` has neither ``"sync"`` nor ``"touched"``.
         """
         self._marks.request()
         if not self._in_step:

@@ -113,6 +113,8 @@ class Run:
         places[1:, items.SCALE] = scales[:-1].cumsum()
         self._scales, self._numel = int(scales.sum()), int(table[:, 2].sum())
         self._in_order = np.arange(len(table))
+        self._factors: _Factors | None = None
+        self._scaling: Scaling | None = None
         self._task = np.zeros(items.TASK, dtype=np.int64)
         self._task[items.TOTAL] = self._numel
         self._task[items.STRETCHES] = len(table)
@@ -164,20 +166,19 @@ class Run:
 
     def largest(self) -> Tensor:
         largest = torch.zeros(self._scales, dtype=torch.float32, device="cpu")
+        self._find_largest(largest)
+        return largest
+
+    def _find_largest(self, largest: Tensor) -> None:
         task = self._task.copy()
         task[items.LARGEST] = largest.data_ptr()
         self._call(compiled.largest_loop(), compiled.largest_lanes(8 * self.kind.weight.itemsize), task)
-        return largest
 
     def factors(self, scaling: Scaling) -> Tensor:
-        loop = _scales_loop(scaling)
-        assert loop is not None
-        assert not scaling.is_stored
-        largest = self.largest()
-        factors = torch.empty_like(largest)
-        rule, changes = _rule(scaling.description), np.zeros(1, dtype=np.int64)
-        loop.call(largest.data_ptr(), len(largest), rule.ctypes.data, factors.data_ptr(), 0, changes.ctypes.data)
-        return factors
+        if self._factors is None or self._factors.scaling is not scaling:
+            self._factors = _Factors(scaling, self._scales)
+        self._find_largest(self._factors.largest.zero_())
+        return self._factors.compute()
 
     def count_(self, scale: Tensor | None, updates: Addresses | None) -> Tensor:
         counts = torch.zeros(len(self._places), 3, dtype=torch.int64, device="cpu")
@@ -209,21 +210,30 @@ class Run:
         scaling: Scaling,
         updates: Addresses | None,
         stored: StoredScales | None = None,
+        largest: Tensor | None = None,
     ) -> None:
-        task = np.zeros(groups.TASK, dtype=np.int64)
-        task[: items.TASK] = self._counting(counts, rows.data_ptr(), updates)
-        largest, scales = compiled.largest_lanes(8 * self.kind.weight.itemsize), _scales_loop(scaling)
-        assert largest is not None
-        assert scales is not None
-        task[groups.LARGEST_LOOP], task[groups.SCALES_LOOP] = largest.address, scales.address
-        rule = _rule(scaling.description)
-        task[groups.RULE] = rule.ctypes.data
+        task = self._counting(self._task_for_groups(scaling), counts, rows.data_ptr(), updates)
+        task[groups.KEPT] = 0 if largest is None else largest.data_ptr()
         if stored is not None:
             codes, changes = stored
             task[groups.STORED], task[groups.STORED_SIZE] = codes.data_ptr(), codes.element_size()
             task[groups.CHANGES] = changes.data_ptr()
             task[groups.CHANGES_STRIDE] = changes.stride(0) * changes.element_size()
         self._call(compiled.count_groups_loop(), _count_lanes(self.kind, is_scaled=True), task)
+
+    def _task_for_groups(self, scaling: Scaling) -> Addresses:
+        """Return what is the same in each call of ``count_groups_into_``."""
+        if self._scaling is not scaling:
+            task = np.zeros(groups.TASK, dtype=np.int64)
+            task[: items.TASK] = self._task
+            largest, scales = compiled.largest_lanes(8 * self.kind.weight.itemsize), _scales_loop(scaling)
+            assert largest is not None
+            assert scales is not None
+            task[groups.LARGEST_LOOP], task[groups.SCALES_LOOP] = largest.address, scales.address
+            self._rule = _rule(scaling.description)
+            task[groups.RULE] = self._rule.ctypes.data
+            self._scaling, self._group_task = scaling, task
+        return self._group_task
 
     def _count_into(
         self,
@@ -233,7 +243,7 @@ class Run:
         updates: Addresses | None,
         observed: Observed | None = None,
     ) -> None:
-        task = self._counting(counts, rows, updates)
+        task = self._counting(self._task, counts, rows, updates)
         task[items.SCALED] = scale is not None
         task[items.SCALES] = _NO_SCALE.ctypes.data if scale is None else scale.data_ptr()
         groups = () if observed is None else observed.groups
@@ -248,9 +258,9 @@ class Run:
                 task[items.OLD_SCALES] = observed.old_scale.data_ptr()
         self._call(compiled.count_loop(), _count_lanes(self.kind, groups, is_scaled=scale is not None), task)
 
-    def _counting(self, counts: Tensor, rows: int, updates: Addresses | None) -> Addresses:
-        """Return a task that counts into a table."""
-        task: Addresses = self._task.copy()
+    def _counting(self, task: Addresses, counts: Tensor, rows: int, updates: Addresses | None) -> Addresses:
+        """Return a copy of a task that counts into a table."""
+        task = task.copy()
         if updates is not None:
             task[items.UPDATES] = updates.ctypes.data
         task[items.COUNTS], task[items.STRIDE] = counts.data_ptr(), counts.stride(0) * counts.element_size()
@@ -263,6 +273,29 @@ class Run:
         item = _ELEMENTS_PER_ITEM_OF_BLOCKS if self._places[0, items.WIDTH] else _ELEMENTS_PER_ITEM
         task[items.LANES_LOOP], task[items.ITEM] = over_lanes.address, item
         pool.run(loop.address, loop.call, task.ctypes.data, -(-self._numel // item))
+
+
+class _Factors:
+    """Computes factors from the largest magnitudes, in memory that is kept for the next step.
+
+    Args:
+        scaling: How to compute them.
+        numel: Their number.
+    """
+
+    def __init__(self, scaling: Scaling, numel: int) -> None:
+        loop = _scales_loop(scaling)
+        assert loop is not None
+        assert not scaling.is_stored
+        self.scaling, self._loop = scaling, loop
+        self.largest = torch.zeros(numel, dtype=torch.float32, device="cpu")
+        self._factors = torch.zeros_like(self.largest)
+        self._rule, self._changes = _rule(scaling.description), np.zeros(1, dtype=np.int64)
+
+    def compute(self) -> Tensor:
+        largest, factors = self.largest.data_ptr(), self._factors.data_ptr()
+        self._loop.call(largest, len(self.largest), self._rule.ctypes.data, factors, 0, self._changes.ctypes.data)
+        return self._factors
 
 
 def _sizes(kind: Kind) -> tuple[int, int, int]:

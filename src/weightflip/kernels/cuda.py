@@ -261,6 +261,7 @@ class Run:
         scaling: Scaling,
         updates: Addresses | None,
         stored: StoredScales | None = None,
+        largest: Tensor | None = None,
     ) -> None:
         raise NotImplementedError("this kernel does not compute the scales of groups")
 
@@ -272,27 +273,17 @@ class Run:
 
     def count_(self, scale: Tensor | None, updates: Addresses | None) -> Tensor:
         counts = torch.zeros(len(self._places), 3, dtype=torch.int64, device=self.device)
-        self._count_into(counts, None, scale, updates)
+        self.count_into_(counts, None, scale, updates)
         return counts
 
     def count_into_(
-        self,
-        counts: Tensor,
-        rows: Tensor,
-        scale: Tensor | None,
-        updates: Addresses | None,
-        scale_codes: ScaleCodes | None = None,
-        observed: Observed | None = None,
-    ) -> None:
-        self._count_into(counts, rows, scale, updates, scale_codes)
-
-    def _count_into(
         self,
         counts: Tensor,
         rows: Tensor | None,
         scale: Tensor | None,
         updates: Addresses | None,
         scale_codes: ScaleCodes | None = None,
+        observed: Observed | None = None,
     ) -> None:
         numbers = constants(self.kind.rounding)
         assert numbers is not None

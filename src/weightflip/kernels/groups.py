@@ -40,12 +40,13 @@ from weightflip.kernels.items import (
 )
 from weightflip.kernels.vectors import LANES
 
-LARGEST_LOOP, SCALES_LOOP, RULE, STORED, STORED_SIZE, CHANGES, CHANGES_STRIDE = range(items.TASK, items.TASK + 7)
+LARGEST_LOOP, SCALES_LOOP, RULE, STORED, STORED_SIZE, CHANGES, CHANGES_STRIDE, KEPT = range(items.TASK, items.TASK + 8)
 """The fields of a task in addition to those of :mod:`weightflip.kernels.items`: the addresses of
 :func:`~items.largest_lanes` and of :func:`scales_by_formula` or :func:`scales_by_steps`, compiled for the dtypes; the
 address of their argument ``rule``; the address of the stored scales, and the bytes per scale; the address of the counts
-of changed scales, int64, and the bytes between two of them."""
-TASK = items.TASK + 7
+of changed scales, int64, and the bytes between two of them; the address at which the largest magnitudes of groups are
+kept, float32, or 0."""
+TASK = items.TASK + 8
 
 MULTIPLIES, DIVIDES, INVERSE = range(3)
 """The forms of :class:`weightflip.formats.ScaleFormula`."""
@@ -68,7 +69,7 @@ _stack = items.make_stack(_SCALES_AT + 4 * _CHUNK)
 
 _compile, _intrinsic, _pointer, _places = items._compile, items._intrinsic, items._pointer, items._places
 _row_of, _add, _spread, _fill, _rest = items._row_of, items._add, items._spread, items._fill, items._rest
-_call_4, _call_9, _generate_call = items._call_4, items._call_9, items._generate_call
+_copy, _call_4, _call_9, _generate_call = items._copy, items._call_4, items._call_9, items._generate_call
 
 
 @_intrinsic
@@ -137,6 +138,8 @@ def _count_groups(task, row, low, high, stack):  # type: ignore[no-untyped-def]
         groups = min(at_once, last - first)
         at, numel = place[WEIGHT] + first * group * task[WEIGHT_SIZE], groups * group
         _call_4(task[LARGEST_LOOP], at, groups, group, stack + _LARGEST_AT)
+        if task[KEPT]:
+            _copy(task[KEPT] + 4 * (place[SCALE] + first), stack + _LARGEST_AT, 4 * groups)
         _make_scales(task, place[SCALE] + first, groups, stack)
         if groups == 1:
             _fill(stack, scales[0])

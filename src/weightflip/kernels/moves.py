@@ -39,12 +39,13 @@ TASK = 8
 _CHUNK = 512
 _ALL_CODES = 256
 # The stack memory of a call: the sums, the values of all codes before and after the step and the widths of their cells;
-# of a chunk, weights, codes, and scales before and after the step.
+# of a chunk, weights, codes, scales before and after the step, ways of quantized weights, and widths of old cells.
 _VALUES_AT = 8 * 4 * LANES
 _WEIGHTS_AT = _VALUES_AT + 3 * 8 * _ALL_CODES
 _CODES_AT = _WEIGHTS_AT + 4 * _CHUNK
 _SCALES_AT = _CODES_AT + 4 * _CHUNK
-_stack = make_stack(_SCALES_AT + 2 * 4 * _CHUNK)
+_WAYS_AT = _SCALES_AT + 2 * 4 * _CHUNK
+_stack = make_stack(_WAYS_AT + 2 * 8 * _CHUNK)
 
 
 @_intrinsic
@@ -71,10 +72,10 @@ def _value(number, scale, form):  # type: ignore[no-untyped-def]
 
 
 @_compile()
-def _tally(sums, lane, moved, quantized_moved, i, way, quantized_way, differs, cell):  # type: ignore[no-untyped-def]
-    """Add one sampled weight."""
+def _tally(sums, lane, moved, quantized_moved, way, quantized_way, differs, cell):  # type: ignore[no-untyped-def]
+    """Add one sampled weight, the first of two arrays: as :func:`weightflip.kernels.vectors.make_tally`."""
     # NaN and infinities count as not moved. Times 0, they are NaN.
-    if not (way * 0.0 + quantized_way * 0.0 == 0.0):
+    if way * 0.0 + quantized_way * 0.0 != 0.0:
         way, quantized_way, differs = 0.0, 0.0, False
     share = way / cell
     # NaN counts as 0.
@@ -83,8 +84,8 @@ def _tally(sums, lane, moved, quantized_moved, i, way, quantized_way, differs, c
     sums[1, lane] += way
     sums[2, lane] += 1.0 if differs else 0.0
     sums[3, lane] += share
-    moved[i] += way
-    quantized_moved[i] += quantized_way
+    moved[lane] += way
+    quantized_moved[lane] += quantized_way
 
 
 @_compile()
@@ -141,37 +142,28 @@ def _gather(source, at, into):  # type: ignore[no-untyped-def]
 
 
 @_compile()
-def _move_by_table(place, low, new, new_codes, old, old_codes, values, sums):  # type: ignore[no-untyped-def]
-    """Handle a chunk with a table of the values of all codes: of one byte, under one scale."""
-    moved = carray(_pointer(place[MOVED] + 8 * low), new.shape, np.float64)
-    quantized_moved = carray(_pointer(place[QUANTIZED_MOVED] + 8 * low), new.shape, np.float64)
+def _look_up(new_codes, old_codes, values, ways, cells):  # type: ignore[no-untyped-def]
+    """Find how far quantized weights moved, and the widths of their old cells, in the table of all codes."""
     half = _ALL_CODES // 2
-    for i in range(new.shape[0]):
-        before, after = np.int64(old_codes[i]) + half, np.int64(new_codes[i]) + half
-        way = abs(_number(new[i]) - _number(old[i]))
-        quantized_way = abs(values[1, after] - values[0, before])
-        _tally(sums, i % LANES, moved, quantized_moved, i, way, quantized_way, before != after, values[2, before])
-        old[i], old_codes[i] = new[i], new_codes[i]
+    for i in range(new_codes.shape[0]):
+        before = np.int64(old_codes[i]) + half
+        ways[i] = abs(values[1, np.int64(new_codes[i]) + half] - values[0, before])
+        cells[i] = values[2, before]
 
 
 @_compile()
-def _move_by_scales(place, low, new, new_codes, old, old_codes, half, scales, sums):  # type: ignore[no-untyped-def]
-    """Handle a chunk with a scale for each sampled weight."""
-    moved = carray(_pointer(place[MOVED] + 8 * low), new.shape, np.float64)
-    quantized_moved = carray(_pointer(place[QUANTIZED_MOVED] + 8 * low), new.shape, np.float64)
+def _compute(place, new_codes, old_codes, half, scales, ways, cells):  # type: ignore[no-untyped-def]
+    """As :func:`_look_up`, with a scale for each weight."""
     numbers = carray(_pointer(place[NUMBERS]), (2 * half,), np.float32)
     form, smallest, largest = place[FORM], place[SMALLEST], place[LARGEST]
-    for i in range(new.shape[0]):
+    for i in range(new_codes.shape[0]):
         before, after, old_scale = np.int64(old_codes[i]), np.int64(new_codes[i]), scales[0, i]
         here = _value(numbers[before + half], old_scale, form)
-        way = abs(_number(new[i]) - _number(old[i]))
-        quantized_way = abs(_value(numbers[after + half], scales[1, i], form) - here)
+        ways[i] = abs(_value(numbers[after + half], scales[1, i], form) - here)
         code = min(max(before, smallest), largest)
         lower = _value(numbers[max(code - 1, smallest) + half], old_scale, form)
         upper = _value(numbers[min(code + 1, largest) + half], old_scale, form)
-        cell = _cell(lower, here, upper, code, smallest, largest)
-        _tally(sums, i % LANES, moved, quantized_moved, i, way, quantized_way, before != after, cell)
-        old[i], old_codes[i] = new[i], new_codes[i]
+        cells[i] = _cell(lower, here, upper, code, smallest, largest)
 
 
 def take(address):  # type: ignore[no-untyped-def]
@@ -203,6 +195,8 @@ def move(address):  # type: ignore[no-untyped-def]
     sums = carray(_pointer(room), (4, LANES), np.float64)
     values = carray(_pointer(room + _VALUES_AT), (3, _ALL_CODES), np.float64)
     scales = carray(_pointer(room + _SCALES_AT), (2, _CHUNK), np.float32)
+    ways = carray(_pointer(room + _WAYS_AT), (_CHUNK,), np.float64)
+    cells = carray(_pointer(room + _WAYS_AT + 8 * _CHUNK), (_CHUNK,), np.float64)
     while True:
         item = _add(address + 8 * NEXT, 1)
         if item >= task[LAYERS]:
@@ -230,11 +224,24 @@ def move(address):  # type: ignore[no-untyped-def]
             old = carray(_pointer(place[OLD_WEIGHTS] + low * BITS_SIZE), (numel,), BITS)  # type: ignore[name-defined]  # noqa: F821
             old_codes = carray(_pointer(place[OLD_CODES] + low * CODE_SIZE), (numel,), CODE)  # type: ignore[name-defined]  # noqa: F821
             if has_table:
-                _move_by_table(place, low, new, codes, old, old_codes, values, sums)
+                _look_up(codes, old_codes, values, ways, cells)
             else:
                 _take_scales(place, low, numel, old_scales_at, scales, 0)
                 _take_scales(place, low, numel, new_scales_at, scales, 1)
-                _move_by_scales(place, low, new, codes, old, old_codes, HALF, scales, sums)  # type: ignore[name-defined]  # noqa: F821
+                _compute(place, codes, old_codes, HALF, scales, ways, cells)  # type: ignore[name-defined]  # noqa: F821
+            moved_at, quantized_at = place[MOVED] + 8 * low, place[QUANTIZED_MOVED] + 8 * low
+            whole = numel // LANES * LANES
+            TALLY(  # type: ignore[name-defined]  # noqa: F821
+                new_at, codes_at, place[OLD_WEIGHTS] + low * BITS_SIZE, place[OLD_CODES] + low * CODE_SIZE,  # type: ignore[name-defined]  # noqa: F821
+                whole, room + _WAYS_AT, room + _WAYS_AT + 8 * _CHUNK, moved_at, quantized_at, room,
+            )  # fmt: skip
+            moved = carray(_pointer(moved_at + 8 * whole), (LANES,), np.float64)
+            quantized_moved = carray(_pointer(quantized_at + 8 * whole), (LANES,), np.float64)
+            for i in range(whole, numel):
+                way = abs(_number(new[i]) - _number(old[i]))
+                differs = codes[i] != old_codes[i]
+                _tally(sums, i - whole, moved, quantized_moved, way, ways[i], differs, cells[i])
+                old[i], old_codes[i] = new[i], codes[i]
         share = carray(_pointer(task[PLACES] + 8 * (COLUMNS * index + SHARE)), (1,), np.float64)[0]
         into = carray(_pointer(task[SUMS] + place[ROW] * task[STRIDE]), (4,), np.float64)
         for number in range(4):

@@ -365,9 +365,7 @@ def find_fault(run: type[Run], question: Question) -> str | None:
     """
     trial = _trial(question)
     kernel = run(trial.stretches, question.kind)
-    if question.finds_scale and not torch.equal(
-        kernel.largest().nan_to_num(nan=-1.0), trial.largest.nan_to_num(nan=-1.0)
-    ):
+    if question.finds_scale and not _is_equal(kernel.largest(), trial.largest):
         return "its largest magnitudes differ"
     observation = _observation(question, trial) if question.groups else None
     if observation is None:
@@ -382,6 +380,11 @@ def find_fault(run: type[Run], question: Question) -> str | None:
     if observation is not None:
         return observation.fault()
     return None if trial.scales is None else _fault_of_scale_codes(kernel, trial)
+
+
+def _is_equal(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors of magnitudes are equal. NaN equals NaN."""
+    return torch.equal(found.nan_to_num(nan=-1.0), expected.nan_to_num(nan=-1.0))
 
 
 def _fault_of_counts(found: Tensor, trial: _Trial) -> str | None:
@@ -420,7 +423,10 @@ def _fault_of_scaling(run: type[Run], question: Question, trial: _Trial, *, in_b
         codes = torch.where(is_other, expected ^ 1, expected)
         stored = StoredScales(codes, table[:, 3])
         changes = torch.stack([part.count_nonzero() for part in torch.split(is_other, trial.scales_of_parts)])
-    kernel.count_groups_into_(table[:, :3], rows, question.scaling, trial.addresses, stored)
+    largest = None if trial.parts[0].width else torch.full_like(trial.largest, -1.0)
+    kernel.count_groups_into_(table[:, :3], rows, question.scaling, trial.addresses, stored, largest)
+    if largest is not None and not _is_equal(largest, trial.largest):
+        return "its largest magnitudes differ"
     fault = _fault_of_counts(table[:, :3], trial)
     if fault is not None:
         return fault

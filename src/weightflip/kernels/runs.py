@@ -193,7 +193,7 @@ class Run(Protocol):
             scaling: How to compute scales, which are not stored. See :meth:`can_scale`.
 
         Returns:
-            float32, one for each element of :meth:`largest`.
+            float32, one for each element of :meth:`largest`. The next call overwrites them.
         """
         ...
 
@@ -238,6 +238,7 @@ class Run(Protocol):
         scaling: Scaling,
         updates: Addresses | None,
         stored: StoredScales | None = None,
+        largest: Tensor | None = None,
     ) -> None:
         """As :meth:`count_into_`, but also compute the scale of each group from its largest magnitude.
 
@@ -247,6 +248,7 @@ class Run(Protocol):
             scaling: How to compute scales. No group may be longer than ``longest_group``.
             updates: As in :meth:`count_`.
             stored: The stored scales, if any.
+            largest: Overwritten with what :meth:`largest` would return. Not for blocks over several rows.
         """
         ...
 

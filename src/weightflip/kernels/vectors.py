@@ -15,6 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from weightflip.kernels.constants import Lanes
+from weightflip.kernels.sampled import LANES as LANES_OF_SAMPLES
 
 # The annotations of Numba and llvmlite do not cover how intrinsics are written and called.
 _intrinsic: Any = intrinsic
@@ -39,7 +40,8 @@ OLD_SCALES_AT, COUNTS_AT, MOST_COUNTS, MOST_STATES = 3, 4, 8, 8
 STATES_AT = COUNTS_AT + MOST_COUNTS
 FOUND = STATES_AT + MOST_STATES
 
-_I1, _I8, _I16, _I32, _I64, _F32 = *(ir.IntType(bits) for bits in (1, 8, 16, 32, 64)), ir.FloatType()
+_I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+_F32, _F64 = ir.FloatType(), ir.DoubleType()
 _ADDRESS = types.int64
 
 
@@ -54,7 +56,7 @@ class Vectors:
     def type(self, of: Any) -> Any:
         return ir.VectorType(of, self.lanes)
 
-    def all(self, of: Any, value: int) -> Any:
+    def all(self, of: Any, value: float) -> Any:
         return ir.Constant(self.type(of), [value] * self.lanes)
 
     def splat(self, scalar: Any) -> Any:
@@ -394,3 +396,68 @@ def make_keep(code_bits: int) -> Any:
         return _types.int64(*[_ADDRESS] * 3), generate
 
     return keep
+
+
+def make_tally(weight_bits: int, code_bits: int) -> Any:
+    """The loop that adds what sampled weights moved, and keeps them for the next step.
+
+    Returns:
+        ``tally(new, new_codes, old, old_codes, numel, ways, cells, moved, quantized_moved, sums)``: addresses of
+        ``numel`` weights and codes, a multiple of ``LANES_OF_SAMPLES``, after the step and before it, which are
+        overwritten; of how far each quantized weight moved, and of the widths of the old cells, float64; of the sums of
+        each weight; and of four vectors of sums, in the order of :class:`weightflip.kernels.sampled.Sample`.
+    """
+    code, weight_size, code_size = ir.IntType(code_bits), weight_bits // 8, code_bits // 8
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        new_at, new_codes_at, old_at, old_codes_at, numel, ways, cells, moved_at, quantized_at, sums_at = arguments
+        v = Vectors(b, LANES_OF_SAMPLES)
+        zero, one = v.all(_F64, 0.0), v.all(_F64, 1.0)
+        places = [b.add(sums_at, ir.Constant(_I64, 8 * LANES_OF_SAMPLES * at)) for at in range(4)]
+        sums = [_tools.alloca_once_value(b, v.load(place, _F64, 8)) for place in places]
+
+        def magnitude(x: Any) -> Any:
+            bits = b.and_(b.bitcast(x, v.type(_I64)), v.all(_I64, (1 << 63) - 1))
+            return b.bitcast(bits, v.type(_F64))
+
+        def weights(address: Any) -> Any:
+            return b.fpext(_number(v, weight_bits, address, PLAIN, None), v.type(_F64))
+
+        with v.loop(numel) as (i, _):
+            place, old_place = v.at(new_at, i, weight_size), v.at(old_at, i, weight_size)
+            code_place, old_code_place = v.at(new_codes_at, i, code_size), v.at(old_codes_at, i, code_size)
+            v.prefetch(place, _AHEAD, weight_size)
+            v.prefetch(old_place, _AHEAD, weight_size)
+            for address in (moved_at, quantized_at):
+                v.prefetch(v.at(address, i, 8), _AHEAD, 8)
+            way = magnitude(b.fsub(weights(place), weights(old_place)))
+            quantized_way, cell = (v.load(v.at(address, i, 8), _F64, 8) for address in (ways, cells))
+            # NaN and infinities count as not moved. Times 0, they are NaN.
+            is_finite = b.fcmp_ordered("==", b.fadd(b.fmul(way, zero), b.fmul(quantized_way, zero)), zero)
+            way, quantized_way = (b.select(is_finite, x, zero) for x in (way, quantized_way))
+            codes = v.load(code_place, code, code_size)
+            differs = b.icmp_signed("!=", codes, v.load(old_code_place, code, code_size))
+            share = b.fdiv(way, cell)
+            # NaN counts as 0.
+            at_least = b.select(b.fcmp_ordered(">=", share, one), one, zero)
+            share = b.select(b.fcmp_ordered("<", share, one), share, at_least)
+            flips = b.select(b.and_(differs, is_finite), one, zero)
+            for total, value in zip(sums, (quantized_way, way, flips, share), strict=True):
+                b.store(b.fadd(b.load(total), value), total)
+            for address, value in ((moved_at, way), (quantized_at, quantized_way)):
+                into = v.at(address, i, 8)
+                v.store(b.fadd(v.load(into, _F64, 8), value), into)
+            bits = ir.IntType(weight_bits)
+            v.store(v.load(place, bits, weight_size), old_place)
+            v.store(codes, old_code_place)
+        for place, total in zip(places, sums, strict=True):
+            v.store(b.load(total), place)
+        return context.get_dummy_value()
+
+    @_intrinsic
+    def tally(  # type: ignore[no-untyped-def]
+        context, new, new_codes, old, old_codes, numel, ways, cells, moved, quantized_moved, sums
+    ):
+        return _types.void(*[_ADDRESS] * 10), generate
+
+    return tally

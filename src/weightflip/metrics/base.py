@@ -6,9 +6,6 @@ modules of the package are imported when the first name is looked up.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from weightflip import checks, functional, records
+from weightflip import checks, functional, modules, records
 from weightflip.kernels import Index, Pointwise, Sample, ScratchPool, take
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 from weightflip.records import Kind, Value
@@ -47,7 +44,7 @@ class Weight(NamedTuple):
         scale: The scale, which broadcasts to the codes; None for formats without one.
         quantizer: The quantizer that made the codes.
         backend: As in :func:`weightflip.kernels.check_backend`.
-        scale_codes: At marks, the scales of blocks and groups as the format stores them; None for other formats.
+        scale_codes: Between steps, the scales of blocks and groups as the format stores them; None for other formats.
     """
 
     values: Tensor
@@ -128,8 +125,8 @@ class LayerMetric:
 
     sample: Sample | None = None
     """What :meth:`before` keeps of the weight for :meth:`after`, if ``after`` does what
-    :class:`weightflip.kernels.Sample` describes, with four columns of ``sums`` in this order. A kernel may then do both
-    for many weights at once. It is tested against these methods before it is used."""
+    :class:`weightflip.kernels.Sample` describes, with its four sums as the columns of ``sums``. A kernel may then do
+    the work of both methods for many weights at once. It is tested against them before it is used."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -204,8 +201,9 @@ class Metric(ABC):
     """Whether it has ``before``, ``slice`` or ``after``. If no group does, many weights are counted in one call."""
     uses_marks: bool = False
     """Whether it has ``mark``. A group with ``mark`` only is opened at the first mark."""
-    reads_scale_at_marks: bool = True
-    """Whether ``mark`` needs ``scale`` for formats that have ``scale_codes``. Without, the weight is not read again."""
+    reads_scale: bool = True
+    """Whether ``mark`` and ``gauge`` use ``Weight.scale`` of formats with ``Weight.scale_codes``. If not, it is None
+    there, and the weight need not be read for it."""
     supports_shards: bool = True
     """Whether the sums over the shards of a weight equal those of the whole. If not, sharded weights are left out."""
 
@@ -256,17 +254,6 @@ def register(metric: MetricType) -> MetricType:
     return metric
 
 
-def _import_modules() -> None:
-    package = importlib.import_module(__package__ or "")
-    _import_modules_below(tuple(package.__path__))
-
-
-@functools.cache
-def _import_modules_below(directories: tuple[str, ...]) -> None:
-    for module in pkgutil.iter_modules(directories):
-        importlib.import_module(f"{__package__}.{module.name}")
-
-
 def metric_names() -> list[str]:
     """Return the names of all groups.
 
@@ -274,7 +261,7 @@ def metric_names() -> list[str]:
         >>> "oscillation" in metric_names()
         True
     """
-    _import_modules()
+    modules.import_all(__package__)
     return sorted(_registry)
 
 

@@ -44,7 +44,7 @@ class Sync(Metric):
     name = "sync"
     uses_steps = False
     uses_marks = True
-    reads_scale_at_marks = False
+    reads_scale = False
     values = (
         Value(
             "changed_fraction",
@@ -58,7 +58,7 @@ class Sync(Metric):
             "empty_layers",
             "rate",
             "empty",
-            "share of layers that did not change since the last sync",
+            "fraction of layers that did not change since the last sync",
             "share",
             order=41,
         ),

@@ -29,7 +29,7 @@ class Touched(Metric):
 
     name = "touched"
     uses_marks = True
-    reads_scale_at_marks = False
+    reads_scale = False
     values = (
         Value(
             "touched_fraction",
@@ -43,7 +43,7 @@ class Touched(Metric):
             "untouched_layers",
             "rate",
             "untouched",
-            "share of layers without a flip since the last sync",
+            "fraction of layers without a flip since the last sync",
             "share",
             order=48,
         ),

@@ -55,7 +55,7 @@ class Travel(Metric):
             "travel_high_fraction",
             "gauge",
             "travel high",
-            "share of moving weights with a travel ratio above 16",
+            "fraction of moving weights with a travel ratio above 16",
             "share",
             order=21,
         ),
@@ -140,7 +140,8 @@ class _LayerTravel(LayerMetric):
         old = self._at_moment(self.sample.codes, self.sample.scale, shape)
         new = self._at_moment(self._take_sample(weight.codes), weight.scale, shape)
         self.sample.scale = None
-        moved = self._take_sample(weight.values).double().sub_(self.sample.weights.double()).abs_()
+        # Not in place: the sample of a float64 weight may be the weight itself.
+        moved = (self._take_sample(weight.values).double() - self.sample.weights.double()).abs_()
         quantized_moved = (new.values - old.values).abs_()
         # NaN, infinite weights and weights that share a scale with them count as not moved. Times 0, they are NaN.
         is_finite = moved.mul(0).add_(quantized_moved, alpha=0) == 0

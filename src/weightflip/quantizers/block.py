@@ -113,6 +113,8 @@ class MXQuantizer(_BlockQuantizer):
         ValueError: Another format, or an unknown mode.
     """
 
+    is_defined_by_name = True
+
     def __init__(self, format: FloatFormat, mode: ScaleMode = "floor") -> None:
         name = next((name for name, known in MX_NAMES.items() if known == format), None)
         if name is None:
@@ -173,6 +175,8 @@ class NVFP4Quantizer(_BlockQuantizer):
         per_tensor_scale: Use two levels, as in NVIDIA's recipe and by default in torchao's QAT, with ``t`` computed
             from the weight's own amax.
     """
+
+    is_defined_by_name = True
 
     def __init__(self, per_tensor_scale: bool = False) -> None:
         super().__init__(replace(NVFP4, rule="tensor") if per_tensor_scale else NVFP4)

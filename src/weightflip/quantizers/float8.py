@@ -102,6 +102,7 @@ class Float8Quantizer(_Float8Cast):
         ValueError: Another format.
     """
 
+    is_defined_by_name = True
     only_needs_amax = True
 
     def __init__(
@@ -159,6 +160,7 @@ class Float8BlockQuantizer(_Float8Cast):
         block: One of the ``BLOCK_FORMATS`` of this family.
     """
 
+    is_defined_by_name = True
     scope: Scope = "block"
     only_needs_amax = True
 

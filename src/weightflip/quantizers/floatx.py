@@ -102,6 +102,10 @@ class FloatxQuantizer(ElementwiseQuantizer):
         return "element" if not isinstance(self.fixed_scale, Tensor) or self.fixed_scale.numel() == 1 else None
 
     @property
+    def is_defined_by_name(self) -> bool:  # type: ignore[override]
+        return self.fixed_scale is None
+
+    @property
     def only_needs_amax(self) -> bool:  # type: ignore[override]
         return self.fixed_scale is None
 

@@ -67,6 +67,7 @@ class IntegerQuantizer(_Integers):
         ValueError: ``bits`` or ``group`` is out of range.
     """
 
+    is_defined_by_name = True
     only_needs_amax = True
 
     def __init__(self, bits: int, group: int | None = None) -> None:
@@ -127,6 +128,7 @@ class TernaryQuantizer(_Integers):
     the same for any number of shards. It may differ from that of the whole weight in the last bits.
     """
 
+    is_defined_by_name = True
     name = "ternary"
     scope = "tensor"
     reduction = "mean"
@@ -166,6 +168,7 @@ class BinaryQuantizer(_Integers):
     Source: Courbariaux et al. 2015 (BinaryConnect, arXiv:1511.00363, equation 1).
     """
 
+    is_defined_by_name = True
     name = "binary"
     scope = "element"
     only_needs_amax = True

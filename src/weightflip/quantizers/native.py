@@ -19,6 +19,7 @@ class NativeQuantizer(ElementwiseQuantizer):
     For float8, float16, bfloat16, float32 and float64 weights. Codes take 1, 2, 4 or 8 bytes per weight.
     """
 
+    is_defined_by_name = True
     name = "native"
     scope = "element"
     only_needs_amax = True
@@ -79,6 +80,8 @@ def _bits_as_values(ordinals: Tensor, format: FloatFormat) -> Tensor:
 
 class CastQuantizer(NativeQuantizer):
     """A plain cast without a scale: ``"bfloat16"``, ``"float16"``. Overflow becomes infinity, as in torch's cast."""
+
+    is_defined_by_name = True
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

@@ -6,8 +6,9 @@ To add a quantizer, add a file to this package with a class that has ``encode`` 
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -155,13 +156,28 @@ class BaseQuantizer(ABC):
         return self.name
 
 
+class _Reference:
+    """A weak reference that equals others to the same object, whatever that object is equal to."""
+
+    __slots__ = ("_id", "_reference")
+
+    def __init__(self, thing: object) -> None:
+        # There is one such reference to an object, as long as anything holds it.
+        self._reference, self._id = weakref.ref(thing), id(thing)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Reference) and self._reference is other._reference
+
+    def __hash__(self) -> int:
+        return self._id
+
+
 class ElementwiseQuantizer(BaseQuantizer):
     """A quantizer that computes scales from the weight, and then encodes each element on its own.
 
-    The tracker can therefore encode in slices that fit the cache. ``name`` is the name by which users select it. Two
-    quantizers of one class with the same ``name`` and ``rounding`` make the same codes. If ``group`` neighbors in the
-    last dimension share a scale, the other methods take the weight, and any tensor of its shape, with that dimension
-    split: ``(..., K // group, group)``.
+    The tracker can therefore encode in slices that fit the cache. ``name`` is the name by which users select it. If
+    ``group`` neighbors in the last dimension share a scale, the other methods take the weight, and any tensor of its
+    shape, with that dimension split: ``(..., K // group, group)``.
 
     If a weight is sharded, and ``scope`` (see :class:`Quantizer`) is ``"tensor"``, or ``"row"`` and shards cut rows, no
     process can compute the scale alone. This works for quantizers with a method ``statistic``: the statistics of all
@@ -169,6 +185,9 @@ class ElementwiseQuantizer(BaseQuantizer):
     """
 
     batchable = True
+    is_defined_by_name: bool = False
+    """Whether quantizers of this class with the same ``name`` and ``rounding`` make the same codes, so that weights
+    with different quantizer objects may share tables and calls of kernels. A subclass does not inherit it."""
     only_needs_amax: bool = False
     """Whether a code depends only on its weight and the largest magnitude in its ``scope``, from which :meth:`scale_of`
     computes the scale; only on its weight if ``scope`` is ``"element"``. With this and ``rounding``, many weights are
@@ -179,6 +198,8 @@ class ElementwiseQuantizer(BaseQuantizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "is_defined_by_name" not in vars(cls):
+            cls.is_defined_by_name = False
         if "encode_into" in vars(cls) and "rounding" not in vars(cls):
             # An inherited rounding does not describe an overridden encode_into.
             cls.rounding = ElementwiseQuantizer.rounding  # type: ignore[method-assign]
@@ -193,6 +214,11 @@ class ElementwiseQuantizer(BaseQuantizer):
         if "scale" in vars(cls) and "only_needs_amax" not in vars(cls):
             # An inherited scale_of does not describe an overridden scale.
             cls.only_needs_amax = False
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for quantizers that make the same codes, if ``rounding`` is also equal: by name, or for one object."""
+        return (type(self), self.name, self.format) if self.is_defined_by_name else _Reference(self)
 
     def grouped(self, tensor: Tensor) -> Tensor:
         """View a tensor of the weight's shape with the last dimension split, as the other methods take it.

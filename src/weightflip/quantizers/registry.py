@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from weightflip import modules
 from weightflip.quantizers.protocol import ElementwiseQuantizer
 
 Factory: TypeAlias = Callable[[str, tuple[str, ...]], ElementwiseQuantizer]
@@ -43,17 +41,6 @@ def register(pattern: str, *, examples: tuple[str, ...]) -> Callable[[Factory], 
     return add
 
 
-def _import_modules() -> None:
-    package = importlib.import_module(__package__ or "")
-    _import_modules_below(tuple(package.__path__))
-
-
-@functools.cache
-def _import_modules_below(directories: tuple[str, ...]) -> None:
-    for module in pkgutil.iter_modules(directories):
-        importlib.import_module(f"{__package__}.{module.name}")
-
-
 def make_quantizer(family: str, options: tuple[str, ...]) -> ElementwiseQuantizer | None:
     """Make the quantizer of a registered name; None if the name is not registered.
 
@@ -64,7 +51,7 @@ def make_quantizer(family: str, options: tuple[str, ...]) -> ElementwiseQuantize
     Raises:
         ValueError: The family does not have such an option.
     """
-    _import_modules()
+    modules.import_all(__package__)
     for entry in _registry:
         if entry.pattern.fullmatch(family):
             return entry.factory(family, options)
@@ -78,5 +65,5 @@ def quantizer_names() -> list[str]:
         >>> "float8_e4m3" in quantizer_names()
         True
     """
-    _import_modules()
+    modules.import_all(__package__)
     return sorted(example for entry in _registry for example in entry.examples)
