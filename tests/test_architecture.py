@@ -122,7 +122,7 @@ COUNTING_LEVELS = (
     {"layer", "columns", "notices", "schedule", "checkpoint"},
     {"batch", "ledger", "expressions"},
     {"scaling", "observations"},
-    {"scale_table"},
+    {"scale_table", "sample_proof"},
 )
 
 
