@@ -150,7 +150,7 @@ def step(tracker, weights):
     tracker.after_step()
 
 
-def test_what_goes_together_and_what_alone(on_a_device, monkeypatch):
+def test_which_layers_are_gathered(on_a_device, monkeypatch):
     weights = [
         of("a", torch.ones(4, 32)),
         of("transposed", torch.ones(8, 4).T),
@@ -195,13 +195,13 @@ def test_a_scale_of_the_users_own_is_asked_of_each_weight(per_tensor_scale, on_a
     assert buckets(tracker) == []
 
 
-def test_on_the_cpu_each_goes_alone():
+def test_nothing_is_gathered_on_the_cpu():
     tracker = WeightFlipTracker(backend="eager")
     step(tracker, [of("a", torch.ones(4, 32))])
     assert buckets(tracker) == []
 
 
-def test_a_fault_is_of_its_layer_and_of_no_other(on_a_device):
+def test_a_fault_affects_only_its_layer(on_a_device):
     class BreaksLater(FloatxQuantizer):
         is_broken = False
 
@@ -225,7 +225,7 @@ def test_a_fault_is_of_its_layer_and_of_no_other(on_a_device):
 
 
 @pytest.mark.parametrize("method", ["magnitudes", "sums"])
-def test_what_a_device_cannot_do_together_goes_one_by_one(method, on_a_device, monkeypatch):
+def test_what_cannot_be_gathered_is_counted_one_by_one(method, on_a_device, monkeypatch):
     def missing(*_):
         raise NotImplementedError("aten::scatter_reduce.two_out is not there for this device")
 
@@ -251,7 +251,7 @@ def test_low_memory_holds_no_codes_between_steps(on_a_device):
     assert [code() for code in codes] == [None, None]
 
 
-def test_large_buffers_are_given_back(on_a_device, monkeypatch):
+def test_large_buffers_are_released(on_a_device, monkeypatch):
     weights, tracker = [of("a", torch.ones(4, 32)), of("b", torch.ones(4, 64))], WeightFlipTracker(backend="eager")
     step(tracker, weights)
     assert tracker._scratch.nbytes > 0

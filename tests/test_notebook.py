@@ -100,7 +100,7 @@ def test_before_the_first_step_there_is_a_table_without_rows():
 
 
 @pytest.mark.filterwarnings("ignore:weightflip. no step")
-def test_steps_that_were_not_seen_are_said():
+def test_missed_steps_are_reported():
     model = two_layers()
     optimizer = trained(model, steps=0)
     for parameter in model.parameters():

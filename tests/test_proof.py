@@ -266,7 +266,7 @@ def test_a_broken_kernel_is_refused_and_training_goes_on(kernel, backend_name, m
     assert len({record.getMessage() for record in refusals}) == len(refusals)
 
 
-def test_a_good_kernel_is_told_of_once(monkeypatch, caplog):
+def test_a_good_kernel_is_logged_once(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="weightflip"):
         train("auto")
         train("auto")
@@ -401,7 +401,7 @@ def test_where_there_is_a_race_the_slower_is_not_used_by_itself(kernel, is_used,
     assert all(("x faster than eager" in text) == is_used for text in told)
 
 
-def test_a_race_that_fails_is_lost_but_no_fault(monkeypatch, caplog):
+def test_a_failed_timing_is_not_a_fault(monkeypatch, caplog):
     monkeypatch.setattr(proof, "_must_be_faster_on", lambda device: True)
 
     def eager(weight, codes, update, counts):

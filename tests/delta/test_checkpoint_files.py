@@ -25,7 +25,7 @@ def refused(path, message):
     assert "\n" not in str(raised.value)
 
 
-def test_files_that_are_none(tmp_path):
+def test_files_that_are_not_checkpoints(tmp_path):
     (tmp_path / "text.txt").write_text("hello")
     refused(tmp_path / "text.txt", "is not a supported checkpoint; expected .*torch 1.6")
     (tmp_path / "empty.safetensors").write_bytes(b"")
