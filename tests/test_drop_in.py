@@ -568,7 +568,9 @@ def test_two_optimizers_need_different_names():
         ValueError, match=r"already tracks a weight named 'group0.param0'.*pass model= to both.*exclude="
     ):
         FlipTrackingOptimizer(torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1), sinks=first)
-    with pytest.raises(TypeError, match="takes another tracked optimizer alone, not in a list: sinks=first"):
+    with pytest.raises(
+        TypeError, match="must be another tracked optimizer itself, not a list with it; pass sinks=first"
+    ):
         FlipTrackingOptimizer(torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1), sinks=[first])
 
 

@@ -236,7 +236,7 @@ class Breaks(cpu.Samples):
 def test_a_fault_drops_the_group_with_one_warning(monkeypatch):
     monkeypatch.setattr(cpu.Run, "samples", Breaks)
     tracker, tracked = WeightFlipTracker(metrics=("flips", "travel")), layers()
-    with pytest.warns(UserWarning, match="3 layers have no numbers of 'travel' any more.*no sums today"):
+    with pytest.warns(UserWarning, match="3 layers no longer have numbers of 'travel'.*no sums today"):
         step(tracker, tracked)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -355,7 +355,7 @@ def test_no_picture_costs_no_scalars(digits, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ImageFont, "load_default", fails)
     with pytest.warns(
-        UserWarning, match="drawing pictures failed, the run has none from here: OSError: no fonts here"
+        UserWarning, match="drawing pictures failed, so the run has no more of them: OSError: no fonts here"
     ) as caught:
         train(digits, 25, log_dir=tmp_path)[0].close()
     assert len([w for w in caught if "pictures" in str(w.message)]) == 1

@@ -279,7 +279,7 @@ class MetricRunner:
                     self._set_metric_calls(layer)
             samples.release()
             self._notices.add(
-                f"{len(layers)} layers have no numbers of {name!r} any more, everything else continues: "
+                f"{len(layers)} layers no longer have numbers of {name!r}, everything else continues: "
                 f"{type(error).__name__}: {error}"
             )
 
@@ -401,7 +401,7 @@ class MetricRunner:
             layer.metrics[group.metric.name] = None
             self._set_metric_calls(layer)
             self._notices.add(
-                f"{layer.name!r} has no numbers of {group.metric.name!r} any more, everything else continues: "
+                f"{layer.name!r} no longer has numbers of {group.metric.name!r}, everything else continues: "
                 f"{type(error).__name__}: {error}"
             )
 

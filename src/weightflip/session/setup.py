@@ -93,6 +93,6 @@ def _make_log(options: Options) -> Log:
     if isinstance(sinks, (str, PathLike)) or not isinstance(sinks, Sequence):
         raise TypeError(f"sinks= must be a list, got {type(sinks).__name__}; put it in brackets: sinks=[...]")
     if any(isinstance(sink, Tracked) for sink in sinks):
-        raise TypeError("sinks= takes another tracked optimizer alone, not in a list: sinks=first")
+        raise TypeError("sinks= must be another tracked optimizer itself, not a list with it; pass sinks=first")
     made = make_sinks(sinks, options.layer_values) if is_writer else []
     return Log(SinkGroup(made), has_sinks=bool(sinks))

@@ -293,7 +293,9 @@ class TensorBoardSink(BackgroundSink):
         except Exception as error:
             # Keep writing scalars.
             self._pictures = None
-            warn(f"weightflip: drawing pictures failed, the run has none from here: {type(error).__name__}: {error}")
+            warn(
+                f"weightflip: drawing pictures failed, so the run has no more of them: {type(error).__name__}: {error}"
+            )
             return
         for name, picture in pictures.items():
             self._writer.add_image(f"weightflip/{name}", picture, self._last_step, dataformats="HWC")
