@@ -56,7 +56,7 @@ class CurrentLayers:
                 found.append(layer)
         for route, of_route in stale.items():
             route.encode(of_route)
-        if self._table.has_lost:
+        if self._table.has_new_failures:
             self.release()
             found = _without_failed(found)
         return found
@@ -100,8 +100,8 @@ class CurrentLayers:
 
     def drop_failed(self) -> None:
         """Remove the layers that have failed since the last call."""
-        if self._table.has_lost:
-            self._table.has_lost = False
+        if self._table.has_new_failures:
+            self._table.has_new_failures = False
             self.release()
             self.layers = _without_failed(self.layers)
             # Do not use layer.route: a layer that has left its route in this step has none until the next one.

@@ -46,9 +46,9 @@ class MetricRunner:
         self._scratch, self._backend = scratch, backend
         self._measured: dict[str, int] = {}
         self._samples: dict[str, SampledLayers] = {}
-        self._of_steps = [group for group in groups if group.metric.uses_steps]
-        self._of_marks = [group for group in groups if group.metric.uses_marks]
-        self._runs = dict.fromkeys((group.metric.name for group in self._of_steps), 0)
+        self._step_groups = [group for group in groups if group.metric.uses_steps]
+        self._mark_groups = [group for group in groups if group.metric.uses_marks]
+        self._runs = dict.fromkeys((group.metric.name for group in self._step_groups), 0)
         """The number of steps in which each group has run."""
         self.changes = 0
         """Increases whenever a group starts or stops running for a layer."""
@@ -61,12 +61,12 @@ class MetricRunner:
     @property
     def uses_steps(self) -> bool:
         """Whether any group runs in steps."""
-        return bool(self._of_steps)
+        return bool(self._step_groups)
 
     @property
     def uses_marks(self) -> bool:
         """Whether any group runs at marks."""
-        return bool(self._of_marks)
+        return bool(self._mark_groups)
 
     def keeps_scale(self, quantizer: ElementwiseQuantizer) -> bool:
         """Whether layers that are counted in one call keep the scale of their codes for the groups.
@@ -108,7 +108,7 @@ class MetricRunner:
         assert layer.codes is not None
         weight, quantizer = layer.tracked.unwrapped()
         if layer.metric_calls is None or layer.code_kind != _code_kind(layer.codes, quantizer):
-            self._open_all(layer, self._of_steps, layer.view_for_metrics(weight, quantizer), is_shard)
+            self._open_all(layer, self._step_groups, layer.view_for_metrics(weight, quantizer), is_shard)
             self._set_metric_calls(layer)
         assert layer.metric_calls is not None
         for group, metric in self._due(layer.metric_calls.before):
@@ -140,7 +140,7 @@ class MetricRunner:
         """Find the methods to call for a layer in each step. Methods that are not overridden are left out."""
         found = [
             (group, metric)
-            for group in self._of_steps
+            for group in self._step_groups
             if layer.metrics is not None and (metric := layer.metrics.get(group.metric.name)) is not None
         ]
         whole = [(group, metric) for group, metric in found if metric.sample is None]
@@ -287,7 +287,7 @@ class MetricRunner:
     def due(self) -> tuple[str, ...]:
         """The names of the groups that are due in this step."""
         steps = self._schedule.tracked_steps
-        return tuple(group.metric.name for group in self._of_steps if steps % group.every == 0)
+        return tuple(group.metric.name for group in self._step_groups if steps % group.every == 0)
 
     def note_step(self) -> None:
         """Note that the groups that are due have run in this step."""
@@ -309,9 +309,9 @@ class MetricRunner:
             is_shard: Whether other processes have parts of the same weight.
         """
         assert layer.row is not None
-        weight = self._view_between_steps(layer, self._of_marks)
-        self._open_all(layer, self._of_marks, weight, is_shard)
-        for group in self._of_marks:
+        weight = self._view_between_steps(layer, self._mark_groups)
+        self._open_all(layer, self._mark_groups, weight, is_shard)
+        for group in self._mark_groups:
             metric = (layer.metrics or {}).get(group.metric.name)
             if metric is None:
                 continue
@@ -324,7 +324,7 @@ class MetricRunner:
 
     def forget_mark(self, layer: Layer) -> None:
         """Drop the state of the last mark, because the layer is not part of the current one."""
-        for group in self._of_marks:
+        for group in self._mark_groups:
             layer.saved.pop(group.metric.name, None)
             if layer.metrics and layer.metrics.get(group.metric.name) is not None:
                 del layer.metrics[group.metric.name]

@@ -28,7 +28,7 @@ class LayerTable(Mapping[str, Layer]):
 
     Attributes:
         failed: Names that are no longer tracked, including weights that never became layers.
-        has_lost: Whether a layer has failed since the reader of this flag last set it to False.
+        has_new_failures: Whether a layer has failed since the reader of this flag last set it to False.
     """
 
     def __init__(self, columns: Columns, schedule: Schedule, notices: Notices) -> None:
@@ -37,7 +37,7 @@ class LayerTable(Mapping[str, Layer]):
         self._ledgers: dict[torch.device, Ledger] = {}
         self._weights: list[TrackedWeight] = []
         self.failed: set[str] = set()
-        self.has_lost = False
+        self.has_new_failures = False
 
     def __getitem__(self, name: str) -> Layer:
         return self._layers[name]
@@ -132,7 +132,7 @@ class LayerTable(Mapping[str, Layer]):
             warns: Whether to warn; False if another process does.
         """
         self.failed.add(name)
-        self.has_lost = True
+        self.has_new_failures = True
         layer = self._layers.get(name)
         if layer is not None:
             if layer.row is not None:

@@ -50,7 +50,7 @@ class Session:
         # Until the end of each step: a warning that raises must not keep other processes waiting in a collective.
         self.tracker.holds_warnings = True
         self._calls = 0
-        self._saw_capture = False
+        self._has_warned_of_capture = False
         self._reset()
 
     def _reset(self) -> None:
@@ -131,8 +131,8 @@ class Session:
 
     def _skip_capture(self) -> None:
         """Skip a step that is captured in a CUDA graph: host code does not run again when the graph is replayed."""
-        if not self._saw_capture:
-            self._saw_capture = True
+        if not self._has_warned_of_capture:
+            self._has_warned_of_capture = True
             # Replays write weights without changing their version counters.
             self.tracker.fresh_snapshots = True
             if not distributed.is_writer():
