@@ -70,7 +70,8 @@ fuzz: $(VENV)/installed  ## compare N=500 random trainings, bare and tracked, wi
 # tests run without the package installed, and skip what the environment does not have.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:  ## on a machine with an accelerator, run its tests and measure the cost of tracking (install torch for it first)
-	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/test_accelerator.py tests/test_triton_kernel.py tests/test_cuda_graphs.py -rs
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/test_accelerator.py tests/test_launches.py \
+		tests/test_triton_kernel.py tests/test_cuda_graphs.py -rs
 	mkdir -p runs
 	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu.py --json runs/gpu.json
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import functools
 import logging
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from kernel_cases import QUANTIZERS, hard_numbers
 from weightflip import FlipTrackingOptimizer, kernels
 from weightflip.counting.scaling import get_scaling, in_plain_torch
 from weightflip.formats import IntegerRounding
-from weightflip.kernels import backend, cpu, items, proof
+from weightflip.kernels import backend, cpu, items, proof, runs
 from weightflip.kernels.constants import Lanes
 from weightflip.kernels.pointwise import NEW, NEW_UNDER_OLD_SCALE, OLD, Pointwise, bit, differ, state, where
 from weightflip.kernels.runs import Kind
@@ -436,3 +438,25 @@ def test_in_a_capture_nothing_is_tried(monkeypatch):
 def test_integers_are_those_of_the_rounding():
     values = torch.tensor([0.5, 1.5, -0.5, -1.5, 9.0, -9.0, float("nan"), float("inf")])
     assert proof.ordinals(values, IntegerRounding(-8, 7, -128)).tolist() == [0, 2, 0, -2, 7, -8, -128, 7]
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_kernels_have_what_is_asked_of_them(name):
+    """Read from the source, since Triton may be missing, and mypy does not see that a module is a kernel."""
+    folder = Path(runs.__file__).parent
+
+    def members(file: str) -> dict[str, list[str]]:
+        tree = ast.parse((folder / f"{file}.py").read_text(encoding="utf-8"))
+        (cls,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Run")
+        found = {}
+        for node in cls.body:
+            if isinstance(node, ast.FunctionDef):
+                found[node.name] = [arg.arg for arg in (*node.args.args, *node.args.kwonlyargs) if arg.arg != "self"]
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+                found[target.id] = []
+        return found
+
+    found, required = members(name), members("runs")
+    assert len(required) > 8
+    assert {member: found.get(member) for member in required} == required

@@ -13,7 +13,7 @@ from kernel_cases import INF, NAN
 from torch import Tensor, nn
 
 from weightflip import WeightFlipTracker
-from weightflip.counting import sample_proof
+from weightflip.counting import batch, sample_proof
 from weightflip.counting.layer import TrackedWeight
 from weightflip.kernels import cpu
 from weightflip.metrics.travel import Travel
@@ -166,6 +166,13 @@ def test_options_keep_their_meaning(options):
         steps_of(torch.float32, name, 9, **options)
 
 
+def test_weights_that_are_counted_in_pieces(monkeypatch):
+    """Their scales are kept in several places."""
+    monkeypatch.setattr(batch, "_ELEMENTS_PER_RUN", 1 << 12)
+    for name in ("float8_e4m3:row", "mxfp4", "nvfp4", "bfloat16"):
+        steps_of(torch.float32, name, 6)
+
+
 def test_any_number_of_threads_gives_the_same_sums():
     before, found = torch.get_num_threads(), []
     try:
@@ -235,8 +242,8 @@ class Breaks(cpu.Samples):
 
 def test_a_fault_drops_the_group_with_one_warning(monkeypatch):
     monkeypatch.setattr(cpu.Run, "samples", Breaks)
-    tracker, tracked = WeightFlipTracker(metrics=("flips", "travel")), layers()
-    with pytest.warns(UserWarning, match="3 layers no longer have numbers of 'travel'.*no sums today"):
+    tracker, tracked = WeightFlipTracker(metrics=("flips", "travel")), layers(4)
+    with pytest.warns(UserWarning, match="layers 'w0', 'w1', 'w2' and 1 more no longer have.*no sums today"):
         step(tracker, tracked)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -91,7 +91,7 @@ class MetricRunner:
             if calls is None or calls.before or layer.state is not CodeState.KEPT:
                 self._before(layer, is_shard=layer.name in shards)
         for samples in self._due_samples:
-            others: list[Layer] = []
+            others = list(layers)
             with self._drops_on_fault(samples):
                 others = samples.before(layers, self.changes, self._schedule.steps)
             for layer, metric, weight in self._seen_by(samples.group, others):
@@ -255,10 +255,10 @@ class MetricRunner:
 
     @staticmethod
     def _seen_by(group: Group, layers: Sequence[Layer]) -> Iterator[tuple[Layer, LayerMetric, Weight]]:
-        """Yield layers with what a group's methods need."""
+        """Yield the layers of which a group keeps a sample, with what its methods need."""
         for layer in layers:
             metric = (layer.metrics or {}).get(group.metric.name)
-            if metric is not None and layer.tracked is not None:
+            if metric is not None and metric.sample is not None and layer.tracked is not None:
                 yield layer, metric, layer.view_for_metrics(*layer.tracked.unwrapped())
 
     @property
@@ -278,8 +278,10 @@ class MetricRunner:
                     layer.metrics[name] = None
                     self._set_metric_calls(layer)
             samples.release()
+            named = ", ".join(repr(layer.name) for layer in layers[:3])
+            more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
             self._notices.add(
-                f"{len(layers)} layers no longer have numbers of {name!r}, everything else continues: "
+                f"layers {named}{more} no longer have numbers of {name!r}, everything else continues: "
                 f"{type(error).__name__}: {error}"
             )
 
