@@ -13,8 +13,8 @@ from torch import nn
 
 import weightflip
 from weightflip import FlipTrackingOptimizer, track_flips
-from weightflip.session.ending import Ending
 from weightflip.session.guard import Guard, run_outside_graphs
+from weightflip.session.last_record import LastRecord
 from weightflip.session.log import Log
 from weightflip.session.session import Session
 from weightflip.texts import printable
@@ -33,7 +33,7 @@ LEFT_OUT = {
         *(Session.run_guarded, Session.finish_step, Session._finish_step, Session.abort_step, Session.save_into),
         *(Session.flush, Session.close, Session.end, Session.restore),
         *(Log.emit_warnings, Log._take_warnings, Log.flush, Log.close, Log.end_source, Log._attempt),
-        *(Ending.run_now, printable),
+        *(LastRecord.write_now, printable),
     )
 }
 
