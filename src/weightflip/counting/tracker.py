@@ -488,15 +488,19 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
 
     def _mark_if_due(self) -> None:
         if self._marks.take_due():
-            self._layers.settle()
-            taking = None if self._taking is None else self._taking()
-            found = nullcontext(self._layers.listed) if taking is None else taking()
-            with self._marks.guarded(), found as weights:
-                self._begin(list(weights))
-                self._marks.make(
-                    self._encode_between_steps(tracked for tracked in weights if tracked.is_held), self._shards
-                )
+            with self._marks.guarded():
+                self._mark()
             self._notices.flush()
+
+    def _mark(self) -> None:
+        self._layers.settle()
+        taking = None if self._taking is None else self._taking()
+        found = nullcontext(self._layers.listed) if taking is None else taking()
+        with found as weights:
+            self._begin(list(weights))
+            self._marks.make(
+                self._encode_between_steps(tracked for tracked in weights if tracked.is_held), self._shards
+            )
 
     # ------------------------------------------------------------------ many processes
 
