@@ -27,7 +27,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from weightflip.records import Counts, FlipRecord, LayerRecord, RunInfo
-from weightflip.sinks import CompanionSink, JSONLSink, TensorBoardSink
+from weightflip.sinks import JSONLSink, ReportFileSink, TensorBoardSink
 from weightflip.sinks.tags import tagged_values
 
 SOURCES = ("jsonl", "log_dir", "events")
@@ -102,7 +102,7 @@ def write_run(where: Path, layers: int, points: int) -> None:
         writer.add_text("weightflip/tracking", info.to_markdown(), 0)
     (file,) = (where / "log_dir").glob("*tfevents*")
     tensorboard = TensorBoardSink(str(where / "log_dir"))
-    events, sinks = FastEvents(file), [CompanionSink(tensorboard), JSONLSink(str(where / "jsonl" / "flips.jsonl"))]
+    events, sinks = FastEvents(file), [ReportFileSink(tensorboard), JSONLSink(str(where / "jsonl" / "flips.jsonl"))]
     for sink in sinks:
         sink.start(info, 0)
     totals = [Counts()] * layers

@@ -311,7 +311,7 @@ def describe_load(before: float | None, after: float | None) -> str:
     """Whether the machine was idle enough for reliable times."""
     if before is None or after is None:
         return "load: unknown on this system"
-    # Afterwards, the load includes the benchmark's own threads.
+    # Afterward, the load includes the benchmark's own threads.
     is_idle = before < 0.5 and after < torch.get_num_threads() + 0.5
     return f"load {before:.1f} before, {after:.1f} after: " + (
         "idle" if is_idle else "NOT IDLE, other work ran here; ratios may be off"

@@ -59,7 +59,7 @@ def load_data(seed: int) -> tuple[TensorDataset, TensorDataset]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, test: TensorDataset) -> float:
-    """Share of the test images that are recognized."""
+    """Fraction of the test images that are recognized."""
     images, labels = test.tensors
     return (model(images).argmax(dim=1) == labels).float().mean().item()
 

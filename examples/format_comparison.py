@@ -1,4 +1,4 @@
-"""See the same training through several number formats at once: what each of them would have swallowed.
+"""See the same training through several number formats at once: which updates each of them would have lost.
 
 python examples/format_comparison.py
 """
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> list[FlipRecord]:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for name in args.formats:
         axes.plot(epochs, [record.models[name].stall_ratio for record in records], marker=".", label=name)
-    axes.set(xlabel="epoch", ylabel="share of updates swallowed by rounding", ylim=(0, 1))
+    axes.set(xlabel="epoch", ylabel="fraction of updates lost to rounding", ylim=(0, 1))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(f"{args.log_dir}/stall_ratio.png", dpi=120)
     pyplot.close(figure)

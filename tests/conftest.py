@@ -13,7 +13,7 @@ from processes import end_servers, multiply_float8_without_onednn
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, track_flips
-from weightflip.selection import Plan, Selection, Sources, make_plan, name_parameters
+from weightflip.selection import Plan, QuantizerSources, Selection, make_plan, name_parameters
 
 multiply_float8_without_onednn()
 
@@ -234,5 +234,5 @@ def same_as_bare(form, make: Callable, train: Callable, digits, build: Callable 
 def plan_of(model: nn.Module, *, may_be_empty: bool = False, **options) -> Plan:
     """Plan how to track the weights of a model, with exactly one quantizer each."""
     parameters = name_parameters([{"params": list(model.parameters())}], model)
-    plan = make_plan(parameters, Sources(model), Selection(**options), may_be_empty=may_be_empty)
+    plan = make_plan(parameters, QuantizerSources(model), Selection(**options), may_be_empty=may_be_empty)
     return replace(plan, tracked={name: quantizer for name, (quantizer,) in plan.tracked.items()})

@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightflip import Alert, FlipTrackingOptimizer, distributed, track_flips
-from weightflip.distributed.groups import group_of
+from weightflip.distributed.groups import process_group
 from weightflip.quantizers import resolve
 from weightflip.quantizers.ordinals import STORED_FORMATS, bits_to_ordinals_
 
@@ -878,7 +878,7 @@ def phantom_steps(rank: int, world: int) -> dict[str, object]:
 
 def frozen_on_one(rank: int, world: int) -> dict[str, object]:
     """Freeze a weight on the last process alone, and later another one on both."""
-    patience, distributed.collectives.MEETING_TIMEOUT = distributed.collectives.MEETING_TIMEOUT, timedelta(seconds=1)
+    patience, distributed.collectives.BARRIER_TIMEOUT = distributed.collectives.BARRIER_TIMEOUT, timedelta(seconds=1)
 
     def freeze(step: int, model: nn.Module) -> None:
         if step == 4 and rank == world - 1:
@@ -891,7 +891,7 @@ def frozen_on_one(rank: int, world: int) -> dict[str, object]:
         start = time.monotonic()
         found = steps_with_faults("always", shard=fsdp, quantizer=quantizer, log_every=3, before=freeze)
         results[quantizer] = {**found, "seconds": time.monotonic() - start}
-    distributed.collectives.MEETING_TIMEOUT = patience
+    distributed.collectives.BARRIER_TIMEOUT = patience
     return results
 
 
@@ -969,11 +969,11 @@ def skipped_steps(rank: int, world: int) -> dict[str, object]:
 
 
 def groups(rank: int, world: int) -> dict[str, object]:
-    """Return the process group in which a mesh's weights are added up."""
+    """Return the process group in which the counts of a mesh's weights are summed."""
     mesh = over(2, world // 2, names=("replicate", "shard"))["shard"]
     parameter = nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)], src_data_rank=None))
     layout = distributed.layout(parameter)
-    ours, theirs = (group_of((kind, layout.ranks)) for kind in ("cpu", "cuda"))
+    ours, theirs = (process_group((kind, layout.ranks)) for kind in ("cpu", "cuda"))
     # On two of the processes; the others have it in their optimizer but hold no part of it.
     part = DeviceMesh("cpu", [0, 1])
     of_two = nn.Parameter(distribute_tensor(torch.ones(8, 8), part, [Shard(0)], src_data_rank=None))
@@ -1004,12 +1004,12 @@ def second_world(rank: int, world: int, store: str) -> dict[str, object]:
         optimizer.close()
     del sharded, optimizer
     gc.collect()
-    is_gone = old() is None
+    is_deleted = old() is None
     connect(rank, world, store)
     return {
         "first": first,
         "second": run(fsdp_and_tp, quantizer="float8_e4m3")[0],
-        "is_gone": is_gone,
+        "is_deleted": is_deleted,
         "warnings": [str(w.message) for w in caught],
     }
 

@@ -367,8 +367,8 @@ class Layer:
     ever: np.ndarray | None = None
     direction: np.ndarray | None = None
     frequency: np.ndarray | None = None
-    travelled: np.ndarray | None = None
-    quantized_travelled: np.ndarray | None = None
+    traveled: np.ndarray | None = None
+    quantized_traveled: np.ndarray | None = None
     marked: Encoded | None = None
     """Codes and scales at the last mark; None without one."""
     touched: np.ndarray | None = None
@@ -378,7 +378,7 @@ class Layer:
     runs: int | None = None
     """How often ``touched`` had run at the last mark; None if unknown."""
     slack: float = 0.0
-    """How much float32 rounding may change the distance travelled."""
+    """How much float32 rounding may change the distance traveled."""
 
     def add(self, name: str, number: float) -> None:
         self.total[name] = self.total.get(name, 0) + number
@@ -459,8 +459,8 @@ class BruteForce:
                 layer.ever = np.zeros(encoded.codes.shape, bool)
                 layer.direction = np.zeros(encoded.codes.shape, np.int64)
                 layer.frequency = np.zeros(encoded.codes.shape)
-                layer.travelled = np.zeros(encoded.codes.shape)
-                layer.quantized_travelled = np.zeros(encoded.codes.shape)
+                layer.traveled = np.zeros(encoded.codes.shape)
+                layer.quantized_traveled = np.zeros(encoded.codes.shape)
             self.old.append((weight.double().numpy().copy(), encoded))
 
     def after(self, is_step: bool, weights: list[TrackedWeight]) -> None:
@@ -579,8 +579,8 @@ class BruteForce:
         cell = np.where(codes == smallest, above, np.where(codes == largest, below, (below + above) / 2))
         share = np.where(is_finite, moved, 0.0) / cell
         layer.add("expected_flips", np.nan_to_num(share.clip(max=1), nan=0.0).sum())
-        layer.travelled += np.where(is_finite, moved, 0.0)
-        layer.quantized_travelled += np.where(is_finite, quantized, 0.0)
+        layer.traveled += np.where(is_finite, moved, 0.0)
+        layer.quantized_traveled += np.where(is_finite, quantized, 0.0)
         layer.slack += 1e-6 * float(np.where(is_finite, np.abs(before) + np.abs(after), 0.0).sum())
 
     # ------------------------------------------------------------------ comparison with the library
@@ -635,8 +635,8 @@ class BruteForce:
                     self._check_gauges(seen, by_name[seen.name], self.layers[seen.name], due)
         for seen in self.current if are_there and "travel" in due and not is_last else []:
             layer = self.layers[seen.name]
-            layer.travelled = np.zeros_like(layer.travelled)
-            layer.quantized_travelled = np.zeros_like(layer.travelled)
+            layer.traveled = np.zeros_like(layer.traveled)
+            layer.quantized_traveled = np.zeros_like(layer.traveled)
         if not is_last:
             for layer in self.layers.values():
                 layer.last = dict(layer.total)
@@ -696,12 +696,12 @@ class BruteForce:
             count = found.gauges["oscillating_fraction"].numerator
             assert_between(f"{seen.name}: oscillating weights", count, *bounds)
         if "travel" in due and seen.oracle.travels:
-            moved = layer.travelled > 0
+            moved = layer.traveled > 0
             gauge = found.gauges.get("travel_high_fraction", (0, 0))
             assert_equal(f"{seen.name}: weights that moved", gauge[1], int(moved.sum()))
             slack = 1e-4 * np.abs(values).max() if np.isfinite(values).all() else np.inf
             high = [
-                int((moved & (layer.quantized_travelled + way > 16 * layer.travelled)).sum()) for way in (-slack, slack)
+                int((moved & (layer.quantized_traveled + way > 16 * layer.traveled)).sum()) for way in (-slack, slack)
             ]
             assert_between(f"{seen.name}: weights that travel far", gauge[0], *high)
             bins = sum(sum(h.counts) for name, h in found.histograms.items() if name == "log2_travel_ratio")

@@ -64,7 +64,7 @@ def codes_of(weight: Tensor, quantizer) -> tuple[Tensor, Tensor | None]:
 
 def scale_codes_of(weight: Tensor, quantizer, scale: Tensor) -> Tensor:
     """What is stored of the scales of groups: one for each block."""
-    return quantizer.scale_codes(quantizer.of_blocks(scale, weight.shape))
+    return quantizer.scale_codes(quantizer.block_scales(scale, weight.shape))
 
 
 def stale_codes(weight: Tensor, quantizer, generator: torch.Generator) -> Tensor:
@@ -81,7 +81,7 @@ def by_eager(weight: Tensor, quantizer, old: Tensor, update: Tensor | None, coun
     return codes, counts, scale
 
 
-class Alone(NamedTuple):
+class OneByOneCase(NamedTuple):
     """A weight with what it had before, and what plain torch makes of it."""
 
     weight: Tensor
@@ -94,9 +94,9 @@ class Alone(NamedTuple):
     scale_changes: int
 
 
-def each_alone(
+def each_one_by_one(
     weights: Iterable[Tensor], quantizer, generator: torch.Generator, *, cuts_blocks: bool = False
-) -> list[Alone]:
+) -> list[OneByOneCase]:
     """Those of the weights that the groups fit, changed since they were encoded; every fourth has no update.
 
     With ``cuts_blocks``, blocks may be smaller at the end of a row.
@@ -116,12 +116,12 @@ def each_alone(
         if quantizer.group:
             old_scale_codes = scale_codes_of(weight, quantizer, old_scale)
             changes = int(torch.count_nonzero(scale_codes_of(weight, quantizer, scale) != old_scale_codes))
-        found.append(Alone(weight, update, old, old_scale_codes, codes, counts.tolist(), scale, changes))
+        found.append(OneByOneCase(weight, update, old, old_scale_codes, codes, counts.tolist(), scale, changes))
     assert len(found) >= 8
     return found
 
 
-def assert_together_as_alone(wanted: list[Alone], quantizer, backend: str, run: type[kernels.Run]) -> None:
+def assert_batch_equals_one_by_one(wanted: list[OneByOneCase], quantizer, backend: str, run: type[kernels.Run]) -> None:
     """A batch of the weights, counted in one call by this kernel, is each of them alone."""
     members = []
     for alone in wanted:

@@ -82,7 +82,7 @@ def test_rules_that_cannot_be_parsed(rule):
         ([Alert("flip_rate > 0", "3.*")], ValueError, r"the pattern '3.\*' in layers= .* matches none of the 5 layers"),
         (["oscillation_ratio > 0.5"], ValueError, "which metrics= does not provide"),
         ("stall_ratio > 1", TypeError, "put it in brackets"),
-        ([lambda record: True], TypeError, "a rule in alerts= is a string such as"),
+        ([lambda record: True], TypeError, "a rule in alerts= must be a string such as"),
     ],
 )
 def test_mistakes_raise_at_construction(alerts, error, message):
@@ -238,7 +238,7 @@ def test_a_callback_that_fails_is_warned_about_once(digits):
 
 
 def test_with_warnings_as_errors_all_rules_are_still_checked_and_reported():
-    class Taking:
+    class CurrentWeights:
         def __init__(self):
             self.events = []
 
@@ -256,7 +256,7 @@ def test_with_warnings_as_errors_all_rules_are_still_checked_and_reported():
     def fails(event):
         raise RuntimeError("no network")
 
-    told, taking, said = [], Taking(), []
+    told, taking, said = [], CurrentWeights(), []
     rules = [("flip_rate >= 0", fails), ("stall_ratio < 2", fails), ("flip_rate > -1", told.append)]
     alerts = [Alert(rule, "model", callback) for rule, callback in rules]
     model = digits_model()
@@ -285,7 +285,7 @@ def test_a_sink_may_accept_alerts_or_not(digits):
 
         def close(self): ...
 
-    class Taking(Plain):
+    class CurrentWeights(Plain):
         def __init__(self):
             self.events = []
 
@@ -296,7 +296,7 @@ def test_a_sink_may_accept_alerts_or_not(digits):
         def alert(self, event):
             raise OSError("no space")
 
-    taking = Taking()
+    taking = CurrentWeights()
     with pytest.warns(UserWarning, match="Failing failed .*OSError: no space"):
         train(digits, 20, sinks=[Failing(), Plain(), taking], alerts=["flip_rate > 0"])
     assert [event.layer for event in taking.events] == ["model", "0.weight", "2.weight"]

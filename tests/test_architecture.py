@@ -1,4 +1,4 @@
-"""The rules that a reader relies on: who may import whom, and what an import costs."""
+"""Rules of the code: which module may import which, how large functions are, and what an import loads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _allowed() -> dict[str, set[str]]:
     """Module to the modules of the project that it may import: CONTRIBUTING.md's table; a package is all its files."""
     table = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)(?:\.py|/)` \|.*\| ([^|]*) \|$", table, re.MULTILINE)
-    return {room: set(re.findall(r"`([\w.]+)`", may_import)) for room, may_import in rows if room != "__init__"}
+    return {row: set(re.findall(r"`([\w.]+)`", may_import)) for row, may_import in rows if row != "__init__"}
 
 
 ALLOWED = _allowed()
@@ -47,19 +47,19 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.p
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_follow_the_table(path):
-    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    assert room in ALLOWED, f"{room} has no place in the table"
+    row = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert row in ALLOWED, f"{row} has no row in the table"
     for name in imports(path):
-        allowed = any(name == entry or name.startswith(entry + ".") for entry in ALLOWED[room] | {room})
-        assert allowed, f"{path.relative_to(ROOT)} imports weightflip.{name}; {room} may import {sorted(ALLOWED[room])}"
+        allowed = any(name == entry or name.startswith(entry + ".") for entry in ALLOWED[row] | {row})
+        assert allowed, f"{path.relative_to(ROOT)} imports weightflip.{name}; {row} may import {sorted(ALLOWED[row])}"
 
 
 def _module(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def _needs(path: Path) -> set[str]:
-    """Files that a file imports, at once or inside a function; not what only type checkers read."""
+def _imports(path: Path) -> set[str]:
+    """The files that a file imports, at module level or inside a function, but not for type checkers only."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     unread = {inner for block in blocks for inner in ast.walk(block)}
@@ -78,65 +78,65 @@ def _needs(path: Path) -> set[str]:
 
 MODULES = {_module(path) for path in FILES}
 
-FLOORS = tuple(ALLOWED)
-"""Rooms from the highest down: the rows of the table."""
+LEVELS = tuple(ALLOWED)
+"""The rows of the table, the highest level first."""
 
 
-def _room(name: str) -> str:
+def _row(name: str) -> str:
     return name.partition(".")[0]
 
 
-def test_each_room_has_a_floor():
-    assert {_room(name) for name in MODULES} == ALLOWED.keys()
-    for room, entries in ALLOWED.items():
-        assert entries <= MODULES, f"{room} may import what is not there"
+def test_each_module_has_a_row():
+    assert {_row(name) for name in MODULES} == ALLOWED.keys()
+    for row, entries in ALLOWED.items():
+        assert entries <= MODULES, f"the table lets {row} import a module that does not exist"
 
 
-def test_no_arrow_runs_up():
-    """Neither an import, nor one that the table would allow."""
-    allowed = {(room, entry) for room, entries in ALLOWED.items() for entry in entries}
-    found = {(_module(path), name) for path in FILES for name in _needs(path) if _room(name) != _room(_module(path))}
+def test_modules_import_only_lower_levels():
+    """Checks the imports, and also those that the table would allow."""
+    allowed = {(row, entry) for row, entries in ALLOWED.items() for entry in entries}
+    found = {(_module(path), name) for path in FILES for name in _imports(path) if _row(name) != _row(_module(path))}
     assert len(found) > 50, "imports are found"
-    for name, needed in allowed | found:
-        above, below = FLOORS.index(_room(name)), FLOORS.index(_room(needed))
-        assert above < below, f"{name} needs {needed}, whose row is not below its own"
+    for name, imported in allowed | found:
+        above, below = LEVELS.index(_row(name)), LEVELS.index(_row(imported))
+        assert above < below, f"{name} imports {imported}, whose row is not below its own"
 
 
-def test_no_two_files_need_each_other():
-    graph = {_module(path): _needs(path) for path in FILES}
-    # A file is above those that it needs: taking away those that need nothing more, again and again, leaves none.
-    while ready := [name for name, needs in graph.items() if not needs & graph.keys()]:
+def test_there_are_no_import_cycles():
+    graph = {_module(path): _imports(path) for path in FILES}
+    # Remove files that import none of the remaining ones, until nothing is left.
+    while ready := [name for name, imports in graph.items() if not imports & graph.keys()]:
         for name in ready:
             del graph[name]
-    assert graph == {}, "files in a circle, or above one"
+    assert graph == {}, "files in an import cycle, or files that import one"
 
 
-# From the highest down: each needs only those of lower floors.
-COUNTING_FLOORS = (
+# From the highest level to the lowest. Each file imports only files of lower levels.
+COUNTING_LEVELS = (
     {"tracker"},
     {"current"},
-    {"totals", "batched", "gathered", "display", "stalls", "single"},
-    {"marks", "routes", "named", "silent", "sharded", "summary", "course"},
-    {"metric_runner", "shards", "canary", "nonfinite"},
-    {"table"},
+    {"totals", "batched", "gathered", "display", "stalls", "unsharded"},
+    {"marks", "routes", "named", "silent_writes", "sharded", "summary", "history"},
+    {"metric_runner", "canary", "nonfinite"},
+    {"table", "sharding", "sampled"},
     {"layer", "columns", "notices", "schedule", "checkpoint"},
     {"batch", "ledger", "expressions"},
-    {"scaling", "observed"},
-    {"scale_table"},
+    {"scaling", "observations"},
+    {"scale_table", "sample_proof"},
 )
 
 
-def test_no_arrow_runs_up_inside_counting():
-    floor = {f"counting.{name}": at for at, names in enumerate(COUNTING_FLOORS) for name in names}
+def test_files_of_counting_import_only_lower_levels():
+    level = {f"counting.{name}": at for at, names in enumerate(COUNTING_LEVELS) for name in names}
     files = {_module(path) for path in (ROOT / "counting").glob("*.py") if path.stem != "__init__"}
-    assert files == floor.keys(), "each file of counting/ has a floor"
+    assert files == level.keys(), "each file of counting/ has a level"
     for path in (ROOT / "counting").glob("*.py"):
-        for name in _needs(path) & floor.keys():
-            assert floor[_module(path)] < floor[name], f"{_module(path)} needs {name}, which is not below it"
+        for name in _imports(path) & level.keys():
+            assert level[_module(path)] < level[name], f"{_module(path)} imports {name}, which is not below it"
 
 
-def test_what_a_quantizer_has_is_asked_in_one_place():
-    """Any other place reads what BaseQuantizer declares; so a reader finds there all that can be asked."""
+def test_only_adapt_looks_up_optional_attributes_of_quantizers():
+    """All other code reads what BaseQuantizer declares, so that its class lists everything."""
     declared = {name for name in vars(BaseQuantizer) if not name.startswith("_")}
     assert {"encode", "is_active", "scope", "statistic", "plain"} <= declared
     for path in FILES:
@@ -150,11 +150,11 @@ def test_what_a_quantizer_has_is_asked_in_one_place():
             assert not is_of_quantizer, f"{_module(path)}: {asked}"
 
 
-MOST_CODE_OF_A_CLASS, MOST_CODE_OF_A_FUNCTION, MOST_PARAMETERS = 300, 50, 6
-# In a docstring: why this class or function is larger than that.
+MAX_CLASS_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 300, 50, 6
+# In a docstring: why a class or function exceeds these limits.
 REASON = re.compile(r"^Size: \S", re.MULTILINE)
-# What Numba and Triton compile takes numbers and addresses, and no objects that hold some of them.
-COMPILED = ("kernels.groups.", "kernels.items.", "kernels.vectors.", "kernels.cuda.")
+# Functions that Numba and Triton compile take numbers and addresses, not objects that hold them.
+COMPILED = ("kernels.groups.", "kernels.items.", "kernels.moves.", "kernels.vectors.", "kernels.cuda.")
 
 
 def _defined(node: ast.AST, name: str) -> list[tuple[str, ast.ClassDef | ast.FunctionDef]]:
@@ -179,10 +179,10 @@ def lines_of_code(node: ast.AST, source: list[str]) -> int:
 def _too_large(node: ast.ClassDef | ast.FunctionDef, source: list[str]) -> str | None:
     size = lines_of_code(node, source)
     if isinstance(node, ast.ClassDef):
-        return f"{size} lines of code" if size > MOST_CODE_OF_A_CLASS else None
+        return f"{size} lines of code" if size > MAX_CLASS_LINES else None
     arguments = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
     parameters = len([name for name in arguments if name not in ("self", "cls")])
-    is_large = size > MOST_CODE_OF_A_FUNCTION or parameters > MOST_PARAMETERS
+    is_large = size > MAX_FUNCTION_LINES or parameters > MAX_PARAMETERS
     return f"{size} lines of code, {parameters} parameters" if is_large else None
 
 
@@ -196,8 +196,8 @@ def test_classes_and_functions_are_small_or_say_why_not():
             if size is not None and not is_compiled and not REASON.search(ast.get_docstring(node) or ""):
                 large[name] = size
     assert large == {}, (
-        f"a class has at most {MOST_CODE_OF_A_CLASS} lines of code, a function {MOST_CODE_OF_A_FUNCTION} and "
-        f"{MOST_PARAMETERS} parameters; split it, or say why not in a line of its docstring that begins with 'Size:'"
+        f"a class has at most {MAX_CLASS_LINES} lines of code, a function {MAX_FUNCTION_LINES} and "
+        f"{MAX_PARAMETERS} parameters; split it, or say why not in a line of its docstring that begins with 'Size:'"
     )
 
 

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from conftest import case
-from kernel_cases import QUANTIZERS, assert_together_as_alone, by_eager, each_alone, with_special
+from kernel_cases import QUANTIZERS, assert_batch_equals_one_by_one, by_eager, each_one_by_one, with_special
 from test_cpu_kernel import weights
 from torch import Tensor, nn
 
@@ -53,22 +53,22 @@ def many_weights(generator):
 
 # The same for all numbers of threads.
 @functools.cache
-def many_alone(spec, cuts_blocks=True):
+def many_one_by_one(spec, cuts_blocks=True):
     generator = torch.Generator().manual_seed(0)
-    return each_alone(many_weights(generator), resolve(spec), generator, cuts_blocks=cuts_blocks)
+    return each_one_by_one(many_weights(generator), resolve(spec), generator, cuts_blocks=cuts_blocks)
 
 
 @pytest.mark.parametrize("quantizer", [*QUANTIZERS, *BLOCKS, *TILES], ids=str)
-def test_equals_each_alone(quantizer):
-    assert_together_as_alone(many_alone(quantizer), resolve(quantizer), "auto", cpu.Run)
+def test_equals_one_by_one(quantizer):
+    assert_batch_equals_one_by_one(many_one_by_one(quantizer), resolve(quantizer), "auto", cpu.Run)
 
 
 @pytest.mark.parametrize("longest", [0, 100])
-def test_equals_each_alone_where_groups_are_too_long_for_one_pass(longest, monkeypatch):
+def test_equals_one_by_one_where_groups_are_too_long_for_one_pass(longest, monkeypatch):
     monkeypatch.setattr(cpu.Run, "longest_group", longest)
     for name in ("float8_e4m3", "e3m4:row", "int8", "float8_e4m3:row:pow2", *BLOCKS):
         with case(name):
-            assert_together_as_alone(many_alone(name, cuts_blocks=False), resolve(name), "auto", cpu.Run)
+            assert_batch_equals_one_by_one(many_one_by_one(name, cuts_blocks=False), resolve(name), "auto", cpu.Run)
     weight, codes = torch.ones(8, 130), torch.zeros(8, 130, dtype=torch.int8)
     for name in ("float8_e4m3:1x128", *TILES):
         assert batch.make_member(weight, resolve(name), codes, "auto", with_updates=True) is None
@@ -186,7 +186,7 @@ E3M4 = FloatFormat("e3m4", 3, 4, 3)
     ],
     ids=str,
 )
-def test_what_is_counted_alone(quantizer, weight):
+def test_which_weights_are_counted_one_by_one(quantizer, weight):
     quantizer = resolve(quantizer)
     codes = torch.zeros(weight.shape, dtype=torch.int8)
     assert batch.make_member(weight, quantizer, codes, "auto", with_updates=True) is None
@@ -299,7 +299,7 @@ def together(tracker):
     return [member.numel for member in tracker.batches[0].members]
 
 
-def test_what_goes_together_in_the_tracker():
+def test_which_weights_the_tracker_batches():
     weights = [TrackedWeight(f"w{i}", p, resolve("float8_e4m3")) for i, p in enumerate(parameters(torch.Generator()))]
     tracker = WeightFlipTracker()
     built = set()
@@ -325,7 +325,7 @@ def test_what_goes_together_in_the_tracker():
         assert sum(len(batch.members) for batch in grouped.batches) == expected
 
 
-def test_memory_given_out_again_is_not_taken_for_the_weight():
+def test_reused_memory_is_not_taken_for_the_weight():
     weight = TrackedWeight("w", torch.nn.Parameter(torch.ones(64, 64)), resolve("e3m4:none"))
     tracker = WeightFlipTracker()
     tracker.before_step([weight])
@@ -382,7 +382,7 @@ def weights_with_gradients(format, shape=(8, 64)):
 
 @pytest.mark.parametrize("format", ["float8_e4m3", "mxfp4", "int4:g32"])
 @pytest.mark.parametrize("why", ["sparse gradient", "expanded gradient", "new memory"])
-def test_a_weight_that_went_alone_goes_together_again(format, why):
+def test_a_weight_counted_one_by_one_returns_to_its_batch(format, why):
     weights, generator = weights_with_gradients(format)
     weight, quantizer = weights[0], resolve(format)
     tracker = WeightFlipTracker()
@@ -414,7 +414,7 @@ def test_a_weight_that_went_alone_goes_together_again(format, why):
 
 
 @pytest.mark.parametrize("metrics", [("flips",), ("flips", "stalls")])
-def test_a_weight_that_fits_in_no_batch_any_more_is_counted_alone(metrics):
+def test_a_weight_that_no_longer_fits_a_batch_is_counted_one_by_one(metrics):
     weights, generator = weights_with_gradients("int4", (16, 8))
     tracker = WeightFlipTracker(metrics=metrics)
     flips = dict.fromkeys("ab", 0)
@@ -439,7 +439,7 @@ def codes_of(weight):
     return weight.quantizer.encode(weight.parameter).ordinals
 
 
-def test_codes_of_another_width_are_made_anew():
+def test_codes_of_another_width_are_encoded_again():
     weights, generator = weights_with_gradients("native", (16, 8))
     tracker = WeightFlipTracker(metrics=("flips",))
     flips = 0
@@ -466,7 +466,7 @@ def test_low_memory_holds_no_codes_between_steps():
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_another_shape_in_the_same_memory_is_encoded_anew(backend):
+def test_another_shape_in_the_same_memory_is_encoded_again(backend):
     weights, _ = weights_with_gradients("e3m4:row", (16, 8))
     weight, quantizer = weights[0], resolve("e3m4:row")
     tracker = WeightFlipTracker(backend=backend)

@@ -482,7 +482,7 @@ def test_unknown_and_repeated_options(name, got):
 
 
 def test_other_elements_and_modes():
-    with pytest.raises(ValueError, match="MX elements are e4m3, e5m2, e2m3, e3m2, e2m1, got e3m4"):
+    with pytest.raises(ValueError, match="MX formats must be one of e4m3, e5m2, e2m3, e3m2, e2m1, got e3m4"):
         MXQuantizer(E3M4)
     with pytest.raises(ValueError, match=r"one of \('floor', 'rceil', 'ceil', 'even'\), got 'FLOOR'"):
         MXQuantizer(E5M2, "FLOOR")

@@ -56,7 +56,7 @@ def test_quantizers_follow_the_formats():
         assert codes.ordinals.abs().max() <= format.element.max_ordinal
         assert codes.scale.shape == (256, 256 // format.block_size, 1)
         # Each stored scale is a number of the scale's format.
-        scale = quantizer.of_blocks(codes.scale, weight.shape)
+        scale = quantizer.block_scales(codes.scale, weight.shape)
         assert scale.numel() * format.rows * format.block_size == weight.numel()
         values = [format.scale.value(code) for code in quantizer.scale_codes(scale).flatten().tolist()]
         # Float8 is multiplied by a scale when encoded, and stored with the inverse.

@@ -148,7 +148,7 @@ def damaged_states():
         yield f"version {what}", lambda s, v=value: s.update(version=v), "of version 1, got version"
     for what in ("text", "a boolean", "of 400 digits", "none", "a list"):
         value = cells[what]
-        yield f"ratio {what}", lambda s, v=value: s["ratios"][0].__setitem__(3, v), "numbers of float64"
+        yield f"ratio {what}", lambda s, v=value: s["ratios"][0].__setitem__(3, v), "numbers that float64 can hold"
     yield "steps without room", lambda s: s.update(steps=2**53 + 1), "at most 2**53 steps"
     yield "total too short", lambda s: s["layers"][0][3].pop(), "a list of 7 entries as the totals of layer"
     yield "total too long", lambda s: s["layers"][0][3].append(0), "a list of 7 entries as the totals of layer"
@@ -198,17 +198,17 @@ def test_damaged_counts_are_refused_and_an_optimizer_starts_from_zero(digits):
         assert_same(tracker.state_dict()["layers"], state["flip_tracking"]["tracker"]["layers"])
 
     for bad in (5, None, [], "text", {}, {"tracker": 5, "calls": 3}, {"tracker": state["flip_tracking"]["tracker"]}):
-        check_starts_anew(digits, {**state, "flip_tracking": bad}, options, counts, "expected ")
+        check_starts_from_zero(digits, {**state, "flip_tracking": bad}, options, counts, "expected ")
     for calls in (-5, 10**400, True, "5", 2.0, math.nan):
         bad = {"tracker": state["flip_tracking"]["tracker"], "calls": calls}
-        check_starts_anew(digits, {**state, "flip_tracking": bad}, options, counts, "calls")
+        check_starts_from_zero(digits, {**state, "flip_tracking": bad}, options, counts, "calls")
     for _, damage, message in list(damaged_states())[::7]:
         bad = copy.deepcopy(state["flip_tracking"])
         damage(bad["tracker"])
-        check_starts_anew(digits, {**state, "flip_tracking": bad}, options, counts, message)
+        check_starts_from_zero(digits, {**state, "flip_tracking": bad}, options, counts, message)
 
 
-def check_starts_anew(digits, state, options, counts, message):
+def check_starts_from_zero(digits, state, options, counts, message):
     """Expect one warning, unchanged training, and counts from zero, even if there were some before."""
     model = digits_model()
     optimizer = tracked(model, **options)

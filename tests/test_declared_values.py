@@ -29,7 +29,9 @@ class Wide(Metric):
 
     name = "wide"
     values = (
-        Value("wide_flips", "rate", "wide flips", "share of flips over several codes", "share", order=5, heat_map=True),
+        Value(
+            "wide_flips", "rate", "wide flips", "fraction of flips over several codes", "share", order=5, heat_map=True
+        ),
         Value("reach", "gauge", "reach", "largest weight of a layer, mean over layers", chart="how large", order=6),
     )
 
@@ -78,7 +80,7 @@ def test_a_users_metric_appears_everywhere(digits, tmp_path, capsys, monkeypatch
     assert row[-5:-3] == ["%", f"{reach:.2f}"], "and flips/weight and the updated fraction after them"
 
     text = " ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).text)
-    assert "Wide flips: share of flips over several codes" in text, "the heading of its heat map"
+    assert "Wide flips: fraction of flips over several codes" in text, "the heading of its heat map"
     assert "largest weight of a layer, mean over layers" in text
 
     tables = [tmp_path / "report.csv"] if where == "events" else [tmp_path / "report.csv", tmp_path / "sink.csv"]
@@ -93,7 +95,7 @@ def test_a_users_metric_appears_everywhere(digits, tmp_path, capsys, monkeypatch
 
     if where == "events":
         layout = charts(path)
-        assert layout["weightflip: wide"] == {"share of flips over several codes, by layer": ["^wide_flips/.*"]}
+        assert layout["weightflip: wide"] == {"fraction of flips over several codes, by layer": ["^wide_flips/.*"]}
         assert layout["how large"] == {"largest weight of a layer, mean over layers, by layer": ["^reach/.*"]}
         tags = EventAccumulator(str(path)).Reload().Tags()
         assert {"wide_flips/2.weight", "reach/2.weight", "flips/reach"} <= set(tags["scalars"])
@@ -127,7 +129,7 @@ def test_event_files_alone_identify_gauges(digits, tmp_path):
     series = read_one(tmp_path).layers["2.weight"]
     assert (series.get("wide_flips").gauge, series.get("reach").gauge) == (False, True)
     value = next(value for value in read_one(tmp_path).info.values if value.name == "wide_flips")
-    assert (value.kind, value.unit, value.description) == ("rate", "share", "share of flips over several codes")
+    assert (value.kind, value.unit, value.description) == ("rate", "share", "fraction of flips over several codes")
 
 
 def test_event_files_alone_head_columns_with_titles(digits, tmp_path, capsys, monkeypatch):
@@ -152,7 +154,7 @@ def test_event_files_alone_head_columns_with_titles(digits, tmp_path, capsys, mo
 
 
 def test_text_panels_without_titles_are_still_read():
-    value = Value("wide_flips", "rate", "far", "share of flips over several codes", "share")
+    value = Value("wide_flips", "rate", "far", "fraction of flips over several codes", "share")
     panel = RunInfo({}, {}, {"track_every": "1"}, values=(value,)).to_markdown()
     earlier = (
         panel.replace("| title |", "|").replace("| far |", "|").replace("|---|---|---|---|---|", "|---|---|---|---|")

@@ -495,7 +495,7 @@ def test_a_process_outside_the_mesh_of_a_weight_skips_it(runs):
 def test_process_groups_are_released_with_the_default_group(runs):
     expected, _, _ = modes.run(quantizer="float8_e4m3")
     for result in of_mode(runs, 4, "second_world"):
-        assert result["is_gone"]
+        assert result["is_deleted"]
         # From a step in between.
         assert "call close() before torch.distributed.destroy_process_group()" in result["warnings"][0]
         assert_counts(result["first"], expected)

@@ -322,7 +322,7 @@ def test_a_warmup_from_zero_counts_sparse_gradients(form):
 
 @each_form
 def test_a_warmup_from_zero_counts_its_steps(form, digits):
-    # A learning rate of 0 alone does not make it an initializing step: all these updates are swallowed.
+    # A learning rate of 0 alone does not make it an initializing step: all these updates are stalled.
     model = digits_model()
     optimizer, tracker = form(torch.optim.SGD(model.parameters(), lr=0.0), model)
     backward(model, digits, 0)
@@ -432,7 +432,7 @@ def test_parameters_converted_after_construction(convert, form, digits):
     if next(model.parameters()).dtype is torch.bfloat16:
         # A different format from here on.
         before = dict.fromkeys(before, 0)
-        message = "was tracked as float8_e4m3 and is native now; its counts start from zero"
+        message = "was tracked as float8_e4m3 and is now tracked as native; its counts start from zero"
         with pytest.warns(UserWarning, match=message):
             optimizer.step()
     else:
@@ -568,7 +568,9 @@ def test_two_optimizers_need_different_names():
         ValueError, match=r"already tracks a weight named 'group0.param0'.*pass model= to both.*exclude="
     ):
         FlipTrackingOptimizer(torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1), sinks=first)
-    with pytest.raises(TypeError, match="takes another tracked optimizer alone, not in a list: sinks=first"):
+    with pytest.raises(
+        TypeError, match="must be another tracked optimizer itself, not a list with it; pass sinks=first"
+    ):
         FlipTrackingOptimizer(torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1), sinks=[first])
 
 

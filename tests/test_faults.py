@@ -16,8 +16,8 @@ from weightflip import FlipTrackingOptimizer, WeightFlipTracker, track_flips
 from weightflip.counting.marks import SyncMarks
 from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.schedule import Schedule
-from weightflip.session.ending import Ending
 from weightflip.session.guard import Guard, run_outside_graphs
+from weightflip.session.last_record import LastRecord
 from weightflip.session.log import Log
 from weightflip.session.session import Session
 from weightflip.texts import printable
@@ -36,7 +36,7 @@ LEFT_OUT = {
         *(Session.run_guarded, Session.finish_step, Session._finish_step, Session.abort_step, Session.save_into),
         *(Session.flush, Session.close, Session.end, Session.restore),
         *(Log.emit_warnings, Log._take_warnings, Log.flush, Log.close, Log.end_source, Log._attempt),
-        *(Ending.run_now, printable, WeightFlipTracker.mark_sync, WeightFlipTracker._mark_if_due),
+        *(LastRecord.write_now, printable, WeightFlipTracker.mark_sync, WeightFlipTracker._mark_if_due),
         *(SyncMarks.request, SyncMarks._check, SyncMarks.take_due, SyncMarks.guarded.__wrapped__),
         *(MetricRunner.uses_marks.fget, Schedule.allows_marks.fget),
     )

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer
-from weightflip.selection import Selection, Sources, make_plan, name_parameters
+from weightflip.selection import QuantizerSources, Selection, make_plan, name_parameters
 
 BY_ROW_GROUP_OR_BLOCK = ("float8_e4m3:row", "e3m4:row", "mxfp4", "nvfp4", "nvfp4:tensor", "int8", "int4:g32")
 AT_MOST_ONE_SCALE = ("float8_e4m3", "float8_e5m2:pow2", "e3m4", "e3m4:none", "bfloat16", "native", "ternary", "binary")
@@ -369,26 +369,28 @@ def test_zero3_tensors_are_recognized_by_their_attributes():
         marked(parameter, ds_id=i, ds_shape=parameter.shape).data = torch.empty(0)
     groups = [{"params": list(model.parameters())}]
 
-    plan = make_plan(name_parameters(groups, model), Sources(model), Selection())
+    plan = make_plan(name_parameters(groups, model), QuantizerSources(model), Selection())
     assert plan.tracked == {}
     later = "ZeRO-3 keeps it in partitions, which are tracked once DeepSpeed passes them to the optimizer"
     skipped = {"0.weight": later, "2.weight": later}
     assert plan.skipped == {**skipped, **dict.fromkeys(("0.bias", "2.bias"), plan.skipped["0.bias"])}
     assert plan.skipped["0.bias"] == "1-dimensional (name it in include= to track it)"
-    assert make_plan(name_parameters(groups, model), Sources(model), Selection(include="0.weight")).tracked == {}
+    assert (
+        make_plan(name_parameters(groups, model), QuantizerSources(model), Selection(include="0.weight")).tracked == {}
+    )
     for quantizer in BY_ROW_GROUP_OR_BLOCK:
         with pytest.raises(ValueError, match=r"'0.weight' cannot be tracked as requested: it is a flat parameter"):
-            make_plan(name_parameters(groups, model), Sources(model), Selection(quantizer))
+            make_plan(name_parameters(groups, model), QuantizerSources(model), Selection(quantizer))
 
     partition = marked(torch.ones(3610, requires_grad=True), ds_id="0_3")
     earlier = [list(name_parameters(groups, model))]
     parameters = name_parameters([{"params": [partition]}], model, earlier)
     assert list(parameters) == ["group0.partition0_3"]
-    plan = make_plan(parameters, Sources(model), Selection(), strict=False)
+    plan = make_plan(parameters, QuantizerSources(model), Selection(), strict=False)
     assert [str(quantizer) for quantizer in plan.tracked["group0.partition0_3"]] == ["float8_e4m3"]
     assert [note for note in plan.notes if "no rows or channels" in note and "(group0.partition0_3)" in note]
     for quantizer in BY_ROW_GROUP_OR_BLOCK:
-        plan = make_plan(parameters, Sources(model), Selection(quantizer), strict=False)
+        plan = make_plan(parameters, QuantizerSources(model), Selection(quantizer), strict=False)
         assert plan.tracked == {}
         assert f"{quantizer} has one scale per row, group or block" in plan.skipped["group0.partition0_3"]
         assert any("no rows or channels" in note for note in plan.notes)

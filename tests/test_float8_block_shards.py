@@ -84,9 +84,9 @@ def test_over_what_statistics_are_combined(tile, rows, columns, expected):
         shard=0,
         shards=2,
         offsets=(0, 0),
-        borders=None if columns is None else frozenset(columns),
+        boundaries=None if columns is None else frozenset(columns),
         is_partial=False,
-        row_borders=None if rows is None else frozenset(rows),
+        row_boundaries=None if rows is None else frozenset(rows),
     )
     quantizer = SimpleNamespace(scope="block", group=128, tile=tile, has_statistic=True)
     if expected is ValueError:

@@ -51,7 +51,7 @@ def test_codes_and_scales_match_torchao(name, shape, dtype):
     codes = encode(weight, name)
     assert torch.equal(values_of(codes.ordinals), theirs)
     quantizer = resolve(name)
-    ours = quantizer.scale_codes(quantizer.of_blocks(codes.scale, weight.shape))
+    ours = quantizer.scale_codes(quantizer.block_scales(codes.scale, weight.shape))
     assert torch.equal(ours.squeeze(-1), stored.contiguous().view(torch.int32))
 
 
@@ -65,7 +65,7 @@ def test_codes_match_the_formula_in_whole_and_partial_blocks(name):
             assert torch.equal(values_of(codes.ordinals), values)
             assert torch.equal(decode(codes), values / scales)
             quantizer = resolve(name)
-            of_blocks = quantizer.of_blocks(codes.scale, weight.shape).flatten().tolist()
+            of_blocks = quantizer.block_scales(codes.scale, weight.shape).flatten().tolist()
             assert of_blocks == [float(scales[at][0, 0]) for at in blocks(weight, rows_of(name))]
             # Padding with zeros, as vLLM does, gives the same codes.
             height, width = (-(-size // 128) * 128 for size in shape)
@@ -112,7 +112,7 @@ def test_nan_and_infinity_stay_in_their_block(name):
     assert values.isnan().sum() == rows_of(name) * 128 + 1
     assert torch.equal(values == 0, expected == 0)
     quantizer = resolve(name)
-    stored = quantizer.scale_codes(quantizer.of_blocks(codes.scale, weight.shape)).flatten()
+    stored = quantizer.scale_codes(quantizer.block_scales(codes.scale, weight.shape)).flatten()
     at = blocks(weight, rows_of(name))
     for code, (rows, columns) in zip(stored.tolist(), at, strict=True):
         scale = scales[rows, columns][0, 0].reciprocal()

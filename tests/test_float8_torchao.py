@@ -317,5 +317,5 @@ def test_names_select_the_recipe(dtype, by_row, pow2):
 def test_other_formats_are_refused():
     from weightflip.formats import E3M4
 
-    with pytest.raises(ValueError, match="float8 is E4M3 or E5M2, got e3m4"):
+    with pytest.raises(ValueError, match="the format of float8 must be E4M3 or E5M2, got e3m4"):
         Float8Quantizer(E3M4)

@@ -39,7 +39,7 @@ def hard_cases(split: tuple[int, int], dtype: type[np.floating]) -> np.ndarray:
         exact = np.concatenate([values, mids, overflow]).astype(dtype)
     info = np.finfo(dtype)
     specials = np.array([0.0, np.inf, np.nan, info.smallest_subnormal, info.tiny, info.max], dtype=dtype)
-    neighbors = [np.nextafter(exact, dtype(towards)) for towards in (-np.inf, np.inf)]
+    neighbors = [np.nextafter(exact, dtype(toward)) for toward in (-np.inf, np.inf)]
     half = np.concatenate([exact, *neighbors, specials])
     return np.concatenate([half, -half])
 
@@ -96,7 +96,7 @@ def test_weights_in_formats_beyond_float64(split):
     rng = np.random.default_rng(1)
     weight = np.exp2(rng.uniform(-1021, 1023, 300)) * rng.choice([-1.0, 1.0], 300)
     ties = [1.0, 1.5, 3.0, 1 + 2.0 ** -(split[1] + 1), 1 + 3 * 2.0 ** -(split[1] + 1)]
-    ties += [math.nextafter(x, towards) for x in ties for towards in (0.0, math.inf)]
+    ties += [math.nextafter(x, toward) for x in ties for toward in (0.0, math.inf)]
     weight = np.concatenate([weight, ties, np.negative(ties), [0.0, -0.0]])
     expected = [nearest(Fraction(float(x)), split) for x in weight]
 
@@ -465,7 +465,7 @@ def test_code_width_follows_the_format():
 
 @pytest.mark.parametrize("scale", [0, 0.0, -1.0, math.nan, math.inf])
 def test_scale_must_be_positive(scale):
-    with pytest.raises(ValueError, match="divided by and must be positive and finite, got"):
+    with pytest.raises(ValueError, match="must be positive and finite, since the weight is divided by it; got"):
         encode(torch.ones(2, 2), E3M4, scale=scale)
 
 
@@ -483,7 +483,7 @@ def test_weights_must_be_floating_point(spec, dtype):
 
 
 def test_constructor_errors():
-    with pytest.raises(ValueError, match="up to 16 bits, got e8m23"):
+    with pytest.raises(ValueError, match="at most 16 bits, got e8m23"):
         FloatxQuantizer(formats.FP32)
-    with pytest.raises(ValueError, match=r"granularity is one of .* got 'column'"):
+    with pytest.raises(ValueError, match=r"granularity= must be one of .* got 'column'"):
         FloatxQuantizer(E3M4, "column")

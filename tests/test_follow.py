@@ -68,7 +68,7 @@ def test_follow_reads_again_what_has_grown(tmp_path, kind):
         growing.writer.close()
 
 
-def test_a_mistake_is_no_run_that_has_not_begun(tmp_path):
+def test_a_mistake_is_not_taken_for_a_run_that_has_not_begun(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ReportError, match=r"expected a directory, a \.jsonl file"):
         next(follow([str(tmp_path / "notes.txt")]))

@@ -142,7 +142,7 @@ TWINS = [
 def test_every_bit_pattern_agrees_with_ml_dtypes(twin, fmt, storage):
     dtype = np.float16 if twin == "float16" else getattr(ml_dtypes, twin)
     patterns = np.arange(2 ** (fmt.bits - 1), dtype=storage)
-    with np.errstate(invalid="ignore"):  # signalling NaN patterns
+    with np.errstate(invalid="ignore"):  # signaling NaN patterns
         expected = patterns.view(dtype).astype(np.float64)
     is_nan = np.isnan(expected)
 

@@ -27,14 +27,14 @@ QUANTIZERS = ["float8_e4m3", "float8_e4m3:row", "float8_e5m2:pow2", "e3m4", "e2m
 
 @pytest.fixture
 def on_a_device(monkeypatch, caplog):
-    """Weights on the CPU go together, and none may be counted alone because its heap failed."""
+    """Weights on the CPU go together, and none may be counted alone because its bucket failed."""
     caplog.set_level(logging.INFO, "weightflip")
-    monkeypatch.setattr(gathered, "_NOT_ON", frozenset())
+    monkeypatch.setattr(gathered, "_EXCLUDED_DEVICES", frozenset())
     return caplog
 
 
-def heaps(tracker):
-    return sorted([layer.name for layer in heap.layers] for heap in tracker.heaps)
+def buckets(tracker):
+    return sorted([layer.name for layer in bucket.layers] for bucket in tracker.buckets)
 
 
 # ---------------------------------------------------------------------- as each alone
@@ -89,9 +89,9 @@ def test_hard_weights_are_each_counted_by_brute_force(name, wide, narrow, on_a_d
     found = {layer.name: layer.total for layer in tracker.record().layers}
     for counted, counts in ((found[name], counts) for name, counts in expected.items()):
         assert [counted.flips, counted.updates, counted.stalled, counted.scale_changes] == counts
-    together = [name for heap in heaps(tracker) for name in heap]
+    together = [name for bucket in buckets(tracker) for name in bucket]
     assert len(together) >= 8
-    assert len(heaps(tracker)) < len(together) / (4 if wide > 5000 else 1)
+    assert len(buckets(tracker)) < len(together) / (4 if wide > 5000 else 1)
     assert "one by one" not in on_a_device.text
 
 
@@ -102,8 +102,8 @@ OPTIONS = [{}, {"low_memory": True}, {"fresh_snapshots": True}, {"track_every": 
 def test_a_life_is_counted_as_one_by_one(quantizer, monkeypatch, request):
     expected = [live_in_plain_torch(quantizer, **options) for options in OPTIONS]
     log, counted = request.getfixturevalue("on_a_device"), []
-    count = gathered.Heap.count
-    monkeypatch.setattr(gathered.Heap, "count", lambda heap, *rest: counted.append(heap) or count(heap, *rest))
+    count = gathered.Bucket.count
+    monkeypatch.setattr(gathered.Bucket, "count", lambda bucket, *rest: counted.append(bucket) or count(bucket, *rest))
     found = [live_in_plain_torch.__wrapped__(quantizer, **options) for options in OPTIONS]
     assert found == expected
     assert len(counted) >= 12 * len(OPTIONS) / 2
@@ -129,7 +129,7 @@ def test_training_is_unchanged(on_a_device):
     formats = {"0.*": "float8_e4m3", "2.weight": "mxfp4", "*": "e3m4"}
     bare, (tracked, optimizer) = train()[0], train(quantizer=formats)
     assert all(torch.equal(a, b) for a, b in zip(bare, tracked, strict=True))
-    assert sorted(map(len, heaps(optimizer.tracker))) == [1, 2, 3]
+    assert sorted(map(len, buckets(optimizer.tracker))) == [1, 2, 3]
     assert all(optimizer.tracker.get_flip_counts().values())
 
 
@@ -150,7 +150,7 @@ def step(tracker, weights):
     tracker.after_step()
 
 
-def test_what_goes_together_and_what_alone(on_a_device, monkeypatch):
+def test_which_layers_are_gathered(on_a_device, monkeypatch):
     weights = [
         of("a", torch.ones(4, 32)),
         of("transposed", torch.ones(8, 4).T),
@@ -164,24 +164,24 @@ def test_what_goes_together_and_what_alone(on_a_device, monkeypatch):
     monkeypatch.setattr(kernel, "_ELEMENTS_IN_NARROW", 2000)
     tracker = WeightFlipTracker(backend="eager")
     step(tracker, weights)
-    assert heaps(tracker) == [["a", "b"], ["double"], ["row"]]
-    before = [id(heap) for heap in tracker.heaps]
+    assert buckets(tracker) == [["a", "b"], ["double"], ["row"]]
+    before = [id(bucket) for bucket in tracker.buckets]
     step(tracker, weights)
     # Built once while nothing changes.
-    assert [id(heap) for heap in tracker.heaps] == before
+    assert [id(bucket) for bucket in tracker.buckets] == before
     weights[0].parameter.grad = torch.ones(4, 32).to_sparse()
     step(tracker, weights)
-    assert heaps(tracker) == [["b"], ["double"], ["row"]]
+    assert buckets(tracker) == [["b"], ["double"], ["row"]]
     weights[0].parameter.grad = None
     step(tracker, weights)
-    assert heaps(tracker) == [["a", "b"], ["double"], ["row"]]
+    assert buckets(tracker) == [["a", "b"], ["double"], ["row"]]
     assert tracker.get_flip_counts() == {weight.name: 4 * weight.parameter.numel() for weight in weights}
     assert tracker.get_update_counts()["a"] == 3 * 128
     tracker.drop_codes()
-    assert heaps(tracker) == []
+    assert buckets(tracker) == []
     grouped = WeightFlipTracker(backend="eager", metrics=("flips", "oscillation"))
     step(grouped, weights)
-    assert heaps(grouped) == []
+    assert buckets(grouped) == []
 
 
 @pytest.mark.parametrize("per_tensor_scale", [False, True])
@@ -192,16 +192,16 @@ def test_a_scale_of_the_users_own_is_asked_of_each_weight(per_tensor_scale, on_a
 
     tracker = WeightFlipTracker(backend="eager")
     step(tracker, [of("a", torch.ones(4, 32), OwnScale(per_tensor_scale))])
-    assert heaps(tracker) == []
+    assert buckets(tracker) == []
 
 
-def test_on_the_cpu_each_goes_alone():
+def test_nothing_is_gathered_on_the_cpu():
     tracker = WeightFlipTracker(backend="eager")
     step(tracker, [of("a", torch.ones(4, 32))])
-    assert heaps(tracker) == []
+    assert buckets(tracker) == []
 
 
-def test_a_fault_is_of_its_layer_and_of_no_other(on_a_device):
+def test_a_fault_affects_only_its_layer(on_a_device):
     class BreaksLater(FloatxQuantizer):
         is_broken = False
 
@@ -221,11 +221,11 @@ def test_a_fault_is_of_its_layer_and_of_no_other(on_a_device):
         else:
             step(tracker, weights)
     assert tracker.get_flip_counts() == {"good": 4 * 16, "bad": 2 * 16}
-    assert heaps(tracker) == [["good"]]
+    assert buckets(tracker) == [["good"]]
 
 
 @pytest.mark.parametrize("method", ["magnitudes", "sums"])
-def test_what_a_device_cannot_do_together_goes_one_by_one(method, on_a_device, monkeypatch):
+def test_what_cannot_be_gathered_is_counted_one_by_one(method, on_a_device, monkeypatch):
     def missing(*_):
         raise NotImplementedError("aten::scatter_reduce.two_out is not there for this device")
 
@@ -251,11 +251,11 @@ def test_low_memory_holds_no_codes_between_steps(on_a_device):
     assert [code() for code in codes] == [None, None]
 
 
-def test_large_buffers_are_given_back(on_a_device, monkeypatch):
+def test_large_buffers_are_released(on_a_device, monkeypatch):
     weights, tracker = [of("a", torch.ones(4, 32)), of("b", torch.ones(4, 64))], WeightFlipTracker(backend="eager")
     step(tracker, weights)
     assert tracker._scratch.nbytes > 0
-    monkeypatch.setattr(gathered, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(gathered, "_MAX_SCRATCH_BYTES", 0)
     step(tracker, weights)
     assert tracker._scratch.nbytes == 0
     assert tracker.memory_usage().codes == 128 + 256
@@ -269,9 +269,9 @@ def test_heaps_are_full_and_narrow_weights_spoil_few(monkeypatch):
     monkeypatch.setattr(kernel, "_ELEMENTS_IN_NARROW", 50)
     numels = [64, 32, 32, 64, 32, 7, 3, 16]
     found = pack(numels, numels)
-    assert sorted(index for heap in found for index in heap) == list(range(8))
-    for heap in found:
-        assert sum(numels[index] for index in heap) <= (50 if any(numels[index] % 16 for index in heap) else 100)
+    assert sorted(index for bucket in found for index in bucket) == list(range(8))
+    for bucket in found:
+        assert sum(numels[index] for index in bucket) <= (50 if any(numels[index] % 16 for index in bucket) else 100)
     assert len(found) == 4
 
 

@@ -184,10 +184,10 @@ def test_untracked_weights_are_in_no_group():
     [
         ({"attention": "*.attention.*"}, ValueError, r"the pattern '\*\.attention\.\*' in groups= matches none of the"),
         ({"attention": ["*.attn.*", "nope"]}, ValueError, "the pattern 'nope' in groups= matches none"),
-        ("types", TypeError, "groups= is 'type' or a mapping from names to globs"),
-        (["*.attn.*"], TypeError, "groups= is 'type' or a mapping from names to globs"),
+        ("types", TypeError, "groups= must be 'type', 'blocks', or a mapping from names to globs"),
+        (["*.attn.*"], TypeError, "groups= must be 'type', 'blocks', or a mapping from names to globs"),
         ({"attention": 3}, TypeError, "not iterable|must be a glob"),
-        ({3: "*"}, TypeError, "groups= is 'type' or a mapping"),
+        ({3: "*"}, TypeError, "groups= must be 'type', 'blocks', or a mapping"),
     ],
 )
 def test_mistakes_raise_at_construction(groups, error, message):

@@ -212,12 +212,12 @@ def test_formats_without_options(name):
 def test_other_widths_are_unknown(name):
     with pytest.raises(ValueError, match="unknown quantizer"):
         resolve(name)
-    with pytest.raises(ValueError, match="bits= is from 2 to 8"):
+    with pytest.raises(ValueError, match="bits= must be from 2 to 8"):
         IntegerQuantizer(int(name[3:]))
 
 
 def test_an_empty_group():
-    with pytest.raises(ValueError, match="group= is at least 1"):
+    with pytest.raises(ValueError, match="group= must be at least 1"):
         IntegerQuantizer(4, 0)
 
 

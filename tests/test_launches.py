@@ -100,7 +100,7 @@ def asked_in_a_step(backend: str, quantizer: str, tensors: int, monkeypatch, sha
     with calls, no_wait(device):
         optimizer.step()
     if backend == "eager":
-        assert [len(heap.layers) for heap in optimizer.tracker.heaps] == [tensors]
+        assert [len(bucket.layers) for bucket in optimizer.tracker.buckets] == [tensors]
     else:
         assert [len(batch.members) for batch in optimizer.tracker.batches] == [tensors]
     assert all(optimizer.tracker.get_flip_counts().values())
@@ -125,7 +125,7 @@ def bounded(backend: str, quantizer: str, monkeypatch, tensors: int, device="cpu
 @pytest.mark.parametrize("shapes", [SHAPES, MIXED], ids=["alike", "mixed"])
 @pytest.mark.parametrize("quantizer", [*FORMATS, "mxfp6_e2m3:even", "nvfp4:tensor", "e6m1:row", "binary", "native"])
 def test_plain_torch_as_on_a_device(quantizer, shapes, device, monkeypatch):
-    monkeypatch.setattr(gathered, "_NOT_ON", frozenset())
+    monkeypatch.setattr(gathered, "_EXCLUDED_DEVICES", frozenset())
     few = asked_in_a_step("eager", quantizer, 10, monkeypatch, shapes, device)
     many = asked_in_a_step("eager", quantizer, 1000, monkeypatch, shapes, device)
     assert few.beyond_views == many.beyond_views <= 60

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from weightflip import FlipRecord, FlipTrackingOptimizer, RunInfo
 from weightflip.records import Counts, Histogram, LayerRecord
 from weightflip.report import read_runs
-from weightflip.report.many import make_overview
+from weightflip.report.block_summary import make_overview
 from weightflip.sinks import TensorBoardSink
 
 PARTS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
@@ -238,10 +238,10 @@ def test_cards_have_a_description(tmp_path):
     train(tmp_path, steps=4)
     multiplexer = EventMultiplexer().AddRun(str(tmp_path), "run").Reload()
     about = {tag: multiplexer.SummaryMetadata("run", tag).summary_description for tag in scalars(tmp_path)}
-    assert about["Model/flip_rate"] == "share of weights that flip in a step: model"
-    assert about["flips/stall_ratio"] == "share of updates swallowed by rounding: model"
-    assert about["flip_rate_by_group/layers.3"] == "share of weights that flip in a step: group layers.3"
-    assert about["spread/flip_rate_min"] == "share of weights that flip in a step: min of the layers"
+    assert about["Model/flip_rate"] == "fraction of weights that flip in a step: model"
+    assert about["flips/stall_ratio"] == "fraction of updates lost to rounding: model"
+    assert about["flip_rate_by_group/layers.3"] == "fraction of weights that flip in a step: group layers.3"
+    assert about["spread/flip_rate_min"] == "fraction of weights that flip in a step: min of the layers"
     name = "layers.7.mlp.down.weight"
     assert about[f"cumulative_flip_rate/{name}"] == f"flips since the start / weights: {name}"
     assert all(about.values())
@@ -294,7 +294,7 @@ def test_what_does_not_vary_has_no_chart_until_it_does(tmp_path, count):
     sink.write(record(3, WEIGHTS - 500))
     sink.close()
     assert [title for title in charts(tmp_path)["weightflip"] if title != "model"] == [
-        "share of updates swallowed by rounding, by layer" if count == 3
+        "fraction of updates lost to rounding, by layer" if count == 3
         else "stall ratio, lowest, quartiles and highest layer"
     ]  # fmt: skip
 

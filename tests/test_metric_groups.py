@@ -401,7 +401,7 @@ def test_weights_that_have_no_rank_have_no_number():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_one_weight_that_is_no_number_leaves_the_distances_of_others_numbers(bad):
+def test_one_nan_weight_does_not_affect_the_distances_of_others(bad):
     parameter, optimizer = tracked(torch.linspace(-1, 1, 64).view(8, 8).clone(), "e3m4:none", "travel")
     by = torch.full((8, 8), 0.1)
     by[2, 2] = bad
@@ -420,7 +420,7 @@ def test_a_weight_without_dimensions_travels_too():
     assert window.ratios["travel_ratio"].denominator == pytest.approx(1)
 
 
-def test_each_point_of_travel_begins_anew():
+def test_travel_starts_again_at_each_point():
     weight = torch.linspace(-1, 1, 64).view(8, 8)
     parameter, optimizer = tracked(weight.clone(), "e3m4:none", "travel")
     move(parameter, optimizer, torch.full((8, 8), 0.5))

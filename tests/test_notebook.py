@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from weightflip import FlipRecord, FlipTrackingOptimizer, RunInfo, WeightFlipTracker, track_flips
-from weightflip.counting.course import Course
+from weightflip.counting.history import History
 from weightflip.records import Counts, LayerRecord
 
 VOID = {"br", "hr", "img"}
@@ -100,7 +100,7 @@ def test_before_the_first_step_there_is_a_table_without_rows():
 
 
 @pytest.mark.filterwarnings("ignore:weightflip. no step")
-def test_steps_that_were_not_seen_are_said():
+def test_missed_steps_are_reported():
     model = two_layers()
     optimizer = trained(model, steps=0)
     for parameter in model.parameters():
@@ -220,18 +220,18 @@ def test_without_pandas_the_error_says_what_to_do(monkeypatch):
 
 
 def test_a_long_run_keeps_few_points_and_every_count():
-    course = Course()
+    history = History()
     flips = 0
     for step in range(1, 1004):
         window = Counts(10, step % 7, 10, 10 - step % 7)
         flips += step % 7
-        course.add(step, [LayerRecord("w", 10, window, Counts())])
-    (points,) = course._points.values()
+        history.add(step, [LayerRecord("w", 10, window, Counts())])
+    (points,) = history._points.values()
     assert len(points) <= 200
     assert points[-1].step == 1003
     assert sum(point.flips for point in points) == flips
     assert sum(point.weight_steps for point in points) == 10 * 1003
-    assert all(not math.isnan(rate) for _, rate in course.flip_rates()[""])
+    assert all(not math.isnan(rate) for _, rate in history.flip_rates()[""])
 
 
 def test_a_notebook_shows_all_of_it():

@@ -628,7 +628,11 @@ def total(weight):
             "log_every= must be an integer of at least 1, got 0",
             lambda m: FlipTrackingOptimizer(sgd(m), m, log_every=0),
         ),
-        (ValueError, "metrics= is a sequence", lambda m: FlipTrackingOptimizer(sgd(m), m, metrics=["oscillations"])),
+        (
+            ValueError,
+            "metrics= must be a sequence",
+            lambda m: FlipTrackingOptimizer(sgd(m), m, metrics=["oscillations"]),
+        ),
         (
             OSError,
             "is not writable.*choose another directory",
@@ -658,7 +662,7 @@ def total(weight):
         ),
         (
             ValueError,
-            "log_dir= is where the default sink writes",
+            "log_dir= is the directory of the default sink",
             lambda m: FlipTrackingOptimizer(sgd(m), m, sinks=[], log_dir="runs"),
         ),
     ],
@@ -778,7 +782,7 @@ def test_counts_of_another_format_are_not_continued(digits):
     second.load_state_dict(first.state_dict())
     brute = BruteForce(model, e3m4_values)
     brute.before()
-    message = r"'0.weight' was tracked as bfloat16 and is e3m4 now; its counts start from zero"
+    message = r"'0.weight' was tracked as bfloat16 and is now tracked as e3m4; its counts start from zero"
     with pytest.warns(UserWarning, match=message):
         second.step()
     brute.after()

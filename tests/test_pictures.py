@@ -12,11 +12,11 @@ from weightflip import FlipRecord
 from weightflip.records import Counts, LayerRecord, Quotient
 from weightflip.sinks import TensorBoardSink, scatter
 from weightflip.sinks.colors import ABOVE, BELOW, ColorScale, interpolate_colors
-from weightflip.sinks.heatmap import History, draw
+from weightflip.sinks.heatmap import LayerHistory, draw
 
 
-def history_of(records) -> History:
-    history = History("flip_rate")
+def history_of(records) -> LayerHistory:
+    history = LayerHistory("flip_rate")
     for record in records:
         history.add(record, record.step - 1)
     return history
@@ -136,7 +136,7 @@ def test_what_lies_off_the_line_by_chance_is_not_named():
     assert [spot.is_far for spot in scatter.spots(layers, "flip_excess")] == [False, True, False, True]
 
 
-def centres(picture: np.ndarray, color: tuple[int, int, int], radius: int = 4) -> list[tuple[float, float]]:
+def centers(picture: np.ndarray, color: tuple[int, int, int], radius: int = 4) -> list[tuple[float, float]]:
     """Erosion: keeps a pixel only if all pixels around it belong to the mask."""
     is_it = (picture == color).all(axis=-1)
     inner = is_it.copy()
@@ -163,9 +163,9 @@ def test_points_lie_where_their_numbers_are():
         return plot_left + shares[0] * width, plot_top + (1 - shares[1]) * height
 
     # On the line: in the normal color. Far below it: labeled and red.
-    found = sorted(centres(picture, (31, 119, 180)))
+    found = sorted(centers(picture, (31, 119, 180)))
     assert found == [pytest.approx(place(low), abs=1.5), pytest.approx(place(even), abs=1.5)]
-    assert centres(picture, (176, 0, 32)) == [pytest.approx(place(odd), abs=1.5)]
+    assert centers(picture, (176, 0, 32)) == [pytest.approx(place(odd), abs=1.5)]
 
 
 def test_it_is_there_with_the_metric_that_counts_it(digits, tmp_path):

@@ -15,7 +15,7 @@ from conftest import case
 from kernel_cases import QUANTIZERS, hard_numbers
 
 from weightflip import FlipTrackingOptimizer, kernels
-from weightflip.counting.scaling import in_plain_torch, scaling_of
+from weightflip.counting.scaling import get_scaling, in_plain_torch
 from weightflip.formats import IntegerRounding
 from weightflip.kernels import backend, cpu, items, proof, runs
 from weightflip.kernels.constants import Lanes
@@ -268,7 +268,7 @@ def test_a_broken_kernel_is_refused_and_training_goes_on(kernel, backend_name, m
     assert len({record.getMessage() for record in refusals}) == len(refusals)
 
 
-def test_a_good_kernel_is_told_of_once(monkeypatch, caplog):
+def test_a_good_kernel_is_logged_once(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="weightflip"):
         train("auto")
         train("auto")
@@ -345,7 +345,7 @@ def test_broken_scales_of_groups_are_refused_and_made_by_plain_torch(kernel, qua
 
 def scaling_question_of(quantizer, dtype=torch.float32, with_updates=True):
     question, quantizer = question_of(quantizer, dtype, with_updates), resolve(quantizer)
-    scaling = scaling_of(quantizer, question.kind.rounding, dtype, CPU)
+    scaling = get_scaling(quantizer, question.kind.rounding, dtype, CPU)
     return question._replace(scaling=scaling), in_plain_torch(quantizer, dtype)
 
 
@@ -403,7 +403,7 @@ def test_where_there_is_a_race_the_slower_is_not_used_by_itself(kernel, is_used,
     assert all(("x faster than eager" in text) == is_used for text in told)
 
 
-def test_a_race_that_fails_is_lost_but_no_fault(monkeypatch, caplog):
+def test_a_failed_timing_is_not_a_fault(monkeypatch, caplog):
     monkeypatch.setattr(proof, "_must_be_faster_on", lambda device: True)
 
     def eager(weight, codes, update, counts):

@@ -11,7 +11,7 @@ from test_shown_names import train_evil
 from weightflip.records import FlipRecord
 from weightflip.report.lines import DamagedLine, parse_record
 from weightflip.report.record_arrays import IrregularRecord, RecordArrays
-from weightflip.sinks import CompanionSink, TensorBoardSink
+from weightflip.sinks import ReportFileSink, TensorBoardSink
 
 
 def same(a: RecordArrays, b: RecordArrays) -> bool:
@@ -28,7 +28,7 @@ def test_blocks_are_records(tmp_path):
     path = tmp_path / "flips.jsonl"
     options = {"metrics": ("flips", "stalls", "oscillation", "travel", "range"), "log_every": 2}
     tensorboard = TensorBoardSink(str(tmp_path / "run"))
-    train_evil(sinks=[path, tensorboard, CompanionSink(tensorboard)], **options).close()
+    train_evil(sinks=[path, tensorboard, ReportFileSink(tensorboard)], **options).close()
     (beside,) = (tmp_path / "run").glob("*.jsonl")
     draw = random.Random(0)
     cells = [b'"x"', b"9" * 40, b"1e999", b"-1", b"true", b"null", b"[]", b"{}", b"NaN", b"1e308", b"0", b"2.5"]

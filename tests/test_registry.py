@@ -34,7 +34,7 @@ class Sign:
 
 @pytest.fixture
 def registry(monkeypatch):
-    """A temporary registry, so that what a test registers is removed afterwards."""
+    """A temporary registry, so that what a test registers is removed afterward."""
     monkeypatch.setattr(names, "_registry", list(names._registry))
     return names._registry
 

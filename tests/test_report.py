@@ -237,8 +237,8 @@ def test_of_a_resumed_run_the_later_points_count(digits, tmp_path, where):
 def test_of_a_long_file_windows_are_added_up(digits, tmp_path, monkeypatch):
     train(digits, 60, metrics=ALL_METRICS, sinks=[tmp_path / "flips.jsonl"], log_every=1).close()
     whole = read_one(tmp_path)
-    monkeypatch.setattr(jsonl, "_BYTES_READ_AT_MOST", 1000)
-    monkeypatch.setattr(jsonl, "_POINTS_READ_AT_LEAST", 7)
+    monkeypatch.setattr(jsonl, "_MAX_BYTES_READ", 1000)
+    monkeypatch.setattr(jsonl, "_MIN_POINTS_READ", 7)
     part = read_one(tmp_path)
     assert len(part.steps) == 7
     assert part.end == whole.end
@@ -364,16 +364,13 @@ def test_dead(tmp_path):
     assert [*rules(Script(tmp_path / "b.jsonl", metrics="flips").write(windows))] == ["healthy"]
 
 
-def test_nearly_still(tmp_path):
+def test_lagging(tmp_path):
     windows = steady(flip=0.2)
     for window in windows:
         window["d"] = {"flip": 0.005}
     found = rules(Script(tmp_path / "a.jsonl").write(windows))
-    assert list(found) == ["nearly still"]
-    assert (
-        "0.50 % of the updates of d changed a code, compared with 20 % in the other layers"
-        in found["nearly still"].text
-    )
+    assert list(found) == ["lagging"]
+    assert "0.50 % of the updates of d changed a code, compared with 20 % in the other layers" in found["lagging"].text
 
 
 def test_non_finite_weights_hide_what_follows_from_them(tmp_path):
@@ -599,8 +596,8 @@ def test_a_narrow_terminal_leaves_out_columns_not_names(two_runs, capsys, monkey
 
 
 def test_csv_is_every_record(two_runs, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "_BYTES_READ_AT_MOST", 100)
-    monkeypatch.setattr(jsonl, "_POINTS_READ_AT_LEAST", 3)
+    monkeypatch.setattr(jsonl, "_MAX_BYTES_READ", 100)
+    monkeypatch.setattr(jsonl, "_MIN_POINTS_READ", 3)
     run_cli(capsys, two_runs, "--csv", tmp_path / "all.csv")
     with open(tmp_path / "all.csv", newline="") as file:
         rows = {(*row[:-1],): float(row[-1]) for row in list(csv.reader(file))[1:]}

@@ -19,7 +19,7 @@ from weightflip.report.html import write_html
 from weightflip.report.run import ReportError
 from weightflip.report.table import write_csv
 from weightflip.report.terminal import print_report
-from weightflip.sinks import CompanionSink, TensorBoardSink
+from weightflip.sinks import ReportFileSink, TensorBoardSink
 
 
 class Progress(Metric):
@@ -146,7 +146,7 @@ def test_damaged_lines_are_counted_and_left_out(digits, tmp_path):
     (run,) = look_at(path, tmp_path / "report.html")
     assert run.notes == (
         f"{len(ODD)} damaged lines skipped: incomplete, because the training was killed or is still writing, or "
-        "modified afterwards",
+        "modified afterward",
     )
     assert run.steps.tolist() == whole.steps.tolist()
     for cell in (b'"5"', b"1" + b"0" * 400, b"-5", b"true", b"2.5", b"NaN", b"[]", b"null"):
@@ -163,7 +163,7 @@ def test_no_mutation_of_a_file_ends_a_report(tmp_path):
     path = tmp_path / "flips.jsonl"
     options = {"metrics": ("flips", "stalls", "oscillation", "travel", "range"), "alerts": ["flip_rate >= 0"]}
     tensorboard = TensorBoardSink(str(tmp_path / "run"))
-    train_evil(sinks=[path, tensorboard, CompanionSink(tensorboard)], log_every=2, **options).close()
+    train_evil(sinks=[path, tensorboard, ReportFileSink(tensorboard)], log_every=2, **options).close()
     (rows,) = (tmp_path / "run").glob("*.jsonl")
     texts = [path.read_bytes(), rows.read_bytes()]
     draw = random.Random(0)

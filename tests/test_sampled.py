@@ -128,8 +128,8 @@ def followed(tracker):
 def compare(tracker, expected: dict[str, Expected]) -> None:
     for name, of_layer in expected.items():
         found = tracker.layers[name].metric_tensors()["travel"]
-        assert np.array_equal(found["travelled"].numpy(), of_layer.moved), name
-        assert np.array_equal(found["quantized_travelled"].numpy(), of_layer.quantized), name
+        assert np.array_equal(found["traveled"].numpy(), of_layer.moved), name
+        assert np.array_equal(found["quantized_traveled"].numpy(), of_layer.quantized), name
     record = {layer.name: layer for layer in tracker.record(may_be_empty=True).layers}
     for name, of_layer in expected.items():
         ratios = record[name].total.ratios
@@ -243,7 +243,7 @@ class Breaks(cpu.Samples):
 def test_a_fault_drops_the_group_with_one_warning(monkeypatch):
     monkeypatch.setattr(cpu.Run, "samples", Breaks)
     tracker, tracked = WeightFlipTracker(metrics=("flips", "travel")), layers(4)
-    with pytest.warns(UserWarning, match="layers 'w0', 'w1', 'w2' and 1 more have no.*no sums today"):
+    with pytest.warns(UserWarning, match="layers 'w0', 'w1', 'w2' and 1 more no longer have.*no sums today"):
         step(tracker, tracked)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from weightflip.counting.tracker import WeightFlipTracker
-from weightflip.session.ending import Ending
 from weightflip.session.guard import Guard
+from weightflip.session.last_record import LastRecord
 from weightflip.session.log import Log, Source
 from weightflip.session.options import Options
 from weightflip.session.steps import is_state_initialization, is_training_step, parameters_of
@@ -118,7 +118,7 @@ def test_the_last_record_is_written_when_the_owner_is_deleted():
     with weights.holding():
         tracker.before_step(weights.tracked)
         tracker.after_step()
-    ending = Ending(log, source)
+    ending = LastRecord(log, source)
     ending.register(owner)
     assert records == []
     del owner

@@ -272,7 +272,7 @@ def test_resuming_beside_a_users_writer_hides_none_of_its_points(digits, tmp_pat
     assert len(scalars(tmp_path)["loss"]) == 10
 
 
-def test_a_torn_line_of_a_killed_run_stays_alone(digits, tmp_path):
+def test_a_partial_line_of_a_killed_run_keeps_its_own_line(digits, tmp_path):
     path = tmp_path / "flips.jsonl"
     path.write_text('{"record": {"st')
     train(digits, 10, sinks=[path])

@@ -476,9 +476,9 @@ def test_records_without_a_tracked_step_have_the_windows_that_end_in_them(digits
     for at, record in enumerate(records):
         for layer in record.layers:
             assert rates_of(layer.window) == marks.rates(layer.name, at, at + 2)
-            assert "changed_fraction" in layer.news
-            assert ("flip_rate" in layer.news) == (at == 0)
-            assert "delta_bits" in layer.news
+            assert "changed_fraction" in layer.new_values
+            assert ("flip_rate" in layer.new_values) == (at == 0)
+            assert "delta_bits" in layer.new_values
 
 
 def test_memory_is_counted_and_given_back(digits):
@@ -575,7 +575,7 @@ def test_the_scale_at_a_mark_is_that_of_the_codes(format, dtype, monkeypatch):
         expected_scale = expected.scale
         if quantizer.group is not None:
             of_groups = expected.scale.reshape(*values.shape[:-1], -1, 1)
-            expected_scale = quantizer.scale_codes(quantizer.of_blocks(of_groups, values.shape))
+            expected_scale = quantizer.scale_codes(quantizer.block_scales(of_groups, values.shape))
         assert torch.equal(expected_scale.reshape(scale.shape), scale)
         assert torch.equal(expected.ordinals.reshape(codes.shape), codes)
 

@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from weightflip import FlipRecord, FlipTrackingOptimizer, RunInfo
 from weightflip.records import Counts, Histogram, LayerRecord, Quotient
 from weightflip.sinks import TensorBoardSink
-from weightflip.sinks.heatmap import History, draw
+from weightflip.sinks.heatmap import LayerHistory, draw
 
 MODEL_TAGS = {"flip_rate": "rate", "cumulative_flip_rate": "cumulative_rate", "stall_ratio": "stall_ratio"}
 FRAME, NOTHING = (96, 96, 96), (224, 224, 224)
@@ -151,7 +151,7 @@ def test_charts_show_what_there_is(digits, tmp_path):
     assert list(more) == ["weightflip", "weightflip: oscillation", "weightflip: groups of layers"]
     assert more["weightflip"] == plain["weightflip"]
     assert more["weightflip: oscillation"] == {
-        "share of flips that go back, against the weight's flip before, by layer": ["^oscillation_ratio/.*"]
+        "fraction of flips that reverse the weight's previous flip, by layer": ["^oscillation_ratio/.*"]
     }
     assert ["^stall_ratio_by_group/.*"] in more["weightflip: groups of layers"].values()
 
@@ -258,7 +258,7 @@ def test_flushing_after_each_record_draws_few(digits, tmp_path):
 
 
 def test_a_logarithmic_scale_and_what_was_not_counted():
-    history = History("flip_rate")
+    history = LayerHistory("flip_rate")
     rates = [{"a": 0.5, "b": None}, {"a": 0.05, "b": 0.0}, {"a": 0.005, "b": 0.5}]
     for step, rate in enumerate(rates):
         history.add(record_of(10 * step + 10, rate), 10 * step)
@@ -269,13 +269,13 @@ def test_a_logarithmic_scale_and_what_was_not_counted():
 
 
 def test_one_value_has_one_color_and_no_division_by_nothing():
-    history = History("flip_rate")
+    history = LayerHistory("flip_rate")
     history.add(record_of(10, {"a": 0.25}), 0)
     assert np.abs(cells(draw(history, "rates"), 1, 1) - viridis(np.array([[0.5]]))).max() <= 6
 
 
 def test_long_histories_are_sums_of_neighbors():
-    history = History("stall_ratio")
+    history = LayerHistory("stall_ratio")
     torch.manual_seed(0)
     updates = torch.randint(0, 100, (1000, 2))
     stalled = (updates * torch.rand(1000, 2)).long()
@@ -292,7 +292,7 @@ def test_long_histories_are_sums_of_neighbors():
 
 
 def test_many_layers_keep_the_picture_in_bounds():
-    history = History("flip_rate")
+    history = LayerHistory("flip_rate")
     names = [f"transformer.encoder.layers.{i}.self_attention.query_projection.weight" for i in range(500)]
     for step in range(3):
         history.add(record_of(step + 1, {name: (i + 1) / 501 for i, name in enumerate(names)}), step)
@@ -304,7 +304,7 @@ def test_many_layers_keep_the_picture_in_bounds():
 
 
 def test_layers_that_come_later_have_their_row(tmp_path):
-    history = History("flip_rate")
+    history = LayerHistory("flip_rate")
     history.add(record_of(1, {"a": 0.1}), 0)
     history.add(record_of(2, {"a": 0.2, "b": 0.3}), 1)
     assert np.isnan(history.table[1][0])
@@ -355,7 +355,7 @@ def test_no_picture_costs_no_scalars(digits, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ImageFont, "load_default", fails)
     with pytest.warns(
-        UserWarning, match="drawing pictures failed, the run has none from here: OSError: no fonts here"
+        UserWarning, match="drawing pictures failed, so the run has no more of them: OSError: no fonts here"
     ) as caught:
         train(digits, 25, log_dir=tmp_path)[0].close()
     assert len([w for w in caught if "pictures" in str(w.message)]) == 1
@@ -363,7 +363,7 @@ def test_no_picture_costs_no_scalars(digits, tmp_path, monkeypatch):
 
 
 def test_ratios_of_metric_groups_are_added_before_they_are_divided():
-    history = History("oscillation_ratio")
+    history = LayerHistory("oscillation_ratio")
     for step in range(400):
         counts = Counts(100, 10, ratios={"oscillation_ratio": Quotient(step % 2, 1 + step % 2)})
         history.add(FlipRecord(step + 1, (LayerRecord("a", 100, counts, counts),)), step)

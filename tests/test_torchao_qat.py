@@ -243,7 +243,7 @@ def test_a_moving_zero_point_does_not_flip_unchanged_numbers():
     model = prepared(intx(torch.int8, granularity="per_token", is_symmetric=False))
     layer = model[0]
     with torch.no_grad():
-        # Multiples of 0.1 in 255 steps: scale 0.1. Afterwards only the range is shifted by one step.
+        # Multiples of 0.1 in 255 steps: scale 0.1. Afterward only the range is shifted by one step.
         layer.weight.copy_((torch.arange(COLUMNS) % 14 - 5).expand(ROWS, COLUMNS) * 0.1)
         layer.weight[:, 0], layer.weight[:, 1] = -0.6, 24.9
         (quantizer,) = plan_of(model).tracked.values()
@@ -684,7 +684,7 @@ def test_a_model_prepared_during_training_is_noticed_at_the_next_logging_point()
     step()
     step()
     quantize_(model, QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=32), step="prepare"))
-    with pytest.warns(UserWarning, match="'0.weight' was tracked as float8_e4m3 and is qat_int4:g32 now"):
+    with pytest.warns(UserWarning, match="'0.weight' was tracked as float8_e4m3 and is now tracked as qat_int4:g32"):
         step()
     assert optimizer.info.tracked["0.weight"][2] == "qat_int4:g32"
     updates = int(model[0].weight.grad.count_nonzero())

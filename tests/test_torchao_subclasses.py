@@ -13,7 +13,7 @@ from torch import nn
 
 from weightflip import FlipTrackingOptimizer, track_flips
 from weightflip.quantizers.torchao import MasterCopyQuantizer, StoredCodes
-from weightflip.selection import Selection, Sources, make_plan
+from weightflip.selection import QuantizerSources, Selection, make_plan
 
 pytest.importorskip("torchao")
 
@@ -291,7 +291,7 @@ def test_stored_codes_of_other_subclasses_are_read():
         layer = copy.deepcopy(model)
         quantize_(layer, config)
         weight = nn.Parameter(layer.weight.detach(), requires_grad=True)
-        ((quantizer,),) = make_plan({"weight": weight}, Sources(), Selection()).tracked.values()
+        ((quantizer,),) = make_plan({"weight": weight}, QuantizerSources(), Selection()).tracked.values()
         assert (type(quantizer), str(quantizer)) == (StoredCodes, name)
         codes = quantizer.encode(weight.detach())
         values = codes.ordinals * codes.scale
@@ -336,7 +336,7 @@ def test_experts_are_skipped_with_the_reason():
     from torchao.prototype.moe_training.tensor import Float8TrainingWeightWrapperTensor
 
     experts = nn.Parameter(Float8TrainingWeightWrapperTensor(gaussian(2, 16, 16), Float8TrainingOpConfig()))
-    assert "grouped_mm" in make_plan({"w": experts}, Sources(), Selection(), may_be_empty=True).skipped["w"]
+    assert "grouped_mm" in make_plan({"w": experts}, QuantizerSources(), Selection(), may_be_empty=True).skipped["w"]
 
 
 class Unknown(TorchAOBaseTensor):

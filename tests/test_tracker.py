@@ -377,7 +377,7 @@ def test_sparse_gradients(layout):
     weight = TrackedWeight("w", parameter, resolve("bfloat16"))
     before = parameter.detach().bfloat16()
     tracker = WeightFlipTracker()
-    # Large steps for odd columns, swallowed ones for even columns.
+    # Large steps for odd columns, steps lost to rounding for even columns.
     alpha = torch.tensor([1e-7, 0.5] * 4)[: parameter.size(1)]
     step(tracker, [weight], lambda p: p.sub_(alpha * grad.sign()))
     flipped = parameter.detach().bfloat16() != before
@@ -492,7 +492,7 @@ def test_load_state_dict_refuses_other_objects():
 def test_a_layer_of_another_size_starts_from_zero():
     tracker = WeightFlipTracker()
     step(tracker, [weight_of([[1.0, 2.0]])], lambda p: p.mul_(2))
-    with pytest.warns(UserWarning, match="'w' had 2 weights and has 3 now"):
+    with pytest.warns(UserWarning, match="'w' had 2 weights and now has 3"):
         step(tracker, [weight_of([[1.0, 2.0, 3.0]])])
     assert tracker.get_flip_counts() == {"w": 0}
 

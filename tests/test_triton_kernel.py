@@ -16,9 +16,9 @@ import pytest
 import torch
 from kernel_cases import (
     QUANTIZERS,
-    assert_together_as_alone,
+    assert_batch_equals_one_by_one,
     by_eager,
-    each_alone,
+    each_one_by_one,
     gradient_of,
     hard_numbers,
     stale_codes,
@@ -135,7 +135,7 @@ def many_weights(generator):
 def test_many_weights_at_once(quantizer):
     generator, quantizer = torch.Generator().manual_seed(0), resolve(quantizer)
     weights = [weight.to(DEVICE) for weight in many_weights(generator)]
-    assert_together_as_alone(each_alone(weights, quantizer, generator), quantizer, "triton", cuda.Run)
+    assert_batch_equals_one_by_one(each_one_by_one(weights, quantizer, generator), quantizer, "triton", cuda.Run)
 
 
 @runs_here

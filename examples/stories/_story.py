@@ -39,7 +39,7 @@ class Digits:
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
-        """Share of the test images that are recognized."""
+        """Fraction of the test images that are recognized."""
         images, targets = self.test
         dtype = next(model.parameters()).dtype
         return (model(images.to(dtype)).argmax(1) == targets).float().mean().item()

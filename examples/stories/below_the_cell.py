@@ -27,7 +27,7 @@ def bits(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def train(name: str, digits: Digits, epochs: int, sink: str) -> tuple[list[FlipRecord], list[float], float]:
-    """Records and losses of each epoch, and the share of the weights that the last third of them changed."""
+    """Records and losses of each epoch, and the fraction of the weights that the last third of them changed."""
     dtype, last_lr = RUNS[name]
     model = make_model().to(dtype)
     records: list[FlipRecord] = []

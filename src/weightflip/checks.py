@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 
-def whole_number(name: str, value: Any, least: int, *, hint: str = "") -> int:
+def whole_number(name: str, value: Any, minimum: int, *, hint: str = "") -> int:
     """Check an integer of any type with ``__index__``, NumPy's included, and return it as an int.
 
     Args:
         name: Name of the option.
         value: The value passed for it.
-        least: Smallest valid number.
+        minimum: Smallest valid number.
         hint: What to do, appended to the error.
 
     Raises:
-        ValueError: Not an integer, a bool, or below ``least``.
+        ValueError: Not an integer, a bool, or below ``minimum``.
     """
     try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
+        number = minimum - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"{name}= must be an integer of at least {least}, got {value!r}{hint and '; ' + hint}")
+        number = minimum - 1
+    if number < minimum:
+        raise ValueError(f"{name}= must be an integer of at least {minimum}, got {value!r}{hint and '; ' + hint}")
     return number
 
 

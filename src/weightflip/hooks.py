@@ -38,7 +38,7 @@ class FlipTrackingHandle(Tracked):
             for kind, hook in zip(_KINDS, hooks, strict=True):
                 self._hooks.append(getattr(optimizer, f"register_{kind}_hook")(hook))
         except BaseException:
-            self._remove(together=False)
+            self._remove(is_collective=False)
             raise
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -69,19 +69,19 @@ class FlipTrackingHandle(Tracked):
 
     def remove(self) -> None:
         """Stop tracking, write the last record and close the sinks. Frees memory but keeps the numbers."""
-        self._remove(together=True)
+        self._remove(is_collective=True)
 
-    def _remove(self, *, together: bool) -> None:
+    def _remove(self, *, is_collective: bool) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._session.end(together=together)
+        self._session.end(is_collective=is_collective)
 
     def __enter__(self) -> FlipTrackingHandle:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._remove(together=exc_info[0] is None)
+        self._remove(is_collective=exc_info[0] is None)
 
 
 def track_flips(

@@ -133,6 +133,14 @@ def delegated(method: Method) -> Method:
     return cast("Method", _Delegated(cast("FunctionType", method)))
 
 
+def hides_unknown_keywords(method: Method) -> Method:
+    """Leave ``**kwargs`` out of a method's signature, for a method that takes them only to reject them."""
+    signature = inspect.signature(method)
+    named = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    method.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    return method
+
+
 def runs_hooks_itself(method: Method) -> Method:
     """Mark a step as hooked, so that torch does not patch it: the inner optimizer's step runs the hooks."""
     method.hooked = True  # type: ignore[attr-defined]

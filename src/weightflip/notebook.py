@@ -12,7 +12,7 @@ from weightflip.texts import percent, printable
 _COLORS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#94a3b8")
 _WIDTH, _HEIGHT = 320, 72
 # With more bars than this, a chart takes more space than the table next to it.
-_MOST_BARS = 400
+_MAX_BARS = 400
 
 
 def escape(text: str) -> str:
@@ -75,15 +75,15 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> st
         return ""
     steps = [step for points in finite.values() for step, _ in points]
     first, last = min(steps), max(steps)
-    top = max(share for points in finite.values() for _, share in points)
+    top = max(fraction for points in finite.values() for _, fraction in points)
     shapes = []
     for color, (name, points) in zip(_COLORS, finite.items(), strict=False):
         places = [
             (
                 _WIDTH * (step - first) / (last - first) if last > first else _WIDTH / 2,
-                _HEIGHT * (1 - (share / top if top else 0.0)),
+                _HEIGHT * (1 - (fraction / top if top else 0.0)),
             )
-            for step, share in points
+            for step, fraction in points
         ]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         shape = (
@@ -99,26 +99,26 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> st
     return _figure(caption, title, shapes)
 
 
-def bars(title: str, shares: Mapping[str, float]) -> str:
+def bars(title: str, fractions: Mapping[str, float]) -> str:
     """A small bar chart of fractions, one bar per layer.
 
     Args:
         title: Title of the chart.
-        shares: Fraction of each layer, by name. NaN gets no bar.
+        fractions: Fraction of each layer, by name. NaN gets no bar.
 
     Returns:
         The chart; empty for fewer than two bars or more than 400.
     """
-    finite = {name: share for name, share in shares.items() if math.isfinite(share)}
-    if not 1 < len(finite) <= _MOST_BARS:
+    finite = {name: fraction for name, fraction in fractions.items() if math.isfinite(fraction)}
+    if not 1 < len(finite) <= _MAX_BARS:
         return ""
     top, width = max(finite.values()), _WIDTH / len(finite)
     shapes = []
-    for at, (name, share) in enumerate(finite.items()):
-        height = _HEIGHT * share / top if top else 0.0
+    for at, (name, fraction) in enumerate(finite.items()):
+        height = _HEIGHT * fraction / top if top else 0.0
         shapes.append(
             f'<rect x="{at * width:.2f}" y="{_HEIGHT - height:.1f}" width="{0.8 * width:.2f}" height="{height:.1f}" '
-            f'fill="{_COLORS[0]}"><title>{escape(name)}: {percent(share)}</title></rect>'
+            f'fill="{_COLORS[0]}"><title>{escape(name)}: {percent(fraction)}</title></rect>'
         )
     return _figure(f"{escape(title)}; at most {percent(top)}", title, shapes)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from weightflip.inner import adapt_step_hook, check_optimizer, delegated, runs_hooks_itself
+from weightflip.inner import adapt_step_hook, check_optimizer, delegated, hides_unknown_keywords, runs_hooks_itself
 from weightflip.metrics.columns import METRICS, MetricsLike
 from weightflip.session import setup
 from weightflip.session.alerts import Alert
@@ -106,6 +106,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
     inner: Optimizer
     _session: Session
 
+    @hides_unknown_keywords
     def __init__(
         self,
         optimizer: Optimizer,
@@ -198,7 +199,7 @@ class FlipTrackingOptimizer(Tracked, Optimizer):
 
     def __exit__(self, *exc_info: object) -> None:
         # After an error, the other processes of a sharded run may never get here.
-        self._session.close(together=exc_info[0] is None)
+        self._session.close(is_collective=exc_info[0] is None)
 
     # ------------------------------------------------------------------ the inner optimizer's
 

@@ -11,19 +11,19 @@ MANY_LAYERS = 30
 """Above this number, layers are summarized by model block. Only outliers are displayed individually."""
 
 # More groups than this are no summary. An outermost level with more is used nevertheless.
-_MOST_BLOCKS = 48
+_MAX_BLOCKS = 48
 # Fewer blocks than the first number, with more weights on average than the second, are split once more.
 _FEW_BLOCKS, _LARGE_BLOCK = 6, 8
 # More weights than this outside any block are grouped by the first part of their name.
-_MOST_SINGLE = 16
+_MAX_SINGLE = 16
 
 FAR_OUTSIDE = 3.0
 """Interquartile ranges beyond a quartile, as in Tukey's "far out" values ("Exploratory data analysis", 1977)."""
 
 # In addition, the odds must differ from those of the median by at least this factor.
-_LEAST_FACTOR = 2.0
+_MIN_FACTOR = 2.0
 # Quartiles of fewer layers mean little.
-_LEAST_LAYERS = 8
+_MIN_LAYERS = 8
 
 
 def blocks_of(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -53,7 +53,7 @@ def blocks_of(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         at_level = {name: ".".join(paths[name][: at[:level][-1] + 1]) for name, at in cuts.items() if at}
         if not _has_two_each([at_level[name] for name, at in cuts.items() if len(at) >= level]):
             continue
-        if keys is None or len(set(at_level.values())) <= _MOST_BLOCKS:
+        if keys is None or len(set(at_level.values())) <= _MAX_BLOCKS:
             keys = at_level
     if keys is None:
         return {}
@@ -89,7 +89,7 @@ def _split_large_blocks(keys: dict[str, str], paths: Mapping[str, Sequence[str]]
     if count >= _FEW_BLOCKS or len(keys) <= _LARGE_BLOCK * count:
         return keys
     finer = {name: ".".join(paths[name][: key.count(".") + 2]) for name, key in keys.items()}
-    return finer if len(set(finer.values())) <= _MOST_BLOCKS and _has_two_each(list(finer.values())) else keys
+    return finer if len(set(finer.values())) <= _MAX_BLOCKS and _has_two_each(list(finer.values())) else keys
 
 
 def _mark_rests(keys: dict[str, str]) -> dict[str, str]:
@@ -101,7 +101,7 @@ def _mark_rests(keys: dict[str, str]) -> dict[str, str]:
 
 def _group_by_module(paths: Mapping[str, Sequence[str]]) -> dict[str, str]:
     keys = {name: ".".join(path) or name for name, path in paths.items()}
-    if len(set(keys.values())) > _MOST_SINGLE:
+    if len(set(keys.values())) > _MAX_SINGLE:
         keys = {name: path[0] if path else name for name, path in paths.items()}
     return keys
 
@@ -130,7 +130,7 @@ def _quantile(ordered: Sequence[float], fraction: float) -> float:
     return low + (high - low) * (at - math.floor(at))
 
 
-def outliers(shares: Mapping[str, tuple[float, float]]) -> list[str]:
+def outliers(fractions: Mapping[str, tuple[float, float]]) -> list[str]:
     """The layers whose fraction, such as the flip rate, is far from that of the other layers.
 
     Odds are compared on a logarithmic scale, so that 0.001 is as far from 0.01 as 0.999 is from 0.99. A layer is an
@@ -138,7 +138,7 @@ def outliers(shares: Mapping[str, tuple[float, float]]) -> list[str]:
     those of the median.
 
     Args:
-        shares: Numerator and denominator, by layer. The numerator is at most as large as the denominator.
+        fractions: Numerator and denominator, by layer. The numerator is at most as large as the denominator.
 
     Returns:
         Names, farthest first. Empty for fewer than 8 layers.
@@ -146,14 +146,14 @@ def outliers(shares: Mapping[str, tuple[float, float]]) -> list[str]:
     # Haldane's correction adds half a weight on both sides: 0 of 16 is weak evidence, 0 of a million is strong.
     odds = {
         name: math.log((numerator + 0.5) / (max(0.0, denominator - numerator) + 0.5))
-        for name, (numerator, denominator) in shares.items()
+        for name, (numerator, denominator) in fractions.items()
         if denominator and math.isfinite(numerator / denominator)
     }
     usual = spread(odds.values())
-    if usual is None or len(odds) < _LEAST_LAYERS:
+    if usual is None or len(odds) < _MIN_LAYERS:
         return []
     reach = FAR_OUTSIDE * (usual.p75 - usual.p25)
-    low = min(usual.p25 - reach, usual.median - math.log(_LEAST_FACTOR))
-    high = max(usual.p75 + reach, usual.median + math.log(_LEAST_FACTOR))
+    low = min(usual.p25 - reach, usual.median - math.log(_MIN_FACTOR))
+    high = max(usual.p75 + reach, usual.median + math.log(_MIN_FACTOR))
     far = {name: abs(value - usual.median) for name, value in odds.items() if not low <= value <= high}
     return sorted(far, key=lambda name: -far[name])

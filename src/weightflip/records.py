@@ -70,10 +70,8 @@ class Value:
 
 
 CORE_VALUES = (
-    Value("flip_rate", "rate", "flip rate", "share of weights that flip in a step", "share", "weightflip", 0, True),
-    Value(
-        "stall_ratio", "rate", "stall ratio", "share of updates swallowed by rounding", "share", "weightflip", 1, True
-    ),
+    Value("flip_rate", "rate", "flip rate", "fraction of weights that flip in a step", "share", "weightflip", 0, True),
+    Value("stall_ratio", "rate", "stall ratio", "fraction of updates lost to rounding", "share", "weightflip", 1, True),
     Value(
         "cumulative_flip_rate", "gauge", "flips/weight", "flips since the start / weights", "number", "weightflip", 55
     ),
@@ -81,7 +79,7 @@ CORE_VALUES = (
         "updated_fraction",
         "rate",
         "updated",
-        "share of weights whose gradient is not 0 in a step",
+        "fraction of weights whose gradient is not 0 in a step",
         "share",
         "weightflip",
         57,
@@ -90,7 +88,7 @@ CORE_VALUES = (
         "scale_changes",
         "rate",
         "scale changes",
-        "share of block or group scales that change in a step",
+        "fraction of block or group scales that change in a step",
         "share",
         "weightflip: scale",
         60,
@@ -320,10 +318,10 @@ class LayerRecord:
     @property
     def quotients(self) -> dict[str, Quotient]:
         """The ratios behind ``values``, so that they can be summed before they are divided."""
-        return {name: quotient for name, quotient in self.pairs.items() if not math.isnan(quotient.value)}
+        return {name: quotient for name, quotient in self.all_quotients.items() if not math.isnan(quotient.value)}
 
     @property
-    def pairs(self) -> dict[str, Quotient]:
+    def all_quotients(self) -> dict[str, Quotient]:
         """``quotients``, including those with denominator 0. Holds arrays if the fields are arrays."""
         window = self.window
         return {
@@ -342,7 +340,7 @@ class LayerRecord:
         return {name: quotient.value for name, quotient in self.quotients.items()}
 
     @property
-    def news(self) -> dict[str, float]:
+    def new_values(self) -> dict[str, float]:
         """The part of ``values`` that is new at this logging point: only metric groups' if no step was tracked."""
         if self.window.weight_steps:
             return self.values
@@ -445,7 +443,9 @@ class FlipRecord:
         by_name = {layer.name: layer for layer in self.layers}
         outlying: list[LayerRecord] = []
         for quantizer in self.models:
-            rates = {name: x.pairs["flip_rate"] for name, x in by_name.items() if split_variant(name)[1] == quantizer}
+            rates = {
+                name: x.all_quotients["flip_rate"] for name, x in by_name.items() if split_variant(name)[1] == quantizer
+            }
             outlying += [by_name[name] for name in outliers(rates)]
         return outlying
 
@@ -563,7 +563,7 @@ class AlertEvent:
 
 
 # With more layers than this, one line summarizes them and names the first ones.
-_MOST_NAMED = 5
+_MAX_NAMES = 5
 
 
 def alert_lines(events: Iterable[AlertEvent]) -> list[str]:
@@ -575,11 +575,11 @@ def alert_lines(events: Iterable[AlertEvent]) -> list[str]:
     lines = []
     for (step, rule), group in itertools.groupby(events, lambda event: (event.step, event.rule)):
         same_rule = list(group)
-        if len(same_rule) <= _MOST_NAMED:
+        if len(same_rule) <= _MAX_NAMES:
             lines += [event.message for event in same_rule]
         else:
-            names = ", ".join(printable(event.layer) for event in same_rule[:_MOST_NAMED])
-            lines.append(f"step {step}: {rule}: {names} and {len(same_rule) - _MOST_NAMED} more")
+            names = ", ".join(printable(event.layer) for event in same_rule[:_MAX_NAMES])
+            lines.append(f"step {step}: {rule}: {names} and {len(same_rule) - _MAX_NAMES} more")
     return lines
 
 

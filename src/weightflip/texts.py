@@ -20,13 +20,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def percent(share: float) -> str:
+def percent(fraction: float) -> str:
     """A fraction as a percentage. Small values keep one significant digit instead of becoming 0.0%.
 
     Example:
         >>> percent(0.123), percent(0.00002), percent(float("nan"))
         ('12.3%', '0.002%', '-')
     """
-    if math.isnan(share):
+    if math.isnan(fraction):
         return "-"
-    return f"{100 * share:.1g}%" if 0 < share < 0.001 else f"{share:.1%}"
+    return f"{100 * fraction:.1g}%" if 0 < fraction < 0.001 else f"{fraction:.1%}"

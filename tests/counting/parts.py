@@ -15,10 +15,10 @@ from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.notices import Notices
 from weightflip.counting.routes import ElementwiseRoute, WholeWeightRoute
 from weightflip.counting.schedule import Schedule
-from weightflip.counting.silent import SilentWrites
-from weightflip.counting.single import SingleProcess
+from weightflip.counting.silent_writes import SilentWrites
 from weightflip.counting.table import LayerTable
 from weightflip.counting.totals import Totals
+from weightflip.counting.unsharded import UnshardedRun
 from weightflip.metrics.columns import make_groups
 from weightflip.quantizers import resolve
 
@@ -35,7 +35,7 @@ def make(*metrics: str, backend: str = "auto") -> SimpleNamespace:
     parts.current = CurrentLayers(parts.layers, (parts.batched, parts.elementwise, parts.whole))
     parts.silent = SilentWrites(parts.layers, parts.notices)
     parts.totals = Totals(parts.columns, parts.layers, parts.schedule, parts.silent)
-    parts.shards = SingleProcess(parts.layers, parts.columns)
+    parts.sharding = UnshardedRun(parts.layers, parts.columns)
     return parts
 
 
@@ -55,5 +55,5 @@ def opened(parts: SimpleNamespace, tracked: TrackedWeight):
 def commit(parts: SimpleNamespace, valid: torch.Tensor | None = None) -> None:
     """Finish a step."""
     parts.layers.prepare(valid)
-    parts.schedule.progress = parts.schedule.progress.next(valid)._replace(is_settled=False)
-    parts.layers.settle()
+    parts.schedule.progress = parts.schedule.progress.next(valid)._replace(is_committed=False)
+    parts.layers.commit()

@@ -16,7 +16,7 @@ def test_counts_add_up_and_gauges_do_not():
     before, now = [1, 2, 3, 4, 5, 6, 7], [10, 20, 30, 40, 50, 60, 70]
     # The fifth column is the number of non-finite weights, a gauge.
     assert plain.add(before, now) == [11, 22, 33, 44, 50, 66, 77]
-    assert plain.since(before, now) == [9, 18, 27, 36, 50, 54, 63]
+    assert plain.subtract(before, now) == [9, 18, 27, 36, 50, 54, 63]
     assert plain.without_gauges(now) == [10, 20, 30, 40, 0, 60, 70]
     assert plain.nonfinite(now) == 50
     counts = plain.counts(now)
@@ -26,11 +26,11 @@ def test_counts_add_up_and_gauges_do_not():
 
 def test_each_metric_group_has_its_own_columns():
     found = columns("oscillation", "range")
-    assert len(found) == 7 + found.more
+    assert len(found) == 7 + found.metric_columns
     row = found.zeros()
     at = found.ratio("oscillation_ratio")
     row[at] = [3.0, 12.0]
     assert found.counts(row).ratios["oscillation_ratio"] == Quotient(3.0, 12.0)
     assert found.ratio("saturated_fraction") is None  # a gauge
     assert found.gauges(row) == ({}, {})
-    assert found.whole([1.0] * len(found))[:7] == [1] * 7
+    assert found.to_integers([1.0] * len(found))[:7] == [1] * 7

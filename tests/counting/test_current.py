@@ -10,8 +10,8 @@ from parts import commit, make, weight
 from weightflip.counting.layer import CodeState
 
 
-def begin(parts, weights, *, anew=False):
-    parts.current.set_layers(parts.current.encode_current(weights, parts.shards, anew=anew))
+def begin(parts, weights, *, force=False):
+    parts.current.set_layers(parts.current.encode_current(weights, parts.sharding, force=force))
     return [(layer.name, layer.state) for layer in parts.current]
 
 
@@ -51,7 +51,7 @@ def test_weights_are_encoded_again_only_if_necessary():
     parts, weights = make(), [weight("a", "float8_e4m3"), weight("bb", "ternary")]
     step(parts, weights)
     assert begin(parts, weights) == [("a", CodeState.KEPT), ("bb", CodeState.KEPT)]
-    assert begin(parts, weights, anew=True) == [("a", CodeState.FRESH), ("bb", CodeState.FRESH)]
+    assert begin(parts, weights, force=True) == [("a", CodeState.FRESH), ("bb", CodeState.FRESH)]
     step(parts, weights)
     with torch.no_grad():
         weights[1].parameter.mul_(-1)
@@ -64,7 +64,7 @@ def test_other_layers_continue_without_one_that_fails():
     parts.layers.fail("a", ValueError("it broke"))
     parts.current.drop_failed()
     assert [layer.name for layer in parts.current] == ["bb"]
-    assert [layer.name for layer in parts.current.encode_current(weights, parts.shards, anew=False)] == ["bb"]
+    assert [layer.name for layer in parts.current.encode_current(weights, parts.sharding, force=False)] == ["bb"]
 
 
 def test_a_copy_holds_no_step():

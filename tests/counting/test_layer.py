@@ -14,13 +14,13 @@ def test_each_transition():
     layer = opened(parts, weight("w", "e3m4"))
     tensor = layer.tracked.parameter.detach()
     assert layer.state is CodeState.ABSENT
-    layer.distrust()
+    layer.invalidate()
     assert layer.state is CodeState.ABSENT
     layer.mark_encoded(tensor)
     assert layer.state is CodeState.FRESH
     layer.mark_counted(tensor)
     assert layer.state is CodeState.KEPT
-    layer.distrust()
+    layer.invalidate()
     assert (layer.state, layer.stamp) == (CodeState.STALE, None)
     layer.mark_encoded(tensor)
     layer.mark_counted(tensor, has_state=True)
@@ -30,7 +30,7 @@ def test_each_transition():
     assert layer.state is CodeState.ABSENT
     assert layer.is_unwritten(layer.tracked.parameter, tensor)  # of use where a scale is shared
     parts.layers.fail("w", ValueError("no"))
-    for action in (layer.distrust, layer.drop_codes):
+    for action in (layer.invalidate, layer.drop_codes):
         action()
         assert layer.state is CodeState.FAILED
 

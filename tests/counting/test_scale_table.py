@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from weightflip.counting import scale_table
-from weightflip.counting.scale_table import table_of
+from weightflip.counting.scale_table import get_scale_table
 from weightflip.quantizers import resolve
 from weightflip.quantizers.block import MX_NAMES, MXQuantizer, NVFP4Quantizer
 
@@ -20,7 +20,7 @@ def nothing_made_yet(monkeypatch):
 
 
 def made_for(quantizer, dtype=torch.float32):
-    return table_of(quantizer, quantizer.rounding(torch.ones(1)), dtype, CPU)
+    return get_scale_table(quantizer, quantizer.rounding(torch.ones(1)), dtype, CPU)
 
 
 @pytest.mark.parametrize("quantizer", RULES, ids=str)

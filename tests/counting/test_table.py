@@ -11,7 +11,7 @@ from weightflip.counting.named import NamedSnapshots
 from weightflip.counting.totals import parse
 
 
-def test_a_step_is_in_the_totals_once_settled_unless_skipped():
+def test_a_step_is_in_the_totals_once_committed_unless_skipped():
     parts = make()
     layer = opened(parts, weight("w", "e3m4"))
     for valid, expected in ((None, 3), (torch.tensor(False), 3), (torch.tensor(True), 6)):
@@ -27,10 +27,10 @@ def test_totals_interrupted_while_put_in_place_are_completed_later():
     layer = opened(parts, weight("w", "e3m4"))
     layer.row.step[WEIGHT_STEPS] = 3
     parts.layers.prepare(None)
-    assert parts.layers.rows()[0]["w"][WEIGHT_STEPS] == 0
-    parts.schedule.progress = parts.schedule.progress.next(None)._replace(is_settled=False)
-    assert parts.layers.rows()[0]["w"][WEIGHT_STEPS] == 3
-    assert parts.schedule.progress.is_settled
+    assert parts.layers.read_rows()[0]["w"][WEIGHT_STEPS] == 0
+    parts.schedule.progress = parts.schedule.progress.next(None)._replace(is_committed=False)
+    assert parts.layers.read_rows()[0]["w"][WEIGHT_STEPS] == 3
+    assert parts.schedule.progress.is_committed
 
 
 def test_another_weight_with_the_same_name_starts_from_zero():
@@ -38,13 +38,13 @@ def test_another_weight_with_the_same_name_starts_from_zero():
     layer = opened(parts, weight("w", "e3m4"))
     layer.row.step[WEIGHT_STEPS] = 512
     commit(parts)
-    assert parts.totals.close_window(parts.shards).model.window.weight_steps == 512
+    assert parts.totals.close_window(parts.sharding).model.window.weight_steps == 512
     layer = opened(parts, weight("w", "e3m4", (4, 4)))
-    assert "'w' had 512 weights and has 16 now; its counts start from zero" in parts.notices.take()[0]
+    assert "'w' had 512 weights and now has 16; its counts start from zero" in parts.notices.take()[0]
     parts.layers.begin_step()
     layer.row.step[WEIGHT_STEPS] = 16
     commit(parts)
-    (found,) = parts.totals.close_window(parts.shards).layers
+    (found,) = parts.totals.close_window(parts.sharding).layers
     assert (found.window.weight_steps, found.total.weight_steps, found.weights) == (16, 16, 16)
 
 
@@ -52,10 +52,10 @@ def test_checkpoint_round_trip():
     parts, other = make(), make()
     opened(parts, weight("w", "e3m4")).row.step[WEIGHT_STEPS] = 512
     commit(parts)
-    state = parts.totals.state_dict(parts.shards)
+    state = parts.totals.state_dict(parts.sharding)
     steps, layers, window_base, unasked = parse(state, other.columns, set())
     other.totals.load(steps, layers, window_base)
-    assert other.totals.state_dict(other.shards) == state
+    assert other.totals.state_dict(other.sharding) == state
     assert unasked == set()
     with pytest.raises(ValueError, match="without"):
         parse({}, other.columns, set())
@@ -66,9 +66,9 @@ def test_removed_weights_have_no_codes():
     weights = [weight(name, "e3m4") for name in ("a", "bb")]
     layers = [opened(parts, tracked) for tracked in weights]
     parts.elementwise.encode(layers)
-    assert parts.layers.follow(weights)
-    assert not parts.layers.follow(weights)
-    assert parts.layers.follow(weights[:1])
+    assert parts.layers.set_weights(weights)
+    assert not parts.layers.set_weights(weights)
+    assert parts.layers.set_weights(weights[:1])
     assert [layer.codes is None for layer in layers] == [False, True]
 
 

@@ -25,7 +25,7 @@ def refused(path, message):
     assert "\n" not in str(raised.value)
 
 
-def test_files_that_are_none(tmp_path):
+def test_files_that_are_not_checkpoints(tmp_path):
     (tmp_path / "text.txt").write_text("hello")
     refused(tmp_path / "text.txt", "is not a supported checkpoint; expected .*torch 1.6")
     (tmp_path / "empty.safetensors").write_bytes(b"")
@@ -35,7 +35,7 @@ def test_files_that_are_none(tmp_path):
         (tmp_path / "short.safetensors").write_bytes(whole[:count])
         refused(tmp_path / "short.safetensors", "is truncated, modified")
     torch.save(weights(4), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    refused(tmp_path / "legacy.pt", "Load and save files again")
+    refused(tmp_path / "legacy.pt", "load it and save it again")
 
 
 def test_directories(tmp_path):

@@ -11,7 +11,7 @@ from conftest import case
 from delta_cases import bits, nudged, save, weights
 
 from weightflip import encode, quantizer_names
-from weightflip.delta import DeltaError, Seen, diff, seen
+from weightflip.delta import DeltaError, FormatDiff, diff, format_diff
 from weightflip.delta.show import print_diff, write_html
 from weightflip.delta.table import write_csv
 from weightflip.quantizers import resolve
@@ -42,14 +42,14 @@ def scale_bits(codes):
     return codes.quantizer.scale_codes(codes.scale)
 
 
-def brute(old, new, name) -> Seen:
+def brute(old, new, name) -> FormatDiff:
     """From the codes of both tensors, each encoded as a whole."""
     first, second = encode(old, name), encode(new, name)
     changed = int((first.ordinals != second.ordinals).sum())
     before, after = scale_bits(first), scale_bits(second)
     if after is None:
-        return Seen(changed, 0, 0)
-    return Seen(changed, after.numel(), int((before != after).sum()))
+        return FormatDiff(changed, 0, 0)
+    return FormatDiff(changed, after.numel(), int((before != after).sum()))
 
 
 def checkpoints(tmp_path, old, new):
@@ -58,7 +58,7 @@ def checkpoints(tmp_path, old, new):
 
 def test_formats_show_what_whole_tensors_do(tmp_path, monkeypatch):
     """In parts of a few rows: sparse changes, different maxima, everything or nothing changed, three dimensions."""
-    monkeypatch.setattr(seen, "_ELEMENTS", 1500)
+    monkeypatch.setattr(format_diff, "_ELEMENTS", 1500)
     old, new = {}, {}
     for dtype in (torch.bfloat16, torch.float32):
         base = weights(40, 96, dtype=dtype)
@@ -84,7 +84,7 @@ def test_formats_show_what_whole_tensors_do(tmp_path, monkeypatch):
         for name in FORMATS:
             with case(tensor.name, name):
                 before, after = old[tensor.name], new[tensor.name]
-                assert tensor.seen[resolve(name).name] == brute(before, after, name)
+                assert tensor.format_diffs[resolve(name).name] == brute(before, after, name)
         assert tensor.changed == np.count_nonzero(bits(old[tensor.name]) != bits(new[tensor.name]))
     assert {name.partition(":")[0] for name in FORMATS} <= set(quantizer_names()) | {"e3m4", "e2m1"}
 
@@ -101,7 +101,7 @@ def test_what_a_format_cannot_show_has_no_numbers(tmp_path):
     }
     new = {name: nudged(tensor, 0.5) for name, tensor in old.items()}
     found = diff(*checkpoints(tmp_path, old, new), quantizers=["mxfp4"])
-    assert [tensor.name for tensor in found.tensors if tensor.seen] == ["fits"]
+    assert [tensor.name for tensor in found.tensors if tensor.format_diffs] == ["fits"]
     assert all(tensor.changed == tensor.weights // 2 for tensor in found.tensors)
 
 
@@ -116,7 +116,7 @@ def test_a_function_and_a_quantizer_of_ones_own(tmp_path):
     found = diff(*paths, quantizers=[rounded])
     expected = int((rounded(old["w"]) != rounded(new["w"])).sum())
     assert expected > 0
-    assert found.tensors[0].seen["rounded"].changed == expected
+    assert found.tensors[0].format_diffs["rounded"].changed == expected
 
 
 def test_sums_and_table(tmp_path, capsys):
@@ -147,7 +147,7 @@ def test_sums_and_table(tmp_path, capsys):
         rows = {row["tensor"]: row for row in csv.DictReader(file)}
     assert rows["a"]["changed"] == "320"
     assert rows["a"]["old_shape"] == "50x64"
-    assert rows["a"]["float8_e4m3 changed"] == str(found.tensors[0].seen["float8_e4m3"].changed)
+    assert rows["a"]["float8_e4m3 changed"] == str(found.tensors[0].format_diffs["float8_e4m3"].changed)
     assert (rows["gone"]["new_dtype"], rows["gone"]["changed"]) == ("", "")
     assert len(rows) == 5
 

@@ -14,7 +14,7 @@ def layout(shape=(8, 64), **overrides) -> Layout:
         "shard": 0,
         "shards": 2,
         "offsets": (0, 0),
-        "borders": frozenset({0, 64}),
+        "boundaries": frozenset({0, 64}),
         "is_partial": False,
     }
     return Layout(**{**defaults, **overrides})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weightflip.distributed.layouts import chunk_borders, layout
+from weightflip.distributed.layouts import chunk_boundaries, layout
 
 
 def test_an_ordinary_tensor_has_no_layout():
@@ -19,7 +19,7 @@ def test_borders_are_those_of_chunk(size, parts):
     for n in parts:
         pieces = [chunk for piece in pieces for chunk in piece.chunk(n)]
     expected = {0, size} | {int(piece[0]) for piece in pieces if len(piece)}
-    borders = {0, size}
+    boundaries = {0, size}
     for n in parts:
-        borders = chunk_borders(borders, n)
-    assert borders == expected
+        boundaries = chunk_boundaries(boundaries, n)
+    assert boundaries == expected

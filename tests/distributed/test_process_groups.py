@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from weightflip.distributed.groups import group_of, is_available, is_writer
+from weightflip.distributed.groups import is_available, is_writer, process_group
 
 
 def test_without_torch_distributed_this_process_writes():
@@ -14,4 +14,4 @@ def test_without_torch_distributed_this_process_writes():
 
 def test_without_torch_distributed_there_is_no_group():
     with pytest.raises(RuntimeError, match=r"there is no process group any more; call close\(\) before"):
-        group_of(("cpu", (0, 1)))
+        process_group(("cpu", (0, 1)))

@@ -37,7 +37,7 @@ def test_unsharded_and_replicated_weights_are_not_sharded(mesh):
     plain, replicated = nn.Parameter(torch.ones(8, 64)), weight(mesh, Replicate())
     assert not update(weights, ("plain", plain, quantizer), ("replicated", replicated, quantizer))
     assert not weights
-    assert weights.teams == []
+    assert weights.rank_groups == []
     assert weights.tables == []
 
 
@@ -51,8 +51,8 @@ def test_weights_are_compared_when_they_change(mesh):
     assert list(weights) == ["first", "second"]
     # A cast needs no statistic of the whole weight.
     assert [names for _, names in weights.tables] == [["first"]]
-    ((team, members),) = weights.teams
-    assert team == ((0,), "cpu")
+    ((group, members),) = weights.rank_groups
+    assert group == ((0,), "cpu")
     assert [member.weights for member in members] == [8 * 64, 8 * 64]
 
 
@@ -70,6 +70,6 @@ def test_a_weight_that_cannot_be_encoded_by_shards_is_refused_with_the_reason(me
     silent = SimpleNamespace(encode=lambda weight: None)
     update(weights, ("first", first, adapt(silent)), ("second", second, adapt(resolve("float8_e4m3"))))
     assert list(weights) == ["second"]
-    assert list(weights.refused) == ["first"]
-    assert "does not say how much of a weight one code depends on" in weights.refused["first"]
+    assert list(weights.rejected) == ["first"]
+    assert "does not say how much of a weight one code depends on" in weights.rejected["first"]
     assert weights.reported_elsewhere == set()

@@ -9,12 +9,12 @@ import torch
 from made_layouts import layout
 
 from weightflip.distributed import collectives
+from weightflip.distributed.rank_groups import RankGroup
 from weightflip.distributed.statistics import Statistic, StatisticsTable, span
-from weightflip.distributed.teams import Team
 
 
 @pytest.mark.parametrize(
-    ("scope", "group", "borders", "expected"),
+    ("scope", "group", "boundaries", "expected"),
     [
         ("element", None, {0, 32, 64}, None),
         ("group", 32, {0, 32, 64}, None),
@@ -27,9 +27,9 @@ from weightflip.distributed.teams import Team
         (None, None, {0, 64}, ValueError),
     ],
 )
-def test_over_what_statistics_are_combined(scope, group, borders, expected):
+def test_over_what_statistics_are_combined(scope, group, boundaries, expected):
     quantizer = SimpleNamespace(scope=scope, group=group, has_statistic=True)
-    lies = layout(borders=frozenset(borders))
+    lies = layout(boundaries=frozenset(boundaries))
     if expected is ValueError:
         with pytest.raises(ValueError, match=r"cut|scope"):
             span(lies, quantizer)
@@ -42,13 +42,13 @@ def test_a_maximum_keeps_nan(monkeypatch):
     nan, inf = float("nan"), float("inf")
     shards = torch.tensor([[1.0, -nan, inf, 0.0, 3.0], [2.0, 5.0, nan, 0.0, inf]])
     statistics = [Statistic(layout(), "tensor", "max") for _ in range(5)]
-    tables = [StatisticsTable(statistics, Team((0, 1), "cpu")) for _ in range(2)]
+    tables = [StatisticsTable(statistics, RankGroup((0, 1), "cpu")) for _ in range(2)]
     for table, values in zip(tables, shards, strict=True):
         for index, value in enumerate(values):
             table.put(index, value, weights=256)
     tables[1].flag(3, 2)
 
-    def all_reduce(numbers, team, operation):
+    def all_reduce(numbers, group, operation):
         assert operation == "MAX"
         assert numbers.dtype is torch.int64
         numbers.copy_(torch.maximum(numbers, tables[1].bits))

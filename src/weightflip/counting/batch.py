@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from weightflip import functional, kernels
-from weightflip.counting.observed import Due, HeldScale, Observation, Observations, Place
-from weightflip.counting.scale_table import ScaleTable, table_of
-from weightflip.counting.scaling import in_plain_torch, scaling_of
+from weightflip.counting.observations import DueGroups, KeptScale, Observation, Observations, ScaleSlice
+from weightflip.counting.scale_table import ScaleTable, get_scale_table
+from weightflip.counting.scaling import get_scaling, in_plain_torch
 from weightflip.formats import ScaleFormula
 
 # Maximum elements of a run: enough that starting threads costs little (2M took a third longer), and few enough that
@@ -26,7 +26,7 @@ _ELEMENTS_PER_RUN = 1 << 24
 _ELEMENTS_PER_WORD = 32
 
 
-class Shared(functional.Elementwise, Protocol):
+class Batchable(functional.Elementwise, Protocol):
     """The part of an elementwise quantizer that a batch needs."""
 
     name: str
@@ -80,7 +80,7 @@ class Member:
     dtype: torch.dtype
     codes: Tensor
     scale_codes: Tensor | None
-    quantizer: Shared
+    quantizer: Batchable
     rounding: kernels.Rounding
     group: int
     width: int
@@ -90,20 +90,20 @@ class Member:
     scale_shape: tuple[int, ...]
     scaling_before: kernels.Scaling | None = None
     keeps_scale: bool = False
-    places: list[Place] = field(default_factory=list)
+    scale_slices: list[ScaleSlice] = field(default_factory=list)
     observations: tuple[Observation, ...] | None = ()
 
     @property
     def scale(self) -> Tensor | None:
         """The scale of the codes as the quantizer returned it; None if it was not kept."""
-        parts = [part for place in self.places if (part := place.scale) is not None]
+        parts = [part for scale_slice in self.scale_slices if (part := scale_slice.scale) is not None]
         if not parts:
             return None
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.scale_shape)
 
     def set_scale(self, scale: Tensor | None) -> None:
         """Set the scale of codes that were not made in a batch."""
-        self.places = [] if scale is None else [Place(HeldScale(scale.reshape(-1)), 0, scale.numel())]
+        self.scale_slices = [] if scale is None else [ScaleSlice(KeptScale(scale.reshape(-1)), 0, scale.numel())]
 
     def can_be_observed(self, groups: tuple[kernels.Pointwise, ...], backend: str, *, with_updates: bool) -> bool:
         """Whether a kernel has been tested to compute what these metric groups need."""
@@ -143,7 +143,7 @@ class Member:
             self.scaling_before,
         )
 
-    def scales_in(self, numel: int) -> int:
+    def count_scales(self, numel: int) -> int:
         """Return the number of scales for this many elements, which must start and end at scale boundaries."""
         if not self.width:
             return numel // self.group
@@ -155,7 +155,7 @@ class Member:
         """The number of matrices, each of which is divided into blocks."""
         return math.prod(self.codes.shape[:-2])
 
-    def describes(self, weight: Tensor, quantizer: Any, codes: Tensor | None) -> bool:
+    def matches(self, weight: Tensor, quantizer: Any, codes: Tensor | None) -> bool:
         """Whether a weight is still in the same memory and encoded in the same way."""
         is_same_quantizer = self.quantizer is quantizer or (
             self.quantizer.key == quantizer.key and self.rounding == quantizer.rounding(weight)
@@ -170,7 +170,7 @@ class Member:
 
 
 def make_member(
-    weight: Tensor, quantizer: Shared, codes: Tensor, backend: str, *, with_updates: bool, observed: bool = False
+    weight: Tensor, quantizer: Batchable, codes: Tensor, backend: str, *, with_updates: bool, observed: bool = False
 ) -> Member | None:
     """Return a weight as a member of a batch; None if it is not contiguous or no kernel supports it.
 
@@ -216,7 +216,7 @@ def make_member(
     scaling = scaling_before = None
     fits = 0 < group * height <= run.longest_group and not (width and group > run.widest_block)
     if not observed and (fits or (group and run.longest_group and quantizer.group is None)):
-        scaling = scaling_of(quantizer, rounding, weight.dtype, weight.device)
+        scaling = get_scaling(quantizer, rounding, weight.dtype, weight.device)
     if scaling is not None and not is_usable(scaling):
         scaling = None
     if not fits:
@@ -232,7 +232,7 @@ def make_member(
     return Member(*place, codes, scale_codes, quantizer, rounding, group, width, height, run, *of_scales)
 
 
-def _scale_layout(weight: Tensor, quantizer: Shared) -> tuple[int, int, int]:
+def _scale_layout(weight: Tensor, quantizer: Batchable) -> tuple[int, int, int]:
     """Return group, width and height as in :class:`Member`."""
     columns = weight.shape[-1] if weight.ndim else 1
     if quantizer.tile is not None:
@@ -247,13 +247,13 @@ def _scale_layout(weight: Tensor, quantizer: Shared) -> tuple[int, int, int]:
     return {"row": columns, "tensor": weight.numel()}.get(quantizer.scope or "", 0), 0, 1
 
 
-def _shape_of_scale(weight: Tensor, quantizer: Shared) -> tuple[int, ...]:
+def _shape_of_scale(weight: Tensor, quantizer: Batchable) -> tuple[int, ...]:
     if quantizer.group is not None:
         return (*quantizer.grouped(weight).shape[:-1], 1)
     return (*weight.shape[:-1], 1) if quantizer.scope == "row" and weight.ndim else ()
 
 
-def _shape_of_scale_codes(weight: Tensor, quantizer: Shared) -> tuple[int, ...]:
+def _shape_of_scale_codes(weight: Tensor, quantizer: Batchable) -> tuple[int, ...]:
     """Return ``(..., blocks in a column, blocks in a row, 1)``."""
     assert quantizer.group is not None
     height, across = quantizer.tile or (1, quantizer.group)
@@ -283,8 +283,8 @@ class Batch:
     Args:
         members: The weights, on one device.
         with_updates: Whether updates are counted.
-        lasts: Whether the batch is used for several steps. If so, the scale codes of its members are moved into one
-            piece of memory, and the members must not be in another such batch at the same time.
+        is_persistent: Whether the batch is used for several steps. If so, the scale codes of its members are moved into
+            one tensor, and the members must not be in another persistent batch at the same time.
         rows: The row of each member in the tables of :meth:`advance`; None: in the order of the members.
     """
 
@@ -293,7 +293,7 @@ class Batch:
         members: Sequence[Member],
         *,
         with_updates: bool,
-        lasts: bool = True,
+        is_persistent: bool = True,
         rows: Sequence[int] | None = None,
     ) -> None:
         self.members = list(members)
@@ -310,46 +310,46 @@ class Batch:
             parts = [
                 _Part(run, self.members, rows, with_updates=with_updates) for run in _runs(indices, self.members, most)
             ]
-            if lasts:
+            if is_persistent:
                 _concatenate_scale_codes(
                     [m.scale_codes for m in (self.members[i] for i in indices) if m.scale_codes is not None], parts
                 )
             self._groups.append((indices, parts))
-        self._lasts = lasts
-        if lasts:
-            self.take_scales()
+        self._is_persistent = is_persistent
+        if is_persistent:
+            self.adopt_scales()
 
-    def take_scales(self) -> None:
+    def adopt_scales(self) -> None:
         """Take over the current scales of the members, which then refer to the scales of this batch."""
-        for part in self._parts_with_scales:
-            part.take_scale(self.members)
-        self._pass_scales()
+        for part in self._scaled_parts:
+            part.adopt_scale(self.members)
+        self._assign_scales()
 
-    def _pass_scales(self) -> None:
+    def _assign_scales(self) -> None:
         for member in self.members:
-            member.places = []
-        for part in self._parts_with_scales:
-            part.pass_scale(self.members)
+            member.scale_slices = []
+        for part in self._scaled_parts:
+            part.assign_scale(self.members)
 
     @property
-    def _parts_with_scales(self) -> list[_Part]:
-        return [part for _, parts in self._groups for part in parts if part.held is not None]
+    def _scaled_parts(self) -> list[_Part]:
+        return [part for _, parts in self._groups for part in parts if part.kept_scale is not None]
 
     def advance(
-        self, updates: Sequence[int], into: tuple[Tensor, Tensor] | None = None, due: Due | None = None
+        self, updates: Sequence[int], out: tuple[Tensor, Tensor] | None = None, due: DueGroups | None = None
     ) -> Counted:
         """Encode all weights again, count the changes, and replace the old codes with the new ones.
 
         Args:
             updates: Addresses of the gradients, which must have the layout and dtype of the weights; 0 if there is no
                 gradient. Ignored if updates are not counted.
-            into: Tables to add to, as in :class:`Counted`; None for new ones with one row per member.
+            out: Tables to add to, as in :class:`Counted`; None for new ones with one row per member.
             due: The metric groups that are due; None for none.
         """
-        if into is None:
+        if out is None:
             table = torch.zeros(len(self.members), 4, dtype=torch.int64, device=self._device)
-            into = table[:, :3], table[:, 3]
-        counts, scale_changes = into
+            out = table[:, :3], table[:, 3]
+        counts, scale_changes = out
         addresses = np.array(updates, dtype=np.int64) if self.with_updates else None
         failed: list[tuple[int, Exception]] = []
         for indices, parts in self._groups:
@@ -358,8 +358,8 @@ class Batch:
                     part.advance(addresses, counts, scale_changes, due)
             except Exception as error:
                 failed += [(index, error) for index in indices]
-        if not self._lasts:
-            self._pass_scales()
+        if not self._is_persistent:
+            self._assign_scales()
         return Counted(counts, scale_changes, failed)
 
 
@@ -434,97 +434,99 @@ class _Part:
         )
         self.members = [piece.member for piece in pieces]
         rows_of_pieces = torch.tensor([rows[member] for member in self.members], device="cpu")
-        self.rows_there = kernels.upload(rows_of_pieces, first.codes.device)
+        self.device_rows = kernels.upload(rows_of_pieces, first.codes.device)
         self.offsets = np.array([piece.first * item for piece in pieces], dtype=np.int64)
-        # The stored scales of these pieces, and all of them in one tensor if a lasting batch has moved them there.
+        # The stored scales of these pieces; and all of them as one tensor, if a persistent batch has moved them there.
         self.scale_codes = [
-            member.scale_codes.view(-1)[member.scales_in(piece.first) :][: member.scales_in(piece.numel)]
+            member.scale_codes.view(-1)[member.count_scales(piece.first) :][: member.count_scales(piece.numel)]
             for piece, member in of_members
             if member.scale_codes is not None
         ]
-        self.scale_codes_in_one: Tensor | None = None
+        self.joined_scale_codes: Tensor | None = None
         self.table: ScaleTable | None = None
-        self.held = HeldScale() if first.keeps_scale else None
-        self.scales_of_pieces = _scales_of(of_members) if first.keeps_scale else []
-        self.scales = sum(number for _, number in self.scales_of_pieces)
+        self.kept_scale = KeptScale() if first.keeps_scale else None
+        self.scale_ranges = _scale_ranges(of_members) if first.keeps_scale else []
+        self.scales = sum(number for _, number in self.scale_ranges)
         self.observations = Observations([(members[piece.member].observations or (), piece.first) for piece in pieces])
         if self.scale_codes and first.run.saves_calls and not first.keeps_scale:
-            self.table = table_of(first.quantizer, first.rounding, first.dtype, first.codes.device)
+            self.table = get_scale_table(first.quantizer, first.rounding, first.dtype, first.codes.device)
 
-    def take_scale(self, members: Sequence[Member]) -> None:
+    def adopt_scale(self, members: Sequence[Member]) -> None:
         """Take over the current scales of the members."""
-        assert self.held is not None
+        assert self.kept_scale is not None
         scales = [members[member].scale for member in self.members] if self.is_scaled else []
         found = [
             scale.reshape(-1)[first : first + number]
-            for scale, (first, number) in zip(scales, self.scales_of_pieces, strict=True)
+            for scale, (first, number) in zip(scales, self.scale_ranges, strict=True)
             if scale is not None
         ]
-        self.held = HeldScale()
+        self.kept_scale = KeptScale()
         if found and len(found) == len(scales):
-            self.held.scale = torch.cat(found)
-            self.held.applied = self.quantizer.applied_scale(self.held.scale)
+            self.kept_scale.scale = torch.cat(found)
+            self.kept_scale.applied = self.quantizer.applied_scale(self.kept_scale.scale)
 
-    def pass_scale(self, members: Sequence[Member]) -> None:
+    def assign_scale(self, members: Sequence[Member]) -> None:
         """Let the members refer to the scales of this part."""
-        assert self.held is not None
-        at = 0
-        for member, (_, number) in zip(self.members, self.scales_of_pieces, strict=False):
-            members[member].places.append(Place(self.held, at, number))
-            at += number
+        assert self.kept_scale is not None
+        start = 0
+        for member, (_, number) in zip(self.members, self.scale_ranges, strict=False):
+            members[member].scale_slices.append(ScaleSlice(self.kept_scale, start, number))
+            start += number
 
     def advance(
-        self, updates: kernels.Addresses | None, counts: Tensor, scale_changes: Tensor, due: Due | None = None
+        self, updates: kernels.Addresses | None, counts: Tensor, scale_changes: Tensor, due: DueGroups | None = None
     ) -> None:
         addresses = None
         if updates is not None:
             of_pieces = updates[self.members]
             addresses = np.where(of_pieces == 0, 0, of_pieces + self.offsets)
-        old_factors = None if self.held is None else self.held.applied
+        old_factors = None if self.kept_scale is None else self.kept_scale.applied
         factors, new = self._scales() if self.scaling is None else (None, None)
-        observed = None if due is None else self.observations.of(due)
+        observed = None if due is None else self.observations.kernel_arguments(due)
         if observed is not None:
             if factors is not None and old_factors is None:
                 raise RuntimeError("expected the scales from before the step, but there are none")
             observed = observed._replace(old_scale=old_factors)
-        stored = self.scale_codes_in_one
+        stored = self.joined_scale_codes
         if stored is None and self.scale_codes:
             stored = torch.cat(self.scale_codes)
         if self.scaling is not None:
             of_scales = None if stored is None else kernels.StoredScales(stored, scale_changes)
-            largest = None if self.held is None else torch.empty(self.scales, dtype=torch.float32, device=counts.device)
-            self.run.count_groups_into_(counts, self.rows_there, self.scaling, addresses, of_scales, largest)
-            if self.held is not None and largest is not None:
-                self.held.scale = self.quantizer.scale_of(largest.to(self.dtype))
+            largest = (
+                None if self.kept_scale is None else torch.empty(self.scales, dtype=torch.float32, device=counts.device)
+            )
+            self.run.count_groups_into_(counts, self.device_rows, self.scaling, addresses, of_scales, largest)
+            if self.kept_scale is not None and largest is not None:
+                self.kept_scale.scale = self.quantizer.scale_of(largest.to(self.dtype))
         else:
             codes = None if new is None or stored is None else kernels.ScaleCodes(new, stored, scale_changes)
-            self.run.count_into_(counts, self.rows_there, factors, addresses, codes, observed)
-        if stored is not None and self.scale_codes_in_one is None:
+            self.run.count_into_(counts, self.device_rows, factors, addresses, codes, observed)
+        if stored is not None and self.joined_scale_codes is None:
             torch._foreach_copy_(self.scale_codes, torch.split(stored, [codes.numel() for codes in self.scale_codes]))
 
     def _scales(self) -> tuple[Tensor | None, Tensor | None]:
         """Compute the scale factors and the stored scales; None for what the format does not have."""
         if not self.is_scaled:
             return self.quantizer.applied_scale(None), None
-        if self.scaling_before is not None and self.held is None:
+        if self.scaling_before is not None and self.kept_scale is None:
             return self.run.factors(self.scaling_before), None
         largest = self.run.largest()
         if self.table is not None:
             return self.table.look_up(largest)
         scale = self.quantizer.scale_of(largest.to(self.dtype))
         factors = self.quantizer.applied_scale(scale)
-        if self.held is not None:
-            self.held.scale, self.held.applied = scale, factors
+        if self.kept_scale is not None:
+            self.kept_scale.scale, self.kept_scale.applied = scale, factors
         return factors, self.quantizer.scale_codes(scale) if self.scale_codes else None
 
 
-def _scales_of(pieces: Sequence[tuple[_Piece, Member]]) -> list[tuple[int, int]]:
+def _scale_ranges(pieces: Sequence[tuple[_Piece, Member]]) -> list[tuple[int, int]]:
     """Return for each piece its first scale in the member, and the number of its scales."""
-    return [(at.first // member.group, -(-at.numel // member.group)) for at, member in pieces if member.group]
+    return [(piece.first // member.group, -(-piece.numel // member.group)) for piece, member in pieces if member.group]
 
 
 def _concatenate_scale_codes(scale_codes: Sequence[Tensor], parts: Sequence[_Part]) -> None:
-    """Move the scale codes of members into one tensor, in their order, and set the parts' views of it."""
+    """Move the scale codes of the members into one tensor, in order, and set the views of it that the parts have."""
     if not scale_codes:
         return
     whole, first = torch.cat([codes.view(-1) for codes in scale_codes]), 0
@@ -535,6 +537,6 @@ def _concatenate_scale_codes(scale_codes: Sequence[Tensor], parts: Sequence[_Par
     first = 0
     for part in parts:
         numel = sum(codes.numel() for codes in part.scale_codes)
-        part.scale_codes_in_one = whole[first : first + numel]
-        part.scale_codes = list(torch.split(part.scale_codes_in_one, [codes.numel() for codes in part.scale_codes]))
+        part.joined_scale_codes = whole[first : first + numel]
+        part.scale_codes = list(torch.split(part.joined_scale_codes, [codes.numel() for codes in part.scale_codes]))
         first += numel

@@ -13,7 +13,7 @@ from weightflip.counting.batch import Batch, Member, make_member
 from weightflip.counting.layer import Layer
 from weightflip.counting.ledger import COLUMNS, COUNTED, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS
 from weightflip.counting.metric_runner import MetricRunner
-from weightflip.counting.observed import Due
+from weightflip.counting.observations import DueGroups
 from weightflip.counting.routes import ElementwiseRoute, Gradients
 from weightflip.counting.table import LayerTable
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
@@ -22,12 +22,12 @@ from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 class BatchedRoute:
     """Layers that a kernel encodes from addresses alone, all layers of a device at once.
 
-    A layer is counted alone in a step in which its gradient has another layout or its weight has moved, or a metric
+    A layer is counted on its own in a step in which its gradient has another layout, its weight has moved, or a metric
     group needs its slices.
 
     Args:
         layers: Receives failures.
-        alone: Counts a layer alone.
+        one_by_one: Counts layers one by one.
         runner: The metric groups.
         backend: As in :func:`weightflip.kernels.check_backend`.
         with_updates: Whether updates are counted.
@@ -36,9 +36,9 @@ class BatchedRoute:
     counts_together: ClassVar[bool] = True
 
     def __init__(
-        self, layers: LayerTable, alone: ElementwiseRoute, runner: MetricRunner, backend: str, with_updates: bool
+        self, layers: LayerTable, one_by_one: ElementwiseRoute, runner: MetricRunner, backend: str, with_updates: bool
     ) -> None:
-        self._layers, self._alone, self._runner = layers, alone, runner
+        self._layers, self._one_by_one, self._runner = layers, one_by_one, runner
         self._backend, self._with_updates = backend, with_updates
         self._members: list[Member] = []
         self._batches: list[tuple[list[int], _LayerBatch]] = []
@@ -50,7 +50,7 @@ class BatchedRoute:
     @property
     def batches(self) -> list[Batch]:
         """The batches of the last step, one per device."""
-        return [of_device.batch for _, of_device in self._batches]
+        return [layer_batch.batch for _, layer_batch in self._batches]
 
     def release(self) -> None:
         """As in :class:`Route`."""
@@ -80,7 +80,7 @@ class BatchedRoute:
         assert layer.tracked is not None
         assert layer.codes is not None
         member = layer.member
-        if member is None or not member.describes(weight, quantizer, layer.codes):
+        if member is None or not member.matches(weight, quantizer, layer.codes):
             member = None
             if layer.tracked.is_batchable:
                 member = make_member(
@@ -96,10 +96,10 @@ class BatchedRoute:
         layer.member = member
         if member is None:
             return False
-        mine, theirs = layer.scale_codes, member.scale_codes
-        if mine is not None and theirs is not None and mine is not theirs:
-            theirs.copy_(mine)
-        layer.scale_codes = theirs
+        current, shared = layer.scale_codes, member.scale_codes
+        if current is not None and shared is not None and current is not shared:
+            shared.copy_(current)
+        layer.scale_codes = shared
         return True
 
     # ------------------------------------------------------------------ encoding and counting
@@ -108,29 +108,28 @@ class BatchedRoute:
         self._has_encoded = True
         for indices in _by_device(members := _members_of(layers)):
             try:
-                of_device = [members[index] for index in indices]
-                batch = Batch(of_device, with_updates=False, lasts=False)
+                batch = Batch([members[index] for index in indices], with_updates=False, is_persistent=False)
                 failed = dict(batch.advance([]).failed)
             except Exception as error:
                 failed = dict.fromkeys(range(len(indices)), error)
-            for at, index in enumerate(indices):
+            for position, index in enumerate(indices):
                 layer = layers[index]
-                if at in failed:
-                    self._layers.fail(layer.name, failed[at])
+                if position in failed:
+                    self._layers.fail(layer.name, failed[position])
                 else:
                     assert layer.tracked is not None
                     layer.scale = None
                     layer.mark_encoded(layer.tracked.parameter)
 
     def count(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
-        together: list[Layer] = []
+        batched: list[Layer] = []
         updates: list[int] = []
-        alone: list[Layer] = []
+        unbatched: list[Layer] = []
         if self._runner.uses_steps and valid is not None and valid.device.type != "cpu":
-            # Only one by one can the groups take a flag that is on another device without a synchronization.
-            layers, alone = [], list(layers)
+            # If layers are counted one by one, the groups use the flag on its device, without a synchronization.
+            layers, unbatched = [], list(layers)
         elif self._runner.uses_steps:
-            layers, alone = self._observed.split(layers)
+            layers, unbatched = self._observed.split(layers)
         for layer in layers:
             member, stamp, update = layer.member, layer.stamp, 0
             parameter = layer.tracked.parameter  # type: ignore[union-attr]
@@ -142,33 +141,33 @@ class BatchedRoute:
                 if gradient is not None:
                     update = _address_if_compatible(gradient, member)  # type: ignore[arg-type]
                     if not update:
-                        alone.append(layer)
+                        unbatched.append(layer)
                         continue
             if stamp is None or not stamp.is_in_place(parameter):
-                alone.append(layer)
+                unbatched.append(layer)
                 continue
             layer.mark_counted_in_place(stamp, parameter._version)
-            together.append(layer)
+            batched.append(layer)
             updates.append(update)
         # A skipped step changes nothing, so the groups are not called.
-        due = self._runner.due if together and self._runner.uses_steps and (valid is None or bool(valid)) else ()
-        self._count_together(together, updates, due)
-        self._count_alone(alone, gradients, valid)
+        due = self._runner.due if batched and self._runner.uses_steps and (valid is None or bool(valid)) else ()
+        self._count_batched(batched, updates, due)
+        self._count_one_by_one(unbatched, gradients, valid)
 
-    def _count_together(self, layers: Sequence[Layer], updates: Sequence[int], due: tuple[str, ...]) -> None:
+    def _count_batched(self, layers: Sequence[Layer], updates: Sequence[int], due: tuple[str, ...]) -> None:
         members = _members_of(layers)
-        if members != self._members or self._observed.take_change():
+        if members != self._members or self._observed.pop_change():
             self._build(layers, members)
             self._places += 1
         elif self._has_encoded:
             self._places += 1
-            for _, of_device in self._batches:
-                of_device.batch.take_scales()
+            for _, layer_batch in self._batches:
+                layer_batch.batch.adopt_scales()
         self._has_encoded = False
         self._runner.begin_count(layers, self._places)
-        for indices, batch in self._batches:
+        for indices, layer_batch in self._batches:
             try:
-                failed = batch.count([updates[index] for index in indices], due)
+                failed = layer_batch.count([updates[index] for index in indices], due)
             except Exception as error:
                 failed = [(at, error) for at in range(len(indices))]
             for at, reason in failed:
@@ -179,21 +178,21 @@ class BatchedRoute:
         self._members, self._batches = [], []
         for layer in layers:
             if layer.scale is not None:
-                # It was counted alone in the last step.
+                # It was counted on its own in the last step.
                 layer.member.set_scale(layer.scale)  # type: ignore[union-attr]
                 layer.scale = None
         for indices in _by_device(members):
-            of_device = [layers[index] for index in indices]
+            device_layers = [layers[index] for index in indices]
             try:
-                self._batches.append((indices, _LayerBatch(of_device, self._with_updates)))
+                self._batches.append((indices, _LayerBatch(device_layers, self._with_updates)))
             except Exception as error:
-                for layer in of_device:
+                for layer in device_layers:
                     self._layers.fail(layer.name, error)
         # Last, so that after an interrupt the batches are built again.
         self._members = members
 
-    def _count_alone(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
-        self._alone.count(layers, gradients, valid)
+    def _count_one_by_one(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
+        self._one_by_one.count(layers, gradients, valid)
         for layer in layers:
             if layer.member is not None and layer.tracked is not None:
                 # Check whether it can be counted with others in the next step.
@@ -205,7 +204,7 @@ class BatchedRoute:
 
 
 class ObservedLayers:
-    """Finds the layers that can be counted together although metric groups run in steps.
+    """Finds the layers that can be counted in a batch while metric groups run in steps.
 
     Args:
         runner: The metric groups.
@@ -220,24 +219,24 @@ class ObservedLayers:
         self._plans: dict[tuple[str, ...], list[bool]] = {}
 
     def split(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
-        """Return the layers that are counted together in this step, and the others."""
+        """Return the layers that are counted in a batch in this step, and the others."""
         members = [layer.member for layer in layers]
         if members != self._members or self._changes != self._runner.changes:
             self._members, self._changes, self._plans = members, self._runner.changes, {}
             self._is_new = True
             for layer in layers:
                 if layer.member is not None:
-                    layer.member.observations = self._runner.find_observations(layer)
+                    layer.member.observations = self._runner.collect_observations(layer)
         due = self._runner.due
         if due not in self._plans:
             supported: dict[tuple[Any, ...], bool] = {}
-            self._plans[due] = [self._is_together(layer, due, supported) for layer in layers]
+            self._plans[due] = [self._is_batched(layer, due, supported) for layer in layers]
         found: tuple[list[Layer], list[Layer]] = [], []
-        for layer, is_together in zip(layers, self._plans[due], strict=True):
-            found[not is_together].append(layer)
+        for layer, is_batched in zip(layers, self._plans[due], strict=True):
+            found[not is_batched].append(layer)
         return found
 
-    def take_change(self) -> bool:
+    def pop_change(self) -> bool:
         """Return whether layers or their observations have changed since the last call."""
         is_new, self._is_new = self._is_new, False
         return is_new
@@ -246,7 +245,7 @@ class ObservedLayers:
         """Release the members, which hold codes."""
         self._members, self._plans = [], {}
 
-    def _is_together(self, layer: Layer, due: tuple[str, ...], supported: dict[tuple[Any, ...], bool]) -> bool:
+    def _is_batched(self, layer: Layer, due: tuple[str, ...], supported: dict[tuple[Any, ...], bool]) -> bool:
         member = layer.member
         if member is None or member.observations is None or self._runner.needs_slices(layer):
             return False
@@ -288,11 +287,11 @@ class _LayerBatch:
             updates: Addresses of the gradients.
             groups: The metric groups that are due.
         """
-        step, sums = self._ledger.step, self._ledger.more_step
+        step, sums = self._ledger.step, self._ledger.metric_step
         if step is not self._step:
             self._set_table(step)
         self._rows.add_(self._known)
-        due = None if sums is None or not groups else Due(groups, sums)
+        due = None if sums is None or not groups else DueGroups(groups, sums)
         return self.batch.advance(updates, self._columns, due).failed
 
 

@@ -14,7 +14,7 @@ from weightflip.kernels import FLIPS, STALLED, UPDATES
 VERSION = 1
 _INT64_MAX = 2**63 - 1
 # Leaves headroom for later steps.
-_MOST_STEPS = 2**53
+_MAX_STEPS = 2**53
 _COLUMN_NAMES = {
     FLIPS: "flips",
     UPDATES: "updates",
@@ -72,7 +72,7 @@ def parse(state_dict: Any) -> tuple[int, dict[str, SavedLayer]]:
             + (f"a dictionary without {sorted(missing)}" if missing else f"version {_describe(version)}")
         )
     steps = count(state_dict["steps"], "'steps'")
-    if steps > _MOST_STEPS:
+    if steps > _MAX_STEPS:
         raise ValueError(f"expected at most 2**53 steps, got {_describe(steps)}")
     layers = _layers(_rows(state_dict["layers"], "'layers'"))
     _add_ratios(layers, _rows(state_dict.get("ratios", ()), "'ratios'"))
@@ -105,22 +105,22 @@ def _add_ratios(layers: Mapping[str, SavedLayer], rows: Sequence[Any]) -> None:
     for row in rows:
         name, ratio, *numbers = _row(row, 6, "a ratio")
         where = f"ratio {_describe(ratio)} of layer {_describe(name)}"
-        of = _find_layer(layers, name, where)
-        if not isinstance(ratio, str) or ratio in of.ratios:
+        layer = _find_layer(layers, name, where)
+        if not isinstance(ratio, str) or ratio in layer.ratios:
             raise ValueError(f"expected each ratio of a layer once, by name, got {where}")
-        now, of_now, then, of_then = (_number(number, where) for number in numbers)
-        of.ratios[ratio] = now, of_now, then, of_then
+        numerator, denominator, base_numerator, base_denominator = (_number(number, where) for number in numbers)
+        layer.ratios[ratio] = numerator, denominator, base_numerator, base_denominator
 
 
 def _add_tensors(layers: Mapping[str, SavedLayer], saved: Mapping[Any, Any]) -> None:
     for name, groups in saved.items():
-        of = _find_layer(layers, name, f"the state of layer {_describe(name)}")
+        layer = _find_layer(layers, name, f"the state of layer {_describe(name)}")
         for group, tensors in _mapping(groups, f"the state of layer {name!r}").items():
             where = f"the state of {_describe(group)} for layer {name!r}"
             kept = dict(_mapping(tensors, where))
             if not isinstance(group, str) or not all(isinstance(tensor, Tensor) for tensor in kept.values()):
                 raise ValueError(f"expected tensors by name as {where}, got {_describe(tensors)}")
-            of.tensors[group] = kept
+            layer.tensors[group] = kept
 
 
 def count(value: Any, what: str) -> int:
@@ -145,7 +145,7 @@ def _counts(row: Any, what: str) -> list[int]:
 
 def _check_order(layer: SavedLayer, where: str) -> None:
     """Check that no part exceeds its whole, in total, at the last record and in the window since then."""
-    window = [now - then for now, then in zip(layer.total, layer.base, strict=True)]
+    window = [total - base for total, base in zip(layer.total, layer.base, strict=True)]
     for period, numbers in (("in total", layer.total), ("at the last record", layer.base), ("since then", window)):
         for part, whole in _PARTS:
             if not 0 <= numbers[part] <= numbers[whole]:
@@ -164,7 +164,7 @@ def _number(value: Any, what: str) -> float:
             pass
         else:
             return value
-    raise ValueError(f"expected numbers of float64 as {what}, got {_describe(value)}")
+    raise ValueError(f"expected numbers that float64 can hold as {what}, got {_describe(value)}")
 
 
 def _find_layer(layers: Mapping[str, SavedLayer], name: Any, what: str) -> SavedLayer:

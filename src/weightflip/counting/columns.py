@@ -20,43 +20,39 @@ class Columns:
         with_updates: Whether updates are counted.
 
     Attributes:
-        more: The number of columns of the metric groups.
+        metric_columns: The number of columns of the metric groups.
     """
 
     def __init__(self, groups: Sequence[Group], *, with_updates: bool = True) -> None:
         self._groups, self._with_updates = groups, with_updates
-        self.more = groups[-1].bins.stop if groups else 0
-        now = {NONFINITE}.union(*(range(COLUMNS + g.gauges.start, COLUMNS + g.bins.stop) for g in groups))
-        self._is_gauge = [column in now for column in range(len(self))]
+        self.metric_columns = groups[-1].bins.stop if groups else 0
+        gauges = {NONFINITE}.union(*(range(COLUMNS + g.gauges.start, COLUMNS + g.bins.stop) for g in groups))
+        self._is_gauge = [column in gauges for column in range(len(self))]
         self._ratios = {
             name: COLUMNS + group.sums.start + 2 * i for group in groups for i, name in enumerate(group.metric.ratios)
         }
 
     def __len__(self) -> int:
-        return COLUMNS + self.more
+        return COLUMNS + self.metric_columns
 
     def zeros(self) -> list[float]:
         """Return the row of a layer for which nothing was counted."""
         return [0] * len(self)
 
-    def add(self, before: Sequence[float], row: Sequence[float]) -> list[float]:
+    def add(self, earlier: Sequence[float], row: Sequence[float]) -> list[float]:
         """Add a row to earlier counts. Gauges are taken from the row."""
-        return [
-            now if is_gauge else then + now for is_gauge, then, now in zip(self._is_gauge, before, row, strict=True)
-        ]
+        return [new if is_gauge else old + new for is_gauge, old, new in zip(self._is_gauge, earlier, row, strict=True)]
 
-    def since(self, then: Sequence[float], row: Sequence[float]) -> list[float]:
+    def subtract(self, earlier: Sequence[float], row: Sequence[float]) -> list[float]:
         """Subtract earlier counts from a row. Gauges are taken from the row."""
-        return [
-            now if is_gauge else now - before for is_gauge, before, now in zip(self._is_gauge, then, row, strict=True)
-        ]
+        return [new if is_gauge else new - old for is_gauge, old, new in zip(self._is_gauge, earlier, row, strict=True)]
 
     def without_gauges(self, row: Sequence[float]) -> list[float]:
         """Return the row with gauges set to 0."""
-        return [0 if is_gauge else now for is_gauge, now in zip(self._is_gauge, row, strict=True)]
+        return [0 if is_gauge else number for is_gauge, number in zip(self._is_gauge, row, strict=True)]
 
-    def whole(self, numbers: Sequence[float]) -> list[float]:
-        """Convert the counts of a row from floating point back to integers."""
+    def to_integers(self, numbers: Sequence[float]) -> list[float]:
+        """Convert a row in floating point: its counts back to integers, metric groups' numbers as they are."""
         return [*map(int, numbers[:COLUMNS]), *numbers[COLUMNS:]]
 
     def ratio(self, name: str) -> slice | None:

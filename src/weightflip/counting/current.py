@@ -9,7 +9,7 @@ from torch import Tensor
 
 from weightflip.counting.layer import CodeState, Layer, TrackedWeight
 from weightflip.counting.routes import Gradients, Route
-from weightflip.counting.shards import Shards
+from weightflip.counting.sharding import Sharding
 from weightflip.counting.table import LayerTable
 
 
@@ -34,21 +34,21 @@ class CurrentLayers:
     def __bool__(self) -> bool:
         return bool(self.layers)
 
-    def encode_current(self, weights: Iterable[TrackedWeight], shards: Shards, *, anew: bool) -> list[Layer]:
+    def encode_current(self, weights: Iterable[TrackedWeight], sharding: Sharding, *, force: bool) -> list[Layer]:
         """Encode the weights whose codes are outdated, and return their layers with current codes.
 
         Args:
             weights: Some or all of the weights of the step.
-            shards: Tells which codes may be kept.
-            anew: Whether to encode all of them.
+            sharding: Tells which codes may be kept.
+            force: Whether to encode all of them.
         """
         layers, found = self._table.by_name, []
         stale: dict[Route, list[Layer]] = {}
         for tracked in weights:
             try:
                 layer = layers.get(tracked.name)
-                if layer is None or anew or not layer.is_current(tracked):
-                    layer = self._check(tracked, stale, shards, anew)
+                if layer is None or force or not layer.is_current(tracked):
+                    layer = self._check(tracked, stale, sharding, force)
             except Exception as error:
                 self._table.fail(tracked.name, error)
                 continue
@@ -56,27 +56,27 @@ class CurrentLayers:
                 found.append(layer)
         for route, of_route in stale.items():
             route.encode(of_route)
-        if self._table.has_lost:
+        if self._table.has_new_failures:
             self.release()
             found = _without_failed(found)
         return found
 
     def _check(
-        self, tracked: TrackedWeight, stale: dict[Route, list[Layer]], shards: Shards, anew: bool
+        self, tracked: TrackedWeight, stale: dict[Route, list[Layer]], sharding: Sharding, force: bool
     ) -> Layer | None:
         """Return a weight's layer, and add it to ``stale`` if its codes are outdated. None if it is not tracked."""
         if tracked.name in self._table.failed:
             return None
         if not tracked.is_active:
             if tracked.name in self._table:
-                self._table[tracked.name].distrust()
+                self._table[tracked.name].invalidate()
             return None
         weight, quantizer = tracked.unwrapped()
         layer = self._table.open(tracked, weight, quantizer)
-        is_kept = shards.may_keep(tracked.name, layer.is_unwritten(tracked.parameter, weight))
-        is_kept = is_kept and layer.state is CodeState.KEPT and not anew
+        is_kept = sharding.may_keep(tracked.name, layer.is_unwritten(tracked.parameter, weight))
+        is_kept = is_kept and layer.state is CodeState.KEPT and not force
         if not is_kept:
-            layer.distrust()
+            layer.invalidate()
         if not is_kept or layer.route is None or layer.tracked is not tracked:
             layer.tracked = tracked
             layer.route = next(route for route in self._routes if route.accepts(layer, weight, quantizer))
@@ -100,8 +100,8 @@ class CurrentLayers:
 
     def drop_failed(self) -> None:
         """Remove the layers that have failed since the last call."""
-        if self._table.has_lost:
-            self._table.has_lost = False
+        if self._table.has_new_failures:
+            self._table.has_new_failures = False
             self.release()
             self.layers = _without_failed(self.layers)
             # Do not use layer.route: a layer that has left its route in this step has none until the next one.

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from weightflip import notebook
 from weightflip.counting import summary
-from weightflip.counting.course import Course
+from weightflip.counting.history import History
 from weightflip.records import Counts, split_variant
 
 if TYPE_CHECKING:
     import pandas
 
 
-def as_html(steps: int, layers: Iterable[tuple[str, str, int, Counts]], note: str = "", *, course: Course) -> str:
+def as_html(steps: int, layers: Iterable[tuple[str, str, int, Counts]], note: str = "", *, history: History) -> str:
     """The table of :func:`summary.as_text`, with small curves of all layers together.
 
     Args:
         steps: The number of steps so far.
         layers: As in :func:`summary.as_text`.
         note: Shown at the end.
-        course: The history of the numbers.
+        history: The history of the numbers.
     """
     found = summary.summarize(steps, layers)
     tables = [
@@ -33,8 +33,8 @@ def as_html(steps: int, layers: Iterable[tuple[str, str, int, Counts]], note: st
         for what, rows in found.tables
     ]
     pictures = [
-        notebook.curves("flip rate", course.flip_rates()),
-        notebook.curves("stall ratio", course.stall_ratios()),
+        notebook.curves("flip rate", history.flip_rates()),
+        notebook.curves("stall ratio", history.stall_ratios()),
     ]
     return notebook.page(
         notebook.paragraph(found.caption),
@@ -45,14 +45,14 @@ def as_html(steps: int, layers: Iterable[tuple[str, str, int, Counts]], note: st
     )
 
 
-class Displayed(ABC):
+class DisplayMixin(ABC):
     """The display of a tracker in notebooks, and its numbers as rows."""
 
     _show: weakref.WeakMethod[Callable[..., str]] | None
 
     @property
     @abstractmethod
-    def course(self) -> Course:
+    def history(self) -> History:
         """The history of all layers together."""
 
     @abstractmethod
@@ -114,6 +114,6 @@ class Displayed(ABC):
         return pandas.DataFrame(self.to_dicts())
 
     def _repr_html_(self) -> str:
-        form = partial(as_html, course=self.course)
+        form = partial(as_html, history=self.history)
         show = None if self._show is None else self._show()
         return form(*self.totals()) if show is None else show(form)

@@ -17,9 +17,9 @@ from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 
 logger = logging.getLogger("weightflip")
 
-# On these devices, a call costs less than the extra passes over memory, which slices that fit the cache avoid.
-_NOT_ON = frozenset({"cpu"})
-_KEPT_BYTES = 1 << 26
+# On these devices, a call costs less than extra passes over memory, which slices that fit the cache avoid.
+_EXCLUDED_DEVICES = frozenset({"cpu"})
+_MAX_SCRATCH_BYTES = 1 << 26
 
 
 class _Kind(NamedTuple):
@@ -37,43 +37,47 @@ class _Kind(NamedTuple):
 class GatheredRoute:
     """Small weights on a device where a call costs more than the work on such a weight.
 
-    A layer is counted alone in a step in which its gradient or weight has another layout. If counting a heap fails, its
-    layers are counted one by one from then on.
+    A layer is counted on its own in a step in which its gradient or weight has another layout. If counting a bucket
+    fails, its layers are counted one by one from then on.
 
     Args:
-        alone: Counts a layer alone.
+        one_by_one: Counts layers one by one.
         scratch: Provides temporary buffers.
         with_updates: Whether updates are counted.
-        is_open: Whether the route accepts layers. It cannot if metric groups run in steps.
+        is_open: Whether the route accepts layers; False if metric groups run in steps.
     """
 
     counts_together: ClassVar[bool] = True
 
     def __init__(
-        self, alone: ElementwiseRoute, scratch: kernels.ScratchPool, with_updates: bool, is_open: bool
+        self, one_by_one: ElementwiseRoute, scratch: kernels.ScratchPool, with_updates: bool, is_open: bool
     ) -> None:
-        self._alone, self._scratch = alone, scratch
+        self._one_by_one, self._scratch = one_by_one, scratch
         self._with_updates, self._is_open = with_updates, is_open
         self._kinds: dict[str, tuple[_Kind, torch.Size]] = {}
         self._ungathered: set[str] = set()
-        self.heaps: list[Heap] = []
-        """The heaps of the last step."""
+        self.buckets: list[Bucket] = []
+        """The buckets of the last step."""
 
     def release(self) -> None:
         """As in :class:`Route`."""
-        self.heaps = []
+        self.buckets = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "heaps": [], "_kinds": {}}
+        return {**self.__dict__, "buckets": [], "_kinds": {}}
 
     def accepts(self, layer: Layer, weight: Tensor, quantizer: Quantizer) -> bool:
         assert layer.tracked is not None
-        if not self._is_open or weight.device.type in _NOT_ON or not isinstance(quantizer, ElementwiseQuantizer):
+        if (
+            not self._is_open
+            or weight.device.type in _EXCLUDED_DEVICES
+            or not isinstance(quantizer, ElementwiseQuantizer)
+        ):
             return False
-        knows_scale = quantizer.only_needs_amax or quantizer.is_two_level
+        can_scale = quantizer.only_needs_amax or quantizer.is_two_level
         if quantizer.tile is not None and quantizer.tile[0] > 1:
             return False
-        if not knows_scale or quantizer.scope is None or not layer.tracked.is_batchable:
+        if not can_scale or quantizer.scope is None or not layer.tracked.is_batchable:
             return False
         if layer.tracked.quantizer is not quantizer:
             return False
@@ -97,61 +101,63 @@ class GatheredRoute:
         return True
 
     def encode(self, layers: Sequence[Layer]) -> None:
-        alone = [layer for layer in layers if layer.name in self._ungathered]
-        for heap in self._heaps_of([layer for layer in layers if layer.name not in self._ungathered], have_codes=False):
+        ungathered = [layer for layer in layers if layer.name in self._ungathered]
+        for bucket in self._buckets_of(
+            [layer for layer in layers if layer.name not in self._ungathered], have_codes=False
+        ):
             try:
-                heap.encode(self._scratch)
+                bucket.encode(self._scratch)
             except Exception as error:
-                self._stop_gathering(heap, error)
-                alone += heap.layers
+                self._stop_gathering(bucket, error)
+                ungathered += bucket.layers
             else:
-                for layer in heap.layers:
+                for layer in bucket.layers:
                     assert layer.tracked is not None
                     layer.mark_encoded(layer.tracked.parameter)
-        self._alone.encode(alone)
+        self._one_by_one.encode(ungathered)
 
     def count(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
         updates: dict[str, Tensor | None] = {}
-        together, alone, others = [], [], []
+        gathered, ungathered, changed = [], [], []
         for layer in layers:
             parameter = layer.tracked.parameter  # type: ignore[union-attr]
             update = None
             if self._with_updates:
                 # As in OneByOne, which says why.
                 update = gradients.get(layer.name) if parameter.grad is None else parameter.grad
-            if not _has_same_form(layer, parameter):
-                others.append(layer)
+            if not _is_same_kind(layer, parameter):
+                changed.append(layer)
             elif layer.name not in self._ungathered and (update is None or _has_same_layout(update, parameter)):
                 updates[layer.name] = update
-                together.append(layer)
+                gathered.append(layer)
             else:
-                alone.append(layer)
-        for heap in self._heaps_of(together, have_codes=True):
+                ungathered.append(layer)
+        for bucket in self._buckets_of(gathered, have_codes=True):
             try:
-                heap.count([updates[layer.name] for layer in heap.layers], self._scratch)
+                bucket.count([updates[layer.name] for layer in bucket.layers], self._scratch)
             except Exception as error:
-                self._stop_gathering(heap, error)
-                alone += heap.layers
+                self._stop_gathering(bucket, error)
+                ungathered += bucket.layers
             else:
-                for layer in heap.layers:
+                for layer in bucket.layers:
                     _mark_counted(layer)
-        if self._scratch.nbytes > _KEPT_BYTES:
+        if self._scratch.nbytes > _MAX_SCRATCH_BYTES:
             # Leave the memory to the training between two steps.
             self._scratch.clear()
-        self._alone.count([*alone, *others], gradients, valid)
-        for layer in others:
-            # It may have another kind now, or may not be gathered at all.
+        self._one_by_one.count([*ungathered, *changed], gradients, valid)
+        for layer in changed:
+            # It may belong to another bucket now, or to none.
             layer.leave_route()
 
-    def _heaps_of(self, layers: Sequence[Layer], *, have_codes: bool) -> list[Heap]:
-        """Return as few heaps as possible for the layers. Reuses the last heaps if the layers are the same."""
-        held = {id(layer) for heap in self.heaps for layer in heap.layers}
-        if held != {id(layer) for layer in layers} or not all(heap.is_whole for heap in self.heaps):
+    def _buckets_of(self, layers: Sequence[Layer], *, have_codes: bool) -> list[Bucket]:
+        """Return as few buckets as possible for the layers. Reuses the last buckets if the layers are the same."""
+        held = {id(layer) for bucket in self.buckets for layer in bucket.layers}
+        if held != {id(layer) for layer in layers} or not all(bucket.is_intact for bucket in self.buckets):
             self.release()
-            self.heaps = list(self._gathered(layers, have_codes))
-        return self.heaps
+            self.buckets = list(self._gathered(layers, have_codes))
+        return self.buckets
 
-    def _gathered(self, layers: Sequence[Layer], have_codes: bool) -> Iterator[Heap]:
+    def _gathered(self, layers: Sequence[Layer], have_codes: bool) -> Iterator[Bucket]:
         kinds: dict[_Kind, list[Layer]] = {}
         for layer in layers:
             kinds.setdefault(self._kinds[layer.name][0], []).append(layer)
@@ -159,15 +165,15 @@ class GatheredRoute:
             parameters = [layer.tracked.parameter for layer in alike if layer.tracked]
             groups = [_group(_quantizer(layer), parameter) for layer, parameter in zip(alike, parameters, strict=True)]
             for indices in kernels.pack([parameter.numel() for parameter in parameters], groups):
-                yield Heap([alike[index] for index in indices], [groups[i] for i in indices], kind, have_codes)
+                yield Bucket([alike[index] for index in indices], [groups[i] for i in indices], kind, have_codes)
 
-    def _stop_gathering(self, heap: Heap, error: Exception) -> None:
+    def _stop_gathering(self, bucket: Bucket, error: Exception) -> None:
         """Count layers one by one from now on, so that a failure of one does not affect the others."""
-        logger.info("%d weights are counted one by one: %s: %s", len(heap.layers), type(error).__name__, error)
-        self._ungathered.update(layer.name for layer in heap.layers)
+        logger.info("%d weights are counted one by one: %s: %s", len(bucket.layers), type(error).__name__, error)
+        self._ungathered.update(layer.name for layer in bucket.layers)
 
 
-class Heap:
+class Bucket:
     """Layers of one kind, with their codes in one tensor."""
 
     def __init__(self, layers: Sequence[Layer], groups: Sequence[int], kind: _Kind, have_codes: bool) -> None:
@@ -199,11 +205,11 @@ class Heap:
         self._known = kernels.upload(known, kind.device)
         self._scales = scales
         if self._scale_codes is not None:
-            self._pass_scale_codes()
+            self._assign_scale_codes()
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the codes of all layers are still those of this heap."""
+    def is_intact(self) -> bool:
+        """Whether the codes of all layers are still those of this bucket."""
         return all(layer.codes is view for layer, view in zip(self.layers, self._views, strict=True))
 
     def encode(self, scratch: kernels.ScratchPool) -> None:
@@ -214,7 +220,7 @@ class Heap:
                 layer.scale_codes = layer.scale = None
         else:
             self._scale_codes = self._quantizer.scale_codes(scale).flatten()
-            self._pass_scale_codes()
+            self._assign_scale_codes()
 
     def count(self, updates: Sequence[Tensor | None], scratch: kernels.ScratchPool) -> None:
         """Count a step, and keep the new codes. Writes results only after all of them are computed."""
@@ -267,7 +273,7 @@ class Heap:
         zeros = self._codes.new_zeros(max(missing, default=0), dtype=self._dtype)
         return [zeros[:numel] if update is None else update for numel, update in zip(numels, updates, strict=True)]
 
-    def _pass_scale_codes(self) -> None:
+    def _assign_scale_codes(self) -> None:
         assert self._scale_codes is not None
         group = self._quantizer.group
         assert group is not None
@@ -291,7 +297,7 @@ def _group(quantizer: ElementwiseQuantizer, weight: Tensor) -> int:
     return weight.shape[-1] if quantizer.scope == "row" and weight.ndim else weight.numel()
 
 
-def _has_same_form(layer: Layer, parameter: Tensor) -> bool:
+def _is_same_kind(layer: Layer, parameter: Tensor) -> bool:
     """Whether a weight has the same shape, dtype and device as when its codes were made. It may have moved."""
     stamp, codes = layer.stamp, layer.codes
     assert codes is not None

@@ -181,11 +181,11 @@ class Layer:
     name: str
     weights: int
     quantizer: str
-    settled: list[float]
-    """Counts from a loaded checkpoint, and for a sharded weight those of all processes up to their last
-    synchronization."""
-    local_before: list[float]
-    """Counts of this process in earlier rows on other devices."""
+    synchronized_counts: list[float]
+    """Counts that are the same on all processes: those of a loaded checkpoint, and for a sharded weight the sums up to
+    the last synchronization."""
+    earlier_local_counts: list[float]
+    """Counts of this process from earlier rows on other devices."""
     restarts: int = 0
     """The number of times its counts were reset because it became another weight."""
     row: Row | None = None
@@ -238,7 +238,7 @@ class Layer:
         stamp.versions = (version, version)
         self.state = CodeState.KEPT
 
-    def distrust(self) -> None:
+    def invalidate(self) -> None:
         """Note that the weight may have been written since its codes were made."""
         self.stamp = None
         if self.state in (CodeState.FRESH, CodeState.KEPT):
@@ -312,7 +312,7 @@ class Layer:
     def allocate_codes(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a tensor for the codes of a weight, reusing the old one if it fits."""
         if self.codes is None or self.codes.shape != weight.shape or self.codes.dtype != dtype:
-            self.distrust()
+            self.invalidate()
             self.codes = torch.empty_like(weight, dtype=dtype)
         return self.codes
 

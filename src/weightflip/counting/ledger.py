@@ -19,22 +19,22 @@ class Ledger:
     """The counters of all layers on one device, one row per layer."""
 
     device: torch.device
-    more: int
+    metric_columns: int
     """The number of columns of the metric groups."""
     rows: int = 0
     total: Tensor = field(init=False)
     step: Tensor = field(init=False)
-    more_total: Tensor | None = None
-    more_step: Tensor | None = None
+    metric_total: Tensor | None = None
+    metric_step: Tensor | None = None
     """float64, which counts exactly up to 2**53. None without metric groups: not every device has float64."""
     _prepared: tuple[Tensor, Tensor | None] | None = None
 
     def __post_init__(self) -> None:
         self.total = torch.zeros(0, COLUMNS, dtype=torch.int64, device=self.device)
         self.step = torch.zeros_like(self.total)
-        if self.more:
-            self.more_total = torch.zeros(0, self.more, dtype=torch.float64, device=self.device)
-            self.more_step = torch.zeros_like(self.more_total)
+        if self.metric_columns:
+            self.metric_total = torch.zeros(0, self.metric_columns, dtype=torch.float64, device=self.device)
+            self.metric_step = torch.zeros_like(self.metric_total)
 
     @property
     def _tables(self) -> dict[str, Tensor]:
@@ -58,8 +58,8 @@ class Ledger:
 
     def begin_step(self) -> None:
         self.step.zero_()
-        if self.more_step is not None:
-            self.more_step.zero_()
+        if self.metric_step is not None:
+            self.metric_step.zero_()
 
     def prepare(self, valid: Tensor | None) -> None:
         """Add the step's counts to copies of the totals, unless it was skipped; ``commit`` puts them in place."""
@@ -68,47 +68,49 @@ class Ledger:
         else:
             valid = valid.to(self.device, torch.int64, non_blocking=True)
             total = torch.addcmul(self.total, self.step, valid)
-        more_total = None
-        if self.more_total is not None and self.more_step is not None:
+        metric_total = None
+        if self.metric_total is not None and self.metric_step is not None:
             # Not a product: a metric group's numbers of a skipped step may be infinite.
-            more_total = self.more_total + (self.more_step if valid is None else self.more_step.where(valid != 0, 0.0))
-        self._prepared = total, more_total
+            metric_total = self.metric_total + (
+                self.metric_step if valid is None else self.metric_step.where(valid != 0, 0.0)
+            )
+        self._prepared = total, metric_total
 
     def commit(self) -> None:
         """Put the totals of ``prepare`` in place. Calling it twice is harmless."""
         if self._prepared is not None:
-            self.total, self.more_total = self._prepared
+            self.total, self.metric_total = self._prepared
             self._prepared = None
 
-    def read(self, others: Sequence[Tensor] = ()) -> tuple[list[list[float]], list[int]]:
-        """Read all rows, and other 0-dim int64 tensors on this device, in one transfer."""
+    def read(self, scalars: Sequence[Tensor] = ()) -> tuple[list[list[float]], list[int]]:
+        """Read all rows, and 0-dim int64 tensors on this device, in one transfer."""
         table = self.total[: self.rows]
-        if self.more_total is not None:
-            table = torch.cat([table, self.more_total[: self.rows].view(torch.int64)], dim=1)
-        host = torch.cat([table.flatten(), *(other.view(1) for other in others)]).cpu()
+        if self.metric_total is not None:
+            table = torch.cat([table, self.metric_total[: self.rows].view(torch.int64)], dim=1)
+        host = torch.cat([table.flatten(), *(scalar.view(1) for scalar in scalars)]).cpu()
         numbers, values = host[: table.numel()].view(table.shape), host[table.numel() :]
-        more = numbers[:, COLUMNS:].view(torch.float64) if self.more else numbers[:, COLUMNS:]
-        rows = zip(numbers[:, :COLUMNS].tolist(), more.tolist(), strict=True)
-        return [[*counts, *found] for counts, found in rows], values.tolist()
+        metrics = numbers[:, COLUMNS:].view(torch.float64) if self.metric_columns else numbers[:, COLUMNS:]
+        rows = zip(numbers[:, :COLUMNS].tolist(), metrics.tolist(), strict=True)
+        return [[*counts, *of_groups] for counts, of_groups in rows], values.tolist()
 
-    def keep(self, rows: list[int], wanted: Tensor) -> None:
-        """Drop this step's counts of the layers that are not wanted.
+    def keep_counts(self, rows: list[int], mask: Tensor) -> None:
+        """Drop this step's counts of some layers.
 
         Args:
             rows: The rows of layers.
-            wanted: bool, one per row.
+            mask: bool, one per row: whether to keep its counts.
         """
-        unwanted = torch.zeros(self.step.size(0), dtype=torch.bool, device=self.device)
-        unwanted[rows] = ~wanted.to(self.device)
-        self.step.masked_fill_(unwanted.unsqueeze(1), 0)
-        if self.more_step is not None:
-            self.more_step.masked_fill_(unwanted.unsqueeze(1), 0)
+        dropped = torch.zeros(self.step.size(0), dtype=torch.bool, device=self.device)
+        dropped[rows] = ~mask.to(self.device)
+        self.step.masked_fill_(dropped.unsqueeze(1), 0)
+        if self.metric_step is not None:
+            self.metric_step.masked_fill_(dropped.unsqueeze(1), 0)
 
     def discard(self, row: int) -> None:
         """Drop this step's counts of one layer."""
         self.step[row].zero_()
-        if self.more_step is not None:
-            self.more_step[row].zero_()
+        if self.metric_step is not None:
+            self.metric_step[row].zero_()
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,20 +128,20 @@ class Row:
     def step(self) -> Tensor:
         return self.ledger.step[self.index]
 
-    def more_step(self, columns: slice) -> Tensor:
+    def metric_step(self, columns: slice) -> Tensor:
         """Return a metric group's columns of this step."""
-        assert self.ledger.more_step is not None
-        return self.ledger.more_step[self.index, columns]
+        assert self.ledger.metric_step is not None
+        return self.ledger.metric_step[self.index, columns]
 
-    def more_total(self, columns: slice) -> Tensor:
+    def metric_total(self, columns: slice) -> Tensor:
         """Return a metric group's columns in total."""
-        assert self.ledger.more_total is not None
-        return self.ledger.more_total[self.index, columns]
+        assert self.ledger.metric_total is not None
+        return self.ledger.metric_total[self.index, columns]
 
     def read(self) -> list[float]:
         """Read the row's totals. Synchronizes with the device."""
-        more = [] if self.ledger.more_total is None else self.ledger.more_total[self.index].tolist()
-        return [*self.total.tolist(), *more]
+        metrics = [] if self.ledger.metric_total is None else self.ledger.metric_total[self.index].tolist()
+        return [*self.total.tolist(), *metrics]
 
     def discard(self) -> None:
         """Drop this step's counts."""

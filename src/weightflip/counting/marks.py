@@ -11,7 +11,7 @@ from weightflip.counting.layer import Layer
 from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.notices import Notices
 from weightflip.counting.schedule import Schedule
-from weightflip.counting.shards import Shards
+from weightflip.counting.sharding import Sharding
 from weightflip.counting.table import LayerTable
 
 logger = logging.getLogger("weightflip")
@@ -70,31 +70,31 @@ class SyncMarks:
             self._log_missing(kind, f"marks are made from {span}; to mark all syncs, leave out these options")
         return False
 
-    def make_first_if_due(self, layers: Iterable[Layer], shards: Shards) -> None:
+    def make_first_if_due(self, layers: Iterable[Layer], sharding: Sharding) -> None:
         """Make the mark that ``sync_every=`` needs before the first tracked step of a run.
 
         Args:
             layers: The layers of the step that begins, each with its current codes.
-            shards: Tells which layers are sharded.
+            sharding: Tells which layers are sharded.
         """
         is_first = self._every is not None and self._schedule.steps == self._schedule.start_step
         if is_first and not self._has_begun:
             with self.guarded():
                 # A resumed run may have codes from a mark before start_step.
                 self._forget_all()
-                self.make(layers, shards)
+                self.make(layers, sharding)
 
-    def make(self, layers: Iterable[Layer], shards: Shards) -> None:
+    def make(self, layers: Iterable[Layer], sharding: Sharding) -> None:
         """Make a mark. Other layers, such as frozen ones, start a new window at the next mark that includes them.
 
         Args:
             layers: The layers to mark, each with its current codes.
-            shards: Tells which layers are sharded.
+            sharding: Tells which layers are sharded.
         """
         self._has_begun = True
         marked = set()
         for layer in layers:
-            self._runner.mark(layer, is_shard=layer.name in shards)
+            self._runner.mark(layer, is_shard=layer.name in sharding)
             marked.add(layer.name)
         self._forget_all(marked)
         if not marked and self._every is None:
@@ -123,7 +123,7 @@ class SyncMarks:
             yield
         except Exception as error:
             # Some codes may be older than others.
-            self._layers.distrust()
+            self._layers.invalidate()
             self._forget_all()
             self._notices.add(
                 "a mark of mark_sync() or sync_every= failed, training continues, and the next mark starts a new "

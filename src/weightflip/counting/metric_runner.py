@@ -13,10 +13,10 @@ from weightflip import functional, kernels
 from weightflip.counting import expressions
 from weightflip.counting.layer import CodeState, Layer, MetricCalls
 from weightflip.counting.notices import Notices
-from weightflip.counting.observed import Observation
+from weightflip.counting.observations import Observation
 from weightflip.counting.sampled import SampledLayers
 from weightflip.counting.schedule import Schedule
-from weightflip.counting.shards import Shards
+from weightflip.counting.sharding import Sharding
 from weightflip.counting.table import LayerTable
 from weightflip.metrics import LayerMetric, Slice, Weight
 from weightflip.metrics.columns import Group
@@ -46,9 +46,9 @@ class MetricRunner:
         self._scratch, self._backend = scratch, backend
         self._measured: dict[str, int] = {}
         self._samples: dict[str, SampledLayers] = {}
-        self._of_steps = [group for group in groups if group.metric.uses_steps]
-        self._of_marks = [group for group in groups if group.metric.uses_marks]
-        self._runs = dict.fromkeys((group.metric.name for group in self._of_steps), 0)
+        self._step_groups = [group for group in groups if group.metric.uses_steps]
+        self._mark_groups = [group for group in groups if group.metric.uses_marks]
+        self._runs = dict.fromkeys((group.metric.name for group in self._step_groups), 0)
         """The number of steps in which each group has run."""
         self.changes = 0
         """Increases whenever a group starts or stops running for a layer."""
@@ -61,12 +61,12 @@ class MetricRunner:
     @property
     def uses_steps(self) -> bool:
         """Whether any group runs in steps."""
-        return bool(self._of_steps)
+        return bool(self._step_groups)
 
     @property
     def uses_marks(self) -> bool:
         """Whether any group runs at marks."""
-        return bool(self._of_marks)
+        return bool(self._mark_groups)
 
     def keeps_scale(self, quantizer: ElementwiseQuantizer) -> bool:
         """Whether layers that are counted in one call keep the scale of their codes for the groups.
@@ -78,7 +78,7 @@ class MetricRunner:
 
     # ------------------------------------------------------------------ in a step
 
-    def before_all(self, layers: Sequence[Layer], shards: Shards) -> None:
+    def before_all(self, layers: Sequence[Layer], shards: Sharding) -> None:
         """Before the step, open the groups that are not open yet, and call them.
 
         Args:
@@ -108,7 +108,7 @@ class MetricRunner:
         assert layer.codes is not None
         weight, quantizer = layer.tracked.unwrapped()
         if layer.metric_calls is None or layer.code_kind != _code_kind(layer.codes, quantizer):
-            self._open_all(layer, self._of_steps, layer.view_for_metrics(weight, quantizer), is_shard)
+            self._open_all(layer, self._step_groups, layer.view_for_metrics(weight, quantizer), is_shard)
             self._set_metric_calls(layer)
         assert layer.metric_calls is not None
         for group, metric in self._due(layer.metric_calls.before):
@@ -126,7 +126,7 @@ class MetricRunner:
 
     def _open(self, layer: Layer, group: Group, weight: Weight, is_shard: bool) -> None:
         assert layer.metrics is not None
-        if is_shard and not group.metric.of_shards:
+        if is_shard and not group.metric.supports_shards:
             layer.metrics[group.metric.name] = None
             return
         metric = layer.metrics[group.metric.name] = group.metric.open(layer.name, weight)
@@ -140,7 +140,7 @@ class MetricRunner:
         """Find the methods to call for a layer in each step. Methods that are not overridden are left out."""
         found = [
             (group, metric)
-            for group in self._of_steps
+            for group in self._step_groups
             if layer.metrics is not None and (metric := layer.metrics.get(group.metric.name)) is not None
         ]
         whole = [(group, metric) for group, metric in found if metric.sample is None]
@@ -181,7 +181,7 @@ class MetricRunner:
 
         return observe
 
-    def find_observations(self, layer: Layer) -> tuple[Observation, ...] | None:
+    def collect_observations(self, layer: Layer) -> tuple[Observation, ...] | None:
         """Return what the groups compute for each weight of a layer; None if a kernel cannot access their state.
 
         Groups that need slices are not included. See :meth:`needs_slices`.
@@ -281,7 +281,7 @@ class MetricRunner:
             named = ", ".join(repr(layer.name) for layer in layers[:3])
             more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
             self._notices.add(
-                f"layers {named}{more} have no numbers of {name!r} any more, everything else continues: "
+                f"layers {named}{more} no longer have numbers of {name!r}, everything else continues: "
                 f"{type(error).__name__}: {error}"
             )
 
@@ -289,7 +289,7 @@ class MetricRunner:
     def due(self) -> tuple[str, ...]:
         """The names of the groups that are due in this step."""
         steps = self._schedule.tracked_steps
-        return tuple(group.metric.name for group in self._of_steps if steps % group.every == 0)
+        return tuple(group.metric.name for group in self._step_groups if steps % group.every == 0)
 
     def note_step(self) -> None:
         """Note that the groups that are due have run in this step."""
@@ -311,22 +311,22 @@ class MetricRunner:
             is_shard: Whether other processes have parts of the same weight.
         """
         assert layer.row is not None
-        weight = self._view_between_steps(layer, self._of_marks)
-        self._open_all(layer, self._of_marks, weight, is_shard)
-        for group in self._of_marks:
+        weight = self._view_between_steps(layer, self._mark_groups)
+        self._open_all(layer, self._mark_groups, weight, is_shard)
+        for group in self._mark_groups:
             metric = (layer.metrics or {}).get(group.metric.name)
             if metric is None:
                 continue
             runs = self._runs.get(group.metric.name)
             if runs is None or metric.runs_at_mark != runs:
                 metric.runs_at_mark = runs
-                sums = layer.row.more_total(group.sums).view(-1, 2)
+                sums = layer.row.metric_total(group.sums).view(-1, 2)
                 self._call(layer, group, metric.mark, weight, sums, self._scratch)
         self.has_new_counts = True
 
     def forget_mark(self, layer: Layer) -> None:
         """Drop the state of the last mark, because the layer is not part of the current one."""
-        for group in self._of_marks:
+        for group in self._mark_groups:
             layer.saved.pop(group.metric.name, None)
             if layer.metrics and layer.metrics.get(group.metric.name) is not None:
                 del layer.metrics[group.metric.name]
@@ -343,7 +343,7 @@ class MetricRunner:
             layers: All layers.
         """
         for group in self._groups:
-            layers.clear_found(slice(group.gauges.start, group.bins.stop))
+            layers.clear_gauges(slice(group.gauges.start, group.bins.stop))
         steps = self._schedule.steps
         due = [
             group
@@ -366,7 +366,7 @@ class MetricRunner:
         for group in due:
             metric = (layer.metrics or {}).get(group.metric.name)
             if metric is not None:
-                gauges, bins = layer.row.more_total(group.gauges).view(-1, 2), layer.row.more_total(group.bins)
+                gauges, bins = layer.row.metric_total(group.gauges).view(-1, 2), layer.row.metric_total(group.bins)
                 state = metric.tensors
                 self._call(layer, group, metric.gauge, weight, gauges, bins)
                 if any(tensor is not state.get(name) for name, tensor in metric.tensors.items()):
@@ -403,7 +403,7 @@ class MetricRunner:
             layer.metrics[group.metric.name] = None
             self._set_metric_calls(layer)
             self._notices.add(
-                f"{layer.name!r} has no numbers of {group.metric.name!r} any more, everything else continues: "
+                f"{layer.name!r} no longer has numbers of {group.metric.name!r}, everything else continues: "
                 f"{type(error).__name__}: {error}"
             )
 
@@ -424,4 +424,4 @@ def _is_state_of(codes: Tensor, kept: Tensor, dtype: torch.dtype | None) -> bool
 
 def _sums(layer: Layer, group: Group) -> Tensor:
     assert layer.row is not None
-    return layer.row.more_step(group.sums).view(-1, 2)
+    return layer.row.metric_step(group.sums).view(-1, 2)

@@ -36,8 +36,8 @@ class Notices:
                 warnings.warn(text, stacklevel=stacklevel)
 
 
-class Noted:
-    """The public attributes of a tracker that concern its warnings."""
+class WarningsMixin:
+    """The attributes and methods of a tracker that concern its warnings."""
 
     _notices: Notices
 

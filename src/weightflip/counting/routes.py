@@ -228,6 +228,6 @@ def _scale_codes(quantizer: Quantizer, scale: Tensor | None, weight: Tensor, tra
         if quantizer.group is None:
             return None
         first_row = distributed.first_row(tracked.parameter) if tracked.is_dtensor else 0
-        return quantizer.scale_codes(quantizer.of_blocks(scale, weight.shape, first_row))
+        return quantizer.scale_codes(quantizer.block_scales(scale, weight.shape, first_row))
     is_of_groups = scale.ndim == weight.ndim + 1
     return bits_of_scale(scale) if is_of_groups else None

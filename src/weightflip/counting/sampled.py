@@ -13,7 +13,7 @@ from weightflip import kernels
 from weightflip.counting import sample_proof
 from weightflip.counting.batch import Member
 from weightflip.counting.layer import CodeState, Layer
-from weightflip.counting.observed import HeldScale
+from weightflip.counting.observations import KeptScale
 from weightflip.metrics import LayerMetric
 from weightflip.metrics.columns import Group
 from weightflip.quantizers.protocol import ElementwiseQuantizer
@@ -39,7 +39,7 @@ class SampledLayers:
         self.layers: list[Layer] = []
         """The layers whose samples the kernel compares."""
         self._others: list[Layer] = []
-        self._alone: list[Layer] = []
+        self._one_by_one: list[Layer] = []
         self._plan: tuple[list[Layer], list[Member | None], int] | None = None
         self._calls: list[_Call] = []
         self._moving: list[tuple[_Call, list[int], _Addresses]] = []
@@ -79,7 +79,7 @@ class SampledLayers:
             layers: The layers that are counted together in this step.
             places: Increases whenever the scales of a layer are kept in another place.
         """
-        self._moving, self._alone = [], []
+        self._moving, self._one_by_one = [], []
         counted = None if layers == self.layers else set(layers)
         for call in self._calls:
             indices = [i for i, layer in enumerate(call.layers) if counted is None or layer in counted]
@@ -88,7 +88,7 @@ class SampledLayers:
             metric = (layer.metrics or {}).get(self.group.metric.name)
             if metric is not None and metric.sample is not None:
                 metric.sample.scale = layer.scale_of_codes
-                self._alone.append(layer)
+                self._one_by_one.append(layer)
 
     def after(self, steps: int) -> list[Layer]:
         """Compare the samples of the layers that were counted together with those before the step.
@@ -105,7 +105,7 @@ class SampledLayers:
             number += len(counted)
         if number == len(self.layers):
             self._taken_after = steps + 1
-        return [layer for layer in self._alone if layer.state is not CodeState.FAILED]
+        return [layer for layer in self._one_by_one if layer.state is not CodeState.FAILED]
 
     # ------------------------------------------------------------------ joining
 
@@ -195,20 +195,20 @@ class _Call:
 
     def _find_places(self) -> None:
         """Find where the scales of each layer are kept."""
-        self._held: list[tuple[HeldScale, Member]] = []
+        self._held: list[tuple[KeptScale, Member]] = []
         self._in_parts: list[tuple[int, Member]] = []
         self._scales = {}
-        known: dict[HeldScale, int] = {}
+        known: dict[KeptScale, int] = {}
         held_of, offsets = [0] * len(self.layers), [0] * len(self.layers)
         for index, layer in enumerate(self.layers):
             member = layer.member
             assert member is not None
             if not member.group:
                 continue
-            if len(member.places) != 1:
+            if len(member.scale_slices) != 1:
                 self._in_parts.append((index, member))
                 continue
-            held, first, _ = member.places[0]
+            held, first, _ = member.scale_slices[0]
             if held not in known:
                 known[held] = len(self._held)
                 self._held.append((held, member))
@@ -236,6 +236,6 @@ class _Call:
         """
         row = self.layers[0].row
         assert row is not None
-        assert row.ledger.more_step is not None
+        assert row.ledger.metric_step is not None
         new = self.scale_addresses()
-        self.samples.move(indices, old.of_layers, new.of_layers, row.ledger.more_step[:, columns])
+        self.samples.move(indices, old.of_layers, new.of_layers, row.ledger.metric_step[:, columns])

@@ -61,7 +61,7 @@ class ScaleTable(NamedTuple):
 _tables: dict[tuple[Any, ...], ScaleTable | None] = {}
 
 
-def table_of(
+def get_scale_table(
     quantizer: ScaleRule, rounding: object, dtype: torch.dtype, device: torch.device, *, is_stored: bool = True
 ) -> ScaleTable | None:
     """Return the table of a quantizer; None if it does not reproduce the quantizer's rule exactly.

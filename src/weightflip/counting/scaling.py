@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from weightflip import kernels
-from weightflip.counting.scale_table import ScaleTable, flushes_subnormal, table_of
+from weightflip.counting.scale_table import ScaleTable, flushes_subnormal, get_scale_table
 from weightflip.formats import FP32, ScaleFormula
 
 _CODES = 256
 # A slot has at most one step. A table of this size takes 384 KiB, of which little is read.
-_MOST_SLOTS = 1 << 15
+_MAX_SLOTS = 1 << 15
 
 
 class ScaledQuantizer(Protocol):
@@ -37,7 +37,7 @@ class ScaledQuantizer(Protocol):
 _scalings: dict[tuple[Any, ...], kernels.Scaling | None] = {}
 
 
-def scaling_of(
+def get_scaling(
     quantizer: ScaledQuantizer, rounding: object, dtype: torch.dtype, device: torch.device
 ) -> kernels.Scaling | None:
     """Describe how a quantizer scales its groups; None if there is no such description.
@@ -66,7 +66,7 @@ def _make(
         return None if rule is None else kernels.Scaling(rule, is_stored)
     # If a code has several factors (NaN and 0), only their exponents distinguish them.
     for by_code in (True, False) if is_stored else (False,):
-        table = table_of(quantizer, rounding, dtype, device, is_stored=by_code)
+        table = get_scale_table(quantizer, rounding, dtype, device, is_stored=by_code)
         if table is not None:
             steps = _steps(table, in_plain_torch(quantizer, dtype) if is_stored else None)
             return None if steps is None else kernels.Scaling(steps, is_stored)
@@ -98,7 +98,7 @@ def _steps(table: ScaleTable, stored: Callable[[Tensor], tuple[Tensor, Tensor]] 
     shift = FP32.mantissa_bits
     while not _has_one_step_each(starts := _starts(shift, bounds.device), steps):
         shift -= 1
-        if _slots(shift) > _MOST_SLOTS:
+        if _slots(shift) > _MAX_SLOTS:
             return None
     first, second = (torch.searchsorted(bounds, at, right=True) for at in (starts[:-1], starts[1:] - 1))
     after_last = bounds.new_full((1,), (1 << 31) - 1)

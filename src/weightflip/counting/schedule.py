@@ -17,7 +17,7 @@ class Progress(NamedTuple):
     """Optimizer steps, skipped ones included."""
     skipped: Tensor | None = None
     """The number of skipped steps, 0-dim int64; None as long as no step can have been skipped."""
-    is_settled: bool = True
+    is_committed: bool = True
     """Whether the ledgers have the totals that belong to this progress."""
 
     def next(self, valid: Tensor | None) -> Progress:
@@ -105,8 +105,8 @@ class Schedule:
         return self.steps >= self.start_step and (self.end_step is None or self.steps <= self.end_step)
 
 
-class Scheduled:
-    """The public attributes of a tracker that concern its schedule."""
+class ScheduleMixin:
+    """The attributes of a tracker that concern its schedule."""
 
     _schedule: Schedule
 

@@ -46,7 +46,7 @@ class BitStallDetector:
 
     @torch.no_grad()
     def update(self, weight: Tensor, update: Tensor) -> tuple[int, int]:
-        """Count the updates that rounding would swallow, and add them to the counts so far.
+        """Count the updates that would be lost to rounding, and add them to the counts so far.
 
         Args:
             weight: A floating-point tensor of any shape.

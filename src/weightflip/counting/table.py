@@ -28,16 +28,16 @@ class LayerTable(Mapping[str, Layer]):
 
     Attributes:
         failed: Names that are no longer tracked, including weights that never became layers.
-        has_lost: Whether a layer has failed since the reader of this flag last set it to False.
+        has_new_failures: Whether a layer has failed since the reader of this flag last set it to False.
     """
 
     def __init__(self, columns: Columns, schedule: Schedule, notices: Notices) -> None:
         self._columns, self._schedule, self._notices = columns, schedule, notices
         self._layers: dict[str, Layer] = {}
         self._ledgers: dict[torch.device, Ledger] = {}
-        self._listed: list[TrackedWeight] = []
+        self._weights: list[TrackedWeight] = []
         self.failed: set[str] = set()
-        self.has_lost = False
+        self.has_new_failures = False
 
     def __getitem__(self, name: str) -> Layer:
         return self._layers[name]
@@ -54,9 +54,9 @@ class LayerTable(Mapping[str, Layer]):
         return self._layers
 
     @property
-    def listed(self) -> list[TrackedWeight]:
-        """The weights passed to the last call of ``follow``."""
-        return self._listed
+    def weights(self) -> list[TrackedWeight]:
+        """The weights passed to the last call of ``set_weights``."""
+        return self._weights
 
     def put(self, layer: Layer) -> Layer:
         """Add a layer, or replace the one with its name."""
@@ -65,11 +65,11 @@ class LayerTable(Mapping[str, Layer]):
 
     # ------------------------------------------------------------------ layers
 
-    def follow(self, weights: list[TrackedWeight]) -> bool:
+    def set_weights(self, weights: list[TrackedWeight]) -> bool:
         """Set the weights of a step, and return whether they differ from those of the last one."""
-        if weights == self._listed:
+        if weights == self._weights:
             return False
-        self._listed = weights
+        self._weights = weights
         names = {tracked.name for tracked in weights}
         for name, layer in self._layers.items():
             if name not in names:
@@ -80,28 +80,28 @@ class LayerTable(Mapping[str, Layer]):
 
     def forget_weights(self) -> None:
         """Release all weights. The next step's weights count as changed and start with a baseline."""
-        self._listed = []
+        self._weights = []
         for layer in self._layers.values():
             layer.drop_codes(metrics=True)
             layer.stamp = layer.tracked = None
 
-    def open(self, tracked: TrackedWeight, weight: Tensor, seen_by: Quantizer) -> Layer:
+    def open(self, tracked: TrackedWeight, weight: Tensor, quantizer: Quantizer) -> Layer:
         """Return the layer of a weight, with a row on the weight's device."""
-        name, quantizer, weights = tracked.name, quantizer_name(seen_by), tracked.parameter.numel()
+        name, format, weights = tracked.name, quantizer_name(quantizer), tracked.parameter.numel()
         layer = self._layers.get(name)
-        if layer is not None and (layer.weights, layer.quantizer) != (weights, quantizer):
+        if layer is not None and (layer.weights, layer.quantizer) != (weights, format):
             change = (
-                f"was tracked as {layer.quantizer} and is {quantizer}"
+                f"was tracked as {layer.quantizer} and is now tracked as {format}"
                 if layer.weights == weights
-                else f"had {layer.weights} weights and has {weights}"
+                else f"had {layer.weights} weights and now has {weights}"
             )
-            self._notices.add(f"{name!r} {change} now; its counts start from zero")
+            self._notices.add(f"{name!r} {change}; its counts start from zero")
             if layer.row is not None:
                 layer.row.clear()
             zeros = self._columns.zeros()
-            layer = self.put(Layer(name, weights, quantizer, zeros, zeros, restarts=layer.restarts + 1, row=layer.row))
+            layer = self.put(Layer(name, weights, format, zeros, zeros, restarts=layer.restarts + 1, row=layer.row))
         if layer is None:
-            layer = self.put(Layer(name, weights, quantizer, self._columns.zeros(), self._columns.zeros()))
+            layer = self.put(Layer(name, weights, format, self._columns.zeros(), self._columns.zeros()))
         if layer.row is None or layer.row.ledger.device != weight.device:
             layer = self.put(self._move_to_device(layer, weight.device))
         return layer
@@ -111,12 +111,12 @@ class LayerTable(Mapping[str, Layer]):
 
         A new object, so that after an interrupt the layer has either moved completely or not at all.
         """
-        before = layer.local_before
+        earlier = layer.earlier_local_counts
         if layer.row is not None:
-            self.settle()
-            before = self._columns.add(before, layer.row.read())
-        ledger = self._ledgers.setdefault(device, Ledger(device, self._columns.more))
-        moved = replace(layer, local_before=before, row=Row(ledger, ledger.add_row()), stamp=None)
+            self.commit()
+            earlier = self._columns.add(earlier, layer.row.read())
+        ledger = self._ledgers.setdefault(device, Ledger(device, self._columns.metric_columns))
+        moved = replace(layer, earlier_local_counts=earlier, row=Row(ledger, ledger.add_row()), stamp=None)
         moved.drop_codes()
         moved.close_metrics()
         return moved
@@ -132,7 +132,7 @@ class LayerTable(Mapping[str, Layer]):
             warns: Whether to warn; False if another process does.
         """
         self.failed.add(name)
-        self.has_lost = True
+        self.has_new_failures = True
         layer = self._layers.get(name)
         if layer is not None:
             if layer.row is not None:
@@ -147,10 +147,10 @@ class LayerTable(Mapping[str, Layer]):
         for layer in self._layers.values():
             layer.fail()
 
-    def distrust(self) -> None:
+    def invalidate(self) -> None:
         """Do not trust any codes: weights may have been written since they were made."""
         for layer in self._layers.values():
-            layer.distrust()
+            layer.invalidate()
 
     def drop_codes(self) -> None:
         """Free the memory of all codes."""
@@ -165,24 +165,24 @@ class LayerTable(Mapping[str, Layer]):
             ledger.begin_step()
 
     def prepare(self, valid: Tensor | None) -> None:
-        """Compute the totals including this step; ``settle`` puts them in place."""
+        """Compute the totals including this step; ``commit`` puts them in place."""
         for ledger in self._ledgers.values():
             ledger.prepare(valid)
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """Put the totals that belong to the schedule's progress in place, even after an interrupt during this."""
         progress = self._schedule.progress
-        if not progress.is_settled:
+        if not progress.is_committed:
             for ledger in self._ledgers.values():
                 ledger.commit()
-            self._schedule.progress = progress._replace(is_settled=True)
+            self._schedule.progress = progress._replace(is_committed=True)
 
-    def keep(self, names: Sequence[str], wanted: Tensor) -> None:
-        """Drop this step's counts of the layers that are not wanted.
+    def keep_counts(self, names: Sequence[str], mask: Tensor) -> None:
+        """Drop this step's counts of some layers.
 
         Args:
             names: Names of layers, or of weights that never became layers.
-            wanted: bool, one per name.
+            mask: bool, one per name: whether to keep its counts.
         """
         for ledger in self._ledgers.values():
             rows = {
@@ -191,41 +191,41 @@ class LayerTable(Mapping[str, Layer]):
                 if (layer := self._layers.get(name)) is not None and layer.row and layer.row.ledger is ledger
             }
             if rows:
-                ledger.keep(list(rows.values()), wanted[list(rows)])
+                ledger.keep_counts(list(rows.values()), mask[list(rows)])
 
-    def clear_found(self, columns: slice) -> None:
+    def clear_gauges(self, columns: slice) -> None:
         """Reset a metric group's gauges of the last logging point, in these columns."""
         for ledger in self._ledgers.values():
-            if ledger.more_total is not None:
-                ledger.more_total[:, columns].zero_()
+            if ledger.metric_total is not None:
+                ledger.metric_total[:, columns].zero_()
 
     # ------------------------------------------------------------------ reading
 
-    def rows(self, others: Sequence[Tensor] = ()) -> tuple[dict[str, list[float]], list[int]]:
+    def read_rows(self, scalars: Sequence[Tensor] = ()) -> tuple[dict[str, list[float]], list[int]]:
         """Read the rows of all layers. One transfer from each device.
 
         Args:
-            others: 0-dim int64 tensors to read in the same transfer.
+            scalars: 0-dim int64 tensors to read in the same transfer.
 
         Returns:
-            The rows by name, and the values of ``others``.
+            The rows by name, and the values of ``scalars``.
         """
-        self.settle()
+        self.commit()
         values: dict[int, int] = {}
         tables: dict[torch.device, list[list[float]]] = {}
         for device, ledger in self._ledgers.items():
-            here = [index for index, other in enumerate(others) if other.device == device]
-            tables[device], found = ledger.read([others[index] for index in here])
-            values.update(zip(here, found, strict=True))
+            on_device = [index for index, scalar in enumerate(scalars) if scalar.device == device]
+            tables[device], found = ledger.read([scalars[index] for index in on_device])
+            values.update(zip(on_device, found, strict=True))
         rows = {
             name: self._columns.zeros() if layer.row is None else tables[layer.row.ledger.device][layer.row.index]
             for name, layer in self._layers.items()
         }
-        return rows, [values[i] if i in values else int(other.item()) for i, other in enumerate(others)]
+        return rows, [values[i] if i in values else int(scalar.item()) for i, scalar in enumerate(scalars)]
 
     def local(self, layer: Layer, row: Sequence[float]) -> list[float]:
         """Return this process's counts of a layer, in its current row and earlier ones."""
-        return self._columns.add(layer.local_before, row)
+        return self._columns.add(layer.earlier_local_counts, row)
 
     @property
     def counter_bytes(self) -> int:
@@ -233,4 +233,4 @@ class LayerTable(Mapping[str, Layer]):
         return sum(ledger.nbytes for ledger in self._ledgers.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_listed": []}
+        return {**self.__dict__, "_weights": []}

@@ -7,13 +7,13 @@ from typing import Any
 
 from weightflip.counting import checkpoint
 from weightflip.counting.columns import Columns
-from weightflip.counting.course import Course
+from weightflip.counting.history import History
 from weightflip.counting.layer import Layer
 from weightflip.counting.ledger import COLUMNS
 from weightflip.counting.schedule import Progress, Schedule
-from weightflip.counting.shards import Shards
-from weightflip.counting.shards import Totals as Numbers
-from weightflip.counting.silent import SilentWrites
+from weightflip.counting.sharding import Sharding
+from weightflip.counting.sharding import Totals as Numbers
+from weightflip.counting.silent_writes import SilentWrites
 from weightflip.counting.table import LayerTable
 from weightflip.records import FlipRecord, LayerRecord
 
@@ -25,42 +25,44 @@ class Totals:
         columns: The columns of a row.
         layers: All layers, with their rows.
         schedule: The schedule of steps.
-        silent: Its pending values are read in the same transfer from a device.
+        silent_writes: Its pending values are read in the same transfer from a device.
     """
 
-    def __init__(self, columns: Columns, layers: LayerTable, schedule: Schedule, silent: SilentWrites) -> None:
-        self._columns, self._layers, self._schedule, self._silent = columns, layers, schedule, silent
+    def __init__(self, columns: Columns, layers: LayerTable, schedule: Schedule, silent_writes: SilentWrites) -> None:
+        self._columns, self._layers, self._schedule, self._silent_writes = columns, layers, schedule, silent_writes
         # Restarts and totals of each layer at the end of the last window. Replaced as a whole.
         self._window_base: dict[str, tuple[int, list[float]]] = {}
-        self.course = Course()
+        self.history = History()
 
     def rows(self) -> Numbers:
         """Return the number of steps and this process's rows of all layers. One transfer from each device."""
         skipped = self._schedule.progress.skipped
-        pending = self._silent.pending
-        rows, values = self._layers.rows(pending if skipped is None else [*pending, skipped])
-        self._silent.receive(values[: len(pending)])
+        pending = self._silent_writes.pending
+        rows, values = self._layers.read_rows(pending if skipped is None else [*pending, skipped])
+        self._silent_writes.receive(values[: len(pending)])
         return self._schedule.steps - sum(values[len(pending) :]), rows
 
-    def read(self, shards: Shards) -> Numbers:
+    def read(self, sharding: Sharding) -> Numbers:
         """Return the number of steps and the totals of all layers.
 
         One transfer from each device; none in a run with sharded weights.
         """
-        known = shards.totals(self._schedule.steps)
+        known = sharding.totals(self._schedule.steps)
         if known is not None:
             return known
         steps, rows = self.rows()
         add, local = self._columns.add, self._layers.local
-        return steps, {name: add(layer.settled, local(layer, rows[name])) for name, layer in self._layers.items()}
+        return steps, {
+            name: add(layer.synchronized_counts, local(layer, rows[name])) for name, layer in self._layers.items()
+        }
 
-    def close_window(self, shards: Shards) -> FlipRecord:
+    def close_window(self, sharding: Sharding) -> FlipRecord:
         """End the current window and return its record."""
-        steps, totals = self.read(shards)
+        steps, totals = self.read(sharding)
         layers = []
         for name, total in totals.items():
             base = self._base_of(name)
-            window = self._columns.counts([now - then for now, then in zip(total, base, strict=True)])
+            window = self._columns.counts([now - before for now, before in zip(total, base, strict=True)])
             gauges, histograms = self._columns.gauges(total)
             layers.append(
                 LayerRecord(
@@ -74,7 +76,7 @@ class Totals:
                 )
             )
         self._window_base = {name: (self._layers[name].restarts, total) for name, total in totals.items()}
-        self.course.add(steps, layers)
+        self.history.add(steps, layers)
         return FlipRecord(steps, tuple(layers))
 
     def _base_of(self, name: str) -> list[float]:
@@ -83,19 +85,19 @@ class Totals:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def state_dict(self, shards: Shards) -> dict[str, Any]:
+    def state_dict(self, sharding: Sharding) -> dict[str, Any]:
         """As :meth:`WeightFlipTracker.state_dict`."""
-        steps, totals = self.read(shards)
+        steps, totals = self.read(sharding)
         layers, ratios = [], []
         for name, total in totals.items():
             layer, base = self._layers[name], self._base_of(name)
             layers.append([name, layer.weights, layer.quantizer, total[:COLUMNS], base[:COLUMNS]])
-            now, then = self._columns.counts(total).ratios, self._columns.counts(base).ratios
-            ratios += [[name, of, *now[of], *then[of]] for of in now]
+            now, before = self._columns.counts(total).ratios, self._columns.counts(base).ratios
+            ratios += [[name, ratio, *now[ratio], *before[ratio]] for ratio in now]
         weights = {
             name: kept
             for name, layer in self._layers.items()
-            if name not in shards and (kept := layer.metric_tensors())
+            if name not in sharding and (kept := layer.metric_tensors())
         }
         return {"version": checkpoint.VERSION, "steps": steps, "layers": layers, "ratios": ratios, "weights": weights}
 
@@ -104,7 +106,7 @@ class Totals:
 
         Args:
             steps: The number of steps so far.
-            layers: The layers, with their settled counts.
+            layers: The layers, with their synchronized_counts counts.
             window_base: For each layer, its totals at the last record.
         """
         for layer in layers:
@@ -134,15 +136,15 @@ def parse(
     layers: list[Layer] = []
     window_base: dict[str, list[float]] = {}
     unrequested: set[str] = set()
-    more = columns.zeros()[COLUMNS:]
-    for name, of in saved.items():
-        layer = Layer(name, of.weights, of.quantizer, [*of.total, *more], columns.zeros())
-        base = window_base[name] = [*of.base, *more]
-        for ratio, numbers in of.ratios.items():
-            at = columns.ratio(ratio)
-            if at is not None:
-                layer.settled[at], base[at] = numbers[:2], numbers[2:]
-        layer.saved = {group: tensors for group, tensors in of.tensors.items() if group in requested}
-        unrequested.update(of.tensors.keys() - requested)
+    zeros = columns.zeros()[COLUMNS:]
+    for name, saved_layer in saved.items():
+        layer = Layer(name, saved_layer.weights, saved_layer.quantizer, [*saved_layer.total, *zeros], columns.zeros())
+        base = window_base[name] = [*saved_layer.base, *zeros]
+        for ratio, numbers in saved_layer.ratios.items():
+            pair = columns.ratio(ratio)
+            if pair is not None:
+                layer.synchronized_counts[pair], base[pair] = numbers[:2], numbers[2:]
+        layer.saved = {group: tensors for group, tensors in saved_layer.tensors.items() if group in requested}
+        unrequested.update(saved_layer.tensors.keys() - requested)
         layers.append(layer)
     return steps, layers, window_base, unrequested

@@ -16,23 +16,23 @@ from weightflip.counting import summary, totals
 from weightflip.counting.batch import Batch
 from weightflip.counting.batched import BatchedRoute
 from weightflip.counting.columns import Columns
-from weightflip.counting.course import Course
 from weightflip.counting.current import CurrentLayers
-from weightflip.counting.display import Displayed
-from weightflip.counting.gathered import GatheredRoute, Heap
+from weightflip.counting.display import DisplayMixin
+from weightflip.counting.gathered import Bucket, GatheredRoute
+from weightflip.counting.history import History
 from weightflip.counting.layer import CodeState, Layer, TrackedWeight
 from weightflip.counting.marks import SyncMarks
 from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.named import NamedSnapshots
 from weightflip.counting.nonfinite import count_nonfinite
-from weightflip.counting.notices import Noted, Notices
+from weightflip.counting.notices import Notices, WarningsMixin
 from weightflip.counting.routes import ElementwiseRoute, WholeWeightRoute
-from weightflip.counting.schedule import Progress, Schedule, Scheduled
-from weightflip.counting.shards import Shards
-from weightflip.counting.silent import SilentWrites
-from weightflip.counting.single import SingleProcess
+from weightflip.counting.schedule import Progress, Schedule, ScheduleMixin
+from weightflip.counting.sharding import Sharding
+from weightflip.counting.silent_writes import SilentWrites
 from weightflip.counting.table import LayerTable
 from weightflip.counting.totals import Totals
+from weightflip.counting.unsharded import UnshardedRun
 from weightflip.metrics import CORE_VALUES
 from weightflip.metrics.columns import METRICS, MetricsLike, make_groups
 from weightflip.records import Counts, FlipRecord, Value
@@ -54,8 +54,8 @@ class MemoryUsage(NamedTuple):
     metrics: int = 0
 
 
-Holding: TypeAlias = Callable[[], AbstractContextManager[None]]
-Taking: TypeAlias = Callable[[], AbstractContextManager[Sequence[TrackedWeight]]]
+HoldWeights: TypeAlias = Callable[[], AbstractContextManager[None]]
+CurrentWeights: TypeAlias = Callable[[], AbstractContextManager[Sequence[TrackedWeight]]]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -76,7 +76,7 @@ def _check_weights(weights: Any) -> list[TrackedWeight]:
     return found
 
 
-class WeightFlipTracker(Displayed, Scheduled, Noted):
+class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
     """Counts how many weights change their quantized code in an optimizer step.
 
     There are two ways to use it. To count one weight at a time, by name, call ``snapshot_pre_step``, the optimizer's
@@ -146,8 +146,8 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self.low_memory = checks.flag("low_memory", low_memory)
         self.fresh_snapshots = checks.flag("fresh_snapshots", fresh_snapshots)
         self.backend = backend
-        self._holding: weakref.WeakMethod[Holding] | None = None
-        self._taking: weakref.WeakMethod[Taking] | None = None
+        self._hold_weights: weakref.WeakMethod[HoldWeights] | None = None
+        self._current_weights: weakref.WeakMethod[CurrentWeights] | None = None
         self._show = None
         self.reset()
 
@@ -157,9 +157,9 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._schedule.progress = Progress()
         self._scratch = kernels.ScratchPool()
         self._layers = LayerTable(self._columns, self._schedule, self._notices)
-        self._silent = SilentWrites(self._layers, self._notices)
+        self._silent_writes = SilentWrites(self._layers, self._notices)
         self._named = NamedSnapshots(self._layers, self._scratch)
-        self._totals = Totals(self._columns, self._layers, self._schedule, self._silent)
+        self._totals = Totals(self._columns, self._layers, self._schedule, self._silent_writes)
         self._runner = MetricRunner(self._groups, self._schedule, self._notices, self._scratch, self.backend)
         self._marks = SyncMarks(self._runner, self._schedule, self._layers, self._notices, self._sync_every)
         parts = (self._layers, self._runner, self._scratch, self.backend, with_updates)
@@ -169,7 +169,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         self._gathered = GatheredRoute(elementwise, self._scratch, with_updates, is_open)
         routes = (self._batched, self._gathered, elementwise, WholeWeightRoute(*parts))
         self._current = CurrentLayers(self._layers, routes)
-        self._shards: Shards = SingleProcess(self._layers, self._columns)
+        self._sharding: Sharding = UnshardedRun(self._layers, self._columns)
         self._gradients: dict[str, Tensor | None] = {}
         self._in_step = False
 
@@ -197,9 +197,9 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         return self._batched.batches
 
     @property
-    def heaps(self) -> list[Heap]:
+    def buckets(self) -> list[Bucket]:
         """The layers of the last step that plain torch counts together, grouped by kind."""
-        return self._gathered.heaps
+        return self._gathered.buckets
 
     # ------------------------------------------------------------------ one weight at a time
 
@@ -271,7 +271,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
             TypeError: The weights are not ``TrackedWeight`` objects.
         """
         weights = _check_weights(weights)
-        self._layers.settle()
+        self._layers.commit()
         if self._in_step:
             # The last step raised an exception half way, and may have written any weights.
             self._forget_codes()
@@ -280,38 +280,38 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
             return
         self._gradients = {}
         self._begin(weights)
-        self._silent.check(weights)
+        self._silent_writes.check(weights)
         self._current.set_layers(self._encode_current(weights))
-        self._marks.make_first_if_due(self._current, self._shards)
+        self._marks.make_first_if_due(self._current, self._sharding)
         if self._runner.uses_steps:
-            self._runner.before_all(self._current.layers, self._shards)
+            self._runner.before_all(self._current.layers, self._sharding)
         if "stalls" in self.metrics:
             self._gradients = {layer.name: layer.tracked.parameter.grad for layer in self._current if layer.tracked}
         self._notices.flush()
 
     def _begin(self, weights: list[TrackedWeight]) -> None:
         """Set the weights of a step, and exchange what processes need to know about sharded ones."""
-        are_others = self._layers.follow(weights)
-        if are_others:
+        have_changed = self._layers.set_weights(weights)
+        if have_changed:
             # Batches also hold codes.
             self._current.release()
-            self._shards = self._shards.for_weights(weights)
-        self._shards.begin(weights, are_others=are_others, anew=self.fresh_snapshots)
+            self._sharding = self._sharding.for_weights(weights)
+        self._sharding.begin(weights, have_changed=have_changed, force=self.fresh_snapshots)
 
     def _encode_current(self, weights: Iterable[TrackedWeight]) -> list[Layer]:
-        return self._current.encode_current(weights, self._shards, anew=self.fresh_snapshots)
+        return self._current.encode_current(weights, self._sharding, force=self.fresh_snapshots)
 
-    def take_weights_from(self, holding: Holding, taking: Taking) -> None:
+    def set_weight_access(self, hold: HoldWeights, current: CurrentWeights) -> None:
         """Set how to access weights between two steps, if they are released after each step.
 
         Args:
-            holding: Holds references to the weights of ``before_step`` while its context is entered. Like ``taking``, a
+            hold: Holds references to the weights of ``before_step`` while its context is entered. Like ``current``, a
                 method whose object is not kept alive.
-            taking: Provides the weights that a step would track now, for ``mark_sync``.
+            current: Provides the weights that a step would track now, for ``mark_sync``.
         """
-        self._holding, self._taking = weakref.WeakMethod(holding), weakref.WeakMethod(taking)
+        self._hold_weights, self._current_weights = weakref.WeakMethod(hold), weakref.WeakMethod(current)
 
-    def take_summary_from(self, show: Callable[..., str]) -> None:
+    def set_display(self, show: Callable[..., str]) -> None:
         """Set what ``print(tracker)`` and notebooks show, if the table covers several optimizers.
 
         Args:
@@ -359,8 +359,8 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
                 self._mark_if_due()
             raise
         # An interrupt before this line leaves the step uncounted, and one after it leaves it counted.
-        self._schedule.progress = after._replace(is_settled=False)
-        self._layers.settle()
+        self._schedule.progress = after._replace(is_committed=False)
+        self._layers.commit()
         self._runner.has_new_counts = True
         self._mark_if_due()
         self._keep_codes()
@@ -370,9 +370,9 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
 
     def _count(self, valid: Tensor | None) -> None:
         self._layers.begin_step()
-        self._shards.share(is_next_due=self._schedule.is_due(self._schedule.steps + 1))
+        self._sharding.exchange_statistics(is_next_due=self._schedule.is_due(self._schedule.steps + 1))
         self._current.count(self._gradients, valid)
-        self._shards.drop_uncertain()
+        self._sharding.discard_flagged()
         self._runner.note_step()
         self._gradients = {}
 
@@ -384,15 +384,15 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         elif self.low_memory:
             self._drop_codes()
         elif not self.fresh_snapshots:
-            self._silent.remember(self._schedule.steps, self._current.layers)
+            self._silent_writes.remember(self._schedule.steps, self._current.layers)
         if self._schedule.is_over() or not self._current:
             self._scratch.clear()
 
     def _forget_codes(self) -> None:
         """Invalidate all codes, because weights may have been written on all processes."""
-        self._shards.forget()
-        self._silent.forget()
-        self._layers.distrust()
+        self._sharding.invalidate()
+        self._silent_writes.forget()
+        self._layers.invalidate()
         if self.low_memory or self._schedule.is_over():
             self._drop_codes()
 
@@ -403,12 +403,12 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
     def drop_codes(self) -> None:
         """Release all memory except that of the counts. The next step starts with a baseline."""
         self._layers.forget_weights()
-        self._shards.release()
+        self._sharding.release()
         self._release_memory()
 
     def _release_memory(self) -> None:
         self._current.clear()
-        self._silent.release()
+        self._silent_writes.release()
         self._scratch.clear()
         self._gradients = {}
 
@@ -426,19 +426,19 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         Returns:
             The record; None if no step was tracked and no window of ``mark_sync`` ended since the last one.
         """
-        self._layers.settle()
+        self._layers.commit()
         try:
             self._inspect_weights()
         finally:
-            self._add_up()
-        record = self._totals.close_window(self._shards)
+            self._reduce_counts()
+        record = self._totals.close_window(self._sharding)
         self._notices.flush()
         return record if may_be_empty or record.model.is_new else None
 
     def _inspect_weights(self) -> None:
         """Compute what is computed at logging points only: non-finite weights, gauges and histograms."""
-        holding = None if self._holding is None else self._holding()
-        with nullcontext() if holding is None else holding():
+        hold = None if self._hold_weights is None else self._hold_weights()
+        with nullcontext() if hold is None else hold():
             count_nonfinite(self._current, self._layers, self._scratch)
             self._current.drop_failed()
             self._measure()
@@ -459,7 +459,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
             yield layer
             if layer.state is CodeState.FRESH:
                 # The next step may be untracked, and then may write the weight without a trace.
-                layer.distrust()
+                layer.invalidate()
             if self.low_memory or self._schedule.is_over():
                 layer.drop_codes()
 
@@ -493,25 +493,25 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
             self._notices.flush()
 
     def _mark(self) -> None:
-        self._layers.settle()
-        taking = None if self._taking is None else self._taking()
-        found = nullcontext(self._layers.listed) if taking is None else taking()
+        self._layers.commit()
+        current = None if self._current_weights is None else self._current_weights()
+        found = nullcontext(self._layers.weights) if current is None else current()
         with found as weights:
             self._begin(list(weights))
             self._marks.make(
-                self._encode_between_steps(tracked for tracked in weights if tracked.is_held), self._shards
+                self._encode_between_steps(tracked for tracked in weights if tracked.is_held), self._sharding
             )
 
     # ------------------------------------------------------------------ many processes
 
     @property
     def is_sharded(self) -> bool:
-        """Whether weights are sharded over processes, so that their counts have to be added up."""
-        return bool(self._shards)
+        """Whether weights are sharded over processes, so that their counts have to be summed."""
+        return bool(self._sharding)
 
     @_without_autograd
     def synchronize(self, *, is_logging_point: bool = False) -> None:
-        """Add up the processes' counts of sharded weights.
+        """Sum the counts of sharded weights over the processes.
 
         There is one collective per group of processes, and none if no weights are sharded. All processes have to call
         it. Until the next call, all numbers of a sharded run stay those of this call, the same on each process.
@@ -520,25 +520,26 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
             is_logging_point: Whether another process makes a record now, which also needs this process's gauges.
         """
         try:
-            if self._shards and is_logging_point:
+            if self._sharding and is_logging_point:
                 self._inspect_weights()
         finally:
-            self._add_up()
+            self._reduce_counts()
         self._notices.flush()
 
-    def _add_up(self) -> None:
-        if self._shards:
-            self._shards.add_up(*self._totals.rows())
+    def _reduce_counts(self) -> None:
+        if self._sharding:
+            self._sharding.reduce_counts(*self._totals.rows())
 
-    def expect_others(self, *, are_known: bool) -> None:
-        """Let the processes compare, before the next tracked step, which sharded weights they track.
+    def request_comparison(self, *, is_selection_known: bool) -> None:
+        """Request that the processes compare, before the next tracked step, which sharded weights they track.
 
         All processes have to call it when parameters are replaced, added or frozen.
 
         Args:
-            are_known: Whether this process knows its new weights. If not, no process tracks sharded weights any more.
+            is_selection_known: Whether this process knows its new weights. If not, no process tracks sharded weights
+                from then on.
         """
-        self._shards = self._shards.expect_others(are_known=are_known)
+        self._sharding = self._sharding.request_comparison(is_selection_known=is_selection_known)
 
     def give_up(self, name: str, reason: str) -> None:
         """Stop tracking a weight. If it is sharded, other processes stop at the next logging point."""
@@ -547,13 +548,13 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
 
     def abandon(self) -> None:
         """Stop tracking all weights, but still take part in the collectives that other processes wait for."""
-        self._layers.abandon(self._shards.names)
+        self._layers.abandon(self._sharding.names)
         self._release_memory()
 
     # ------------------------------------------------------------------ totals
 
     def _counts(self) -> dict[str, Counts]:
-        return {name: self._columns.counts(row) for name, row in self._totals.read(self._shards)[1].items()}
+        return {name: self._columns.counts(row) for name, row in self._totals.read(self._sharding)[1].items()}
 
     def get_flip_counts(self) -> dict[str, int]:
         """Return the flips of each layer since tracking began. Synchronizes with the device, like all these methods."""
@@ -581,13 +582,13 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
 
     def totals(self) -> tuple[int, list[tuple[str, str, int, Counts]]]:
         """Return the number of steps, and for each layer its name, quantizer, number of weights and total counts."""
-        steps, rows = self._totals.read(self._shards)
+        steps, rows = self._totals.read(self._sharding)
         layers = ((self._layers[name], self._columns.counts(row)) for name, row in rows.items())
         return steps, [(layer.name, layer.quantizer, layer.weights, counts) for layer, counts in layers]
 
     @property
-    def course(self) -> Course:
-        return self._totals.course
+    def history(self) -> History:
+        return self._totals.history
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {len(self._layers):,} layers; print() shows what was counted>"
@@ -602,7 +603,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         return MemoryUsage(
             codes=sum(layer.code_bytes for layer in self._layers.values()),
             counters=self._layers.counter_bytes,
-            buffers=self._scratch.nbytes + self._silent.nbytes,
+            buffers=self._scratch.nbytes + self._silent_writes.nbytes,
             metrics=sum(layer.metric_bytes for layer in self._layers.values()),
         )
 
@@ -619,7 +620,7 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
         any number of processes. It does not contain the per-weight state of metric groups for shards.
         """
         self.synchronize()
-        return self._totals.state_dict(self._shards)
+        return self._totals.state_dict(self._sharding)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``. The first snapshot after it is a baseline.
@@ -642,4 +643,4 @@ class WeightFlipTracker(Displayed, Scheduled, Noted):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_gradients": {}, "_holding": None, "_taking": None, "_show": None}
+        return {**self.__dict__, "_gradients": {}, "_hold_weights": None, "_current_weights": None, "_show": None}

@@ -6,8 +6,8 @@ Unlike the tracker, which warns and lets training continue, this package raises,
 from __future__ import annotations
 
 from weightflip.delta.apply import apply
-from weightflip.delta.compare import Diff, Seen, TensorDiff
+from weightflip.delta.compare import Diff, FormatDiff, TensorDiff
 from weightflip.delta.diff import diff
 from weightflip.delta.errors import DeltaError
 
-__all__ = ["DeltaError", "Diff", "Seen", "TensorDiff", "apply", "diff"]
+__all__ = ["DeltaError", "Diff", "FormatDiff", "TensorDiff", "apply", "diff"]

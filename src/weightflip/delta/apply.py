@@ -121,7 +121,7 @@ class _CheckpointWriter:
         for step in delta.manifest.steps:
             self._data_offsets[step.name] = begin
             begin += sum(step.chunks)
-        self._check_forms()
+        self._check_specs()
 
     def write(self, file: BinaryIO, at: int) -> None:
         """Write one of the files completely."""
@@ -175,7 +175,7 @@ class _CheckpointWriter:
             at += length
 
     def _write_copy(self, file: BinaryIO, step: Step, entry: Entry) -> None:
-        begin, nbytes = self._written.get(step.of, (0, -1))
+        begin, nbytes = self._written.get(step.source, (0, -1))
         if nbytes != entry.nbytes:
             raise self._damaged(f"tensor {step.name!r} is a copy of an unknown tensor")
         end = file.tell()
@@ -185,28 +185,28 @@ class _CheckpointWriter:
             file.seek(end + at)
             file.write(part)
 
-    def _check_forms(self) -> None:
+    def _check_specs(self) -> None:
         """Verify names, dtypes and shapes before anything is read."""
         expected = {name: (dtype, shape) for name, dtype, shape in self._delta.manifest.old}
-        for name, form in expected.items():
+        for name, spec in expected.items():
             tensor = self._old.tensors.get(name)
             if tensor is None:
-                raise self._refused(f"tensor {name!r} is missing")
-            if (tensor.dtype, tensor.shape) != form:
+                raise self._wrong_checkpoint(f"tensor {name!r} is missing")
+            if (tensor.dtype, tensor.shape) != spec:
                 got = f"{tensor.dtype} {list(tensor.shape)}"
-                raise self._refused(f"tensor {name!r} is {got}, expected {form[0]} {list(form[1])}")
+                raise self._wrong_checkpoint(f"tensor {name!r} is {got}, expected {spec[0]} {list(spec[1])}")
         for name in self._old.tensors:
             if name not in expected:
-                raise self._refused(f"tensor {name!r} is unexpected")
+                raise self._wrong_checkpoint(f"tensor {name!r} is unexpected")
 
     def _check_old(self, name: str, digest: bytes) -> None:
         expected = self._delta.old_digests[name]
         if digest != expected:
-            raise self._refused(
+            raise self._wrong_checkpoint(
                 f"tensor {name!r} has other weights (xxh3-128 {digest.hex()}, expected {expected.hex()})"
             )
 
-    def _refused(self, reason: str) -> DeltaError:
+    def _wrong_checkpoint(self, reason: str) -> DeltaError:
         return DeltaError(
             f"{printable(str(self._old.path))} is not the checkpoint that {printable(str(self._delta.path))} starts "
             f"from: {printable(reason)}. Apply the delta to that checkpoint, or create a new delta from this one"

@@ -53,20 +53,20 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         DeltaError: None of these, or damaged.
     """
-    given = Path(path)
-    if given.is_dir():
-        return _open_directory(given)
-    if not given.is_file():
-        raise DeltaError(f"{printable(str(given))} does not exist; expected a checkpoint: {_EXPECTED}")
-    if given.name.endswith(_INDEX):
-        return _open_sharded(given)
-    if given.suffix == ".safetensors":
-        return _open_single(given)
-    if zipfile.is_zipfile(given):
-        return _open_torch(given)
+    location = Path(path)
+    if location.is_dir():
+        return _open_directory(location)
+    if not location.is_file():
+        raise DeltaError(f"{printable(str(location))} does not exist; expected a checkpoint: {_EXPECTED}")
+    if location.name.endswith(_INDEX):
+        return _open_sharded(location)
+    if location.suffix == ".safetensors":
+        return _open_single(location)
+    if zipfile.is_zipfile(location):
+        return _open_torch(location)
     raise DeltaError(
-        f"{printable(str(given))} is not a supported checkpoint; expected {_EXPECTED}. Load and save files again that "
-        "torch.save wrote before torch 1.6, or with _use_new_zipfile_serialization=False"
+        f"{printable(str(location))} is not a supported checkpoint; expected {_EXPECTED}. If it was written before "
+        "torch 1.6, or with _use_new_zipfile_serialization=False, load it and save it again"
     )
 
 
@@ -180,7 +180,7 @@ def _summarize_names(names: list[str]) -> str:
 def _open_torch(path: Path) -> Checkpoint:
     mapping = Mapping(path)
     tensors: dict[str, MappedTensor] = {}
-    places: dict[tuple[object, ...], str] = {}
+    first_names: dict[tuple[object, ...], str] = {}
     for name, tensor in _iterate_tensors(_load(path), ()):
         if name in tensors:
             raise DeltaError(f"{printable(str(path))} has two tensors named {printable(name)!r}; rename one of them")
@@ -193,8 +193,8 @@ def _open_torch(path: Path) -> Checkpoint:
             raise DeltaError(
                 f"{printable(str(path))} is too short for tensor {printable(name)!r}; copy or save it again"
             )
-        place = (begin, dtype, shape, strides)
-        first = places.setdefault(place, name) if nbytes else name
+        key = (begin, dtype, shape, strides)
+        first = first_names.setdefault(key, name) if nbytes else name
         same_as = None if first == name else first
         tensors[name] = MappedTensor(name, dtype, shape, mapping, begin, strides, same_as)
     return Checkpoint(path, tensors, one_file((each.name, each.dtype, each.shape) for each in tensors.values()))

@@ -9,10 +9,10 @@ from typing import NamedTuple
 from weightflip.delta.checkpoint import Checkpoint
 from weightflip.delta.mapped import MappedTensor
 
-_Form = tuple[str, tuple[int, ...]]
+_TensorSpec = tuple[str, tuple[int, ...]]
 
 
-class Seen(NamedTuple):
+class FormatDiff(NamedTuple):
     """The change of a tensor in one number format.
 
     Attributes:
@@ -38,17 +38,17 @@ class TensorDiff:
             dtypes of less than a byte.
         changed: Number of elements whose stored bits differ; None if dtype or size differ.
         same_as: Another tensor of the new checkpoint that shares the same memory and is counted instead.
-        seen: Changes in number formats, by format name.
+        format_diffs: Changes in number formats, by format name.
         nbytes: Size of its coded change in the delta; None if no delta was written.
     """
 
     name: str
-    old: _Form | None
-    new: _Form | None
+    old: _TensorSpec | None
+    new: _TensorSpec | None
     weights: int
     changed: int | None = None
     same_as: str | None = None
-    seen: dict[str, Seen] = field(default_factory=dict)
+    format_diffs: dict[str, FormatDiff] = field(default_factory=dict)
     nbytes: int | None = None
 
     @property
@@ -108,11 +108,11 @@ class Diff:
         """Changed / weights; 0 without weights."""
         return self.changed / max(1, self.weights)
 
-    def seen(self, format: str) -> tuple[Seen, int]:
+    def format_diff(self, format: str) -> tuple[FormatDiff, int]:
         """The total change in a number format, and the number of weights compared in it."""
-        tensors = [tensor for tensor in self.tensors if format in tensor.seen]
-        sums = (sum(column) for column in zip(*(tensor.seen[format] for tensor in tensors), strict=True))
-        return Seen(*sums) if tensors else Seen(0, 0, 0), sum(tensor.weights for tensor in tensors)
+        tensors = [tensor for tensor in self.tensors if format in tensor.format_diffs]
+        sums = (sum(column) for column in zip(*(tensor.format_diffs[format] for tensor in tensors), strict=True))
+        return FormatDiff(*sums) if tensors else FormatDiff(0, 0, 0), sum(tensor.weights for tensor in tensors)
 
 
 class Pair(NamedTuple):

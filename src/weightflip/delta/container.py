@@ -36,13 +36,13 @@ class Step(NamedTuple):
         name: Name of the new tensor.
         how: ``"same"``: equal to the old one. ``"changed"``: from the old one and the data. ``"whole"``: from the data
             alone. ``"copy"``: a copy of another new tensor.
-        of: Name of the tensor to copy.
+        source: Name of the tensor to copy.
         chunks: Lengths of the coded chunks in the data.
     """
 
     name: str
     how: str
-    of: str = ""
+    source: str = ""
     chunks: tuple[int, ...] = ()
 
     @property

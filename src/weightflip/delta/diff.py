@@ -15,9 +15,9 @@ from weightflip.delta.checkpoint import Checkpoint, open_checkpoint
 from weightflip.delta.compare import Diff, Pair, TensorDiff, pair_tensors
 from weightflip.delta.container import DeltaWriter, Manifest, Step
 from weightflip.delta.errors import DeltaError
+from weightflip.delta.format_diff import compare_in_format, is_weight
 from weightflip.delta.output import atomic_file, check_free
 from weightflip.delta.parallel import map_in_order
-from weightflip.delta.seen import compare_in_format, is_weight
 from weightflip.quantizers import BaseQuantizer, adapt, resolve
 from weightflip.quantizers.specs import QuantizerLike
 from weightflip.records import printable
@@ -158,7 +158,7 @@ def _compare_formats(pair: Pair, tensor: TensorDiff, formats: Sequence[BaseQuant
     for format in formats:
         # The format does not support the shape: leave the cell empty. The tracker skips these layers too.
         with contextlib.suppress(ValueError):
-            tensor.seen[format.name] = compare_in_format(pair.base, pair.new, format)
+            tensor.format_diffs[format.name] = compare_in_format(pair.base, pair.new, format)
 
 
 class _Recorder:
@@ -181,7 +181,7 @@ class _Recorder:
     def finish(self, old: Checkpoint, new: Checkpoint, found: dict[str, Pair]) -> int:
         """Write the sections after the data. Returns the size of the file."""
         steps = tuple(self._step(pair) for pair in found.values() if pair.new is not None)
-        forms = tuple((tensor.name, tensor.dtype, tensor.shape) for tensor in old.tensors.values())
+        specs = tuple((tensor.name, tensor.dtype, tensor.shape) for tensor in old.tensors.values())
         rows = [
             self._old[name].digest() if name in self._old else digests.digest_of(tensor)
             for name, tensor in old.tensors.items()
@@ -189,7 +189,7 @@ class _Recorder:
         for step in steps:
             if step.has_digest:
                 rows.append(self._new.get(step.name, digests.new_digest()).digest())
-        return self._writer.finish(rows, Manifest(forms, steps, new.layout))
+        return self._writer.finish(rows, Manifest(specs, steps, new.layout))
 
     def _step(self, pair: Pair) -> Step:
         assert pair.new is not None

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator
 from os import PathLike
 
-from weightflip.delta.compare import Diff, Seen, TensorDiff
+from weightflip.delta.compare import Diff, FormatDiff, TensorDiff
 from weightflip.records import csv_cell
 
 
@@ -48,19 +48,23 @@ def heading(diff: Diff) -> list[tuple[str, bool]]:
 
 def cells(diff: Diff, tensor: TensorDiff) -> list[str]:
     """The cells of one tensor, in the order of :func:`heading`."""
-    seen = {format: (tensor.seen[format], tensor.weights) for format in diff.formats if format in tensor.seen}
+    diffs = {
+        format: (tensor.format_diffs[format], tensor.weights)
+        for format in diff.formats
+        if format in tensor.format_diffs
+    }
     form = tensor.new or tensor.old
     assert form is not None
     row = [tensor.name, form[0], f"{tensor.weights:,}"]
     row += ["", ""] if tensor.changed is None else [f"{tensor.changed:,}", percent(tensor.changed, tensor.weights)]
-    return [*row, *_format_cells(diff, seen, tensor.nbytes), tensor.note]
+    return [*row, *_format_cells(diff, diffs, tensor.nbytes), tensor.note]
 
 
 def total_cells(diff: Diff) -> list[str]:
     """The cells of the totals over all tensors."""
     row = ["all", "", f"{diff.weights:,}", f"{diff.changed:,}", percent(diff.changed, diff.weights)]
     nbytes = sum(tensor.nbytes or 0 for tensor in diff.tensors)
-    return [*row, *_format_cells(diff, {format: diff.seen(format) for format in diff.formats}, nbytes), ""]
+    return [*row, *_format_cells(diff, {format: diff.format_diff(format) for format in diff.formats}, nbytes), ""]
 
 
 def summary(diff: Diff) -> list[str]:
@@ -104,19 +108,19 @@ def _csv_rows(diff: Diff) -> Iterator[list[object]]:
         yield [
             *(tensor.name, old_dtype, new_dtype, old_shape, new_shape, tensor.weights),
             *("" if value is None else value for value in (tensor.changed, tensor.same_as)),
-            *(cell for format in diff.formats for cell in tensor.seen.get(format, ("", "", ""))),
+            *(cell for format in diff.formats for cell in tensor.format_diffs.get(format, ("", "", ""))),
             "" if tensor.nbytes is None else tensor.nbytes,
         ]
 
 
 def _scale_count(tensor: TensorDiff, format: str) -> int:
-    return tensor.seen[format].scales if format in tensor.seen else 0
+    return tensor.format_diffs[format].scales if format in tensor.format_diffs else 0
 
 
-def _format_cells(diff: Diff, seen: dict[str, tuple[Seen, int]], nbytes: int | None) -> list[str]:
+def _format_cells(diff: Diff, diffs: dict[str, tuple[FormatDiff, int]], nbytes: int | None) -> list[str]:
     row = []
     for format in diff.formats:
-        found, weights = seen.get(format, (Seen(0, 0, 0), 0))
+        found, weights = diffs.get(format, (FormatDiff(0, 0, 0), 0))
         row.append(percent(found.changed, weights))
         if any(_scale_count(tensor, format) for tensor in diff.tensors):
             row.append(percent(found.scales_changed, found.scales))

@@ -1,6 +1,6 @@
 """Sharded weights: how they are laid out over processes, and the collectives that tracking them needs."""
 
-from weightflip.distributed.collectives import add_up, have_all_arrived, is_set_on_any
+from weightflip.distributed.collectives import all_reduce_sum, is_set_on_any, try_barrier
 from weightflip.distributed.groups import is_writer
 from weightflip.distributed.layouts import Layout, first_row, layout
 from weightflip.distributed.shards import ShardedWeight, ShardedWeights
@@ -12,9 +12,8 @@ __all__ = [
     "Layout",
     "ShardedWeight",
     "ShardedWeights",
-    "add_up",
+    "all_reduce_sum",
     "first_row",
-    "have_all_arrived",
     "is_dtensor",
     "is_set_on_any",
     "is_writer",
@@ -22,4 +21,5 @@ __all__ = [
     "local",
     "local_gradient",
     "span",
+    "try_barrier",
 ]

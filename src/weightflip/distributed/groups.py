@@ -28,29 +28,29 @@ def is_writer() -> bool:
     return not is_available() or torch.distributed.get_rank() == 0
 
 
-def group_of(place: GroupKey) -> Any:
+def process_group(key: GroupKey) -> Any:
     """Return the adopted group of these processes; else the default group if it is the same, or a new one."""
     groups = _current_groups()
-    if place not in groups:
-        ranks = list(place[1])
+    if key not in groups:
+        ranks = list(key[1])
         is_all = len(ranks) == torch.distributed.get_world_size()
-        groups[place] = None if is_all else torch.distributed.new_group(ranks, use_local_synchronization=True)
-    return groups[place] or torch.distributed.group.WORLD
+        groups[key] = None if is_all else torch.distributed.new_group(ranks, use_local_synchronization=True)
+    return groups[key] or torch.distributed.group.WORLD
 
 
-def adopt_group_of(mesh: Any, place: GroupKey) -> None:
+def adopt_mesh_group(mesh: Any, key: GroupKey) -> None:
     """Use the process group of a one-dimensional mesh for its processes instead of creating a new one."""
     groups = _current_groups()
-    if place not in groups:
+    if key not in groups:
         group = mesh.get_group()
-        groups[place] = None if group is torch.distributed.group.WORLD else group
+        groups[key] = None if group is torch.distributed.group.WORLD else group
 
 
 def _current_groups() -> dict[GroupKey, Any]:
     world = torch.distributed.group.WORLD
     if world is None:
         raise RuntimeError(
-            "counts of sharded weights cannot be added up, since there is no process group any more; call close() "
+            "counts of sharded weights cannot be summed, since there is no process group any more; call close() "
             "before torch.distributed.destroy_process_group()"
         )
     return _groups.setdefault(world, {})

@@ -25,9 +25,9 @@ class Layout:
         shard: The index of this process's shard, from 0; None if this process is not one of ``ranks``.
         shards: The number of shards.
         offsets: Where the shard begins in each dimension; None if it is not a contiguous block of the weight.
-        borders: Where shards begin and end in the last dimension; None if unknown.
+        boundaries: Where shards begin and end in the last dimension; None if unknown.
         is_partial: Whether the processes hold terms of a sum instead of parts.
-        row_borders: As ``borders``, in the last dimension but one.
+        row_boundaries: As ``boundaries``, in the last dimension but one.
     """
 
     shape: tuple[int, ...]
@@ -37,26 +37,26 @@ class Layout:
     shard: int | None
     shards: int
     offsets: tuple[int, ...] | None
-    borders: frozenset[int] | None
+    boundaries: frozenset[int] | None
     is_partial: bool
-    row_borders: frozenset[int] | None = None
+    row_boundaries: frozenset[int] | None = None
 
     @property
     def cuts_rows(self) -> bool:
         """Whether shards cut rows."""
-        return self.borders is None or len(self.borders) > 2
+        return self.boundaries is None or len(self.boundaries) > 2
 
     def cuts_groups(self, group: int) -> bool:
         """Whether shards cut groups of ``group`` neighbors in the last dimension."""
-        return self.borders is None or (self.cuts_rows and any(border % group for border in self.borders))
+        return self.boundaries is None or (self.cuts_rows and any(boundary % group for boundary in self.boundaries))
 
     def cuts_blocks(self, rows: int, columns: int) -> tuple[bool, bool]:
         """Whether shards cut blocks between their rows, and between their columns. The last block may be smaller."""
 
-        def cuts(borders: frozenset[int] | None, size: int) -> bool:
-            return borders is None or any(border % size for border in borders if border != max(borders))
+        def cuts(boundaries: frozenset[int] | None, size: int) -> bool:
+            return boundaries is None or any(boundary % size for boundary in boundaries if boundary != max(boundaries))
 
-        return rows > 1 and len(self.shape) > 1 and cuts(self.row_borders, rows), cuts(self.borders, columns)
+        return rows > 1 and len(self.shape) > 1 and cuts(self.row_boundaries, rows), cuts(self.boundaries, columns)
 
 
 def layout(parameter: Tensor) -> Layout | None:
@@ -70,7 +70,7 @@ def layout(parameter: Tensor) -> Layout | None:
         known[key] = _layout(key[0], mesh, key[1])
     found = known[key]
     if found is not None and found.shard is not None and mesh.ndim == 1 and groups.is_available():
-        groups.adopt_group_of(mesh, (found.device_type, found.ranks))
+        groups.adopt_mesh_group(mesh, (found.device_type, found.ranks))
     return found
 
 
@@ -98,14 +98,14 @@ def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> L
         strided = strided or hasattr(placement, "split_factor")
     offsets: list[int] = [0] * len(shape)
     sizes = list(shape)
-    borders: list[frozenset[int] | None] = [frozenset({0, size}) for size in shape] or [frozenset({0})]
+    boundaries: list[frozenset[int] | None] = [frozenset({0, size}) for size in shape] or [frozenset({0})]
     for i, placement in split.items():
         dim = placement.dim % len(shape)
         if strided:
-            borders[dim] = None
+            boundaries[dim] = None
             continue
-        if (known := borders[dim]) is not None:
-            borders[dim] = frozenset(chunk_borders(set(known), mesh.size(i)))
+        if (known := boundaries[dim]) is not None:
+            boundaries[dim] = frozenset(chunk_boundaries(set(known), mesh.size(i)))
         chunk = -(-sizes[dim] // mesh.size(i)) if sizes[dim] else 0
         start = min(chunk * coordinate[i], sizes[dim])
         offsets[dim] += start
@@ -119,15 +119,15 @@ def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> L
         shard=None if found is None else shard,
         shards=shards,
         offsets=None if strided else tuple(offsets),
-        borders=borders[-1],
+        boundaries=boundaries[-1],
         is_partial=is_partial,
-        row_borders=borders[-2] if len(shape) > 1 else None,
+        row_boundaries=boundaries[-2] if len(shape) > 1 else None,
     )
 
 
-def chunk_borders(borders: set[int], parts: int) -> set[int]:
-    """Split each piece between two borders into ``parts`` chunks, as torch.chunk does, and return all borders."""
-    ordered = sorted(borders)
+def chunk_boundaries(boundaries: set[int], parts: int) -> set[int]:
+    """Split each piece between two boundaries into ``parts`` chunks, as torch.chunk does, and return all boundaries."""
+    ordered = sorted(boundaries)
     found = set(ordered)
     for start, stop in itertools.pairwise(ordered):
         chunk = -(-(stop - start) // parts)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weightflip.distributed import collectives
 from weightflip.distributed.layouts import Layout
-from weightflip.distributed.teams import Team
+from weightflip.distributed.rank_groups import RankGroup
 
 Span = Literal["tensor", "row", "block"]
 
@@ -46,7 +46,7 @@ def span(layout: Layout, quantizer: Any) -> Span | None:
     if group is not None and layout.cuts_groups(group):
         raise ValueError(
             f"its shards cut the groups of {group} neighbors that share a scale in {quantizer}: the last dimension of "
-            f"shape {layout.shape} is cut at {sorted(layout.borders or ()) or 'positions that are not multiples'}"
+            f"shape {layout.shape} is cut at {sorted(layout.boundaries or ()) or 'positions that are not multiples'}"
         )
     if scope in ("element", "group") or (scope == "row" and not layout.cuts_rows):
         return None
@@ -66,7 +66,7 @@ def _span_of_blocks(layout: Layout, quantizer: Any) -> Span | None:
     if cuts_columns:
         raise ValueError(
             f"its shards cut the blocks of {rows} x {columns} that share a scale in {quantizer}: the last dimension of "
-            f"shape {layout.shape} is cut at {sorted(layout.borders or ()) or 'positions that are not multiples'}"
+            f"shape {layout.shape} is cut at {sorted(layout.boundaries or ()) or 'positions that are not multiples'}"
         )
     if cuts_rows and layout.offsets is None:
         raise ValueError(
@@ -146,7 +146,7 @@ class Statistic(NamedTuple):
 
 
 class StatisticsTable:
-    """Combines the statistics of all sharded weights of a team in one collective per step.
+    """Combines the statistics of all sharded weights of a group in one collective per step.
 
     All numbers are magnitudes, so their float64 bits, read as integers, have the same order, with NaN above all others.
     An integer maximum therefore keeps NaN, which a floating-point maximum loses on some backends. A mean has one slot
@@ -157,14 +157,14 @@ class StatisticsTable:
 
     Args:
         statistics: One per weight, in the same order on each process.
-        team: The processes.
+        group: The processes.
     """
 
-    def __init__(self, statistics: Sequence[Statistic], team: Team) -> None:
-        self.team = team
+    def __init__(self, statistics: Sequence[Statistic], group: RankGroup) -> None:
+        self.group = group
         self._statistics = list(statistics)
         sizes = [statistic.numbers for statistic in statistics]
-        self._values = torch.zeros(sum(sizes) + len(sizes), dtype=torch.float64, device=team.device)
+        self._values = torch.zeros(sum(sizes) + len(sizes), dtype=torch.float64, device=group.device)
         self._slots = list(torch.split(self._values, [*sizes, len(sizes)]))
         self._flags = self._slots.pop()
 
@@ -209,7 +209,7 @@ class StatisticsTable:
     def reduce(self) -> None:
         """Run the collective."""
         self.bits.bitwise_and_(torch.iinfo(torch.int64).max)
-        collectives.all_reduce_(self.bits, self.team, "MAX")
+        collectives.all_reduce_(self.bits, self.group, "MAX")
 
     def get(self, index: int, like: Tensor) -> Tensor:
         """Return the statistic of the whole weight, or of its rows in this process's shard, like ``like``.
@@ -228,5 +228,5 @@ class StatisticsTable:
 
     @property
     def is_counted(self) -> Tensor:
-        """For each weight, whether no process has flagged it: bool, on the team's device."""
+        """For each weight, whether no process has flagged it: bool, on the group's device."""
         return self._flags == 0

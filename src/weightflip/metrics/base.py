@@ -204,7 +204,7 @@ class Metric(ABC):
     reads_scale: bool = True
     """Whether ``mark`` and ``gauge`` use ``Weight.scale`` of formats with ``Weight.scale_codes``. If not, it is None
     there, and the weight need not be read for it."""
-    of_shards: bool = True
+    supports_shards: bool = True
     """Whether the sums over the shards of a weight equal those of the whole. If not, sharded weights are left out."""
 
     @property

@@ -27,42 +27,46 @@ class Group(NamedTuple):
 
 def make_groups(metrics: Any, oscillation_ema: float | tuple[float, float] | None) -> tuple[list[str], list[Group]]:
     """Return the names in ``metrics=``, and the groups other than flips and stalls."""
-    asked: dict[Any, Any] = {}
+    groups: dict[Any, Any] = {}
     if isinstance(metrics, Mapping):
-        asked = dict(metrics)
+        groups = dict(metrics)
     elif isinstance(metrics, Iterable) and not isinstance(metrics, str):
         metrics = list(metrics)
         if all(isinstance(metric, Hashable) for metric in metrics):
-            asked = dict.fromkeys(metrics)
-    names = [name for name in METRICS if name in asked]
-    if "flips" not in asked:
-        hint = "did you mean 'flips'? " if any(checks.closest_match(name, METRICS) == "flips" for name in asked) else ""
+            groups = dict.fromkeys(metrics)
+    names = [name for name in METRICS if name in groups]
+    if "flips" not in groups:
+        hint = (
+            "did you mean 'flips'? " if any(checks.closest_match(name, METRICS) == "flips" for name in groups) else ""
+        )
         raise ValueError(
-            "metrics= is a sequence with 'flips' in it, or a mapping from such names to the number of steps between "
+            "metrics= must be a sequence that contains 'flips', or a mapping from names to the number of steps between "
             f"two evaluations; {hint}got {metrics!r}"
         )
     for name in METRICS:
-        every = asked.pop(name, None)
+        every = groups.pop(name, None)
         if (
             every is not None
             and checks.whole_number(f"metrics={{{name!r}: n}} runs every n steps, and n", every, 1) != 1
         ):
             raise ValueError(f"metrics= counts {name!r} in every tracked step; use track_every= for fewer")
     if oscillation_ema is not None:
-        if "oscillation" not in asked:
+        if "oscillation" not in groups:
             raise ValueError("oscillation_ema= belongs to the group 'oscillation'; add it to metrics=")
         options = oscillation_ema if isinstance(oscillation_ema, (tuple, list)) else (oscillation_ema,)
         if not 1 <= len(options) <= 2:
-            raise ValueError(f"oscillation_ema= is a momentum, or a momentum and a threshold; got {oscillation_ema!r}")
-        asked = {Oscillation(*options) if name == "oscillation" else name: every for name, every in asked.items()}
-    groups, start = [], 0
-    for metric, every in make_metrics(asked):
+            raise ValueError(
+                f"oscillation_ema= must be a momentum, or a momentum and a threshold; got {oscillation_ema!r}"
+            )
+        groups = {Oscillation(*options) if name == "oscillation" else name: every for name, every in groups.items()}
+    made, start = [], 0
+    for metric, every in make_metrics(groups):
         sums = slice(start, start + 2 * len(metric.ratios))
         gauges = slice(sums.stop, sums.stop + 2 * len(metric.gauges))
         bins = slice(gauges.stop, gauges.stop + sum(len(bins.edges) - 1 for bins in metric.histograms))
-        groups.append(Group(metric, every, sums, gauges, bins))
+        made.append(Group(metric, every, sums, gauges, bins))
         start = bins.stop
-    return names + [group.metric.name for group in groups], groups
+    return names + [group.metric.name for group in made], made
 
 
 def ratios_of(groups: Sequence[Group], row: Sequence[float]) -> dict[str, Quotient]:

@@ -1,4 +1,4 @@
-"""The share of weights that have flipped at all, and the share that differ from their first code."""
+"""The fraction of weights that have flipped at all, and the fraction that differ from their first code."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from weightflip.records import Value
 class Coverage(Metric):
     """``metrics=("flips", "coverage")``: ``ever_flipped`` and ``net_flipped``, since tracking began.
 
-    ``ever_flipped`` is the share of the weights that have flipped at least once, ``net_flipped`` the share whose code
-    differs from their code when tracking began: 1 - C2I of Liu et al. 2021 (arXiv:2106.11890).
+    ``ever_flipped`` is the fraction of the weights that have flipped at least once, ``net_flipped`` the fraction whose
+    code differs from their code when tracking began: 1 - C2I of Liu et al. 2021 (arXiv:2106.11890).
     """
 
     name = "coverage"
@@ -24,7 +24,7 @@ class Coverage(Metric):
             "ever_flipped",
             "gauge",
             "ever flipped",
-            "share of weights that have flipped since the start",
+            "fraction of weights that have flipped since the start",
             "share",
             order=50,
         ),
@@ -32,7 +32,7 @@ class Coverage(Metric):
             "net_flipped",
             "gauge",
             "net flipped",
-            "share of weights with another code than at the start",
+            "fraction of weights with another code than at the start",
             "share",
             order=51,
         ),

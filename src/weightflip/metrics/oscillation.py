@@ -15,8 +15,8 @@ from weightflip.records import Value
 _THRESHOLD = 0.005
 
 
-_OFTEN = Value(
-    "oscillating_fraction", "gauge", "oscillating", "share of weights that oscillate often", "share", order=11
+_OSCILLATING = Value(
+    "oscillating_fraction", "gauge", "oscillating", "fraction of weights that oscillate often", "share", order=11
 )
 
 
@@ -28,9 +28,9 @@ class Oscillation(Metric):
     arXiv:2203.11086, section 4.1). The direction is that of the code, that is, of the value relative to its scale. The
     last direction takes one byte per weight.
 
-    With ``ema``, there is also ``oscillating_fraction``, the share of weights with ``f > threshold``. Here ``f`` is the
-    oscillation frequency of a weight as an exponential moving average, ``f = ema * o + (1 - ema) * f``, with ``o = 1``
-    in steps in which the weight oscillates, otherwise 0 (their equation 4). It takes four more bytes per weight.
+    With ``ema``, there is also ``oscillating_fraction``, the fraction of weights with ``f > threshold``. Here ``f`` is
+    the oscillation frequency of a weight as an exponential moving average: ``f = ema * o + (1 - ema) * f``, where ``o``
+    is 1 in steps in which the weight oscillates, otherwise 0 (their equation 4). It takes four more bytes per weight.
 
     Args:
         ema: The momentum, in (0, 1]; None for no average. Nagel et al. use 0.01.
@@ -46,7 +46,7 @@ class Oscillation(Metric):
             "oscillation_ratio",
             "rate",
             "oscillation",
-            "share of flips that go back, against the weight's flip before",
+            "fraction of flips that reverse the weight's previous flip",
             "share",
             order=10,
             heat_map=True,
@@ -55,13 +55,15 @@ class Oscillation(Metric):
 
     def __init__(self, ema: float | None = None, threshold: float = _THRESHOLD) -> None:
         if ema is not None and not (_is_number(ema) and 0 < ema <= 1):
-            raise ValueError(f"oscillation_ema= is a momentum above 0 and at most 1, such as 0.01; got {ema!r}")
+            raise ValueError(f"oscillation_ema= must be a momentum above 0 and at most 1, such as 0.01; got {ema!r}")
         if not (_is_number(threshold) and 0 <= threshold < 1):
-            raise ValueError(f"the threshold of the oscillation frequency lies in [0, 1), got {threshold!r}")
+            raise ValueError(
+                f"the threshold in oscillation_ema= must be at least 0 and below 1, such as 0.005; got {threshold!r}"
+            )
         self.ema = None if ema is None else float(ema)
         self.threshold = float(threshold)
         if ema is not None:
-            self.values = (*self.values, _OFTEN)
+            self.values = (*self.values, _OSCILLATING)
 
     def open(self, name: str, weight: Weight) -> LayerMetric:
         return _LayerOscillation(weight, self.ema, self.threshold)

@@ -1,4 +1,4 @@
-"""The shares of weights at 0 and at the ends of the format's range."""
+"""The fractions of weights at 0 and at the ends of the format's range."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ class Range(Metric):
 
     name = "range"
     values = (
-        Value("zero_fraction", "gauge", "zero", "share of codes that stand for 0", "share", order=70),
-        Value("saturated_fraction", "gauge", "saturated", "share of codes at the format's two ends", "share", order=71),
+        Value("zero_fraction", "gauge", "zero", "fraction of codes that stand for 0", "share", order=70),
+        Value(
+            "saturated_fraction", "gauge", "saturated", "fraction of codes at the format's two ends", "share", order=71
+        ),
         Value(
             "underflow_fraction",
             "gauge",
             "underflow",
-            "share of weights other than 0 with the code of 0",
+            "fraction of weights other than 0 with the code of 0",
             "share",
             order=72,
         ),

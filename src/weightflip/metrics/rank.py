@@ -30,7 +30,7 @@ class Rank(Metric):
         ),
     )
     every = 500
-    of_shards = False
+    supports_shards = False
 
     def open(self, name: str, weight: Weight) -> LayerMetric | None:
         return _LayerRank() if weight.ndim >= 2 else None

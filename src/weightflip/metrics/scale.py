@@ -1,4 +1,4 @@
-"""The share of flips that the weight caused, and not a new scale."""
+"""The fraction of flips that the weight caused, and not a new scale."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Scale(Metric):
             "weight_driven_fraction",
             "rate",
             "weight-driven",
-            "share of flips made by the weight, not by its scale",
+            "fraction of flips made by the weight, not by its scale",
             "share",
             order=30,
         ),

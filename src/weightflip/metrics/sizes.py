@@ -20,7 +20,7 @@ _LEVEL = 3
 
 
 def stored_bits(bits: int) -> int:
-    """Return how many bits a code of so many bits takes in memory.
+    """Return the number of bits in which a code is stored.
 
     Example:
         >>> [stored_bits(bits) for bits in (2, 3, 4, 6, 8, 12)]

@@ -58,7 +58,7 @@ class Sync(Metric):
             "empty_layers",
             "rate",
             "empty",
-            "share of layers that did not change since the last sync",
+            "fraction of layers that did not change since the last sync",
             "share",
             order=41,
         ),

@@ -43,7 +43,7 @@ class Touched(Metric):
             "untouched_layers",
             "rate",
             "untouched",
-            "share of layers without a flip since the last sync",
+            "fraction of layers without a flip since the last sync",
             "share",
             order=48,
         ),

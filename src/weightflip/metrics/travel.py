@@ -55,7 +55,7 @@ class Travel(Metric):
             "travel_high_fraction",
             "gauge",
             "travel high",
-            "share of moving weights with a travel ratio above 16",
+            "fraction of moving weights with a travel ratio above 16",
             "share",
             order=21,
         ),
@@ -102,7 +102,7 @@ class _Moment(NamedTuple):
 
 
 class _LayerTravel(LayerMetric):
-    state = ("travelled", "quantized_travelled")
+    state = ("traveled", "quantized_traveled")
     sample: Sample
 
     def __init__(self, name: str, weight: Weight, quantizer: ElementwiseQuantizer, outermost: tuple[int, int]) -> None:
@@ -121,12 +121,12 @@ class _LayerTravel(LayerMetric):
         )
 
     @property
-    def travelled(self) -> Tensor:
+    def traveled(self) -> Tensor:
         """The distance that each sampled weight moved since the last logging point."""
         return self.sample.moved
 
     @property
-    def quantized_travelled(self) -> Tensor:
+    def quantized_traveled(self) -> Tensor:
         """The same for their quantized values."""
         return self.sample.quantized_moved
 
@@ -150,20 +150,20 @@ class _LayerTravel(LayerMetric):
         flips = (new.codes != old.codes).logical_and_(is_finite)
         found = _sum_in_lanes([quantized_moved, moved, flips, expected])
         sums.add_(found.view(2, 2), alpha=self.sample.share)
-        self.travelled.add_(moved)
-        self.quantized_travelled.add_(quantized_moved)
+        self.traveled.add_(moved)
+        self.quantized_traveled.add_(quantized_moved)
 
     def gauge(self, weight: Weight, gauges: Tensor, bins: Tensor) -> None:
-        has_moved = self.travelled > 0
-        ratios = self.quantized_travelled / self.travelled
+        has_moved = self.traveled > 0
+        ratios = self.quantized_traveled / self.traveled
         gauges[0, 0] = torch.count_nonzero(has_moved & (ratios > _HIGH)) * self.sample.share
         gauges[0, 1] = torch.count_nonzero(has_moved) * self.sample.share
         lowest, highest = Travel.histograms[0].edges[0], Travel.histograms[0].edges[-1]
         found = ratios.log2().floor().clamp_(lowest, highest - 1).sub_(lowest)
         found = (found[:, None] == torch.arange(len(bins), device=found.device)) & has_moved[:, None]
         bins.copy_((found.sum(0) * self.sample.share).round_())
-        self.travelled.zero_()
-        self.quantized_travelled.zero_()
+        self.traveled.zero_()
+        self.quantized_traveled.zero_()
 
     def _take_sample(self, tensor: Tensor) -> Tensor:
         at = self.sample.at

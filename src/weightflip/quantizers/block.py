@@ -118,9 +118,11 @@ class MXQuantizer(_BlockQuantizer):
     def __init__(self, format: FloatFormat, mode: ScaleMode = "floor") -> None:
         name = next((name for name, known in MX_NAMES.items() if known == format), None)
         if name is None:
-            raise ValueError(f"MX elements are {', '.join(f.name for f in MX_NAMES.values())}, got {format}")
+            raise ValueError(
+                f"elements of MX formats must be one of {', '.join(f.name for f in MX_NAMES.values())}, got {format}"
+            )
         if mode not in get_args(ScaleMode):
-            raise ValueError(f"the scale mode is one of {get_args(ScaleMode)}, got {mode!r}")
+            raise ValueError(f"the scale mode must be one of {get_args(ScaleMode)}, got {mode!r}")
         super().__init__(replace(BLOCK_FORMATS[name], rule=mode))
         self.mode: ScaleMode = mode
 

@@ -113,7 +113,7 @@ class Float8Quantizer(_Float8Cast):
         round_scales_to_power_of_2: bool = False,
     ) -> None:
         if format not in (E4M3, E5M2):
-            raise ValueError(f"float8 is E4M3 or E5M2, got {format}")
+            raise ValueError(f"the format of float8 must be E4M3 or E5M2, got {format}")
         self.format = format
         self.granularity: Literal["tensor", "row"] = granularity
         self.scope = granularity
@@ -217,7 +217,7 @@ class Float8BlockQuantizer(_Float8Cast):
             scale = torch.where(scale.isnan(), scale, powers)
         return scale
 
-    def of_blocks(self, scale: Tensor, shape: Sequence[int], first_row: int = 0) -> Tensor:
+    def block_scales(self, scale: Tensor, shape: Sequence[int], first_row: int = 0) -> Tensor:
         scale = scale[..., :: self.block.block_size // self._group_size(shape), :]
         if self.block.rows > 1 and len(shape) > 1:
             scale = scale[..., -first_row % self.block.rows :: self.block.rows, :, :]

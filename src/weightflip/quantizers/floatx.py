@@ -60,9 +60,9 @@ class FloatxQuantizer(ElementwiseQuantizer):
         fixed_scale: Tensor | float | None = None,
     ) -> None:
         if format.bits > 16:
-            raise ValueError(f"an ExMy format has up to 16 bits, got {format}")
+            raise ValueError(f"an ExMy format must have at most 16 bits, got {format}")
         if granularity not in get_args(Granularity):
-            raise ValueError(f"granularity is one of {get_args(Granularity)}, got {granularity!r}")
+            raise ValueError(f"granularity= must be one of {get_args(Granularity)}, got {granularity!r}")
         if isinstance(fixed_scale, Real) and not isinstance(fixed_scale, bool):
             # Includes NumPy's numbers. An integer may be too large for a float.
             try:
@@ -71,13 +71,13 @@ class FloatxQuantizer(ElementwiseQuantizer):
                 fixed_scale = math.inf
         elif isinstance(fixed_scale, Tensor) and fixed_scale.is_complex():
             dtype = str(fixed_scale.dtype).removeprefix("torch.")
-            raise TypeError(f"scale= is a number or a torch.Tensor of real numbers, got a {dtype} tensor")
+            raise TypeError(f"scale= must be a number or a torch.Tensor of real numbers, got a {dtype} tensor")
         elif fixed_scale is not None and not isinstance(fixed_scale, Tensor):
             hint = "; convert it with torch.tensor(...)" if hasattr(fixed_scale, "__len__") else ""
-            raise TypeError(f"scale= is a number or a torch.Tensor, got {checks.describe(fixed_scale)}{hint}")
+            raise TypeError(f"scale= must be a number or a torch.Tensor, got {checks.describe(fixed_scale)}{hint}")
         if isinstance(fixed_scale, float) and not 0 < fixed_scale < math.inf:
             raise ValueError(
-                f"scale= is what the weight is divided by and must be positive and finite, got {fixed_scale}"
+                f"scale= must be positive and finite, since the weight is divided by it; got {fixed_scale}"
             )
         self.format: FloatFormat = format
         self.granularity: Granularity = granularity

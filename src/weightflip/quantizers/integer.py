@@ -72,9 +72,9 @@ class IntegerQuantizer(_Integers):
 
     def __init__(self, bits: int, group: int | None = None) -> None:
         if not 2 <= bits <= 8:
-            raise ValueError(f"bits= is from 2 to 8, got {bits}")
+            raise ValueError(f"bits= must be from 2 to 8, got {bits}")
         if group is not None and group < 1:
-            raise ValueError(f"group= is at least 1, got {group}")
+            raise ValueError(f"group= must be at least 1, got {group}")
         self.bits = bits
         self.group = group
         self.largest = 2 ** (bits - 1) - 1

@@ -48,7 +48,7 @@ class Quantizer(Protocol):
 
     Quantizers that belong to a module or a tensor subclass may also have these attributes:
 
-    * ``is_active``: False while the weight is not quantized. Nothing is counted then, and the first codes afterwards
+    * ``is_active``: False while the weight is not quantized. Nothing is counted then, and the first codes afterward
       are a baseline.
     * ``has_state``: True if codes depend on more than the weight, so that they are never kept from step to step.
     * ``plain(weight)``: an ordinary tensor whose non-finite elements are those of the weight.
@@ -204,7 +204,7 @@ class ElementwiseQuantizer(BaseQuantizer):
             # An inherited rounding does not describe an overridden encode_into.
             cls.rounding = ElementwiseQuantizer.rounding  # type: ignore[method-assign]
         if vars(cls).keys() & {"scale_of", "applied_scale", "scale_codes"} and "scale_rule" not in vars(cls):
-            # Nor is another way to make scales what an inherited rule says.
+            # An inherited rule does not describe overridden scales.
             cls.scale_rule = ElementwiseQuantizer.scale_rule  # type: ignore[method-assign]
         if "values" in vars(cls) and "value_rule" not in vars(cls):
             cls.value_rule = ElementwiseQuantizer.value_rule  # type: ignore[method-assign]
@@ -259,7 +259,7 @@ class ElementwiseQuantizer(BaseQuantizer):
         """Return group scales as they are stored, as integers of their shape, so that changes can be counted."""
         return bits_of_scale(scale)
 
-    def of_blocks(self, scale: Tensor, shape: Sequence[int], first_row: int = 0) -> Tensor:
+    def block_scales(self, scale: Tensor, shape: Sequence[int], first_row: int = 0) -> Tensor:
         """Select the group scales to count: one per block if several groups share a scale.
 
         Args:
@@ -304,7 +304,8 @@ class ElementwiseQuantizer(BaseQuantizer):
         """What ``scale_of``, ``applied_scale`` and ``scale_codes`` do for weights of a dtype, as data.
 
         ``"steps"``: what weights are multiplied or divided by takes at most 256 values. The stored code of each is a
-        byte that grows with the largest magnitude; where nothing is stored, each is a power of two. None: ask them.
+        byte that grows with the largest magnitude; where nothing is stored, each is a power of two. None: there is no
+        such description, and the methods are called.
         """
         return None
 

@@ -304,15 +304,15 @@ class ParqQuantizer(BaseQuantizer):
 
     Args:
         optimizer: The ``QuantOptimizer``.
-        place: The index of the param group and of the weight in it. The optimizer keeps levels per weight.
+        position: The index of the param group and of the weight in it. The optimizer keeps levels per weight.
         bits: The param group's ``quant_bits``.
     """
 
     has_state = True
 
-    def __init__(self, optimizer: Any, place: tuple[int, int], bits: int) -> None:
+    def __init__(self, optimizer: Any, position: tuple[int, int], bits: int) -> None:
         self.optimizer = optimizer
-        self.place = place
+        self.position = position
         self.bits = bits
         self.name = f"parq_{bits}bit"
 
@@ -321,7 +321,7 @@ class ParqQuantizer(BaseQuantizer):
         return self._current_levels() is not None
 
     def _current_levels(self) -> Tensor | None:
-        group, index = self.place
+        group, index = self.position
         parameter = self.optimizer.param_groups[group]["params"][index]
         # get(), since indexing the state would create an entry.
         levels: Tensor | None = self.optimizer.state.get(parameter, {}).get("quants")

@@ -18,8 +18,8 @@ from weightflip.report.run import Alert, Run, group_into_chains, merge_info, non
 from weightflip.report.scan import Line, Scan, Writer
 
 # A run of 10,000 points of 200 layers has forty times as many. A report shows at most a few hundred points.
-_BYTES_READ_AT_MOST = 24_000_000
-_POINTS_READ_AT_LEAST = 200
+_MAX_BYTES_READ = 24_000_000
+_MIN_POINTS_READ = 200
 
 
 def read(
@@ -37,11 +37,11 @@ def read(
     chains = group_into_chains([(writer.begin, writer.end) for writer in writers])
     with ExitStack() as stack:
         files = [stack.enter_context(file.open("rb")) for file in found.paths]
-        every = [
+        read = [
             _Chain(files, found.damaged, progress).read([writers[at] for at in chain], path, every_record)
             for chain in chains
         ]
-        runs = [run for run in every if run is not None]
+        runs = [run for run in read if run is not None]
     if len(runs) < 2:
         return runs
     where = "file" if len(found.paths) == 1 else "directory"
@@ -109,9 +109,9 @@ class _Chain:
         before: RecordArrays | None = None
         last = -1
         positions = {(line.file, line.offset): at for at, line in enumerate(self._kept)}
-        share = sum(line.length for line in self._kept) / 2 / max(1, len(chosen))
+        fraction = sum(line.length for line in self._kept) / 2 / max(1, len(chosen))
         for line in chosen:
-            self._progress(share)
+            self._progress(fraction)
             try:
                 arrays = self._read_record(line)
             except lines.DamagedLine:
@@ -140,7 +140,7 @@ class _Chain:
         if self._damaged:
             notes.append(
                 f"{self._damaged:,} damaged line{'s' * (self._damaged > 1)} skipped: incomplete, because the training "
-                "was killed or is still writing, or modified afterwards"
+                "was killed or is still writing, or modified afterward"
             )
         if self._steps_back > 1:
             notes.append(
@@ -153,11 +153,11 @@ class _Chain:
         return tuple(notes)
 
 
-def _thin_out(every: Sequence[Line]) -> Sequence[Line]:
-    size = sum(line.length for line in every)
-    if size <= _BYTES_READ_AT_MOST:
-        return every
-    points = max(_POINTS_READ_AT_LEAST, len(every) * _BYTES_READ_AT_MOST // size)
-    if points >= len(every):
-        return every
-    return [every[at] for at in np.unique(np.linspace(0, len(every) - 1, points).round().astype(int))]
+def _thin_out(kept: Sequence[Line]) -> Sequence[Line]:
+    size = sum(line.length for line in kept)
+    if size <= _MAX_BYTES_READ:
+        return kept
+    points = max(_MIN_POINTS_READ, len(kept) * _MAX_BYTES_READ // size)
+    if points >= len(kept):
+        return kept
+    return [kept[at] for at in np.unique(np.linspace(0, len(kept) - 1, points).round().astype(int))]

@@ -11,17 +11,29 @@ from dataclasses import replace
 from weightflip.records import CORE_VALUES, RunInfo, Value
 
 _VALUES = (
-    Value("oscillation_ratio", "rate", "oscillation", "share of flips that go back", "share", order=10, heat_map=True),
-    Value("oscillating_fraction", "gauge", "oscillating", "share of weights that oscillate often", "share", order=11),
-    Value("travel_ratio", "rate", "travel", "way of the quantized weights / way of the weights", order=20),
-    Value("travel_high_fraction", "gauge", "travel high", "share of weights with a ratio above 16", "share", order=21),
+    Value(
+        "oscillation_ratio",
+        "rate",
+        "oscillation",
+        "fraction of flips that reverse the previous one",
+        "share",
+        order=10,
+        heat_map=True,
+    ),
+    Value(
+        "oscillating_fraction", "gauge", "oscillating", "fraction of weights that oscillate often", "share", order=11
+    ),
+    Value("travel_ratio", "rate", "travel", "distance of the quantized weights / distance of the weights", order=20),
+    Value(
+        "travel_high_fraction", "gauge", "travel high", "fraction of weights with a ratio above 16", "share", order=21
+    ),
     Value("weight_driven_fraction", "rate", "weight-driven", "flips also under the old scale", "share", order=30),
-    Value("ever_flipped", "gauge", "ever flipped", "share of weights that have flipped", "share", order=50),
-    Value("net_flipped", "gauge", "net flipped", "share of weights on another code", "share", order=51),
+    Value("ever_flipped", "gauge", "ever flipped", "fraction of weights that have flipped", "share", order=50),
+    Value("net_flipped", "gauge", "net flipped", "fraction of weights on another code", "share", order=51),
     Value("flip_excess", "rate", "flip excess", "flips / flips that the steps account for", order=65),
-    Value("zero_fraction", "gauge", "zero", "share of codes that stand for 0", "share", order=70),
-    Value("saturated_fraction", "gauge", "saturated", "share of codes at the two ends", "share", order=71),
-    Value("underflow_fraction", "gauge", "underflow", "share of weights that round to 0", "share", order=72),
+    Value("zero_fraction", "gauge", "zero", "fraction of codes that stand for 0", "share", order=70),
+    Value("saturated_fraction", "gauge", "saturated", "fraction of codes at the two ends", "share", order=71),
+    Value("underflow_fraction", "gauge", "underflow", "fraction of weights that round to 0", "share", order=72),
     Value("stable_rank", "gauge", "stable rank", order=80),
     Value("effective_rank", "gauge", "effective rank", order=81),
 )

@@ -112,7 +112,7 @@ def _named_quotients(
     record: RecordArrays, window: NDArray[np.int64], ratios: Pairs
 ) -> Iterator[tuple[str, tuple[NDArray[np.float64], NDArray[np.float64]]]]:
     """All numbers of a record, by name: numerators and denominators over the layers."""
-    for name, (numerators, denominators) in record.with_window(window).pairs.items():
+    for name, (numerators, denominators) in record.with_window(window).all_quotients.items():
         yield name, (np.asarray(numerators, np.float64), np.asarray(denominators, np.float64))
     for of_groups in ({name: ratios[name] for name in ratios if name not in record.gauges}, record.gauges):
         for name, pairs in of_groups.items():

@@ -13,7 +13,7 @@ from weightflip.report.run import NoRecords, ReportError, Run
 from weightflip.report.scan import Scan, scan
 
 # JSONL file next to an event file: flips, time, host, process, number.
-_COMPANION = re.compile(r"flips\.\d+\..*\.\d+\.\d+\.jsonl")
+_REPORT_FILE = re.compile(r"flips\.\d+\..*\.\d+\.\d+\.jsonl")
 # Maximum seconds between a point in the event file and the same point in its JSONL file.
 _SLACK = 5.0
 
@@ -82,19 +82,19 @@ def _read_directory(
     path: Path, names: Sequence[str], every_record: bool, progress: Callable[[float], object]
 ) -> list[Run]:
     """Read the files of one directory: JSONL files from ``sinks=``, or else the output of a run with TensorBoard."""
-    files, companions = _split_jsonl(path, names)
+    files, report_files = _split_jsonl(path, names)
     runs = [run for file in files for run in jsonl.read(scan([file], progress), file, every_record, progress)]
     if len(runs) == 1:
         return [replace(runs[0], path=path)]
     if runs:
         return runs
-    if companions:
-        found = scan(companions, progress)
+    if report_files:
+        found = scan(report_files, progress)
         if _covers_event_files(found, path):
             runs = jsonl.read(found, path, every_record, progress)
     if not runs and any("tfevents" in name for name in names):
         runs = events.read(path, progress)
-        if companions:
+        if report_files:
             note = "read from event files, which hold only ratios: the JSONL files next to them lack some points"
             runs = [replace(run, notes=(*run.notes, note)) for run in runs]
     return runs
@@ -102,8 +102,8 @@ def _read_directory(
 
 def _split_jsonl(path: Path, names: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """JSONL files from ``sinks=``, and those written next to event files."""
-    files = [path / name for name in names if name.endswith(".jsonl") and not _COMPANION.fullmatch(name)]
-    return files, [path / name for name in names if _COMPANION.fullmatch(name)]
+    files = [path / name for name in names if name.endswith(".jsonl") and not _REPORT_FILE.fullmatch(name)]
+    return files, [path / name for name in names if _REPORT_FILE.fullmatch(name)]
 
 
 def list_files(path: Path) -> list[Path]:
@@ -112,8 +112,8 @@ def list_files(path: Path) -> list[Path]:
         return [path]
     found = []
     for directory, _, names in os.walk(path):
-        files, companions = _split_jsonl(Path(directory), names)
-        found += files or companions or [Path(directory, name) for name in names if "tfevents" in name]
+        files, report_files = _split_jsonl(Path(directory), names)
+        found += files or report_files or [Path(directory, name) for name in names if "tfevents" in name]
     return found
 
 

@@ -9,7 +9,7 @@ from os import PathLike
 
 from weightflip.records import Value, csv_cell, in_display_order
 from weightflip.report.findings import Finding
-from weightflip.report.findings.words import percent
+from weightflip.report.findings.phrases import percent
 from weightflip.report.run import EMPTY, Layer, Run, Series
 
 # Columns of every table, even if no layer has the number.

@@ -11,8 +11,8 @@ import numpy as np
 
 from weightflip.records import in_display_order
 from weightflip.records import printable as escaped
+from weightflip.report.block_summary import make_overview
 from weightflip.report.findings import Finding, Severity
-from weightflip.report.many import make_overview
 from weightflip.report.run import Layer, ReportError, Run, Series
 from weightflip.report.table import ALWAYS, cell, columns, concerns, model_series, rank_layers, run_formats
 
@@ -31,7 +31,7 @@ _TEXT_WIDTH = 110
 # Width for a pipe or a file.
 _PIPE_WIDTH = 200
 _LAYERS_SHOWN = 40
-_MOST_COMPARED = 4
+_MAX_COMPARED = 4
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKS = 12
 _NAME_WIDTH = 24
@@ -76,13 +76,13 @@ def make_console(file: IO[str] | None = None) -> Console:
 def report_parts(console: Console, runs: Sequence[Run], findings: Sequence[Finding]) -> list[RenderableType]:
     """The parts of the report, formatted for the width of the console."""
     parts = [*_run_table(console, runs), _findings_table(console, runs, findings), ""]
-    if 1 < len(runs) <= _MOST_COMPARED and _share_layers(runs):
+    if 1 < len(runs) <= _MAX_COMPARED and _share_layers(runs):
         parts += _comparison_tables(console, runs, findings)
-    elif len(runs) <= _MOST_COMPARED:
+    elif len(runs) <= _MAX_COMPARED:
         for run in runs:
-            parts += _layer_tables(console, run, findings, titled=len(runs) > 1)
+            parts += _layer_tables(console, run, findings, with_title=len(runs) > 1)
     else:
-        parts.append(_make_text(f"Layers are listed for up to {_MOST_COMPARED} runs; --html lists those of all runs."))
+        parts.append(_make_text(f"Layers are listed for up to {_MAX_COMPARED} runs; --html lists those of all runs."))
     return parts
 
 
@@ -169,8 +169,8 @@ def sparkline(series: Series, begin: int, end: int) -> str:
         >>> sparkline(Series(steps, steps.astype(float), np.ones(12)), 0, 12)
         '▂▂▃▃▄▅▅▆▆▇▇█'
     """
-    borders = np.linspace(begin, end, min(_SPARKS, max(1, len(series))) + 1)
-    parts = [series.part(after, to).summary for after, to in itertools.pairwise(borders)]
+    edges = np.linspace(begin, end, min(_SPARKS, max(1, len(series))) + 1)
+    parts = [series.part(after, to).summary for after, to in itertools.pairwise(edges)]
     top = np.nanmax([*parts, 0.0])
     if not top > 0:
         return "".join(" " if np.isnan(part) else _BARS[0] for part in parts)
@@ -198,8 +198,8 @@ def _columns_that_fit(console: Console, names: Sequence[str], others: Sequence[_
     name = min(_NAME_WIDTH, max(map(len, names), default=0)) + 8
     while name + sum(column.width for column in shown) > console.width:
         # The columns of a number are dropped for all runs together.
-        least = min(column.keep for column in shown)
-        fewer = [column for column in shown if column.keep > least]
+        lowest = min(column.keep for column in shown)
+        fewer = [column for column in shown if column.keep > lowest]
         if not fewer:
             break
         shown = fewer
@@ -236,7 +236,7 @@ def _layer_rows(runs: Sequence[Run], findings: Sequence[Finding]) -> list[_Table
         return [_TableRows("layer", names[:_LAYERS_SHOWN], layers, others=len(names[_LAYERS_SHOWN:]))]
     known = [overview for overview in overviews if overview is not None]
     blocks = [{block.name: block for block in overview.blocks} for overview in known]
-    members = {name: of for overview in known for name, of in overview.members.items()}
+    members = {name: names for overview in known for name, names in overview.members.items()}
     outlying = list(dict.fromkeys(layer.name for overview in known for layer in overview.layers))
     others = len(dict.fromkeys(name for run in runs for name in run.layers)) - len(outlying)
     tables = [_TableRows("block", list(members), blocks, members, 0 if outlying else others)]
@@ -252,8 +252,10 @@ def _worst_first(runs: Sequence[Run], findings: Sequence[Finding]) -> list[str]:
     return sorted({layer.name: None for run in runs for layer in rank_layers(run, findings)}, key=worst, reverse=True)
 
 
-def _layer_tables(console: Console, run: Run, findings: Sequence[Finding], titled: bool) -> Iterator[RenderableType]:
-    if titled:
+def _layer_tables(
+    console: Console, run: Run, findings: Sequence[Finding], with_title: bool
+) -> Iterator[RenderableType]:
+    if with_title:
         yield _make_text(f"{run.name}: {run_formats(run)}", style="bold")
     for rows in _layer_rows([run], findings):
         shown = [rows.first(name) for name in rows.names]

@@ -285,12 +285,12 @@ class _Reader:
         for tag, single in self._singles.items():
             rows.setdefault(tag, []).append((len(sources), 0))
             sources.append(single.finish())
-        together: dict[tuple[int, ...], tuple[NDArray[np.intp], Points]] = {}
+        merged: dict[tuple[int, ...], tuple[NDArray[np.intp], Points]] = {}
         for tag, parts in rows.items():
             key = tuple(at for at, _ in parts)
-            if key not in together:
-                together[key] = _merge_sources([sources[at] for at in key])
-            by_order, points = together[key]
+            if key not in merged:
+                merged[key] = _merge_sources([sources[at] for at in key])
+            by_order, points = merged[key]
             values = np.concatenate([sources[at][1].values[row] for at, row in parts])
             self._events.scalars[tag] = points._replace(values=values[by_order])
         return self._events

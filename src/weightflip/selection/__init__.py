@@ -1,6 +1,6 @@
 """Decide which parameters to track, under which names and with which quantizers, and why the others are skipped."""
 
-from weightflip.selection.choice import Sources, owner_types
+from weightflip.selection.choice import QuantizerSources, owner_types
 from weightflip.selection.names import is_positional, name_parameters
 from weightflip.selection.plan import Plan, make_plan
 from weightflip.selection.rules import Selection, make_layer_groups
@@ -8,8 +8,8 @@ from weightflip.selection.torchao import quantizes_weights
 
 __all__ = [
     "Plan",
+    "QuantizerSources",
     "Selection",
-    "Sources",
     "is_positional",
     "make_layer_groups",
     "make_plan",

@@ -34,14 +34,14 @@ _DTYPE_DEFAULTS = {
     torch.float8_e4m3fn: "native",
     torch.float8_e5m2: "native",
 }
-_PLAIN_NOTE = (
+_UNCONVERTED_NOTE = (
     "Weights that torchao left in high precision while it converted other layers are not tracked, and the model's "
     "numbers leave them out; to track some of them, name a format: quantizer={'head.*': 'bfloat16', '*': 'auto'}"
 )
 
 
 @dataclass(frozen=True)
-class Sources:
+class QuantizerSources:
     """Where ``"auto"`` looks for the quantizer of a weight, in addition to the weight itself.
 
     Attributes:
@@ -56,31 +56,38 @@ class Sources:
     remembered: Mapping[str, tuple[Quantizer, ...] | str] = field(default_factory=dict)
 
 
-class Choices:
+class QuantizerChooser:
     """Chooses the quantizers of an optimizer's parameters.
 
     Args:
         parameters: Name to parameter.
         sources: Where ``"auto"`` looks.
         strict: Whether to try each quantizer on its weight.
-        with_plain: Whether to track weights that torchao leaves in high precision alongside those that it converts.
+        with_unconverted: Whether to also track weights that torchao leaves in high precision while it converts others.
 
     Raises:
         ValueError: If ``strict`` and the model holds none of the parameters.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], sources: Sources, *, strict: bool, with_plain: bool = False
+        self,
+        parameters: Mapping[str, Tensor],
+        sources: QuantizerSources,
+        *,
+        strict: bool,
+        with_unconverted: bool = False,
     ) -> None:
         model = sources.model
-        self._remembered, self._strict, self._with_plain = sources.remembered, strict, with_plain
+        self._remembered, self._strict, self._with_unconverted = sources.remembered, strict, with_unconverted
         # All of the model's parameters: another optimizer of the run may hold the converted ones.
         self._all = [*parameters.values(), *(model.parameters() if model is not None else ())]
         self._owners = _find_owners(model) if model is not None else {}
-        self._of_optimizer = quantizers_of_optimizer(sources.optimizer)
+        self._optimizer_quantizers = quantizers_of_optimizer(sources.optimizer)
         self._flat = find_flattened(parameters.values(), model)
-        holds_none = bool(parameters) and not any(id(parameter) in self._owners for parameter in parameters.values())
-        if strict and model is not None and holds_none:
+        has_no_parameter = bool(parameters) and not any(
+            id(parameter) in self._owners for parameter in parameters.values()
+        )
+        if strict and model is not None and has_no_parameter:
             raise ValueError(
                 f"model= ({type(model).__name__}) holds none of the optimizer's {len(parameters)} parameters; pass the "
                 "model whose parameters() the optimizer was built with, or leave model= out"
@@ -129,7 +136,7 @@ class Choices:
             if is_named:
                 quantizer = wrap_for_subclass(parameter, spec)
             else:
-                quantizer, note = self._detect(parameter, is_alone=len(specs) == 1)
+                quantizer, note = self._detect(parameter, is_only=len(specs) == 1)
             # "auto" may find the same quantizer that the list also names.
             chosen.setdefault(quantizer_name(quantizer), quantizer)
             notes += [note] if note else []
@@ -139,19 +146,19 @@ class Choices:
                     try_quantizer(quantizer, distributed.local(parameter).detach())
                 except Exception as error:
                     # Formats and tensor subclasses raise all kinds of errors for what they do not support.
-                    raise Skip(trial_failure_message(quantizer, parameter, error), is_misfit=is_named) from None
+                    raise Skip(trial_failure_message(quantizer, parameter, error), is_mismatch=is_named) from None
         if self.is_flat(parameter):
             found = [quantizer for quantizer in chosen.values() if not any(quantizer is spec for spec in specs)]
             check_formats_for_flat(parameter, found, named=False)
         return tuple(chosen.values()), notes
 
-    def _detect(self, parameter: Tensor, *, is_alone: bool) -> tuple[Quantizer, str | None]:
+    def _detect(self, parameter: Tensor, *, is_only: bool) -> tuple[Quantizer, str | None]:
         owner = self._owners.get(id(parameter))
         try:
             converted = self._find_conversion(parameter)
             if converted is not None:
                 return converted
-            if is_alone and not self._with_plain and self._has_converted:
+            if is_only and not self._with_unconverted and self._has_converted:
                 raise _skip_unconverted()
             return _default_quantizer(parameter)
         except Skip as reason:
@@ -160,7 +167,7 @@ class Choices:
 
     def _find_conversion(self, parameter: Tensor) -> tuple[Quantizer, str | None] | None:
         """Return the quantizer that torchao or the optimizer applies, and a note; None for a plain weight."""
-        quantizer = self._of_optimizer.get(id(parameter))
+        quantizer = self._optimizer_quantizers.get(id(parameter))
         if quantizer is not None:
             return quantizer, None
         return _torchao_quantizer(parameter, self._owners.get(id(parameter)))
@@ -190,7 +197,7 @@ def _check_shards(parameter: Tensor, quantizer: Quantizer, *, is_named: bool) ->
         distributed.span(layout, adapt(quantizer).encoder)
     except ValueError as error:
         # All ranks run the same script, so a weight may be named on a rank that holds none of it.
-        raise Skip(str(error), is_misfit=is_named and layout.shard is not None) from None
+        raise Skip(str(error), is_mismatch=is_named and layout.shard is not None) from None
 
 
 def _find_owners(model: nn.Module) -> dict[int, nn.Module]:
@@ -209,7 +216,7 @@ def _find_owners(model: nn.Module) -> dict[int, nn.Module]:
 
 def _skip_unconverted() -> Skip:
     reason = Skip("left in high precision by torchao, which converted other layers")
-    reason.is_expected, reason.note = True, _PLAIN_NOTE
+    reason.is_expected, reason.note = True, _UNCONVERTED_NOTE
     return reason
 
 

@@ -67,7 +67,7 @@ def check_formats_for_flat(parameter: Tensor, quantizers: Iterable[Quantizer], *
                 f"it is a flat parameter or a shard of one, without rows or channels, but {quantizer_name(quantizer)} "
                 "has one scale per row, group or block; name a format with at most one scale per tensor, such as "
                 "'float8_e4m3', 'e3m4' or 'bfloat16'",
-                is_misfit=named,
+                is_mismatch=named,
             )
 
 
@@ -85,5 +85,5 @@ def _has_at_most_one_scale(quantizer: Quantizer, weight: Tensor, *, otherwise: b
         # A user-defined scale for weights of another shape.
         return False
     except Exception as error:
-        raise Skip(trial_failure_message(quantizer, weight, error), is_misfit=otherwise) from None
+        raise Skip(trial_failure_message(quantizer, weight, error), is_mismatch=otherwise) from None
     return scale is None or scale.numel() == 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weightflip import distributed
 from weightflip.quantizers import Quantizer
-from weightflip.selection.choice import Choices, Sources
+from weightflip.selection.choice import QuantizerChooser, QuantizerSources
 from weightflip.selection.flat import FLAT_NOTE
 from weightflip.selection.rules import Rules, Selection, Skip
 
@@ -47,7 +47,7 @@ class Plan:
 
 def make_plan(
     parameters: Mapping[str, Tensor],
-    sources: Sources,
+    sources: QuantizerSources,
     selection: Selection,
     *,
     strict: bool = True,
@@ -75,7 +75,7 @@ def make_plan(
     rules = Rules(selection)
     if strict:
         rules.check(parameters)
-    choices = Choices(parameters, sources, strict=strict, with_plain=bool(rules.include))
+    choices = QuantizerChooser(parameters, sources, strict=strict, with_unconverted=bool(rules.include))
     # With FSDP1 a rank may hold no shard, and all ranks must behave alike; ZeRO-3 partitions do not exist yet.
     may_be_empty |= any(choices.is_flat(p) and not getattr(p, "_is_flat_param", False) for p in parameters.values())
     plan, names_by_note, unknown_classes = Plan(), dict[str, list[str]](), dict[str, None]()
@@ -87,7 +87,7 @@ def make_plan(
                 names_by_note.setdefault(FLAT_NOTE, []).append(name)
             chosen, notes = choices.choose(parameter, specs)
         except Skip as reason:
-            if strict and (reason.is_misfit or (name in rules.include and not reason.is_expected)):
+            if strict and (reason.is_mismatch or (name in rules.include and not reason.is_expected)):
                 raise ValueError(f"parameter {name!r} cannot be tracked as requested: {reason}") from None
             plan.skipped[name] = str(reason)
             may_be_empty |= reason.is_expected

@@ -21,7 +21,7 @@ class Skip(Exception):
 
     Args:
         reason: Shown to the user.
-        is_misfit: Whether the user named a format that the weight does not fit.
+        is_mismatch: Whether the user named a format that does not fit the weight.
         unknown_class: A torchao class that weightflip does not support; logged once.
     """
 
@@ -34,9 +34,9 @@ class Skip(Exception):
     note: str | None = None
     """A sentence for the user in addition to the reason."""
 
-    def __init__(self, reason: str, *, is_misfit: bool = False, unknown_class: str | None = None) -> None:
+    def __init__(self, reason: str, *, is_mismatch: bool = False, unknown_class: str | None = None) -> None:
         super().__init__(reason)
-        self.is_misfit = is_misfit
+        self.is_mismatch = is_mismatch
         self.unknown_class = unknown_class
 
 
@@ -133,11 +133,13 @@ def _resolve_rules(quantizer: Any) -> dict[str, tuple[Any, ...]]:
     """Map each glob to its quantizers, resolved or "auto"."""
     rules = dict(quantizer) if isinstance(quantizer, Mapping) else {"*": quantizer}
     if not rules:
-        raise ValueError("quantizer= is an empty mapping; expected globs over names, such as {'*': 'auto'}")
+        raise ValueError(
+            "quantizer= must map globs over names to quantizers, such as {'*': 'auto'}; got an empty mapping"
+        )
     for glob in rules:
         if not isinstance(glob, str):
             raise TypeError(
-                f"quantizer= maps globs over names, such as 'blocks.*', to quantizers; got the key {describe(glob)}"
+                f"quantizer= must map globs over names, such as 'blocks.*', to quantizers; got the key {describe(glob)}"
             )
     return {glob: _resolve_specs(specs) for glob, specs in rules.items()}
 
@@ -150,7 +152,7 @@ def _resolve_specs(specs: Any) -> tuple[Any, ...]:
     names = [spec if isinstance(spec, str) else quantizer_name(spec) for spec in found]
     if not found or len(set(names)) < len(names):
         raise ValueError(
-            f"quantizer= takes a list of different quantizers, got {names}; give each object or function its own name"
+            f"quantizer= must be a list of different quantizers, got {names}; give each object or function its own name"
         )
     return found
 

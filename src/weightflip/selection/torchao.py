@@ -60,7 +60,7 @@ def wrap_for_subclass(parameter: Tensor, quantizer: Quantizer) -> Quantizer:
             return torchao.MasterCopyQuantizer(attribute, quantizer)
     raise Skip(
         f"torchao's {classes[0]} has no high-precision copy that {quantizer} could encode; use quantizer='auto'",
-        is_misfit=True,
+        is_mismatch=True,
     )
 
 

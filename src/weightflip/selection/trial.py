@@ -69,7 +69,7 @@ def try_quantizer(quantizer: Quantizer, weight: Tensor) -> Tensor | None:
 
 @contextmanager
 def _preserve_rng_state(device: torch.device) -> Iterator[None]:
-    """Restore the random states of torch, Python and NumPy afterwards: a user's quantizer may draw numbers."""
+    """Restore the random states of torch, Python and NumPy afterward: a user's quantizer may draw numbers."""
     devices = [device] if device.type == "cuda" else []
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()

@@ -82,13 +82,13 @@ class Alert:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, str):
-            raise TypeError(f"a rule in alerts= is a string such as {_EXAMPLES}, got {type(self.rule).__name__}")
+            raise TypeError(f"a rule in alerts= must be a string such as {_EXAMPLES}, got {type(self.rule).__name__}")
         found = _RULE.fullmatch(self.rule)
         bound = math.nan if found is None else float(found["number"]) / (100 if found["percent"] else 1)
         if found is None or (not found["comparison"] and not (found["percent"] and 0 < bound <= 1)):
             raise ValueError(f"expected a rule such as {_EXAMPLES} in alerts=, got {self.rule!r}")
         if self.callback is not None and not callable(self.callback):
-            raise TypeError(f"callback= takes a function of an AlertEvent, got {checks.describe(self.callback)}")
+            raise TypeError(f"callback= must be a function of an AlertEvent, got {checks.describe(self.callback)}")
         if not isinstance(self.layers, str) and self.layers is not None:
             object.__setattr__(self, "layers", checks.globs("layers", self.layers))
         for name, value in {
@@ -256,7 +256,7 @@ def _matches(layer: str, glob: str) -> bool:
 
 def _alert_values(layer: LayerRecord) -> dict[str, float]:
     counted = {_NONFINITE: float(layer.nonfinite)} if layer.window.weight_steps else {}
-    return {**layer.news, **counted}
+    return {**layer.new_values, **counted}
 
 
 def _picklable(alert: Alert) -> Alert:

@@ -266,22 +266,22 @@ class Log:
         self._attempt("the sinks could not be flushed", self.sinks.flush)
         self.emit_warnings()
 
-    def close(self, *, together: bool = True) -> None:
+    def close(self, *, is_collective: bool = True) -> None:
         """Write the last record and close the sinks.
 
         Args:
-            together: Whether all processes do so now. If not, a sharded run does not write what it has counted since
+            is_collective: Whether all processes do so now. If not, a sharded run does not write what it counted since
                 its last record, since that would wait for the others.
         """
         if self._is_writing:
             # Wait until all sinks have the record.
             self._deferred.append(self.sinks.close)
             return
-        self._attempt("the last record could not be written", self._write_last, together)
+        self._attempt("the last record could not be written", self._write_last, is_collective)
         self._attempt("the sinks could not be closed", self.sinks.close)
         self.emit_warnings()
 
-    def end_source(self, source: Source, process: int, *, together: bool = False) -> None:
+    def end_source(self, source: Source, process: int, *, is_collective: bool = False) -> None:
         """End one optimizer's part. With the last one, close the sinks."""
         if os.getpid() != process:
             # A forked process is ending: the record and the writer threads belong to its parent.
@@ -289,7 +289,7 @@ class Log:
         if self._is_writing:
             self._deferred.append(partial(self.end_source, source, process))
             return
-        self._attempt("the last record could not be written", self._write_last, together)
+        self._attempt("the last record could not be written", self._write_last, is_collective)
         self.pending_warnings += self._take_warnings(source)
         self._attempt("the final numbers could not be kept", source.freeze)
         self._attempt("the sinks could not be closed", self._close_after_last)
@@ -299,8 +299,8 @@ class Log:
         # A callback may make the copy, while a record is being written.
         return {**self.__dict__, "_is_writing": False, "_deferred": []}
 
-    def _write_last(self, together: bool) -> None:
-        if together or not self.is_sharded:
+    def _write_last(self, is_collective: bool) -> None:
+        if is_collective or not self.is_sharded:
             self.write()
 
     def _close_after_last(self) -> None:

@@ -122,7 +122,7 @@ def _check_groups(groups: Any) -> Mapping[str, tuple[str, ...]] | str | None:
         return groups
     if not isinstance(groups, Mapping) or not all(isinstance(group, str) and group for group in groups):
         raise TypeError(
-            "groups= is 'type' or a mapping from names to globs, such as {'attention': '*.attn.*'}, or 'blocks'; "
+            "groups= must be 'type', 'blocks', or a mapping from names to globs, such as {'attention': '*.attn.*'}; "
             f"got {groups!r}"
         )
     return {group: checks.globs(f"groups[{group!r}]", matching) for group, matching in groups.items()}
@@ -140,7 +140,7 @@ def _check_layer_values(values: Any) -> tuple[str, ...] | Literal["all"] | None:
         or not all(isinstance(name, str) for name in named)
     ):
         raise TypeError(
-            "layer_values= is 'all' or a sequence of value names, such as ('flip_rate', 'stall_ratio'); "
+            "layer_values= must be 'all' or a sequence of value names, such as ('flip_rate', 'stall_ratio'); "
             f"got {checks.describe(values)}"
         )
     return tuple(named)
@@ -150,10 +150,10 @@ def _check_alerts(alerts: Any) -> tuple[Any, ...] | None:
     if alerts is None:
         return None
     if isinstance(alerts, (str, Alert)):
-        raise TypeError(f"alerts= is a list, got {type(alerts).__name__}; put it in brackets: alerts=[...]")
+        raise TypeError(f"alerts= must be a list, got {type(alerts).__name__}; put it in brackets: alerts=[...]")
     if not isinstance(alerts, Iterable) or isinstance(alerts, Mapping):
         raise TypeError(
-            "alerts= is a list of rules, each a string or an Alert, got "
+            "alerts= must be a list of rules, each a string or an Alert, got "
             f"{checks.describe(alerts)}; to add a callback, use Alert(rule, callback=function)"
         )
     return tuple(alerts)

@@ -16,12 +16,12 @@ from weightflip.counting import checkpoint, summary
 from weightflip.counting.layer import TrackedWeight
 from weightflip.counting.tracker import WeightFlipTracker
 from weightflip.records import RunInfo, printable
-from weightflip.session.ending import Ending
 from weightflip.session.guard import Guard, run_outside_graphs
+from weightflip.session.last_record import LastRecord
 from weightflip.session.log import Log, Source
+from weightflip.session.missed_steps import MissedSteps
 from weightflip.session.options import Options
 from weightflip.session.steps import is_state_initialization, is_training_step
-from weightflip.session.unseen import UnseenSteps
 from weightflip.session.weights import Weights
 
 STATE_KEY = "flip_tracking"
@@ -44,18 +44,18 @@ class Session:
         self.source = Source(tracker, self, options.groups)
         self.weights = Weights(tracker, log, self.source, model, options, settings)
         self._guard = Guard(tracker, self.weights, log, self.source)
-        self._ending = Ending(log, self.source)
-        self._unseen = UnseenSteps(log)
+        self._last_record = LastRecord(log, self.source)
+        self._missed_steps = MissedSteps(log)
         self._log_every = options.log_every
         # Until the end of each step: a warning that raises must not keep other processes waiting in a collective.
         self.tracker.holds_warnings = True
         self._calls = 0
-        self._saw_capture = False
+        self._has_warned_of_capture = False
         self._reset()
 
     def _reset(self) -> None:
-        self.tracker.take_weights_from(self.weights.holding, self.current_weights)
-        self.tracker.take_summary_from(self.summary)
+        self.tracker.set_weight_access(self.weights.holding, self.current_weights)
+        self.tracker.set_display(self.summary)
         self._found_inf: Tensor | None = None
         self._is_training_step: Tensor | None = None
         self._is_in_step = False
@@ -63,7 +63,7 @@ class Session:
     def begin(self, optimizer: Optimizer) -> None:
         """Start waiting for steps. Until then nothing else has been changed, so that the call could still raise."""
         self.log.add_source(self.source)
-        self._unseen.watch(optimizer, self)
+        self._missed_steps.watch(optimizer, self)
 
     @property
     def info(self) -> RunInfo:
@@ -75,7 +75,7 @@ class Session:
         Args:
             form: Formats steps, layers and a note.
         """
-        return form(*self.log.totals(), self._unseen.text)
+        return form(*self.log.totals(), self._missed_steps.text)
 
     # ------------------------------------------------------------------ one step
 
@@ -83,12 +83,12 @@ class Session:
         """Select the weights and encode them."""
         self._is_in_step = False
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
-            self._unseen.stop()
+            self._missed_steps.stop()
             self._skip_capture()
             return
         if is_state_initialization(optimizer):
             return
-        self._unseen.stop()
+        self._missed_steps.stop()
         # Objects with __slots__ have no __dict__.
         found_inf = getattr(optimizer, "__dict__", {}).get("found_inf")
         self._found_inf = found_inf if isinstance(found_inf, Tensor) else None
@@ -106,8 +106,8 @@ class Session:
 
     def _take_weights(self, optimizer: Optimizer) -> None:
         """Select the weights and reference their parameters, with the collectives that this needs."""
-        are_known = self._guard.attempt(self.weights.select, optimizer, strict=False)
-        self.weights.compare_changed_shards(are_known=are_known)
+        is_selection_known = self._guard.attempt(self.weights.select, optimizer, strict=False)
+        self.weights.compare_changed_shards(is_selection_known=is_selection_known)
         self._guard.attempt(self.weights.hold, optimizer)
 
     @contextmanager
@@ -131,8 +131,8 @@ class Session:
 
     def _skip_capture(self) -> None:
         """Skip a step that is captured in a CUDA graph: host code does not run again when the graph is replayed."""
-        if not self._saw_capture:
-            self._saw_capture = True
+        if not self._has_warned_of_capture:
+            self._has_warned_of_capture = True
             # Replays write weights without changing their version counters.
             self.tracker.fresh_snapshots = True
             if not distributed.is_writer():
@@ -169,13 +169,13 @@ class Session:
             valid = is_training if valid is None else valid & is_training.to(valid.device, non_blocking=True)
         self._guard.attempt(self.tracker.after_step, valid)
         self._calls += 1
-        self._ending.register(self)
+        self._last_record.register(self)
         if self._calls % self._log_every == 0:
             # A model may have been converted since, with its parameters unchanged.
             self.weights.needs_reselection = not self.source.is_broken
             if self.log.is_leader(self.source):
                 self._guard.run(self.log.write)
-                self._ending.note_record()
+                self._last_record.note_record()
 
     # ------------------------------------------------------------------ from outside
 
@@ -196,15 +196,15 @@ class Session:
         run_outside_graphs(self._guard.contain, self.log.write)
         self.log.flush()
 
-    def close(self, *, together: bool = True) -> None:
+    def close(self, *, is_collective: bool = True) -> None:
         """Write the last record and close the sinks."""
-        self._guard.contain(self._unseen.queue_warning)
-        self.log.close(together=together)
+        self._guard.contain(self._missed_steps.queue_warning)
+        self.log.close(is_collective=is_collective)
 
-    def end(self, *, together: bool = True) -> None:
+    def end(self, *, is_collective: bool = True) -> None:
         """Write the last record and free memory. The numbers remain available."""
-        self._guard.contain(self._unseen.finish)
-        self._ending.run_now(together=together)
+        self._guard.contain(self._missed_steps.finish)
+        self._last_record.write_now(is_collective=is_collective)
         self._guard.contain(self.tracker.drop_codes)
         self._guard.contain(self.weights.clear)
 

@@ -16,7 +16,7 @@ from weightflip.session.log import Log
 from weightflip.session.options import Options
 from weightflip.session.session import Session
 from weightflip.session.tracked import Tracked
-from weightflip.sinks import CompanionSink, SinkGroup, TensorBoardSink, make_sinks
+from weightflip.sinks import ReportFileSink, SinkGroup, TensorBoardSink, make_sinks
 
 
 def start_session(optimizer: Optimizer, model: nn.Module | None, options: Options) -> Session:
@@ -83,16 +83,16 @@ def _make_log(options: Options) -> Log:
             return Log(SinkGroup([]), has_sinks=True)
         # Options has checked that log_dir is a path.
         tensorboard = TensorBoardSink(log_dir, layer_values=options.layer_values)  # type: ignore[arg-type]
-        return Log(SinkGroup([tensorboard, CompanionSink(tensorboard)]), has_sinks=True)
+        return Log(SinkGroup([tensorboard, ReportFileSink(tensorboard)]), has_sinks=True)
     if log_dir is not None:
         raise ValueError(
-            "log_dir= is where the default sink writes, but sinks= replaces it; add SummaryWriter(log_dir) to sinks="
+            "log_dir= is the directory of the default sink, which sinks= replaces; add SummaryWriter(log_dir) to sinks="
         )
     if isinstance(sinks, Tracked):
         return sinks._session.log
     if isinstance(sinks, (str, PathLike)) or not isinstance(sinks, Sequence):
-        raise TypeError(f"sinks= is a list, got {type(sinks).__name__}; put it in brackets: sinks=[...]")
+        raise TypeError(f"sinks= must be a list, got {type(sinks).__name__}; put it in brackets: sinks=[...]")
     if any(isinstance(sink, Tracked) for sink in sinks):
-        raise TypeError("sinks= takes another tracked optimizer alone, not in a list: sinks=first")
+        raise TypeError("sinks= must be another tracked optimizer itself, not a list with it; pass sinks=first")
     made = make_sinks(sinks, options.layer_values) if is_writer else []
     return Log(SinkGroup(made), has_sinks=bool(sinks))

@@ -19,8 +19,8 @@ from weightflip.quantizers.protocol import Quantizer
 from weightflip.records import RunInfo, printable, split_variant, variant
 from weightflip.selection import (
     Plan,
+    QuantizerSources,
     Selection,
-    Sources,
     is_positional,
     make_layer_groups,
     make_plan,
@@ -123,7 +123,7 @@ class Weights:
         others = [source for source in self._log.sources if source is not self._source]
         plan = make_plan(
             parameters,
-            Sources(self._model, optimizer, self._remembered),
+            QuantizerSources(self._model, optimizer, self._remembered),
             self._selection,
             strict=strict,
             may_be_empty=bool(others),
@@ -136,7 +136,7 @@ class Weights:
             for name, quantizers in plan.tracked.items()
             for quantizer in quantizers
         ]
-        weights, taken = _exclude_taken(weights, others, strict)
+        weights, taken = _exclude_already_tracked(weights, others, strict)
         positional = self._note_positional_names(weights)
         notes = (*plan.notes, *positional)
         self._log_notes(plan.notes, _log_from_writer)
@@ -189,28 +189,28 @@ class Weights:
 
     # ------------------------------------------------------------------ other processes
 
-    def compare_changed_shards(self, *, are_known: bool) -> None:
+    def compare_changed_shards(self, *, is_selection_known: bool) -> None:
         """Have the tracker compare the sharded weights with those of the other processes, if they have changed.
 
         Args:
-            are_known: Whether this process has successfully selected its own.
+            is_selection_known: Whether this process has successfully selected its own.
         """
         if self._have_shards_changed:
-            self._tracker.expect_others(are_known=are_known)
+            self._tracker.request_comparison(is_selection_known=is_selection_known)
             self._have_shards_changed, self._has_compared = False, True
 
     def _have_all_changed(self, shards: Sequence[tuple[object, distributed.Layout]]) -> bool:
         """Whether the sharded parameters have changed on all processes, so that all take part in comparing them."""
         layouts = [layout for _, layout in (*self._shards, *shards) if layout.shard is not None]
         try:
-            return distributed.have_all_arrived(layouts, str([layout.shape for _, layout in self._shards]))
+            return distributed.try_barrier(layouts, str([layout.shape for _, layout in self._shards]))
         except Exception:
             return False
 
     def _diverge(self, signature: tuple[object, ...]) -> None:
         """Keep the previous selection, without the weights that changed on this process alone."""
         self._has_diverged = True
-        seconds = int(distributed.collectives.MEETING_TIMEOUT.total_seconds())
+        seconds = int(distributed.collectives.BARRIER_TIMEOUT.total_seconds())
         reason = f"sharded parameters were frozen, added or replaced on this process alone within {seconds} s"
         self._log.pending_warnings.append(
             f"weightflip: {reason}: tracking keeps its previous selection, without the changed parameters; make the "
@@ -281,7 +281,7 @@ class Weights:
         self._reset()
 
 
-def _exclude_taken(
+def _exclude_already_tracked(
     weights: Sequence[TrackedWeight], others: Sequence[Source], strict: bool
 ) -> tuple[list[TrackedWeight], dict[str, str]]:
     """Exclude the weights that another optimizer of the run already tracks under the same name.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from weightflip.sinks.background import BackgroundSink
 from weightflip.sinks.base import CallableSink, Sink, make_sink, make_sinks
-from weightflip.sinks.companion import CompanionSink
 from weightflip.sinks.csv import CSVSink
 from weightflip.sinks.group import SinkGroup
 from weightflip.sinks.jsonl import JSONLSink
+from weightflip.sinks.report_file import ReportFileSink
 from weightflip.sinks.tensorboard import TensorBoardSink
 from weightflip.sinks.wandb import WandbSink
 
@@ -15,8 +15,8 @@ __all__ = [
     "BackgroundSink",
     "CSVSink",
     "CallableSink",
-    "CompanionSink",
     "JSONLSink",
+    "ReportFileSink",
     "Sink",
     "SinkGroup",
     "TensorBoardSink",

@@ -10,9 +10,9 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from weightflip import checks
 from weightflip.records import FlipRecord, RunInfo
-from weightflip.sinks.chosen import LayerValues
 from weightflip.sinks.csv import CSVSink
 from weightflip.sinks.jsonl import JSONLSink
+from weightflip.sinks.tag_selection import LayerValues
 from weightflip.sinks.tensorboard import TensorBoardSink
 from weightflip.sinks.wandb import WandbSink
 
@@ -132,14 +132,14 @@ def make_sinks(specs: Sequence[SinkLike], layer_values: LayerValues = None) -> l
 
     Raises:
         TypeError: See :func:`make_sink`.
-        ValueError: See :func:`make_sink`. Also if two sinks are the same or write to the same place.
+        ValueError: See :func:`make_sink`. Also if two sinks are the same or write to the same destination.
         OSError: See :func:`make_sink`.
     """
     sinks: list[Sink] = []
     used_keys: set[object] = set()
     for spec in specs:
         sink = make_sink(spec, layer_values)
-        keys = {id(spec), getattr(sink, "place", None)} - {None}
+        keys = {id(spec), getattr(sink, "destination", None)} - {None}
         if used_keys & keys:
             name = repr(str(spec)) if isinstance(spec, (str, PathLike)) else checks.describe(spec)
             raise ValueError(f"{name} is in sinks= twice, and every point would be written twice; remove one")

@@ -34,14 +34,14 @@ _PALETTE = (
     (213, 226, 26),
     (253, 231, 37),
 )
-NOTHING = (224, 224, 224)
+NO_DATA = (224, 224, 224)
 # Numbers below and above the scale: darker than its dark end, and distinct from its bright end.
 BELOW, ABOVE = (0, 0, 0), (214, 39, 40)
 
 # A larger ratio of maximum to minimum gets a logarithmic scale.
 _LOGARITHMIC = 50.0
 # Outliers are excluded if they are at most this fraction, and the other values span less than this part of the scale.
-_MOST_OUTLIERS, _NARROW = 1 / 8, 0.7
+_MAX_OUTLIERS, _NARROW = 1 / 8, 0.7
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ColorScale:
         reach = FAR_OUTSIDE * (third - first)
         is_near = (places >= first - reach) & (places <= third + reach)
         near = places[is_near]
-        has_few_outliers = near.size and near.size >= (1 - _MOST_OUTLIERS) * places.size
+        has_few_outliers = near.size and near.size >= (1 - _MAX_OUTLIERS) * places.size
         if not has_few_outliers or not 0 < np.ptp(near) < _NARROW * np.ptp(places):
             return whole
         scale, far = cls._fit_all(known[is_near]), known[~is_near]
@@ -130,6 +130,6 @@ def interpolate_colors(positions: Any) -> Pixels:
     stops = np.linspace(0, 1, len(_PALETTE))
     known = np.nan_to_num(positions)
     mixed = np.stack([np.interp(known, stops, channel) for channel in zip(*_PALETTE, strict=True)], axis=-1)
-    mixed[np.isnan(positions)] = NOTHING
+    mixed[np.isnan(positions)] = NO_DATA
     rounded: Pixels = np.round(mixed).astype(np.uint8)
     return rounded

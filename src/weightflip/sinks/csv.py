@@ -48,16 +48,16 @@ class CSVSink(BackgroundSink):
                 )
 
     @property
-    def place(self) -> str:
+    def destination(self) -> str:
         """The resolved path of the file. No two sinks of a run may share it."""
-        return self._file.place
+        return self._file.destination
 
     def start(self, info: RunInfo, first_step: int) -> None:
         self._quantizers.update({name: quantizer for name, (_, _, quantizer) in info.tracked.items()})
         if self._file.is_open:
             return
-        if self._file.is_torn:
-            os.truncate(self._file.path, self._file.whole_lines())
+        if self._file.has_partial_line:
+            os.truncate(self._file.path, self._file.complete_lines_nbytes())
         self._file.open()
         if self._file.is_empty:
             self._file.append(_HEADER)
@@ -66,7 +66,7 @@ class CSVSink(BackgroundSink):
         rows: list[tuple[object, ...]] = []
 
         def add(layer: str, quantizer: str, summed: LayerRecord) -> None:
-            values = dict(summed.news)
+            values = dict(summed.new_values)
             if summed.nonfinite and summed.window.weight_steps:
                 values["nonfinite_weights"] = summed.nonfinite
             rows.extend((record.step, layer, quantizer, name, value) for name, value in values.items())

@@ -40,10 +40,10 @@ def check_writable(directory: Path, what: str) -> None:
         ) from error
 
 
-def warn_of_deletion(place: Path) -> None:
+def warn_of_deletion(path: Path) -> None:
     """Warn that output continues in a new file."""
     warn(
-        f"weightflip: {str(place)!r} was deleted or moved during the run; records continue in a new file there, and "
+        f"weightflip: {str(path)!r} was deleted or moved during the run; records continue in a new file there, and "
         "earlier records are not written again",
         stacklevel=3,
     )
@@ -91,7 +91,7 @@ class AppendedFile:
         self._file = self._absolute_path.open("a", encoding="utf-8", newline="\n")
 
     @property
-    def place(self) -> str:
+    def destination(self) -> str:
         """The path with symbolic links resolved, so that all spellings of a path are equal."""
         return os.path.realpath(self.path)
 
@@ -110,21 +110,21 @@ class AppendedFile:
             OSError: The file cannot be written or created again.
         """
         assert self._file is not None
-        is_gone = self._is_gone()
-        if is_gone:
+        is_deleted = self._is_deleted()
+        if is_deleted:
             self._file.close()
             self._absolute_path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._absolute_path.open("a", encoding="utf-8", newline="\n")
-        if self._is_emptied():
+        if self._is_truncated():
             text = heading + text
         self._file.write(text)
         self._file.flush()
-        if is_gone and self._should_warn:
+        if is_deleted and self._should_warn:
             self._should_warn = False
             # After the record is written, since warnings may be turned into errors.
             warn_of_deletion(self._absolute_path)
 
-    def _is_gone(self) -> bool:
+    def _is_deleted(self) -> bool:
         assert self._file is not None
         try:
             return not os.path.samestat(os.fstat(self._file.fileno()), self._absolute_path.stat())
@@ -133,7 +133,7 @@ class AppendedFile:
         except OSError:
             return False
 
-    def _is_emptied(self) -> bool:
+    def _is_truncated(self) -> bool:
         assert self._file is not None
         status = os.fstat(self._file.fileno())
         # The size of a pipe is always 0.
@@ -148,7 +148,7 @@ class AppendedFile:
             self._file.close()
             self._file = None
 
-    def whole_lines(self) -> int:
+    def complete_lines_nbytes(self) -> int:
         """Size in bytes of the complete lines. Less than the file size if a run was killed while writing a line."""
         if self.is_empty:
             return 0
@@ -164,9 +164,9 @@ class AppendedFile:
         return 0
 
     @property
-    def is_torn(self) -> bool:
+    def has_partial_line(self) -> bool:
         """Whether the last line is incomplete, since an earlier run was killed."""
-        return not self.is_empty and self.whole_lines() < self.path.stat().st_size
+        return not self.is_empty and self.complete_lines_nbytes() < self.path.stat().st_size
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_file": None}

@@ -30,8 +30,8 @@ class SinkGroup:
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)
         self._started_info: RunInfo | None = None
-        # Places shared with another group, about which there was a warning.
-        self._warned_places: set[str] = set()
+        # Destinations shared with another group, about which there was a warning.
+        self._warned_destinations: set[str] = set()
         self._process = os.getpid()
         self._has_warned_of_fork = False
         self._running: set[str] = set()
@@ -39,24 +39,24 @@ class SinkGroup:
         self._pending_warnings: list[str] = []
 
     def claim(self) -> None:
-        """Reserve the output places until ``close``. Warn if another open group writes to the same place."""
+        """Reserve the destinations until ``close``. Warn if another open group writes to one of them."""
         _open_groups.add(self)
         others = [group for group in _open_groups if group is not self]
-        for place in sorted(self._sink_places() - self._warned_places):
-            sharing = [group for group in others if place in group._sink_places()]
+        for destination in sorted(self._destinations() - self._warned_destinations):
+            sharing = [group for group in others if destination in group._destinations()]
             if not sharing:
                 continue
             for group in (self, *sharing):
-                group._warned_places.add(place)
+                group._warned_destinations.add(destination)
             warnings.warn(
-                f"weightflip: {place!r}: another tracked optimizer also writes there, and the points of both are "
-                "mixed; close() it first, choose another place, or, if both belong to one run, pass the first to the "
+                f"weightflip: {destination!r}: another tracked optimizer also writes there, and the points of both are "
+                "mixed; close() it first, choose another path, or, if both belong to one run, pass the first to the "
                 "second: sinks=first",
                 stacklevel=3,
             )
 
-    def _sink_places(self) -> set[str]:
-        return {place for sink in self._sinks if (place := getattr(sink, "place", None)) is not None}
+    def _destinations(self) -> set[str]:
+        return {path for sink in self._sinks if (path := getattr(sink, "destination", None)) is not None}
 
     def __bool__(self) -> bool:
         return bool(self._sinks)
@@ -79,7 +79,7 @@ class SinkGroup:
             self._call_sinks("start", info, first_step)
         self._dispatch("write", record)
         if is_new_info or self not in _open_groups:
-            # The first record may choose a default place. Copies, and groups used again after close(), are not open.
+            # The first record may choose a default destination. Copies and groups used after close() are not open.
             self.claim()
 
     def alert(self, event: AlertEvent) -> None:
@@ -109,7 +109,7 @@ class SinkGroup:
         return {
             **self.__dict__,
             "_started_info": None,
-            "_warned_places": set(),
+            "_warned_destinations": set(),
             "_has_warned_of_fork": False,
             "_running": set(),
             "_pending_warnings": [],

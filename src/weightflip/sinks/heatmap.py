@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightflip.overview import MANY_LAYERS, blocks_of, outliers
 from weightflip.records import FlipRecord, Quotient, printable
-from weightflip.sinks.colors import ABOVE, BELOW, NOTHING, ColorScale
+from weightflip.sinks.colors import ABOVE, BELOW, NO_DATA, ColorScale
 
 if TYPE_CHECKING:
     from weightflip.sinks.colors import Pixels
@@ -56,7 +56,7 @@ class _Column:
         return self.numerators[row] / self.denominators[row] if known else math.nan
 
 
-class History:
+class LayerHistory:
     """History of one windowed value of each layer, in at most 200 columns.
 
     When the columns are full, adjacent ones are summed in pairs, and from then on each column holds twice as many
@@ -119,7 +119,7 @@ class History:
         return [[column.value(row) for column in self._columns] for row in self.layers.values()]
 
 
-def draw(history: History, title: str) -> Pixels:
+def draw(history: LayerHistory, title: str) -> Pixels:
     """Draw the heat map: one labeled row per layer, time from left to right, color legend below.
 
     Args:
@@ -147,7 +147,7 @@ class _RowLabels:
     Each layer is labeled if there is space. With more than 30 layers, model blocks and outliers are labeled.
     """
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: LayerHistory) -> None:
         names = list(history.layers)
         self.order = list(range(len(names)))
         self.labels = [_Label(row, row, name) for row, name in enumerate(names)]
@@ -163,7 +163,7 @@ class _RowLabels:
             text = block if len(members) > 1 else members[0]
             self.labels.append(_Label(rows[members[0]], rows[members[-1]], text))
 
-    def place(self, row_height: float) -> list[tuple[float, _Label]]:
+    def position(self, row_height: float) -> list[tuple[float, _Label]]:
         """The labels that fit, with their vertical positions in the plot. Earlier labels take precedence."""
         placed: list[tuple[float, _Label]] = []
         for label in self.labels:
@@ -176,7 +176,7 @@ class _RowLabels:
 class _Drawing:
     """Layout of the picture and drawing of its parts."""
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: LayerHistory) -> None:
         import numpy as np
         from PIL import Image, ImageDraw, ImageFont
 
@@ -187,14 +187,14 @@ class _Drawing:
         self._edges = history.edges
         self._font = ImageFont.load_default(FONT_SIZE)
         self._row_height = max(3, min(30, 720 // count))
-        self._labels = rows.place(self._row_height)
+        self._labels = rows.position(self._row_height)
         self._left = 20 + math.ceil(max(self._font.getlength(shortened(label.text)) for _, label in self._labels))
         self._top = 38
         self._right, self._bottom = self._left + _PLOT_WIDTH, self._top + count * self._row_height
         # The color bar goes below the plot, where it fits for any number of layers.
         self._bar_top = self._bottom + 62
         self._legend_extras = self._legend_entries()
-        self._borders = np.round(np.linspace(0, _PLOT_WIDTH, columns + 1)).astype(int)
+        self._column_edges = np.round(np.linspace(0, _PLOT_WIDTH, columns + 1)).astype(int)
         height = self._bar_top + 44 + 20 * len(self._legend_extras)
         self._image = Image.new("RGB", (self._right + 40, height), PAPER)
         self._canvas = ImageDraw.Draw(self._image)
@@ -216,7 +216,7 @@ class _Drawing:
         import numpy as np
 
         colors = self._scale.colors(self._table)
-        self._paste(colors.repeat(self._row_height, axis=0).repeat(np.diff(self._borders), axis=1), self._top)
+        self._paste(colors.repeat(self._row_height, axis=0).repeat(np.diff(self._column_edges), axis=1), self._top)
         self._canvas.rectangle((self._left - 1, self._top - 1, self._right, self._bottom), outline=FRAME)
 
     def _paste(self, pixels: Pixels, top: int) -> None:
@@ -236,7 +236,7 @@ class _Drawing:
         import numpy as np
 
         for step in _ticks(self._edges[0], self._edges[-1]):
-            x = self._left + float(np.interp(step, self._edges, self._borders))
+            x = self._left + float(np.interp(step, self._edges, self._column_edges))
             self._canvas.line((x, self._bottom, x, self._bottom + 5), fill=FRAME)
             self._draw_text(x, self._bottom + 8, f"{step:,}", "mt")
         self._draw_text(self._right, self._bottom + 28, "optimizer steps", "rt")
@@ -267,7 +267,7 @@ class _Drawing:
             self._draw_text(self._left + 20, top + 7, words, "lm")
         if np.isnan(self._table).any():
             right, top = self._right, self._bar_top
-            self._canvas.rectangle((right - 130, top, right - 117, top + 13), fill=NOTHING)
+            self._canvas.rectangle((right - 130, top, right - 117, top + 13), fill=NO_DATA)
             self._draw_text(right, top + 7, "nothing counted", "rm")
 
 

@@ -32,15 +32,15 @@ class JSONLSink(BackgroundSink):
         self._info = ""
 
     @property
-    def place(self) -> str:
+    def destination(self) -> str:
         """The resolved path of the file. No two sinks of a run may share it."""
-        return self._file.place
+        return self._file.destination
 
     def start(self, info: RunInfo, first_step: int) -> None:
         if not self._file.is_open:
             self._file.open()
             self._writer = writer_id()
-            if self._file.is_torn:
+            if self._file.has_partial_line:
                 self._file.append("\n")
         self._info = self._encode_line({"info": info.to_dict(), "first_step": first_step})
         self._file.append(self._info)

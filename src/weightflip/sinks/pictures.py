@@ -16,7 +16,7 @@ class Pictures:
     """Collects data for the pictures: heat maps of all layers over time, and a scatter plot of the last record."""
 
     def __init__(self) -> None:
-        self._histories: dict[str, heatmap.History] = {}
+        self._histories: dict[str, heatmap.LayerHistory] = {}
         self._spots: dict[str, list[scatter.Spot]] = {}
         self._values: dict[str, Value] = {}
 
@@ -31,7 +31,7 @@ class Pictures:
         for value in values:
             self._values[value.name] = value
             if value.heat_map:
-                self._histories.setdefault(value.name, heatmap.History(value.name)).add(record, since)
+                self._histories.setdefault(value.name, heatmap.LayerHistory(value.name)).add(record, since)
             if value.expects and (spots := scatter.spots(record.layers, value.name)):
                 self._spots[value.name] = spots
 

@@ -20,7 +20,7 @@ _POINT, _FAR_OFF = (31, 119, 180), (176, 0, 32)
 _RADIUS = 4
 # A layer is labeled if its flip rate differs from the line by more than this factor, in either direction.
 _FAR = 1.5
-_MOST_NAMES = 8
+_MAX_NAMES = 8
 
 
 class Spot(NamedTuple):
@@ -103,18 +103,18 @@ class _Plot:
 
         self._draw_axes(expects)
         self._draw_line()
-        far = sorted((spot for spot in self._layers if spot.is_far), key=lambda spot: -spot.distance)[:_MOST_NAMES]
+        far = sorted((spot for spot in self._layers if spot.is_far), key=lambda spot: -spot.distance)[:_MAX_NAMES]
         for spot in self._layers:
             self._draw_point(spot, _FAR_OFF if spot in far else _POINT)
-        self._draw_names(far, [spot for spot in self._layers if spot.stands_out and spot not in far][:_MOST_NAMES])
+        self._draw_names(far, [spot for spot in self._layers if spot.stands_out and spot not in far][:_MAX_NAMES])
         return np.asarray(self._image)
 
     def _position(self, expected: float, flip_rate: float) -> tuple[float, float]:
-        def share(rate: float) -> float:
-            place = (math.log10(rate) - self._low) / (self._high - self._low) if rate > 0 else 0.0
-            return min(1.0, max(0.0, place))
+        def fraction(rate: float) -> float:
+            position = (math.log10(rate) - self._low) / (self._high - self._low) if rate > 0 else 0.0
+            return min(1.0, max(0.0, position))
 
-        return _LEFT + share(expected) * _WIDTH, _TOP + (1 - share(flip_rate)) * _HEIGHT
+        return _LEFT + fraction(expected) * _WIDTH, _TOP + (1 - fraction(flip_rate)) * _HEIGHT
 
     def _draw_axes(self, expects: str) -> None:
         self._draw_text(_LEFT, 14, "flip rate of each layer; the line: weights spread evenly in their cells", "lm")
@@ -140,14 +140,14 @@ class _Plot:
 
     def _draw_names(self, far: Sequence[Spot], outlying: Sequence[Spot]) -> None:
         """Draw names next to their points, on the side with space. Names of close points are stacked."""
-        taken: list[float] = []
+        used: list[float] = []
         for spot in (*far, *outlying):
             x, y = self._position(spot.expected, spot.flip_rate)
             # Above the axis labels.
             y = min(y, _TOP + _HEIGHT - FONT_SIZE)
-            while any(abs(y - other) < FONT_SIZE for other in taken):
+            while any(abs(y - other) < FONT_SIZE for other in used):
                 y -= FONT_SIZE
-            taken.append(y)
+            used.append(y)
             is_right = x < _LEFT + _WIDTH / 2
             self._draw_text(
                 x + (8 if is_right else -8),

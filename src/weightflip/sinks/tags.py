@@ -8,7 +8,7 @@ from typing import NamedTuple
 from weightflip.overview import Spread, spread
 from weightflip.records import MODEL_TAGS, FlipRecord, LayerRecord, printable, split_variant, variant
 
-HISTOGRAMS_OF_ALL = 64
+DENSE_HISTOGRAM_POINTS = 64
 
 
 class Point(NamedTuple):
@@ -43,24 +43,24 @@ def points(record: FlipRecord, is_tagged: Callable[[str, str], bool] = accept_al
         is_tagged: Whether a number (name, layer) has its own tag.
     """
     for quantizer, model in record.models.items():
-        for value, number in model.news.items():
+        for value, number in model.new_values.items():
             tag = MODEL_TAGS.get(value, f"flips/{value}")
             yield _point(_with_quantizer(tag, quantizer), number, value, "model")
     for layer in record.layers:
-        for value, number in layer.news.items():
+        for value, number in layer.new_values.items():
             if is_tagged(value, layer.name):
                 yield _point(f"{value}/{layer.name}", number, value, layer.name)
         if layer.nonfinite and layer.window.weight_steps:
             yield _point(f"nonfinite_weights/{layer.name}", float(layer.nonfinite), "nonfinite_weights", layer.name)
     for group, summed in record.group_sums.items():
-        for value, number in summed.news.items():
+        for value, number in summed.new_values.items():
             yield _point(f"{value}_by_group/{group}", number, value, f"group {group}")
 
 
 def model_points(record: FlipRecord) -> Iterator[Point]:
     """The numbers of the model again, as ``Model/<value>``: TensorBoard sorts by tag and opens the first section."""
     for quantizer, model in record.models.items():
-        for value, number in model.news.items():
+        for value, number in model.new_values.items():
             yield _point(_with_quantizer(f"Model/{value}", quantizer), number, value, "model")
 
 
@@ -70,9 +70,9 @@ def spread_points(record: FlipRecord) -> Iterator[Point]:
     for layer in record.layers:
         by_quantizer.setdefault(split_variant(layer.name)[1], []).append(layer)
     for quantizer, layers in by_quantizer.items():
-        news = [layer.news for layer in layers]
-        for value in dict.fromkeys(value for of_layer in news for value in of_layer):
-            distribution = spread(of_layer[value] for of_layer in news if value in of_layer)
+        of_layers = [layer.new_values for layer in layers]
+        for value in dict.fromkeys(value for of_layer in of_layers for value in of_layer):
+            distribution = spread(of_layer[value] for of_layer in of_layers if value in of_layer)
             assert distribution is not None
             tags = spread_tags(value, quantizer)
             for statistic, number in distribution._asdict().items():
@@ -95,7 +95,10 @@ def is_histogram_point(point: int) -> bool:
     They are written at the first 64, then 32 times per doubling: a histogram takes as much space as all scalars of a
     layer, and TensorBoard shows at most 500 per tag.
     """
-    return point <= HISTOGRAMS_OF_ALL or point % (1 << (point.bit_length() - HISTOGRAMS_OF_ALL.bit_length() + 1)) == 0
+    return (
+        point <= DENSE_HISTOGRAM_POINTS
+        or point % (1 << (point.bit_length() - DENSE_HISTOGRAM_POINTS.bit_length() + 1)) == 0
+    )
 
 
 def _with_quantizer(tag: str, quantizer: str) -> str:

@@ -22,10 +22,10 @@ from weightflip.records import (
     printable,
 )
 from weightflip.sinks.background import BackgroundSink, warn
-from weightflip.sinks.chosen import ChosenLayers, LayerValues
 from weightflip.sinks.files import check_writable, warn_of_deletion
 from weightflip.sinks.layout import Layout
 from weightflip.sinks.pictures import Pictures
+from weightflip.sinks.tag_selection import LayerValues, TagSelection
 from weightflip.sinks.tags import Point, is_histogram_point, model_points, points, spread_points
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class TensorBoardSink(BackgroundSink):
         self._reset()
 
     @property
-    def place(self) -> str | None:
+    def destination(self) -> str | None:
         """The resolved directory; None until SummaryWriter has chosen its default."""
         # A user's writer may be any object with add_scalar.
         directory = self.log_dir if self._owns_writer else getattr(self._writer, "log_dir", None)
@@ -95,7 +95,7 @@ class TensorBoardSink(BackgroundSink):
         self._points = 0
         self._drawn_points = 0
         self._last_step = 0
-        self._chosen = ChosenLayers(self.layer_values)
+        self._selection = TagSelection(self.layer_values)
         self._layout = Layout()
         self._described_tags: set[str] = set()
         self._alerts: list[AlertEvent] = []
@@ -166,11 +166,11 @@ class TensorBoardSink(BackgroundSink):
         has_reopened = self._reopen_if_deleted()
         assert self._writer is not None
         self._write_alerts()
-        self._write_outliers(self._chosen.update(record), record)
+        self._write_outliers(self._selection.update(record), record)
         self._write_layout(record)
-        of_all = spread_points(record) if self._chosen.are_many else ()
-        for point in itertools.chain(points(record, self._chosen.is_tagged), model_points(record), of_all):
-            if self._chosen.should_write(point):
+        spreads = spread_points(record) if self._selection.has_many_layers else ()
+        for point in itertools.chain(points(record, self._selection.is_tagged), model_points(record), spreads):
+            if self._selection.should_write(point):
                 self._write_scalar(point, record.step)
         self._points += 1
         if is_histogram_point(self._points):
@@ -237,7 +237,7 @@ class TensorBoardSink(BackgroundSink):
             # TensorBoard shows one layout per run. In a user's writer, ours would replace the user's.
             return
         assert self._writer is not None
-        layout = self._layout.update(record, self._values.values(), self._chosen)
+        layout = self._layout.update(record, self._values.values(), self._selection)
         if layout is not None:
             self._writer.add_custom_scalars(layout)
 
@@ -256,9 +256,9 @@ class TensorBoardSink(BackgroundSink):
     def _write_histograms(self, record: FlipRecord) -> None:
         for layer in record.layers:
             for name, histogram in layer.histograms.items():
-                if self._chosen.is_tagged(name, layer.name):
+                if self._selection.is_tagged(name, layer.name):
                     self._write_histogram(printable(f"{name}/{layer.name}"), histogram, record.step)
-        for group, summed in record.group_sums.items() if self._chosen.are_many else ():
+        for group, summed in record.group_sums.items() if self._selection.has_many_layers else ():
             for name, histogram in summed.histograms.items():
                 self._write_histogram(printable(f"{name}_by_group/{group}"), histogram, record.step)
 
@@ -293,7 +293,9 @@ class TensorBoardSink(BackgroundSink):
         except Exception as error:
             # Keep writing scalars.
             self._pictures = None
-            warn(f"weightflip: drawing pictures failed, the run has none from here: {type(error).__name__}: {error}")
+            warn(
+                f"weightflip: drawing pictures failed, so the run has no more of them: {type(error).__name__}: {error}"
+            )
             return
         for name, picture in pictures.items():
             self._writer.add_image(f"weightflip/{name}", picture, self._last_step, dataformats="HWC")

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from weightflip.report.findings.alerts import find_alerts
 from weightflip.report.findings.base import Check, Finding, Severity
-from weightflip.report.findings.behind import find_behind
 from weightflip.report.findings.bursts import BURST_POINTS, find_bursts
 from weightflip.report.findings.comparison import compare
 from weightflip.report.findings.dead import find_dead
 from weightflip.report.findings.formats import find_formats
 from weightflip.report.findings.gradients import find_few_gradients
+from weightflip.report.findings.lagging import find_lagging
 from weightflip.report.findings.lost import find_lost_updates
 from weightflip.report.findings.nonfinite import find_nonfinite
 from weightflip.report.findings.oscillation import find_oscillating
@@ -42,7 +42,7 @@ CHECKS = (
     Check(find_few_gradients),
     Check(find_stuck, "layers that do not move"),
     Check(find_empty_deltas, "empty deltas", needs=("changed_fraction",)),
-    Check(find_behind),
+    Check(find_lagging),
     Check(find_bursts, "bursts of flips"),
     Check(find_oscillating, "oscillation", needs=("oscillation_ratio", "oscillating_fraction")),
     Check(find_resting, "resting weights", needs=("travel_ratio",)),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from weightflip.records import printable
 from weightflip.report.findings.base import Finding, Severity
-from weightflip.report.findings.words import list_layers
+from weightflip.report.findings.phrases import list_layers
 from weightflip.report.run import Alert, Layer, Run
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from weightflip.report.findings.base import Finding, Severity
-from weightflip.report.findings.words import list_layers
+from weightflip.report.findings.phrases import list_layers
 from weightflip.report.run import Layer, Run
 
 # Minimum number of points for a burst, and for a reliable statement that nothing stands out.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from weightflip.report.findings.base import Finding, Severity
 from weightflip.report.findings.lost import severity_of_losses
-from weightflip.report.findings.words import describe_formats, percent
+from weightflip.report.findings.phrases import describe_formats, percent
 from weightflip.report.run import Layer, Run, sum_layers
 
 # Runs that differ by less than this are reported as similar.
@@ -36,7 +36,7 @@ class _Pair:
     def same_storage(self) -> bool:
         return all(a.dtype == b.dtype for a, b in zip(*self.layers, strict=True))
 
-    def shares(self, value: str) -> tuple[float, float]:
+    def values(self, value: str) -> tuple[float, float]:
         a, b = (sum_layers(side).get(value, None) for side in self.layers)
         return (
             a.part(-1, self.end).summary if a is not None else math.nan,
@@ -46,16 +46,16 @@ class _Pair:
     @property
     def value(self) -> str:
         """Name of the compared number."""
-        return "stall_ratio" if not any(map(math.isnan, self.shares("stall_ratio"))) else "flip_rate"
+        return "stall_ratio" if not any(map(math.isnan, self.values("stall_ratio"))) else "flip_rate"
 
     @property
     def difference(self) -> float:
         """Size of the difference, for ranking pairs."""
-        return abs(_gap(*self.shares(self.value)))
+        return abs(_gap(*self.values(self.value)))
 
     @property
     def is_similar(self) -> bool:
-        a, b = self.shares(self.value)
+        a, b = self.values(self.value)
         low, high = sorted((a, b))
         return high - low < _SIMILAR and not (
             high - low >= 0.001 and (high >= _SIMILAR_FACTOR * low or 1 - low >= _SIMILAR_FACTOR * (1 - high))
@@ -92,27 +92,27 @@ def compare(runs: Sequence[Run]) -> list[Finding]:
     """
     found: list[Finding] = []
     comparable: list[_Pair] = []
-    unlike: list[_Pair] = []
-    strangers: list[tuple[str, str]] = []
+    in_different_formats: list[_Pair] = []
+    without_common_layers: list[tuple[str, str]] = []
     for a, b in itertools.combinations(runs, 2):
         pairs = _make_pairs(a, b)
         # Stored bits of different dtypes first: which updates are lost is the most important difference.
-        good = sorted(
+        candidates = sorted(
             (pair for pair in pairs if pair.both_stored or pair.same_grid),
             key=lambda pair: (not (pair.both_stored and not pair.same_storage), not pair.same_grid, -pair.difference),
         )
-        if good:
-            comparable.append(good[0])
+        if candidates:
+            comparable.append(candidates[0])
         elif pairs:
-            unlike.append(pairs[0])
+            in_different_formats.append(pairs[0])
         else:
-            strangers.append((a.name, b.name))
-    comparable = [pair for pair in comparable if not any(map(math.isnan, pair.shares(pair.value)))]
+            without_common_layers.append((a.name, b.name))
+    comparable = [pair for pair in comparable if not any(map(math.isnan, pair.values(pair.value)))]
     if comparable:
         found.append(_describe_difference(max(comparable, key=lambda pair: pair.difference), len(comparable)))
-    if unlike:
-        pair = unlike[0]
-        (a_name, b_name), more = pair.names, len(unlike) - 1
+    if in_different_formats:
+        pair = in_different_formats[0]
+        (a_name, b_name), more = pair.names, len(in_different_formats) - 1
         keeps = [f"{name} as {pair.format(side)}" for side, name in enumerate((a_name, b_name))]
         text = (
             f"{a_name} and {b_name} are tracked in different formats, {' and '.join(keeps)}: their rates are not "
@@ -121,15 +121,15 @@ def compare(runs: Sequence[Run]) -> list[Finding]:
             + '. Track both with the same quantizer=, or with quantizer="native" to compare what is stored'
         )
         found.append(Finding(Severity.INFO, "not compared", text, pair.names))
-    if strangers and not comparable and not unlike:
+    if without_common_layers and not comparable and not in_different_formats:
         text = "The runs have no healthy layer in common: each is reported separately"
-        found.append(Finding(Severity.INFO, "not compared", text, strangers[0]))
+        found.append(Finding(Severity.INFO, "not compared", text, without_common_layers[0]))
     return found
 
 
 def _describe_difference(pair: _Pair, pairs: int) -> Finding:
     """The sentence about two runs, which have the largest difference among a number of pairs."""
-    a, b = pair.shares(pair.value)
+    a, b = pair.values(pair.value)
     until = f"up to step {pair.end:,}"
     among = f", the largest difference among {pairs} pairs of runs" if pairs > 1 else ""
     if pair.is_similar:
@@ -153,29 +153,29 @@ def _describe_difference(pair: _Pair, pairs: int) -> Finding:
 
 
 def _describe_flips(pair: _Pair, low: int, high: int, when: str) -> str:
-    shares, names = pair.shares("flip_rate"), pair.names
+    fractions, names = pair.values("flip_rate"), pair.names
     return (
-        f"Per step, {percent(shares[high])} of the weights of {names[high]} flip, compared with {percent(shares[low])} "
-        f"of those of {names[low]} ({pair.format(high)}, {when})"
+        f"Per step, {percent(fractions[high])} of the weights of {names[high]} flip, compared with "
+        f"{percent(fractions[low])} of those of {names[low]} ({pair.format(high)}, {when})"
     )
 
 
 def _describe_stored(pair: _Pair, low: int, high: int, when: str) -> str:
-    shares, names = pair.shares("stall_ratio"), pair.names
+    fractions, names = pair.values("stall_ratio"), pair.names
     dtypes = [" and ".join(dict.fromkeys(layer.dtype for layer in side)) for side in pair.layers]
     return (
-        f"In {names[high]} (stored {dtypes[high]} weights), {percent(shares[high])} of the updates left the stored "
-        f"weight unchanged, compared with {percent(shares[low])} in {names[low]} (stored {dtypes[low]} weights): steps "
-        f"below half the distance between two {dtypes[high]} numbers are rounded away "
+        f"In {names[high]} (stored {dtypes[high]} weights), {percent(fractions[high])} of the updates left the stored "
+        f"weight unchanged, compared with {percent(fractions[low])} in {names[low]} (stored {dtypes[low]} weights): "
+        f"steps below half the distance between two {dtypes[high]} numbers are rounded away "
         f"({when}){_describe_largest_layer(pair, high)}"
     )
 
 
 def _describe_stalls(pair: _Pair, low: int, high: int, when: str) -> str:
-    shares, names = pair.shares("stall_ratio"), pair.names
+    fractions, names = pair.values("stall_ratio"), pair.names
     text = (
-        f"In {names[high]}, {percent(shares[high])} of the updates changed no code, compared with "
-        f"{percent(shares[low])} in {names[low]} (both tracked in {pair.layers[0][0].grid}, {when})"
+        f"In {names[high]}, {percent(fractions[high])} of the updates changed no code, compared with "
+        f"{percent(fractions[low])} in {names[low]} (both tracked in {pair.layers[0][0].grid}, {when})"
     )
     keeps = [all(not layer.is_stored for layer in side) for side in pair.layers]
     stores = [all(layer.is_stored for layer in side) for side in pair.layers]
@@ -196,7 +196,7 @@ def _gap(a: float, b: float) -> float:
 
 def _describe_largest_layer(pair: _Pair, high: int) -> str:
     """The layer with the largest difference, if it differs clearly from the model-wide difference."""
-    overall = pair.shares("stall_ratio")
+    overall = pair.values("stall_ratio")
     gaps = []
     for mine, theirs in zip(pair.layers[high], pair.layers[1 - high], strict=True):
         a, b = (layer.get("stall_ratio").part(-1, pair.end).summary for layer in (mine, theirs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from weightflip.report.findings.base import Finding, Severity, has_stall_counts, late_part
-from weightflip.report.findings.words import list_layers
+from weightflip.report.findings.phrases import list_layers
 from weightflip.report.run import Layer, Run
 
 
@@ -14,11 +14,11 @@ def find_dead(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
     if "stalls" not in run.info.settings.get("metrics", "stalls"):
         return
     late = [layer for layer in layers if len(late_part(run, layer, "flip_rate"))]
-    silent = [layer for layer in late if not len(late_part(run, layer, "stall_ratio"))]
-    if not silent:
+    without_gradient = [layer for layer in late if not len(late_part(run, layer, "stall_ratio"))]
+    if not without_gradient:
         return
-    of = len(run.layers)
-    if len(silent) == len(late) and not has_stall_counts(run):
+    total = len(run.layers)
+    if len(without_gradient) == len(late) and not has_stall_counts(run):
         text = (
             "No gradients were available at the end of any step, so there is no stall ratio. Something zeroes or frees "
             "the gradients inside step()"
@@ -27,7 +27,9 @@ def find_dead(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
             yield Finding(Severity.INFO, "no gradients", text, (run.name,))
             return
     for moves in (False, True):
-        hit = [layer for layer in silent if bool(late_part(run, layer, "flip_rate").numerators.any()) is moves]
+        hit = [
+            layer for layer in without_gradient if bool(late_part(run, layer, "flip_rate").numerators.any()) is moves
+        ]
         if not hit:
             continue
         names = tuple(layer.name for layer in hit)
@@ -36,12 +38,13 @@ def find_dead(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
         if moves:
             severity = Severity.NOTE
             text = (
-                f"No gradient for {list_layers(names, of)} {since}, but weights change: due to weight decay or momentum"
+                f"No gradient for {list_layers(names, total)} {since}, but weights change, because of weight decay or "
+                "momentum"
             )
         else:
             severity = Severity.WARNING
             text = (
-                f"Dead: no gradient for {list_layers(names, of)} {since}, and no weight changed. Check that it is used "
-                "in the forward pass, not detached, and not behind units that are always 0"
+                f"Dead: no gradient for {list_layers(names, total)} {since}, and no weight changed. Check that it is "
+                "used in the forward pass, not detached, and not behind units that are always 0"
             )
         yield Finding(severity, "dead", text, (run.name,), names, last or None)

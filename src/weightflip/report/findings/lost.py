@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from weightflip.report.findings.base import POINTS, Finding, Severity
-from weightflip.report.findings.words import percent
+from weightflip.report.findings.phrases import percent
 from weightflip.report.run import Layer, Run, Series, sum_layers
 
 # Fractions of the stored weights' updates that are lost to rounding, one per severity.
@@ -18,13 +18,13 @@ def find_lost_updates(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
     stalls = sum_layers(stored).get("stall_ratio")
     if stalls is None:
         return
-    share, late = stalls.summary, stalls.part(run.late).summary
+    fraction, late = stalls.summary, stalls.part(run.late).summary
     severity = severity_of_losses(stalls, run.late)
     if not severity:
         return
     dtype = " and ".join(dict.fromkeys(layer.dtype for layer in stored if layer.dtype)) or "weights"
     text = (
-        f"{percent(share)} of the updates left the stored {dtype} weight unchanged, {percent(late)} in the last "
+        f"{percent(fraction)} of the updates left the stored {dtype} weight unchanged, {percent(late)} in the last "
         "quarter of the run. They are lost to rounding unless the optimizer keeps a higher-precision copy or rounds "
         "stochastically. Float32 master weights, stochastic rounding or a higher learning rate help"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from weightflip.report.findings.base import Finding, Severity
-from weightflip.report.findings.words import list_layers
+from weightflip.report.findings.phrases import list_layers
 from weightflip.report.run import Layer, Run
 
 
@@ -17,8 +17,8 @@ def find_nonfinite(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
     first = min(hit, key=lambda layer: layer.get("nonfinite_weights").steps[0])
     since = int(first.get("nonfinite_weights").steps[0])
     now = [layer for layer in hit if layer.get("nonfinite_weights").steps[-1] == layer.get("flip_rate").steps[-1]]
-    of = len(run.layers)
-    where = list_layers([layer.name for layer in hit], of)
+    total = len(run.layers)
+    where = list_layers([layer.name for layer in hit], total)
     order = f", first in {first.name}" if len(hit) > 1 else ""
     if now:
         count = int(sum(layer.get("nonfinite_weights").values[-1] for layer in now))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from weightflip.report.findings.base import POINTS, Finding, Severity, late_part
-from weightflip.report.findings.words import format_factor, list_layers, percent
+from weightflip.report.findings.phrases import format_factor, list_layers, percent
 from weightflip.report.run import Layer, Run
 
 # Thresholds for the fraction of flips that reverse the previous one, for the flip rate, and for the travel ratio. In
@@ -19,7 +19,7 @@ def find_oscillating(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
     """Yield a finding about layers with many flips of which nearly all reverse the previous one."""
     hit: dict[str, tuple[float, str]] = {}
     for layer in layers:
-        rate, back, travel, share, net = (
+        rate, back, travel, fraction, net = (
             late_part(run, layer, value).summary
             for value in ("flip_rate", "oscillation_ratio", "travel_ratio", "oscillating_fraction", "net_flipped")
         )
@@ -30,8 +30,8 @@ def find_oscillating(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
             f"{percent(back)} of its flips reversed the previous flip",
             f"{percent(rate)} of its weights flipped per step",
         ]
-        if not math.isnan(share):
-            clauses.append(f"{percent(share)} of them moved back and forth shortly before the end")
+        if not math.isnan(fraction):
+            clauses.append(f"{percent(fraction)} of them moved back and forth shortly before the end")
         if not math.isnan(travel):
             clauses.append(
                 f"its quantized weights traveled {format_factor(travel)} times as far as the weights themselves"

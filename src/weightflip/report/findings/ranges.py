@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from weightflip.report.findings.base import POINTS, Finding, Severity
-from weightflip.report.findings.words import list_layers, percent
+from weightflip.report.findings.phrases import list_layers, percent
 from weightflip.report.run import Layer, Run
 
 _ALL_ZERO = 0.9
@@ -38,19 +38,19 @@ def find_saturated(run: Run, layers: Sequence[Layer]) -> Iterator[Finding]:
     advice = "A larger scale, or a scale per row or block, distinguishes large weights"
     yield from _finding(run, "saturated", hit, "is at the ends of the format", advice)
     growing = {
-        layer.name: share
+        layer.name: fraction
         for layer in _fine(layers)
         if layer.name not in hit
         and len(series := layer.get("saturated_fraction")) >= POINTS
-        and (share := series.summary) >= max(_SATURATING, _GROWTH * series.values[0])
+        and (fraction := series.summary) >= max(_SATURATING, _GROWTH * series.values[0])
     }
     if growing:
-        name, share = max(growing.items(), key=lambda item: item[1])
+        name, fraction = max(growing.items(), key=lambda item: item[1])
         first = run.layers[name].get("saturated_fraction")
         text = (
             f"The fraction of {list_layers(list(growing), len(run.layers))} at the ends of the format grows: for "
-            f"{name}, from {percent(first.values[0])} at step {first.steps[0]:,} to {percent(share)} at the end. The "
-            f"scale does not follow the weights. {advice}"
+            f"{name}, from {percent(first.values[0])} at step {first.steps[0]:,} to {percent(fraction)} at the end. "
+            f"The scale does not follow the weights. {advice}"
         )
         yield Finding(Severity.WARNING, "saturating", text, (run.name,), tuple(growing))
 
@@ -60,13 +60,13 @@ def _fine(layers: Sequence[Layer]) -> list[Layer]:
 
 
 def _above(layers: Sequence[Layer], value: str, limit: float) -> dict[str, float]:
-    return {layer.name: share for layer in layers if (share := layer.get(value).summary) >= limit}
+    return {layer.name: fraction for layer in layers if (fraction := layer.get(value).summary) >= limit}
 
 
 def _finding(run: Run, rule: str, hit: Mapping[str, float], what: str, advice: str) -> Iterator[Finding]:
     if not hit:
         return
-    name, share = max(hit.items(), key=lambda item: item[1])
+    name, fraction = max(hit.items(), key=lambda item: item[1])
     others = f", and many weights of {list_layers(list(hit), len(run.layers))}" if len(hit) > 1 else ""
-    text = f"{percent(share)} of {name} {what} at the end{others}. {advice}"
+    text = f"{percent(fraction)} of {name} {what} at the end{others}. {advice}"
     yield Finding(Severity.WARNING, rule, text, (run.name,), tuple(hit))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from weightflip.report.findings.base import POINTS, Finding, Severity
-from weightflip.report.findings.words import list_layers
+from weightflip.report.findings.phrases import list_layers
 from weightflip.report.run import Layer, Run
 
 _RANK_LEFT = 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from weightflip.report.findings.base import POINTS, Finding, Severity, late_part
-from weightflip.report.findings.words import list_layers, percent
+from weightflip.report.findings.phrases import list_layers, percent
 from weightflip.report.run import Layer, Run
 
 # About 1 for weights spread evenly in their cells, independent of the step size.

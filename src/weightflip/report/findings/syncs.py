@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from weightflip.report.findings.base import POINTS, Finding, Severity
-from weightflip.report.findings.words import describe_formats, list_layers
+from weightflip.report.findings.phrases import describe_formats, list_layers
 from weightflip.report.run import Layer, Run, sum_series
 
 _MANY = 0.5

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LINES_AT_MOST = 12
+_MAX_LINES = 12
 _COLORS = ["#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#be185d", "#4d7c0f", "#475569"]
 
 
@@ -33,10 +33,10 @@ class _Line(NamedTuple):
     dashes: Literal["-", "--"]
 
 
-def _lines(of: Sequence[tuple[str, Run, str]]) -> list[_Line]:
+def _lines(runs: Sequence[tuple[str, Run, str]]) -> list[_Line]:
     return [
         _Line(label, run, variant, _COLORS[at % len(_COLORS)], "-" if at < len(_COLORS) else "--")
-        for at, (label, run, variant) in enumerate(of)
+        for at, (label, run, variant) in enumerate(runs)
     ]
 
 
@@ -46,16 +46,16 @@ def curves(figures: Figures, runs: Sequence[Run]) -> str:
         sets = [(_lines([(variant or "model", run, variant) for variant in run.models]), run.name) for run in runs]
     else:
         sets = [(_lines([(run.name, run, next(iter(run.models))) for run in runs]), "")]
-    return "".join(_curve_set(figures, lines[:_LINES_AT_MOST], title, len(lines)) for lines, title in sets)
+    return "".join(_curve_set(figures, lines[:_MAX_LINES], title, len(lines)) for lines, title in sets)
 
 
-def _curve_set(figures: Figures, lines: Sequence[_Line], title: str, of: int) -> str:
+def _curve_set(figures: Figures, lines: Sequence[_Line], title: str, total: int) -> str:
     names = {name for line in lines for name in line.run.models.get(line.variant, {})} - {"nonfinite_weights"}
     values = in_display_order(names, [value for line in lines for value in line.run.info.values])
-    columns_of = 3 if len(values) > 2 else max(1, len(values))
-    rows = math.ceil(len(values) / columns_of)
+    column_count = 3 if len(values) > 2 else max(1, len(values))
+    rows = math.ceil(len(values) / column_count)
     figure = figures.new(11.2, 2.7 * rows + 0.35)
-    grid = list(figure.subplots(rows, columns_of, squeeze=False).flat)
+    grid = list(figure.subplots(rows, column_count, squeeze=False).flat)
     for axes, value in zip(grid, values, strict=False):
         _draw(axes, value, lines)
     for axes in grid[len(values) :]:
@@ -63,7 +63,7 @@ def _curve_set(figures: Figures, lines: Sequence[_Line], title: str, of: int) ->
     if len(lines) > 1:
         _draw_legend(figure, lines)
     heading = f"<h3>{escape(title)}</h3>" if title else ""
-    caption = f"The first {len(lines)} of {of}." if of > len(lines) else ""
+    caption = f"The first {len(lines)} of {total}." if total > len(lines) else ""
     return heading + figures.element(figure, f"Curves for all layers combined {title}", caption)
 
 

@@ -15,7 +15,7 @@ from weightflip.report.html.markup import escape
 from weightflip.report.run import Layer, Run
 from weightflip.report.table import columns, model_series
 
-_MAPS_A_ROW = 4
+_MAPS_PER_ROW = 4
 _CELLS_WITH_NUMBERS = 240
 
 
@@ -23,9 +23,9 @@ def heat_maps(figures: Figures, runs: Sequence[Run]) -> str:
     """Heat maps of layers over time, for each number that has one."""
     parts = []
     for value in columns(runs, [layer for run in runs for layer in run.layers.values()]):
-        having = [run for run in runs if any(len(layer.get(value.name)) for layer in run.layers.values())]
-        for begin in range(0, len(having) if value.heat_map else 0, _MAPS_A_ROW):
-            parts.append(_heat_map_row(figures, having[begin : begin + _MAPS_A_ROW], having, value))
+        runs_with_value = [run for run in runs if any(len(layer.get(value.name)) for layer in run.layers.values())]
+        for begin in range(0, len(runs_with_value) if value.heat_map else 0, _MAPS_PER_ROW):
+            parts.append(_heat_map_row(figures, runs_with_value[begin : begin + _MAPS_PER_ROW], runs_with_value, value))
     return "".join(parts)
 
 
@@ -42,11 +42,13 @@ def _heat_map_row(figures: Figures, runs: Sequence[Run], scale: Sequence[Run], v
     # Most flip rates are small. A square root separates them.
     norm = PowerNorm(0.5, 0, top or 1) if is_rate else Normalize(0, 1 if value.unit == "share" else top or 1)
     colors = colormaps["viridis" if is_rate else "magma"].with_extremes(bad="#eef0f3")
-    most = max(len(run.layers) for run in runs)
-    figure = figures.new(11.2, min(14.0, 1.1 + max(4, most) * (0.17 if most <= ROW_LABELS else 8 / most)))
+    max_layers = max(len(run.layers) for run in runs)
+    figure = figures.new(
+        11.2, min(14.0, 1.1 + max(4, max_layers) * (0.17 if max_layers <= ROW_LABELS else 8 / max_layers))
+    )
     # The same number of columns as in the other rows, so that all maps have the same width.
-    wide = min(len(scale), _MAPS_A_ROW)
-    grid = figure.subplots(1, wide, squeeze=False)[0]
+    column_count = min(len(scale), _MAPS_PER_ROW)
+    grid = figure.subplots(1, column_count, squeeze=False)[0]
     for axes in grid[len(runs) :]:
         axes.set_visible(False)
     mesh: Any = None
@@ -100,10 +102,10 @@ def format_matrix(figures: Figures, run: Run) -> str:
     axes.tick_params(length=0, axis="y")
     axes.spines[:].set_visible(False)
     if cells.size <= _CELLS_WITH_NUMBERS:
-        for (row, column), share in np.ndenumerate(cells):
-            if not math.isnan(share):
-                color = "white" if share < 0.6 else "black"
-                text = f"{100 * share:.{0 if 0.1 <= share <= 0.9 else 1}f} %"
+        for (row, column), fraction in np.ndenumerate(cells):
+            if not math.isnan(fraction):
+                color = "white" if fraction < 0.6 else "black"
+                text = f"{100 * fraction:.{0 if 0.1 <= fraction <= 0.9 else 1}f} %"
                 axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7.5, color=color)
     title = f"<h3>{escape(run.name)}: fraction of updates that change no code in their step, over the whole run</h3>"
     return title + figures.element(figure, "Stall ratio of each layer in each format")

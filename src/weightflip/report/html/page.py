@@ -99,7 +99,7 @@ def _page(runs: Sequence[Run], findings: Sequence[Finding]) -> str:
     if matrices:
         parts.append(f"<section><h2>Formats compared</h2>{matrices}</section>")
     parts.append(f"<section><h2>Layers over time</h2>{heat_maps(figures, runs)}</section>")
-    tables = "".join(layers_table(run, findings, titled=len(runs) > 1) for run in runs)
+    tables = "".join(layers_table(run, findings, with_title=len(runs) > 1) for run in runs)
     parts.append(f"<section><h2>Layers</h2>{tables}</section>")
     parts.append(f"<section><h2>What the columns mean</h2>{column_explanations(runs)}</section>")
     return (

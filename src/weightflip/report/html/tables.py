@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from weightflip.records import Value, in_display_order
+from weightflip.report.block_summary import make_overview
 from weightflip.report.findings import Finding, Severity
 from weightflip.report.html.markup import escape, table, td
-from weightflip.report.many import make_overview
 from weightflip.report.run import Layer, Run, Series
 from weightflip.report.table import ALWAYS, cell, columns, concerns, model_series, rank_layers, run_formats
 
@@ -30,8 +30,8 @@ def _number(value: Value, series: Series, late: float) -> str:
     text = cell(value, series, late)
     if value.unit != "share" or not text:
         return td(text)
-    share = min(1.0, max(0.0, series.part(late).summary))
-    return f'<td class="bar" style="--share: {100 * share:.1f}%">{escape(text)}</td>'
+    fraction = min(1.0, max(0.0, series.part(late).summary))
+    return f'<td class="bar" style="--share: {100 * fraction:.1f}%">{escape(text)}</td>'
 
 
 def runs_table(runs: Sequence[Run]) -> str:
@@ -61,20 +61,20 @@ def runs_table(runs: Sequence[Run]) -> str:
     return table(head, rows) + late + notes
 
 
-def layers_table(run: Run, findings: Sequence[Finding], titled: bool) -> str:
+def layers_table(run: Run, findings: Sequence[Finding], with_title: bool) -> str:
     """The layers of a run, worst first. With many layers: model blocks, outliers, and a collapsed list of all."""
-    every = _table(run, findings, "layer", rank_layers(run, findings))
+    all_layers = _table(run, findings, "layer", rank_layers(run, findings))
     overview = make_overview(run, findings)
     if overview is not None:
         tables = [_table(run, findings, "block", overview.blocks, overview.members)]
         if overview.layers:
             tables.append(_table(run, findings, "layers that stand out", overview.layers))
-        every = f"<details><summary>All {len(run.layers):,} layers, worst first</summary>{every}</details>"
-        every = "".join([*tables, every])
-    title = f"<h3>{escape(run.name)}</h3>" if titled else ""
+        all_layers = f"<details><summary>All {len(run.layers):,} layers, worst first</summary>{all_layers}</details>"
+        all_layers = "".join([*tables, all_layers])
+    title = f"<h3>{escape(run.name)}</h3>" if with_title else ""
     steps = f"steps {max(0, int(run.late)):,} to {run.end:,}"
     late = f"<p class=soft>Means over {steps}; fractions of weights at the end.</p>"
-    return title + late + every
+    return title + late + all_layers
 
 
 def _table(

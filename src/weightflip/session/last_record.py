@@ -10,7 +10,7 @@ from typing import Any
 from weightflip.session.log import Log, Source
 
 
-class Ending:
+class LastRecord:
     """Writes the last record when the owner of a source is garbage-collected or the interpreter exits."""
 
     def __init__(self, log: Log, source: Source) -> None:
@@ -33,9 +33,9 @@ class Ending:
             self._has_logged = True
             self._run_before_other_exit_handlers()
 
-    def run_now(self, *, together: bool) -> None:
+    def write_now(self, *, is_collective: bool) -> None:
         """Write the last record now instead of at exit."""
-        self._log.end_source(self._source, os.getpid(), together=together)
+        self._log.end_source(self._source, os.getpid(), is_collective=is_collective)
         if self._finalizer is not None:
             self._finalizer.detach()
 

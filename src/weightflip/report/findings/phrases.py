@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from weightflip.report.run import Layer
 
 
-def percent(share: float) -> str:
+def percent(fraction: float) -> str:
     """A fraction as a percentage, with more digits near 0 % and 100 %. Never rounded to either of them.
 
     Example:
-        >>> [percent(share) for share in (0, 0.00001, 0.0123, 0.5, 0.99912, 0.999999, 1)]
+        >>> [percent(fraction) for fraction in (0, 0.00001, 0.0123, 0.5, 0.99912, 0.999999, 1)]
         ['0 %', 'less than 0.01 %', '1.2 %', '50 %', '99.91 %', 'more than 99.99 %', '100 %']
     """
-    number = 100 * share
+    number = 100 * fraction
     if number in (0, 100):
         return f"{number:.0f} %"
     distance = min(number, 100 - number)

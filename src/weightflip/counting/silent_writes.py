@@ -36,7 +36,7 @@ class SilentWrites:
 
     def check(self, weights: Sequence[TrackedWeight]) -> None:
         """Before a step, check its weights."""
-        self._distrust_codes(self._canary.find(weights, self._is_unwritten))
+        self._invalidate_codes(self._canary.find(weights, self._is_unwritten))
 
     def _is_unwritten(self, tracked: TrackedWeight) -> bool:
         layer = self._layers.get(tracked.name)
@@ -53,7 +53,7 @@ class SilentWrites:
 
     def receive(self, values: Sequence[int]) -> None:
         """Receive the values of ``pending``."""
-        self._distrust_codes(self._canary.receive(values))
+        self._invalidate_codes(self._canary.receive(values))
 
     def forget(self) -> None:
         """Expect writes from now on."""
@@ -63,10 +63,10 @@ class SilentWrites:
         """Start again, and hold nothing."""
         self._canary = Canary()
 
-    def _distrust_codes(self, written: str | None) -> None:
+    def _invalidate_codes(self, written: str | None) -> None:
         if written is None:
             return
-        self._layers.distrust()
+        self._layers.invalidate()
         if not self._has_warned:
             self._has_warned = True
             self._notices.add(

@@ -20,7 +20,7 @@ from weightflip import FlipRecord, FlipTrackingOptimizer
 from weightflip.metrics.oscillation import Oscillation
 from weightflip.report import read_runs
 from weightflip.report.events import find_span
-from weightflip.sinks import CompanionSink, JSONLSink, TensorBoardSink
+from weightflip.sinks import JSONLSink, ReportFileSink, TensorBoardSink
 
 METRICS = ("flips", "stalls", "oscillation", "travel", "range")
 
@@ -36,7 +36,7 @@ def events(path) -> list[Path]:
 def test_a_report_has_the_counts_of_a_plain_run(digits, tmp_path):
     """A directory gives exactly the numbers of a JSONL file with the same records."""
     tensorboard = TensorBoardSink(str(tmp_path / "run"))
-    sinks = [tensorboard, CompanionSink(tensorboard), tmp_path / "full.jsonl"]
+    sinks = [tensorboard, ReportFileSink(tensorboard), tmp_path / "full.jsonl"]
     options = {"metrics": METRICS, "quantizer": ["float8_e4m3", "int4:g16"], "alerts": ["flip_rate > 0"]}
     train(digits, 40, sinks=sinks, **options).close()
     found, full = read_one(tmp_path / "run"), read_one(tmp_path / "full.jsonl")
@@ -143,7 +143,7 @@ def test_where_it_does_not_reach_as_far_the_event_files_are_read(digits, tmp_pat
 
 
 def test_a_full_disk_costs_the_file_and_not_tensorboard(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("weightflip.sinks.companion.writer_id", lambda: "1.host.1.0")
+    monkeypatch.setattr("weightflip.sinks.report_file.writer_id", lambda: "1.host.1.0")
     # Every write to this device fails like on a full disk.
     (tmp_path / "flips.1.host.1.0.jsonl").symlink_to("/dev/full")
     with warnings.catch_warnings(record=True) as caught:
@@ -151,7 +151,7 @@ def test_a_full_disk_costs_the_file_and_not_tensorboard(digits, tmp_path, monkey
         train(digits, 40, log_dir=tmp_path).close()
     messages = [str(warning.message) for warning in caught if "weightflip" in str(warning.message)]
     assert len(messages) == 1
-    assert "CompanionSink failed" in messages[0]
+    assert "ReportFileSink failed" in messages[0]
     assert "No space left on device" in messages[0]
     assert [step for step, _ in scalars(tmp_path)["flips/rate"]] == [10, 20, 30, 40]
 
@@ -178,7 +178,7 @@ def test_deleted_midway_it_goes_on_without_a_word(digits, tmp_path):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
 def test_a_copy_writes_a_file_of_its_own(digits, tmp_path, copied):
     tensorboard = TensorBoardSink(str(tmp_path))
-    sinks = [tensorboard, CompanionSink(tensorboard)]
+    sinks = [tensorboard, ReportFileSink(tensorboard)]
     train(digits, 10, sinks=sinks).close()
     before = beside(tmp_path)[0].read_bytes()
     again = copied(sinks)
@@ -192,7 +192,7 @@ def test_a_remote_place_gets_none(digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tensorboard = TensorBoardSink(writer=SummaryWriter(tmp_path / "local"))
     tensorboard.log_dir = "s3://bucket/run"
-    train(digits, 10, sinks=[tensorboard, CompanionSink(tensorboard)]).close()
+    train(digits, 10, sinks=[tensorboard, ReportFileSink(tensorboard)]).close()
     assert [path.name for path in tmp_path.iterdir()] == ["local"]
 
 

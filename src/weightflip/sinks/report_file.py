@@ -12,7 +12,7 @@ from weightflip.sinks.jsonl import JSONLSink
 from weightflip.sinks.tensorboard import TensorBoardSink
 
 
-class CompanionSink(BackgroundSink):
+class ReportFileSink(BackgroundSink):
     """Writes ``flips.<time>.<host>.<process>.<number>.jsonl`` into the directory of a TensorBoard sink.
 
     It is a separate sink, so that an error with this file does not stop TensorBoard. Lines are those of

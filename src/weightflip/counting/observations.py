@@ -38,8 +38,8 @@ class Observation(NamedTuple):
         return tensor.data_ptr() + first * kernels.bits_of_state(expression, tensor.dtype) // 8
 
 
-class HeldScale:
-    """The last scales of adjacent weights in a batch, concatenated.
+class KeptScale:
+    """The scales of the codes of adjacent weights in a batch, concatenated.
 
     Attributes:
         scale: The scales as returned by the quantizer; None if there are none.
@@ -52,19 +52,19 @@ class HeldScale:
         self.scale, self.applied = scale, applied
 
 
-class Place(NamedTuple):
-    """The position of the scales of a weight, or a part of it, in a :class:`HeldScale`."""
+class ScaleSlice(NamedTuple):
+    """The position of the scales of a weight, or a part of it, in a :class:`KeptScale`."""
 
-    held: HeldScale
+    kept: KeptScale
     first: int
-    number: int
+    size: int
 
     @property
     def scale(self) -> Tensor | None:
-        return None if self.held.scale is None else self.held.scale[self.first : self.first + self.number]
+        return None if self.kept.scale is None else self.kept.scale[self.first : self.first + self.size]
 
 
-class Due(NamedTuple):
+class DueGroups(NamedTuple):
     """The metric groups that are due in a step.
 
     Attributes:
@@ -86,16 +86,16 @@ class Observations:
 
     def __init__(self, parts: Sequence[tuple[Sequence[Observation], int]]) -> None:
         self._parts = parts
-        self._known: dict[tuple[str, ...], kernels.Observed | None] = {}
+        self._by_groups: dict[tuple[str, ...], kernels.Observed | None] = {}
 
-    def of(self, due: Due) -> kernels.Observed | None:
+    def kernel_arguments(self, due: DueGroups) -> kernels.Observed | None:
         """Return the kernel's arguments for a step, except the old scales; None if no group is due."""
-        if due.groups not in self._known:
-            self._known[due.groups] = self._with_addresses(due)
-        known = self._known[due.groups]
-        return None if known is None else known._replace(sums=due.sums)
+        if due.groups not in self._by_groups:
+            self._by_groups[due.groups] = self._with_addresses(due)
+        arguments = self._by_groups[due.groups]
+        return None if arguments is None else arguments._replace(sums=due.sums)
 
-    def _with_addresses(self, due: Due) -> kernels.Observed | None:
+    def _with_addresses(self, due: DueGroups) -> kernels.Observed | None:
         due_parts = [([one for one in of_one if one.group in due.groups], first) for of_one, first in self._parts]
         of_first = due_parts[0][0]
         if not of_first:

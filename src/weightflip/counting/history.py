@@ -1,4 +1,4 @@
-"""The history of the numbers of all layers together, one point per record."""
+"""The numbers of all layers together over time, one point per record."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from weightflip.records import LayerRecord, Quotient, split_variant
 
-# With more points, neighboring ones are added up.
-_MOST_POINTS = 200
+# With more points, adjacent ones are merged.
+_MAX_POINTS = 200
 
 
 class Point(NamedTuple):
@@ -25,8 +25,8 @@ class Point(NamedTuple):
         return Point(later.step, *(a + b for a, b in zip(self[1:], later[1:], strict=True)))
 
 
-class Course:
-    """The history of all layers together: at most 200 points, each of which covers several records in a long run."""
+class History:
+    """The numbers of all layers together over time, in at most 200 points. In long runs, a point is several records."""
 
     def __init__(self) -> None:
         self._points: dict[str, list[Point]] = {}
@@ -44,7 +44,7 @@ class Course:
                 continue
             points = self._points.setdefault(quantizer, [])
             points.append(point)
-            if len(points) > _MOST_POINTS:
+            if len(points) > _MAX_POINTS:
                 # An unpaired point at the end stays as it is.
                 pairs = [a.merged_with(b) for a, b in zip(points[::2], points[1::2], strict=False)]
                 self._points[quantizer] = pairs + points[2 * len(pairs) :]

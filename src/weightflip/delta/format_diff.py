@@ -12,7 +12,7 @@ from torch import Tensor
 
 from weightflip import functional, kernels
 from weightflip.delta.bits import integers
-from weightflip.delta.compare import Seen
+from weightflip.delta.compare import FormatDiff
 from weightflip.delta.mapped import MappedTensor
 from weightflip.delta.parallel import map_in_order
 from weightflip.quantizers import BaseQuantizer, ElementwiseQuantizer
@@ -29,7 +29,7 @@ def is_weight(old: MappedTensor, new: MappedTensor) -> bool:
 
 
 @torch.no_grad()
-def compare_in_format(old: MappedTensor, new: MappedTensor, quantizer: BaseQuantizer) -> Seen:
+def compare_in_format(old: MappedTensor, new: MappedTensor, quantizer: BaseQuantizer) -> FormatDiff:
     """Compare the codes of two tensors, in parts if the format allows it.
 
     Args:
@@ -62,7 +62,7 @@ def compare_in_format(old: MappedTensor, new: MappedTensor, quantizer: BaseQuant
         # A single scale for the whole tensor is compared in every part, but counts once.
         is_one = quantizer.scope == "tensor" and quantizer.group is None
         scales_changed = changed if is_one else scales_changed + changed
-    return Seen(int(counts[kernels.FLIPS]), _count_scales(quantizer, new), scales_changed)
+    return FormatDiff(int(counts[kernels.FLIPS]), _count_scales(quantizer, new), scales_changed)
 
 
 def _can_split_rows(quantizer: ElementwiseQuantizer) -> bool:
@@ -119,11 +119,11 @@ def _count_changed_scales(quantizer: BaseQuantizer, old: Tensor | None, new: Ten
     return int(torch.count_nonzero(stored(old) != stored(new)))
 
 
-def _compare_whole(old: MappedTensor, new: MappedTensor, quantizer: BaseQuantizer) -> Seen:
+def _compare_whole(old: MappedTensor, new: MappedTensor, quantizer: BaseQuantizer) -> FormatDiff:
     first, second = (quantizer.encode(_read_rows(tensor, 0, tensor.nbytes).view(tensor.shape)) for tensor in (old, new))
     changed = int(torch.count_nonzero(first.ordinals != second.ordinals))
     scales = 0 if second.scale is None else second.scale.numel()
-    return Seen(changed, scales, _count_changed_scales(quantizer, first.scale, second.scale))
+    return FormatDiff(changed, scales, _count_changed_scales(quantizer, first.scale, second.scale))
 
 
 def _compute_statistic(tensor: MappedTensor, quantizer: ElementwiseQuantizer) -> Tensor:

@@ -28,7 +28,7 @@ class _StepDetector:
             self.was_stepped = True
 
 
-class UnseenSteps:
+class MissedSteps:
     """Watches for training steps that bypass tracking, until the first tracked step.
 
     A hook on the optimizer detects its own steps; the version counters of the weights detect writes by anything else.

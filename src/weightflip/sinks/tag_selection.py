@@ -15,10 +15,10 @@ LayerValues: TypeAlias = "Sequence[str] | str | None"
 _ALWAYS = ("cumulative_flip_rate",)
 # A layer must stand out at this many consecutive logging points. At the start of training, many do briefly.
 _MIN_STREAK = 3
-_MOST_OUTLIERS = 12
+_MAX_OUTLIERS = 12
 
 
-class ChosenLayers:
+class TagSelection:
     """Decides which numbers of a layer are written individually.
 
     Args:
@@ -26,14 +26,14 @@ class ChosenLayers:
             and all numbers of outliers. ``"all"``: all numbers. Names: these numbers and the cumulative flip rate.
 
     Attributes:
-        are_many: Whether there are more than 30 layers.
+        has_many_layers: Whether there are more than 30 layers.
         outliers: At most 12 layers whose flip rate stands out, in the order in which they were found. Layers are never
             removed, so that their curves have no gaps.
     """
 
     def __init__(self, layer_values: LayerValues = None) -> None:
         self._layer_values = layer_values
-        self.are_many = False
+        self.has_many_layers = False
         self.outliers: list[str] = []
         self._streaks: dict[str, int] = {}
         self._started_tags: set[str] = set()
@@ -44,8 +44,8 @@ class ChosenLayers:
         Returns:
             New outliers.
         """
-        self.are_many = len({split_variant(layer.name)[0] for layer in record.layers}) > MANY_LAYERS
-        if not self.are_many:
+        self.has_many_layers = len({split_variant(layer.name)[0] for layer in record.layers}) > MANY_LAYERS
+        if not self.has_many_layers:
             return []
         rates: dict[str, dict[str, Quotient]] = {}
         for layer in record.layers:
@@ -53,8 +53,8 @@ class ChosenLayers:
             rates.setdefault(split_variant(layer.name)[1], {})[layer.name] = Quotient(window.flips, window.weight_steps)
         current = [name for of_quantizer in rates.values() for name in outliers(of_quantizer)]
         self._streaks = {name: self._streaks.get(name, 0) + 1 for name in current}
-        lasting = [name for name in current if self._streaks[name] >= _MIN_STREAK and name not in self.outliers]
-        new = lasting[: _MOST_OUTLIERS - len(self.outliers)]
+        persistent = [name for name in current if self._streaks[name] >= _MIN_STREAK and name not in self.outliers]
+        new = persistent[: _MAX_OUTLIERS - len(self.outliers)]
         self.outliers += new
         return new
 
@@ -80,4 +80,4 @@ class ChosenLayers:
         """Whether the number has a tag for every layer."""
         if self._layer_values == "all" or value in _ALWAYS:
             return True
-        return not self.are_many if self._layer_values is None else value in self._layer_values
+        return not self.has_many_layers if self._layer_values is None else value in self._layer_values

@@ -11,7 +11,7 @@ from weightflip.report.findings import Finding, Severity
 from weightflip.report.run import Layer, Run, sum_layers
 from weightflip.report.table import concerns, rank_layers
 
-_MOST_LAYERS = 12
+_MAX_LAYERS = 12
 
 
 class Overview(NamedTuple):
@@ -66,10 +66,10 @@ def _noteworthy_layers(run: Run, findings: Sequence[Finding]) -> list[Layer]:
         outlying += outliers(rates)
     serious = [finding for finding in findings if finding.severity >= Severity.WARNING]
     # A warning about nearly all layers is about the model, not about its layers.
-    of_some = [finding for finding in serious if len(finding.layers) <= _MOST_LAYERS]
+    of_some = [finding for finding in serious if len(finding.layers) <= _MAX_LAYERS]
     named = [
         layer.name
         for layer in rank_layers(run, of_some)
         if any(concerns(finding, run, layer.name) for finding in of_some)
     ]
-    return [run.layers[name] for name in list(dict.fromkeys([*named, *outlying]))[:_MOST_LAYERS]]
+    return [run.layers[name] for name in list(dict.fromkeys([*named, *outlying]))[:_MAX_LAYERS]]

@@ -1,4 +1,4 @@
-"""The interface for the cooperation of processes: ``single.py`` without sharded weights, ``sharded.py`` with them."""
+"""How the processes of a run cooperate: ``sharded.py`` with sharded weights, ``unsharded.py`` without."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ Totals = tuple[int, dict[str, list[float]]]
 """Number of steps, and one row per layer."""
 
 
-class Shards(Protocol):
-    """The sharded weights of a run, as the tracker sees them."""
+class Sharding(Protocol):
+    """The sharded weights of a run: exchanges statistics before they are encoded, and sums their counts."""
 
     def __bool__(self) -> bool:
-        """Whether there are sharded weights, so that counts have to be added up."""
+        """Whether there are sharded weights, so that counts have to be summed over processes."""
         ...
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         """Whether this weight is sharded."""
         ...
 
-    def for_weights(self, weights: Sequence[TrackedWeight]) -> Shards:
+    def for_weights(self, weights: Sequence[TrackedWeight]) -> Sharding:
         """Return the implementation for the changed weights, which may be this object."""
         ...
 
-    def expect_others(self, *, are_known: bool) -> Shards:
-        """As :meth:`WeightFlipTracker.expect_others`; returns the implementation to use from then on."""
+    def request_comparison(self, *, is_selection_known: bool) -> Sharding:
+        """As :meth:`WeightFlipTracker.request_comparison`; returns the implementation to use from then on."""
         ...
 
-    def begin(self, weights: Sequence[TrackedWeight], *, are_others: bool, anew: bool) -> None:
+    def begin(self, weights: Sequence[TrackedWeight], *, have_changed: bool, force: bool) -> None:
         """Before the step, obtain the statistics that encoding shards needs.
 
         Args:
             weights: The weights of the step.
-            are_others: Whether they are other objects than in the last step.
-            anew: Whether no codes are kept from the last step.
+            have_changed: Whether they are other objects than in the last step.
+            force: Whether no codes are kept from the last step.
         """
         ...
 
@@ -49,15 +49,15 @@ class Shards(Protocol):
         """
         ...
 
-    def share(self, *, is_next_due: bool) -> None:
+    def exchange_statistics(self, *, is_next_due: bool) -> None:
         """After the step, obtain the statistics that encoding shards needs."""
         ...
 
-    def drop_uncertain(self) -> None:
+    def discard_flagged(self) -> None:
         """Drop this step's counts of weights that any process has flagged."""
         ...
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Assume that weights may have been written on all processes."""
         ...
 
@@ -70,8 +70,8 @@ class Shards(Protocol):
         """Release all weights. The next step's weights count as changed."""
         ...
 
-    def add_up(self, steps: int, rows: Mapping[str, Sequence[float]]) -> None:
-        """Add up the counts of all processes.
+    def reduce_counts(self, steps: int, rows: Mapping[str, Sequence[float]]) -> None:
+        """Sum the counts over all processes.
 
         Args:
             steps: The number of steps of this process.

@@ -1,4 +1,4 @@
-"""Teams of processes whose numbers are combined."""
+"""Groups of processes whose numbers are combined."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from weightflip.distributed.layouts import Layout
 
 
-class Team(NamedTuple):
+class RankGroup(NamedTuple):
     """Processes that combine their numbers in collectives.
 
     Attributes:
@@ -29,16 +29,16 @@ class Team(NamedTuple):
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the first of the team, which reports what all would."""
+        """Whether this process is the first of the group, which reports for all of them."""
         return torch.distributed.get_rank() == self.ranks[0]
 
     @property
     def failure(self) -> int:
-        """What a process contributes for a weight that it has given up on; see ``is_reporter``."""
+        """The number that a process adds to the sum for a weight that failed on it; see ``is_reporter``."""
         return len(self.ranks) if self.is_first else 1
 
     def is_reporter(self, failures: float) -> bool:
-        """Whether this process reports failures on others: the first does, or the second if the first has failed.
+        """Whether this process reports failures of others: the first one does, or the second if the first has failed.
 
         Args:
             failures: The sum of ``failure`` over the processes that failed.
@@ -46,18 +46,18 @@ class Team(NamedTuple):
         return torch.distributed.get_rank() == self.ranks[failures >= len(self.ranks)]
 
     def is_counted(self, layout: Layout) -> bool:
-        """Whether this process's shard counts, of several processes that hold copies of it."""
+        """Whether this process's copy of a shard counts, if several processes hold copies of it."""
         return layout.is_first_copy and self.ranks[0] in layout.ranks
 
 
-def teams(layouts: Sequence[Layout]) -> list[Team]:
-    """Return the team that adds up each weight, with as few different teams as possible.
+def find_rank_groups(layouts: Sequence[Layout]) -> list[RankGroup]:
+    """Return the group that sums each weight, with as few different groups as possible.
 
     With tensor parallelism, the mesh of some weights is a slice of the mesh of others. One collective over the larger
     mesh serves both.
     """
-    largest: list[Team] = []
+    largest: list[RankGroup] = []
     for candidate in sorted(layouts, key=lambda layout: -len(layout.ranks)):
-        if not any(set(candidate.ranks) <= set(team.ranks) for team in largest):
-            largest.append(Team(candidate.ranks, candidate.device_type))
-    return [next(team for team in largest if set(layout.ranks) <= set(team.ranks)) for layout in layouts]
+        if not any(set(candidate.ranks) <= set(group.ranks) for group in largest):
+            largest.append(RankGroup(candidate.ranks, candidate.device_type))
+    return [next(group for group in largest if set(layout.ranks) <= set(group.ranks)) for layout in layouts]

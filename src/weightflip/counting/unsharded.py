@@ -1,4 +1,4 @@
-"""A run without sharded weights: processes do not need to cooperate."""
+"""A run without sharded weights, in which processes do not need to cooperate."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from weightflip.counting.columns import Columns
 from weightflip.counting.layer import TrackedWeight
-from weightflip.counting.shards import Shards, Totals
+from weightflip.counting.sharding import Sharding, Totals
 from weightflip.counting.table import LayerTable
 
 
-class SingleProcess:
+class UnshardedRun:
     """A run on one process, or with weights that each process holds as a whole.
 
     Args:
@@ -24,34 +24,34 @@ class SingleProcess:
     def __bool__(self) -> bool:
         return False
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return False
 
-    def for_weights(self, weights: Sequence[TrackedWeight]) -> Shards:
+    def for_weights(self, weights: Sequence[TrackedWeight]) -> Sharding:
         return self._sharded() if any(tracked.is_dtensor for tracked in weights) else self
 
-    def expect_others(self, *, are_known: bool) -> Shards:
-        return self._sharded().expect_others(are_known=are_known)
+    def request_comparison(self, *, is_selection_known: bool) -> Sharding:
+        return self._sharded().request_comparison(is_selection_known=is_selection_known)
 
-    def _sharded(self) -> Shards:
+    def _sharded(self) -> Sharding:
         # Imported here, so that a run on one process does not load it.
         from weightflip.counting.sharded import ShardedRun
 
         return ShardedRun(self._layers, self._columns)
 
-    def begin(self, weights: Sequence[TrackedWeight], *, are_others: bool, anew: bool) -> None:
+    def begin(self, weights: Sequence[TrackedWeight], *, have_changed: bool, force: bool) -> None:
         pass
 
     def may_keep(self, name: str, is_unwritten: bool) -> bool:
         return is_unwritten
 
-    def share(self, *, is_next_due: bool) -> None:
+    def exchange_statistics(self, *, is_next_due: bool) -> None:
         pass
 
-    def drop_uncertain(self) -> None:
+    def discard_flagged(self) -> None:
         pass
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         pass
 
     @property
@@ -61,7 +61,7 @@ class SingleProcess:
     def release(self) -> None:
         pass
 
-    def add_up(self, steps: int, rows: Mapping[str, Sequence[float]]) -> None:
+    def reduce_counts(self, steps: int, rows: Mapping[str, Sequence[float]]) -> None:
         pass
 
     def totals(self, steps: int) -> Totals | None:
