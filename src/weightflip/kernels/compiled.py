@@ -120,7 +120,9 @@ def _dtypes_of_moves(weight_bits: int, code_bits: int) -> dict[str, Any]:
         "CODE": _INTEGERS[code_bits],
         "CODE_SIZE": code_bits // 8,
         "HALF": 1 << (code_bits - 1),
-        "TALLY": vectors.make_tally(weight_bits, code_bits),
+        "TALLY": vectors.make_tally(weight_bits, code_bits, by_table=False),
+        # Never called with codes of more bits.
+        "TALLY_BY_TABLE": vectors.make_tally(weight_bits, code_bits, by_table=code_bits == 8),
     }
 
 

@@ -142,10 +142,10 @@ def _gather(source, at, into):  # type: ignore[no-untyped-def]
 
 
 @_compile()
-def _look_up(new_codes, old_codes, values, ways, cells):  # type: ignore[no-untyped-def]
+def _look_up(new_codes, old_codes, first, values, ways, cells):  # type: ignore[no-untyped-def]
     """Find how far quantized weights moved, and the widths of their old cells, in the table of all codes."""
     half = _ALL_CODES // 2
-    for i in range(new_codes.shape[0]):
+    for i in range(first, new_codes.shape[0]):
         before = np.int64(old_codes[i]) + half
         ways[i] = abs(values[1, np.int64(new_codes[i]) + half] - values[0, before])
         cells[i] = values[2, before]
@@ -153,7 +153,7 @@ def _look_up(new_codes, old_codes, values, ways, cells):  # type: ignore[no-unty
 
 @_compile()
 def _compute(place, new_codes, old_codes, half, scales, ways, cells):  # type: ignore[no-untyped-def]
-    """As :func:`_look_up`, with a scale for each weight."""
+    """As :func:`_look_up`, with a scale for each weight, and for all weights of a chunk."""
     numbers = carray(_pointer(place[NUMBERS]), (2 * half,), np.float32)
     form, smallest, largest = place[FORM], place[SMALLEST], place[LARGEST]
     for i in range(new_codes.shape[0]):
@@ -223,18 +223,19 @@ def move(address):  # type: ignore[no-untyped-def]
             codes = carray(_pointer(codes_at), (numel,), CODE)  # type: ignore[name-defined]  # noqa: F821
             old = carray(_pointer(place[OLD_WEIGHTS] + low * BITS_SIZE), (numel,), BITS)  # type: ignore[name-defined]  # noqa: F821
             old_codes = carray(_pointer(place[OLD_CODES] + low * CODE_SIZE), (numel,), CODE)  # type: ignore[name-defined]  # noqa: F821
+            moved_at, quantized_at = place[MOVED] + 8 * low, place[QUANTIZED_MOVED] + 8 * low
+            old_at, old_codes_at = place[OLD_WEIGHTS] + low * BITS_SIZE, place[OLD_CODES] + low * CODE_SIZE  # type: ignore[name-defined]  # noqa: F821
+            whole, ways_at = numel // LANES * LANES, room + _WAYS_AT
             if has_table:
-                _look_up(codes, old_codes, values, ways, cells)
+                table_at = room + _VALUES_AT
+                TALLY_BY_TABLE(new_at, codes_at, old_at, old_codes_at, whole, table_at, 0, moved_at, quantized_at, room)  # type: ignore[name-defined]  # noqa: F821
+                _look_up(codes, old_codes, whole, values, ways, cells)
             else:
                 _take_scales(place, low, numel, old_scales_at, scales, 0)
                 _take_scales(place, low, numel, new_scales_at, scales, 1)
                 _compute(place, codes, old_codes, HALF, scales, ways, cells)  # type: ignore[name-defined]  # noqa: F821
-            moved_at, quantized_at = place[MOVED] + 8 * low, place[QUANTIZED_MOVED] + 8 * low
-            whole = numel // LANES * LANES
-            TALLY(  # type: ignore[name-defined]  # noqa: F821
-                new_at, codes_at, place[OLD_WEIGHTS] + low * BITS_SIZE, place[OLD_CODES] + low * CODE_SIZE,  # type: ignore[name-defined]  # noqa: F821
-                whole, room + _WAYS_AT, room + _WAYS_AT + 8 * _CHUNK, moved_at, quantized_at, room,
-            )  # fmt: skip
+                cells_at = ways_at + 8 * _CHUNK
+                TALLY(new_at, codes_at, old_at, old_codes_at, whole, ways_at, cells_at, moved_at, quantized_at, room)  # type: ignore[name-defined]  # noqa: F821
             moved = carray(_pointer(moved_at + 8 * whole), (LANES,), np.float64)
             quantized_moved = carray(_pointer(quantized_at + 8 * whole), (LANES,), np.float64)
             for i in range(whole, numel):

@@ -398,14 +398,16 @@ def make_keep(code_bits: int) -> Any:
     return keep
 
 
-def make_tally(weight_bits: int, code_bits: int) -> Any:
+def make_tally(weight_bits: int, code_bits: int, *, by_table: bool) -> Any:
     """The loop that adds what sampled weights moved, and keeps them for the next step.
 
     Returns:
         ``tally(new, new_codes, old, old_codes, numel, ways, cells, moved, quantized_moved, sums)``: addresses of
         ``numel`` weights and codes, a multiple of ``LANES_OF_SAMPLES``, after the step and before it, which are
         overwritten; of how far each quantized weight moved, and of the widths of the old cells, float64; of the sums of
-        each weight; and of four vectors of sums, in the order of :class:`weightflip.kernels.sampled.Sample`.
+        each weight; and of four vectors of sums, in the order of :class:`weightflip.kernels.sampled.Sample`. By table,
+        for codes of one byte, ``ways`` is instead the address of three rows with a float64 for each code, from the
+        smallest on: the values before and after the step, and the widths of the old cells; ``cells`` is unused.
     """
     code, weight_size, code_size = ir.IntType(code_bits), weight_bits // 8, code_bits // 8
 
@@ -423,6 +425,15 @@ def make_tally(weight_bits: int, code_bits: int) -> Any:
         def weights(address: Any) -> Any:
             return b.fpext(_number(v, weight_bits, address, PLAIN, None), v.type(_F64))
 
+        def found_in_table(row: int, codes: Any) -> Any:
+            of_zero = b.add(ways, ir.Constant(_I64, 8 * ((row << code_bits) + (1 << (code_bits - 1)))))
+            addresses = b.add(v.splat(of_zero), b.shl(b.sext(codes, v.type(_I64)), v.all(_I64, 3)))
+            pointers = ir.VectorType(_F64.as_pointer(), v.lanes)
+            signature = ir.FunctionType(v.type(_F64), [pointers, _I32, v.type(_I1), v.type(_F64)])
+            name = f"llvm.masked.gather.v{v.lanes}f64.v{v.lanes}p0"
+            function = _tools.get_or_insert_function(b.module, signature, name)
+            return b.call(function, [b.inttoptr(addresses, pointers), ir.Constant(_I32, 8), v.all(_I1, 1), zero])
+
         with v.loop(numel) as (i, _):
             place, old_place = v.at(new_at, i, weight_size), v.at(old_at, i, weight_size)
             code_place, old_code_place = v.at(new_codes_at, i, code_size), v.at(old_codes_at, i, code_size)
@@ -431,12 +442,16 @@ def make_tally(weight_bits: int, code_bits: int) -> Any:
             for address in (moved_at, quantized_at):
                 v.prefetch(v.at(address, i, 8), _AHEAD, 8)
             way = magnitude(b.fsub(weights(place), weights(old_place)))
-            quantized_way, cell = (v.load(v.at(address, i, 8), _F64, 8) for address in (ways, cells))
+            codes, old_codes = v.load(code_place, code, code_size), v.load(old_code_place, code, code_size)
+            if by_table:
+                quantized_way = magnitude(b.fsub(found_in_table(1, codes), found_in_table(0, old_codes)))
+                cell = found_in_table(2, old_codes)
+            else:
+                quantized_way, cell = (v.load(v.at(address, i, 8), _F64, 8) for address in (ways, cells))
             # NaN and infinities count as not moved. Times 0, they are NaN.
             is_finite = b.fcmp_ordered("==", b.fadd(b.fmul(way, zero), b.fmul(quantized_way, zero)), zero)
             way, quantized_way = (b.select(is_finite, x, zero) for x in (way, quantized_way))
-            codes = v.load(code_place, code, code_size)
-            differs = b.icmp_signed("!=", codes, v.load(old_code_place, code, code_size))
+            differs = b.icmp_signed("!=", codes, old_codes)
             share = b.fdiv(way, cell)
             # NaN counts as 0.
             at_least = b.select(b.fcmp_ordered(">=", share, one), one, zero)
