@@ -36,24 +36,24 @@ def is_small(numel: int, group: int) -> bool:
 
 
 def pack(numels: Sequence[int], groups: Sequence[int]) -> list[list[int]]:
-    """Distribute tensors over few heaps that are gathered together, and return the indices of each heap.
+    """Distribute tensors over few buckets that are gathered together, and return the indices of each bucket.
 
     Args:
         numels: Number of elements of each tensor.
         groups: The number of adjacent elements that share a scale in each tensor.
     """
-    heaps: list[tuple[list[int], int, bool]] = []
-    # Narrow ones last, so that they reduce the size of at most one heap of wide ones.
+    buckets: list[tuple[list[int], int, bool]] = []
+    # Narrow ones last, so that they reduce the size of at most one bucket of wide ones.
     for index in sorted(range(len(numels)), key=lambda index: (_is_narrow(groups[index]), -numels[index])):
         is_narrow = _is_narrow(groups[index])
-        for at, (heap, numel, has_narrow) in enumerate(heaps):
+        for at, (bucket, numel, has_narrow) in enumerate(buckets):
             together = numel + numels[index]
             if together <= (_ELEMENTS_IN_NARROW if is_narrow or has_narrow else _ELEMENTS):
-                heaps[at] = [*heap, index], together, is_narrow or has_narrow
+                buckets[at] = [*bucket, index], together, is_narrow or has_narrow
                 break
         else:
-            heaps.append(([index], numels[index], is_narrow))
-    return [sorted(heap) for heap, _, _ in heaps]
+            buckets.append(([index], numels[index], is_narrow))
+    return [sorted(bucket) for bucket, _, _ in buckets]
 
 
 def _is_narrow(group: int) -> bool:
