@@ -12,7 +12,10 @@ from conftest import assert_same
 from torch import nn
 
 import weightflip
-from weightflip import FlipTrackingOptimizer, track_flips
+from weightflip import FlipTrackingOptimizer, WeightFlipTracker, track_flips
+from weightflip.counting.marks import SyncMarks
+from weightflip.counting.metric_runner import MetricRunner
+from weightflip.counting.schedule import Schedule
 from weightflip.session.guard import Guard, run_outside_graphs
 from weightflip.session.last_record import LastRecord
 from weightflip.session.log import Log
@@ -33,7 +36,9 @@ LEFT_OUT = {
         *(Session.run_guarded, Session.finish_step, Session._finish_step, Session.abort_step, Session.save_into),
         *(Session.flush, Session.close, Session.end, Session.restore),
         *(Log.emit_warnings, Log._take_warnings, Log.flush, Log.close, Log.end_source, Log._attempt),
-        *(LastRecord.write_now, printable),
+        *(LastRecord.write_now, printable, WeightFlipTracker.mark_sync, WeightFlipTracker._mark_if_due),
+        *(SyncMarks.request, SyncMarks._check, SyncMarks.take_due, SyncMarks.guarded.__wrapped__),
+        *(MetricRunner.uses_marks.fget, Schedule.allows_marks.fget),
     )
 }
 
@@ -88,6 +93,7 @@ OPTIONS = {
     "default": {},
     "groups": {"metrics": ("flips", "stalls", "oscillation", "range", "travel"), "backend": "eager"},
     "sparsely": {"track_every": 2, "low_memory": True},
+    "marks": {"metrics": ("flips", "sync", "touched")},
 }
 
 
@@ -144,6 +150,8 @@ def train(form, options, place=None, *, is_end_broken=False):
         warnings.simplefilter("always")
         for i in range(5):
             results.append(step())
+            if session is not None and "sync" in session.tracker.metrics:
+                session.tracker.mark_sync()
             if i == 3:
                 state = optimizer.state_dict()
                 flush()

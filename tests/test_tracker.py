@@ -502,7 +502,7 @@ def test_a_layer_of_another_size_starts_from_zero():
     [
         ({"metrics": ("flip",)}, "metrics="),
         ({"metrics": "flips"}, "metrics="),
-        ({"metrics": ("stalls",)}, "'flips' in it"),
+        ({"metrics": ("stalls",)}, "must be a sequence that contains 'flips'"),
         ({"track_every": 0}, "track_every= must be an integer of at least 1, got 0"),
         ({"track_every": 1.5}, "track_every="),
         ({"start_step": -1}, "start_step="),

@@ -488,14 +488,14 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
 
     def _mark_if_due(self) -> None:
         if self._marks.take_due():
-            self._layers.commit()
-            current = None if self._current_weights is None else self._current_weights()
-            found = nullcontext(self._layers.weights) if current is None else current()
-            with self._marks.guarded(), found as weights:
-                self._begin(list(weights))
-                self._marks.make(
-                    self._encode_between_steps(tracked for tracked in weights if tracked.is_held), self._sharding
-                )
+            with self._marks.guarded():
+                self._layers.commit()
+                current = None if self._current_weights is None else self._current_weights()
+                found = nullcontext(self._layers.weights) if current is None else current()
+                with found as weights:
+                    self._begin(list(weights))
+                    held = (tracked for tracked in weights if tracked.is_held)
+                    self._marks.make(self._encode_between_steps(held), self._sharding)
             self._notices.flush()
 
     # ------------------------------------------------------------------ many processes

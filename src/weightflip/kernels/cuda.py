@@ -356,4 +356,4 @@ def _tiles(group: Any, groups: Any, columns: int) -> Any:
 
 
 def _is_aligned(stretch: Stretch) -> bool:
-    return all(number % _ALIGNMENT == 0 for number in stretch)
+    return all(number % _ALIGNMENT == 0 for number in (stretch.weight, stretch.codes, stretch.numel, stretch.group))
