@@ -191,12 +191,12 @@ def move(address):  # type: ignore[no-untyped-def]
     """Compare the samples with those before the step, add what they moved, and keep them for the next step."""
     task = carray(_pointer(address), (TASK,), np.int64)
     indices = carray(_pointer(task[INDICES]), (task[LAYERS],), np.int64)
-    room = _stack()
-    sums = carray(_pointer(room), (4, LANES), np.float64)
-    values = carray(_pointer(room + _VALUES_AT), (3, _ALL_CODES), np.float64)
-    scales = carray(_pointer(room + _SCALES_AT), (2, _CHUNK), np.float32)
-    ways = carray(_pointer(room + _WAYS_AT), (_CHUNK,), np.float64)
-    cells = carray(_pointer(room + _WAYS_AT + 8 * _CHUNK), (_CHUNK,), np.float64)
+    stack = _stack()
+    sums = carray(_pointer(stack), (4, LANES), np.float64)
+    values = carray(_pointer(stack + _VALUES_AT), (3, _ALL_CODES), np.float64)
+    scales = carray(_pointer(stack + _SCALES_AT), (2, _CHUNK), np.float32)
+    ways = carray(_pointer(stack + _WAYS_AT), (_CHUNK,), np.float64)
+    cells = carray(_pointer(stack + _WAYS_AT + 8 * _CHUNK), (_CHUNK,), np.float64)
     while True:
         item = _add(address + 8 * NEXT, 1)
         if item >= task[LAYERS]:
@@ -216,7 +216,7 @@ def move(address):  # type: ignore[no-untyped-def]
             new_at, codes_at = place[WEIGHT] + low * BITS_SIZE, place[CODES] + low * CODE_SIZE  # type: ignore[name-defined]  # noqa: F821
             if place[AT]:
                 at = carray(_pointer(place[AT] + 8 * low), (numel,), np.int64)
-                new_at, codes_at = room + _WEIGHTS_AT, room + _CODES_AT
+                new_at, codes_at = stack + _WEIGHTS_AT, stack + _CODES_AT
                 _gather(carray(_pointer(place[WEIGHT]), (1,), BITS), at, carray(_pointer(new_at), (numel,), BITS))  # type: ignore[name-defined]  # noqa: F821
                 _gather(carray(_pointer(place[CODES]), (1,), CODE), at, carray(_pointer(codes_at), (numel,), CODE))  # type: ignore[name-defined]  # noqa: F821
             new = carray(_pointer(new_at), (numel,), BITS)  # type: ignore[name-defined]  # noqa: F821
@@ -225,17 +225,19 @@ def move(address):  # type: ignore[no-untyped-def]
             old_codes = carray(_pointer(place[OLD_CODES] + low * CODE_SIZE), (numel,), CODE)  # type: ignore[name-defined]  # noqa: F821
             moved_at, quantized_at = place[MOVED] + 8 * low, place[QUANTIZED_MOVED] + 8 * low
             old_at, old_codes_at = place[OLD_WEIGHTS] + low * BITS_SIZE, place[OLD_CODES] + low * CODE_SIZE  # type: ignore[name-defined]  # noqa: F821
-            whole, ways_at = numel // LANES * LANES, room + _WAYS_AT
+            whole, ways_at = numel // LANES * LANES, stack + _WAYS_AT
             if has_table:
-                table_at = room + _VALUES_AT
-                TALLY_BY_TABLE(new_at, codes_at, old_at, old_codes_at, whole, table_at, 0, moved_at, quantized_at, room)  # type: ignore[name-defined]  # noqa: F821
+                table_at = stack + _VALUES_AT
+                TALLY_BY_TABLE(
+                    new_at, codes_at, old_at, old_codes_at, whole, table_at, 0, moved_at, quantized_at, stack
+                )  # type: ignore[name-defined]  # noqa: F821
                 _look_up(codes, old_codes, whole, values, ways, cells)
             else:
                 _take_scales(place, low, numel, old_scales_at, scales, 0)
                 _take_scales(place, low, numel, new_scales_at, scales, 1)
                 _compute(place, codes, old_codes, HALF, scales, ways, cells)  # type: ignore[name-defined]  # noqa: F821
                 cells_at = ways_at + 8 * _CHUNK
-                TALLY(new_at, codes_at, old_at, old_codes_at, whole, ways_at, cells_at, moved_at, quantized_at, room)  # type: ignore[name-defined]  # noqa: F821
+                TALLY(new_at, codes_at, old_at, old_codes_at, whole, ways_at, cells_at, moved_at, quantized_at, stack)  # type: ignore[name-defined]  # noqa: F821
             moved = carray(_pointer(moved_at + 8 * whole), (LANES,), np.float64)
             quantized_moved = carray(_pointer(quantized_at + 8 * whole), (LANES,), np.float64)
             for i in range(whole, numel):
