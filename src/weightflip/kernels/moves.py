@@ -228,9 +228,9 @@ def move(address):  # type: ignore[no-untyped-def]
             whole, ways_at = numel // LANES * LANES, stack + _WAYS_AT
             if has_table:
                 table_at = stack + _VALUES_AT
-                TALLY_BY_TABLE(
+                TALLY_BY_TABLE(  # type: ignore[name-defined]  # noqa: F821
                     new_at, codes_at, old_at, old_codes_at, whole, table_at, 0, moved_at, quantized_at, stack
-                )  # type: ignore[name-defined]  # noqa: F821
+                )
                 _look_up(codes, old_codes, whole, values, ways, cells)
             else:
                 _take_scales(place, low, numel, old_scales_at, scales, 0)
