@@ -103,7 +103,14 @@ def test_follow_as_a_program(tmp_path):
     script = Growing(tmp_path, "jsonl")
     script.write()
     command = [sys.executable, "-u", "-m", "weightflip", "report", "--follow", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Programs in the background of a script inherit that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         first = process.stdout.readline()
         deadline = time.monotonic() + 120
