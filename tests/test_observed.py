@@ -355,7 +355,9 @@ def test_a_group_whose_expression_is_wrong_is_counted_by_its_slices(group, caplo
     assert together == [0] * 5
     run("auto")
     (message,) = [message for message in caplog.messages if "compil" not in message]
-    assert message.startswith(f"the metric group {group.name!r} is counted by its slice(), which is slower: ")
+    assert message.startswith(
+        f"weightflip: the metric group {group.name!r} is counted by its slice(), which is slower: "
+    )
     assert "pointwise" in message
 
 

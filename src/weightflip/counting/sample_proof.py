@@ -80,7 +80,7 @@ def _passes_test(kernel: type[kernels.Samples], metric: Metric, kind: Kind) -> b
     except Exception as error:
         fault = f"it raised {type(error).__name__}: {error}"
     if fault is not None:
-        logger.warning("%s: the kernel is not used, plain torch compares them instead: %s", what, fault)
+        logger.warning("weightflip: %s: the kernel is not used, plain torch compares them instead: %s", what, fault)
     else:
         logger.info("%s: equal", what)
     return fault is None

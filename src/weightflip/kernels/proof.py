@@ -135,7 +135,7 @@ def _test(name: str, run: type[Run], question: Question, eager: Eager, scales: S
         fault = f"it raised {type(error).__name__}: {error}"
     if fault is not None:
         instead = "counts" if question.scaling is None else "computes the scales"
-        logger.warning("%s: not used, plain torch %s instead: %s", what, instead, fault)
+        logger.warning("weightflip: %s: not used, plain torch %s instead: %s", what, instead, fault)
         return _Answer(False, False)
     if question.scaling is not None or not _must_be_faster_on(kind.device):
         logger.info("%s: equal", what)
@@ -143,7 +143,9 @@ def _test(name: str, run: type[Run], question: Question, eager: Eager, scales: S
     try:
         ratio = _speedup(run, question, eager)
     except Exception as error:
-        logger.warning("%s: equal, but its speed could not be measured: %s: %s", what, type(error).__name__, error)
+        logger.warning(
+            "weightflip: %s: equal, but its speed could not be measured: %s: %s", what, type(error).__name__, error
+        )
         return _Answer(True, False)
     if ratio <= 1:
         logger.info("%s: equal, but %.1fx as fast as eager, so not used automatically", what, ratio)
@@ -629,8 +631,8 @@ def may_keep(run: type[Run], dtype: torch.dtype) -> bool:
     if bool(changed == expected) and torch.equal(codes, new):
         return True
     logger.warning(
-        "%s codes at a sync: not compared by the kernel, plain torch compares them instead: expected %d changes in a "
-        "trial, got %d, or other codes",
+        "weightflip: %s codes at a sync: not compared by the kernel, plain torch compares them instead: expected %d "
+        "changes in a trial, got %d, or other codes",
         dtype,
         int(expected),
         int(changed),
