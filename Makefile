@@ -9,7 +9,7 @@ SEED ?= 0
 NAME ?= lost_in_bfloat16
 
 .DEFAULT_GOAL := help
-.PHONY: help integrations demo story tensorboard docs test quick conformance fuzz check bench gpu clean
+.PHONY: help integrations demo story tensorboard docs test quick conformance faults fuzz check bench gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -62,6 +62,9 @@ quick: $(VENV)/installed  ## run every seventh test, some of each part, in less 
 
 conformance: $(VENV)/installed  ## compare wrapped with bare for every input of PyTorch's own optimizer tests
 	$(BIN)/python -m pytest -m conformance tests/test_conformance.py
+
+faults: $(VENV)/installed  ## raise at every line of the library while a network trains, which takes 10 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m conformance tests/test_faults.py
 
 fuzz: $(VENV)/installed  ## compare N=500 random trainings, bare and tracked, with brute force; SEED=0 is the first
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seed $(SEED) --count $(N)

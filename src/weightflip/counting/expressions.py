@@ -46,8 +46,8 @@ def is_usable(metric: Metric, layer_metric: LayerMetric, name: str, weight: Tens
         _are_equal[key] = difference is None
         if difference is not None:
             logger.warning(
-                "weightflip: the metric group %r is counted by its slice(), which is slower: its expression, pointwise, "
-                "is different: %s",
+                "weightflip: the metric group %r is counted by its slice(), which is slower: its expression, "
+                "pointwise, is different: %s",
                 metric.name,
                 difference,
             )
