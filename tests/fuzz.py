@@ -350,7 +350,6 @@ class Training:
         self.optimizer, self.model = made
         self.inner = self.optimizer.inner if self.tracked else self.optimizer
         self.is_copy = True
-        self.brute.forget_runs()
         if self.model is not None:
             self.names.update({(i, j): f"group{i}.param{j}" for i, j in self.names if (i, j) not in self.known})
         self.brute.current = []

@@ -376,7 +376,7 @@ class Layer:
     has_window: bool = False
     """Whether a window of ``touched`` has begun with a mark."""
     runs: int | None = None
-    """How often ``touched`` had run at the last mark; None if unknown."""
+    """How often ``touched`` had run at the last mark; None without one."""
     slack: float = 0.0
     """How much float32 rounding may change the distance traveled."""
 
@@ -469,7 +469,7 @@ class BruteForce:
             if is_step:
                 for seen, (weight, encoded) in zip(self.current, self.old, strict=True):
                     self._count(seen, self.layers[seen.name], weight, encoded)
-            self.runs += self.is_due("touched")
+            self.runs += is_step and self.is_due("touched")
         self.are_held = self.is_in_step = False
         self.calls += 1
         self.skipped += not is_step
@@ -498,7 +498,7 @@ class BruteForce:
             layer = self.layers.setdefault(seen.name, Layer(weight.numel()))
             if "sync" in self.groups:
                 self._compare(layer, seen.oracle.encode(weight))
-            if "touched" in self.groups and layer.runs != self.runs:
+            if "touched" in self.groups and not (layer.has_window and layer.runs == self.runs):
                 if layer.has_window:
                     touched = 0 if layer.touched is None else int(layer.touched.sum())
                     layer.add("touched", touched)
@@ -523,11 +523,6 @@ class BruteForce:
             before, after = (np.asarray(scale, dtype=np.float64) for scale in scales)
             layer.add("scales_changed", int(((before != after) & ~(np.isnan(before) & np.isnan(after))).sum()))
             layer.add("scales", after.size)
-
-    def forget_runs(self) -> None:
-        """Follow a copy or a loaded state, which do not know how often a group has run."""
-        for layer in self.layers.values():
-            layer.runs = None
 
     def _count(self, seen: TrackedWeight, layer: Layer, old_weight: np.ndarray, old: Encoded) -> None:
         weight = seen.parameter.detach()
@@ -602,8 +597,6 @@ class BruteForce:
         self.calls, self.skipped = self.calls - self.skipped, 0
         self.gauged, self.has_new_counts, self.current, self.are_held = {}, False, [], False
         self.is_in_step = self.is_mark_pending = self.has_begun = False
-        self.runs = 0
-        self.forget_runs()
 
     def check_record(self, record: Any, signature: list[tuple[object, ...]], *, is_last: bool = False) -> None:
         """Compare a record, and start the next window unless the record is the last one of a replaced tracker."""

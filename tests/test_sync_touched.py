@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, track_flips
 from weightflip.counting import batch
+from weightflip.kernels import ScratchPool
+from weightflip.metrics.base import RunFlag, Weight
 from weightflip.metrics.touched import _LayerTouched
 from weightflip.quantizers import resolve
 
@@ -274,6 +276,130 @@ def test_a_resumed_run_goes_on_in_its_window(form, backend, digits):
     for layer in optimizer.tracker.record().layers:
         assert rates_of(layer.window) == seen.rates(layer.name)
         assert layer.window.ratios["touched_fraction"].denominator == 2 * layer.weights
+
+
+def constant(found_inf=None):
+    """A weight of ones with a gradient of ones, and a function that makes a step."""
+    weight = nn.Parameter(torch.ones(8, 8))
+    inner = torch.optim.Adam([weight], lr=0.5, fused=True) if found_inf else torch.optim.SGD([weight], lr=1.0)
+    optimizer = FlipTrackingOptimizer(inner, quantizer="e3m4:none", metrics=("flips", "sync", "touched"), sinks=[])
+
+    def step(inf=0.0):
+        weight.grad = torch.ones_like(weight)
+        if found_inf:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(inf)
+        optimizer.step()
+
+    return optimizer, step
+
+
+def test_a_window_of_skipped_steps_is_continued():
+    optimizer, step = constant(found_inf=True)
+    optimizer.tracker.mark_sync()
+    for inf in (0.0, 1.0, 1.0, 1.0):
+        step(inf)
+        optimizer.tracker.mark_sync()
+    assert rates_of(optimizer.tracker.record().model.window) == {
+        "touched_fraction": (64, 64),
+        "untouched_layers": (0, 1),
+    }
+    step(1.0)
+    step(0.0)
+    optimizer.tracker.mark_sync()
+    assert rates_of(optimizer.tracker.record().model.window) == {
+        "touched_fraction": (64, 64),
+        "untouched_layers": (0, 1),
+    }
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "pickle", "deepcopy"])
+@pytest.mark.parametrize("first", ["mark", "step"])
+def test_a_resumed_run_knows_whether_its_window_has_a_step(form, first):
+    expected = {"touched_fraction": (64, 64), "untouched_layers": (0, 1)}
+    for has_run in (False, True):
+        optimizer, step = constant()
+        optimizer.tracker.mark_sync()
+        step()
+        optimizer.tracker.mark_sync()
+        optimizer.tracker.mark_sync()
+        assert rates_of(optimizer.tracker.record().model.window) == expected
+        if has_run:
+            step()
+        if form == "checkpoint":
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer, step = constant()
+            optimizer.load_state_dict(state)
+        else:
+            optimizer = copy.deepcopy(optimizer) if form == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+        if first == "mark":
+            optimizer.tracker.mark_sync()
+            window = optimizer.tracker.record(may_be_empty=True).model.window
+            assert rates_of(window) == (expected if has_run else {})
+        (weight,) = optimizer.param_groups[0]["params"]
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        optimizer.tracker.mark_sync()
+        assert rates_of(optimizer.tracker.record().model.window) == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_run_flag_follows_the_validity_of_steps(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    skipped, valid = (torch.tensor(value, device=device) for value in (False, True))
+    for steps, expected in (
+        ([], False),
+        ([skipped], False),
+        ([skipped, skipped, valid, skipped], True),
+        ([None, skipped], True),
+        ([skipped, None, skipped], True),
+    ):
+        flag = RunFlag()
+        for step in steps:
+            flag.note_step(step)
+        assert bool(flag.value) is expected
+        flag.clear()
+        assert flag.is_known
+        assert not flag.value
+
+
+class DeviceFlag(RunFlag):
+    is_known = False
+
+
+def test_a_mark_does_not_read_a_flag_of_another_device():
+    """The sums are multiplied by it, and bits of a window that goes on are kept."""
+    weight = Weight(torch.ones(8, 8), torch.zeros(8, 8, dtype=torch.uint8), None, resolve("e3m4:none"))
+    touched, sums = _LayerTouched(weight), torch.zeros(2, 2, dtype=torch.float64)
+    touched.run_flag = DeviceFlag()
+    touched.mark(weight, sums, ScratchPool())
+    touched.bits.view(-1)[0] = 7
+    for has_run, expected in (
+        (False, [[0, 0], [0, 0]]),
+        (True, [[3, 64], [0, 1]]),
+        (False, [[3, 64], [0, 1]]),
+        (True, [[3, 128], [1, 2]]),
+    ):
+        touched.run_flag.value = torch.tensor(has_run)
+        touched.mark(weight, sums, ScratchPool())
+        assert sums.tolist() == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_window_of_steps_that_a_device_skipped_is_continued():
+    weight = nn.Parameter(torch.ones(8, 8, device="cuda"))
+    inner = torch.optim.Adam([weight], lr=0.5, fused=True)
+    optimizer = FlipTrackingOptimizer(inner, quantizer="e3m4:none", metrics=METRICS, sinks=[])
+    optimizer.tracker.mark_sync()
+    for inf in (0.0, 1.0, 1.0, 0.0, 1.0):
+        weight.grad = torch.ones_like(weight)
+        optimizer.grad_scale, optimizer.found_inf = (torch.tensor(value, device="cuda") for value in (1.0, inf))
+        optimizer.step()
+        optimizer.tracker.mark_sync()
+    assert rates_of(optimizer.tracker.record().model.window) == {
+        "touched_fraction": (128, 128),
+        "untouched_layers": (0, 2),
+    }
 
 
 def test_a_checkpoint_of_another_layout_goes_on(digits):

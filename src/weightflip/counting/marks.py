@@ -96,6 +96,7 @@ class SyncMarks:
         for layer in layers:
             self._runner.mark(layer, is_shard=layer.name in sharding)
             marked.add(layer.name)
+        self._runner.end_mark()
         self._forget_all(marked)
         if not marked and self._every is None:
             self._log_missing(

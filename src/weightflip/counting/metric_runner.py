@@ -19,6 +19,7 @@ from weightflip.counting.schedule import Schedule
 from weightflip.counting.sharding import Sharding
 from weightflip.counting.table import LayerTable
 from weightflip.metrics import LayerMetric, Slice, Weight
+from weightflip.metrics.base import RunFlag
 from weightflip.metrics.columns import Group
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer
 
@@ -48,8 +49,8 @@ class MetricRunner:
         self._samples: dict[str, SampledLayers] = {}
         self._step_groups = [group for group in groups if group.metric.uses_steps]
         self._mark_groups = [group for group in groups if group.metric.uses_marks]
-        self._runs = dict.fromkeys((group.metric.name for group in self._step_groups), 0)
-        """The number of steps in which each group has run."""
+        self._run_flags = {group.metric.name: RunFlag() for group in self._mark_groups if group.metric.uses_steps}
+        """Whether each group that runs in steps and at marks has run in a step since the last mark."""
         self.changes = 0
         """Increases whenever a group starts or stops running for a layer."""
         self.has_new_counts = False
@@ -131,6 +132,13 @@ class MetricRunner:
             return
         metric = layer.metrics[group.metric.name] = group.metric.open(layer.name, weight)
         saved = layer.saved.pop(group.metric.name, {})
+        flag = self._run_flags.get(group.metric.name)
+        if metric is not None and flag is not None:
+            metric.run_flag = flag
+            if "has_run" in saved:
+                # Other layers share the flag, and may have set it in a step before this layer was opened.
+                flag.note_step(saved["has_run"])
+                saved = {name: tensor for name, tensor in saved.items() if name != "has_run"}
         for name, tensor in {} if metric is None else metric.tensors.items():
             kept = saved.get(name)
             if kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype):
@@ -291,10 +299,15 @@ class MetricRunner:
         steps = self._schedule.tracked_steps
         return tuple(group.metric.name for group in self._step_groups if steps % group.every == 0)
 
-    def note_step(self) -> None:
-        """Note that the groups that are due have run in this step."""
-        for name in self.due:
-            self._runs[name] += 1
+    def note_step(self, valid: Tensor | None) -> None:
+        """Note that the groups that are due have run in this step.
+
+        Args:
+            valid: 0-dim: False if the step was skipped. None: it was not.
+        """
+        for name in self.due if self._run_flags else ():
+            if name in self._run_flags:
+                self._run_flags[name].note_step(valid)
 
     def _due(self, calls: Sequence[tuple[Group, LayerMetric]]) -> list[tuple[Group, LayerMetric]]:
         """Return those of the calls that are due in this step."""
@@ -317,12 +330,14 @@ class MetricRunner:
             metric = (layer.metrics or {}).get(group.metric.name)
             if metric is None:
                 continue
-            runs = self._runs.get(group.metric.name)
-            if runs is None or metric.runs_at_mark != runs:
-                metric.runs_at_mark = runs
-                sums = layer.row.metric_total(group.sums).view(-1, 2)
-                self._call(layer, group, metric.mark, weight, sums, self._scratch)
+            sums = layer.row.metric_total(group.sums).view(-1, 2)
+            self._call(layer, group, metric.mark, weight, sums, self._scratch)
         self.has_new_counts = True
+
+    def end_mark(self) -> None:
+        """Start new windows, once all layers are marked."""
+        for flag in self._run_flags.values():
+            flag.clear()
 
     def forget_mark(self, layer: Layer) -> None:
         """Drop the state of the last mark, because the layer is not part of the current one."""

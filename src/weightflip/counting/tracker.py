@@ -373,7 +373,7 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
         self._sharding.exchange_statistics(is_next_due=self._schedule.is_due(self._schedule.steps + 1))
         self._current.count(self._gradients, valid)
         self._sharding.discard_flagged()
-        self._runner.note_step()
+        self._runner.note_step(valid)
         self._gradients = {}
 
     def _keep_codes(self) -> None:

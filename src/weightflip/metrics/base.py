@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from weightflip import checks, functional, modules, records
@@ -104,6 +105,41 @@ class Slice:
         return ordinals
 
 
+class RunFlag:
+    """Whether a group has run in a step since the last mark. Steps that the optimizer skipped do not count.
+
+    Attributes:
+        value: 0-dim bool. On the CPU, unless only another device knows whether steps were skipped. Never written in
+            place.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether ``value`` can be read without a device synchronization."""
+        return self.value.device.type == "cpu"
+
+    def clear(self) -> None:
+        """Note a mark."""
+        self.value = torch.zeros((), dtype=torch.bool, device="cpu")
+
+    def note_step(self, valid: Tensor | None) -> None:
+        """Note that the group has run in a step.
+
+        Args:
+            valid: 0-dim, on any device: False if the step was skipped. None: it was not.
+        """
+        if self.is_known and self.value:
+            return
+        if valid is None or (valid.device.type == "cpu" and valid):
+            self.value = torch.ones((), dtype=torch.bool, device="cpu")
+        elif valid.device.type != "cpu":
+            before = None if self.is_known else self.value.to(valid.device, non_blocking=True)
+            self.value = valid.ne(0) if before is None else before.logical_or(valid)
+
+
 class LayerMetric:
     """The state of a metric group for one weight, and the methods that update it. They run without gradients.
 
@@ -120,8 +156,8 @@ class LayerMetric:
     flips, and update the tensors that it names in place. None: ``slice`` is called for every slice, which is slower. A
     class that overrides ``slice`` does not inherit it, and sets its own."""
 
-    runs_at_mark: int | None = None
-    """Set by the caller, for groups that also run in steps: how often the group had run in steps at the last mark."""
+    run_flag: RunFlag | None = None
+    """Set by the caller, for groups with marks that also run in steps. All layers of a group share it."""
 
     sample: Sample | None = None
     """What :meth:`before` keeps of the weight for :meth:`after`, if ``after`` does what
@@ -155,7 +191,7 @@ class LayerMetric:
     def mark(self, weight: Weight, sums: Tensor, scratch: ScratchPool) -> None:
         """Called at a mark of ``mark_sync`` or ``sync_every=``. Must not synchronize with the device.
 
-        A group that also runs in steps is not called if it has not run in a step since the last mark.
+        A group that also runs in steps reads in ``run_flag`` whether it has run in a step since the last mark.
 
         Args:
             weight: The whole weight.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from weightflip.kernels import Index, ScratchPool, bits
 from weightflip.kernels.pointwise import NEW, OLD, Pointwise, bit, differ
-from weightflip.metrics.base import LayerMetric, Metric, Slice, Weight, register
+from weightflip.metrics.base import LayerMetric, Metric, RunFlag, Slice, Weight, register
 from weightflip.records import Value
 
 
@@ -24,7 +24,8 @@ class Touched(Metric):
       counts, unlike in ``changed_fraction``.
     * ``untouched_layers``: layers without such a weight / layers. Each shard of a sharded layer counts as a layer.
 
-    Only tracked steps are seen. A window without a tracked step is continued by the next one.
+    Only tracked steps are seen, and skipped steps do not count. A window without such a step is continued by the next
+    one.
     """
 
     name = "touched"
@@ -57,7 +58,8 @@ _BIT = bit("bits")
 
 
 class _LayerTouched(LayerMetric):
-    state = ("bits", "is_marked")
+    state = ("bits", "is_marked", "has_run")
+    run_flag: RunFlag
     pointwise = Pointwise(states=((_BIT, _BIT | differ(OLD, NEW)),))
 
     def __init__(self, weight: Weight) -> None:
@@ -66,7 +68,13 @@ class _LayerTouched(LayerMetric):
         """One bit per weight, in the order of contiguous codes."""
         self.is_marked = torch.zeros((), dtype=torch.bool, device="cpu")
         """Whether there was a mark. On the CPU, to be read without a device synchronization."""
+        self.run_flag = RunFlag()
         self._seen = 0
+
+    @property
+    def has_run(self) -> Tensor:
+        """Whether there was a step since the last mark, 0-dim bool."""
+        return self.run_flag.value
 
     def slice(self, part: Slice, sums: Tensor) -> None:
         flipped = torch.ne(part.new, part.old, out=part.scratch("touched", part.old, torch.bool))
@@ -91,11 +99,21 @@ class _LayerTouched(LayerMetric):
         return sum(starts) if is_run else None
 
     def mark(self, weight: Weight, sums: Tensor, scratch: ScratchPool) -> None:
-        if self.is_marked:
-            touched = bits.count(self.bits)
-            sums[0, 0].add_(touched)
-            sums[0, 1].add_(self.shape.numel())
-            sums[1, 0].add_(touched == 0)
-            sums[1, 1].add_(1)
-        self.bits.zero_()
-        self.is_marked.fill_(True)
+        if not self.is_marked:
+            self.bits.zero_()
+            self.is_marked.fill_(True)
+            return
+        is_known = self.run_flag.is_known
+        if is_known and not self.has_run:
+            return
+        # Only the device may know that there was no step. The window then counts zero times, and keeps its bits.
+        windows = 1 if is_known else self.has_run.to(sums.device, torch.int64, non_blocking=True)
+        touched = bits.count(self.bits)
+        sums[0, 0].add_(touched * windows)
+        sums[0, 1].add_(windows * self.shape.numel())
+        sums[1, 0].add_((touched == 0) * windows)
+        sums[1, 1].add_(windows)
+        if isinstance(windows, Tensor):
+            self.bits.mul_(1 - windows)
+        else:
+            self.bits.zero_()
