@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from kernel_cases import INF, NAN
+from test_observed import is_same
 from torch import Tensor, nn
 
-from weightflip import WeightFlipTracker
+from weightflip import FlipTrackingOptimizer, WeightFlipTracker
 from weightflip.counting import batch, sample_proof
 from weightflip.counting.layer import TrackedWeight
 from weightflip.kernels import cpu
@@ -179,10 +182,75 @@ def test_any_number_of_threads_gives_the_same_sums():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             tracker, _ = steps_of(torch.float32, "float8_e4m3:row", 6)
-            found.append(tracker.state_dict()["layers"])
+            found.append(tracker.state_dict())
     finally:
         torch.set_num_threads(before)
-    assert found[0] == found[1] == found[2]
+    assert found[0]["ratios"]
+    assert is_same(found[0], found[1])
+    assert is_same(found[0], found[2])
+
+
+def trained(backend: str, step: Callable[[torch.optim.Optimizer, int], None]) -> tuple[Any, list[str]]:
+    """Numbers and warnings of a training whose steps are those of a function."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 64), nn.Linear(64, 8))
+    for weight in model.parameters():
+        weight.data.normal_(generator=generator)
+
+    class Stepped(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            step(self, number)
+
+    metrics = ("flips", "travel")
+    optimizer = Stepped(model.parameters(), lr=0.01)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = FlipTrackingOptimizer(
+            optimizer, model, quantizer="float8_e4m3", metrics=metrics, sinks=[], backend=backend
+        )
+        for number in range(6):
+            if convert := CONVERSIONS.get((step, number)):
+                model.to(convert)
+            for weight in model.parameters():
+                weight.grad = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+            optimizer.step()
+        state = optimizer.tracker.state_dict()
+    return state, [str(warning.message) for warning in caught]
+
+
+def replacing(optimizer: torch.optim.Optimizer, number: int) -> None:
+    """In each step, one of the weights gets other memory."""
+    for weight in optimizer.param_groups[0]["params"]:
+        if weight.shape == (16, 32):
+            weight.data = weight.data - 0.01 * weight.grad
+        else:
+            weight.data.sub_(0.01 * weight.grad)
+
+
+def to_bfloat16(optimizer: torch.optim.Optimizer, number: int) -> None:
+    for weight in optimizer.param_groups[0]["params"]:
+        weight.sub_(0.01 * weight.grad)
+
+
+def to_float32(optimizer: torch.optim.Optimizer, number: int) -> None:
+    to_bfloat16(optimizer, number)
+
+
+CONVERSIONS = {
+    (to_bfloat16, 3): torch.bfloat16,
+    (to_float32, 0): torch.bfloat16,
+    (to_float32, 3): torch.float32,
+}
+
+
+@pytest.mark.parametrize("step", [replacing, to_bfloat16, to_float32], ids=lambda step: step.__name__)
+def test_weights_that_are_replaced_or_converted(step):
+    """Their codes have the same shape and dtype as before, so that groups are not opened again."""
+    (found, texts), (expected, expected_texts) = trained("auto", step), trained("eager", step)
+    assert found["ratios"]
+    assert is_same(found, expected)
+    assert texts == expected_texts == []
 
 
 # ------------------------------------------------------------------ when samples are taken

@@ -199,6 +199,9 @@ class BatchedRoute:
                 try:
                     if not self.accepts(layer, *layer.tracked.unwrapped()):
                         layer.leave_route()
+                    elif layer.scale is not None:
+                        # The batch that had the scale does not have this member any more.
+                        layer.member.set_scale(layer.scale)
                 except Exception as error:
                     self._layers.fail(layer.name, error)
 

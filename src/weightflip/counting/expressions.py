@@ -88,7 +88,8 @@ class _Trial:
         self._fault: str | None = None
 
     def difference(self, metric: Metric) -> str | None:
-        layer_metric = metric.open(self._name, self._view)
+        # Not under the name of a layer: a group may remember what it opened.
+        layer_metric = metric.open(f"{self._name} (test)", self._view)
         if layer_metric is None or layer_metric.pointwise is None:
             return None
         for step in range(len(_DIRECTIONS) + 1):

@@ -331,7 +331,7 @@ class MetricRunner:
             if metric is None:
                 continue
             sums = layer.row.metric_total(group.sums).view(-1, 2)
-            self._call(layer, group, metric.mark, weight, sums, self._scratch)
+            self._call_between_steps(layer, group, metric, metric.mark, weight, sums, self._scratch)
         self.has_new_counts = True
 
     def end_mark(self) -> None:
@@ -382,11 +382,17 @@ class MetricRunner:
             metric = (layer.metrics or {}).get(group.metric.name)
             if metric is not None:
                 gauges, bins = layer.row.metric_total(group.gauges).view(-1, 2), layer.row.metric_total(group.bins)
-                state = metric.tensors
-                self._call(layer, group, metric.gauge, weight, gauges, bins)
-                if any(tensor is not state.get(name) for name, tensor in metric.tensors.items()):
-                    # The kernel must not go on with the old tensors.
-                    self.changes += 1
+                self._call_between_steps(layer, group, metric, metric.gauge, weight, gauges, bins)
+
+    def _call_between_steps(
+        self, layer: Layer, group: Group, metric: LayerMetric, action: Callable[..., None], *args: Any
+    ) -> None:
+        """Call a method of a group that may replace the tensors of its state."""
+        state = metric.tensors
+        self._call(layer, group, action, *args)
+        if any(tensor is not state.get(name) for name, tensor in metric.tensors.items()):
+            # The kernel must not go on with the old tensors.
+            self.changes += 1
 
     def _view_between_steps(self, layer: Layer, groups: Sequence[Group]) -> Weight:
         """Return a weight between two steps in the form that these metric groups receive."""

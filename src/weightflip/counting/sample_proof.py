@@ -98,7 +98,7 @@ def find_fault(kernel: type[kernels.Samples], metric: Metric, kind: Kind, rows: 
     """
     quantizer = kind.quantizer
     moments = [_moment(kind, rows, number, is_finite=is_finite) for number in range(3)]
-    expected, found = (metric.open("weight", moments[0]) for _ in range(2))
+    expected, found = (metric.open("weight (test)", moments[0]) for _ in range(2))
     if expected is None or found is None:
         return None
     assert found.sample is not None

@@ -120,7 +120,11 @@ class SampledLayers:
             metric = (layer.metrics or {}).get(name)
             if metric is None or metric.sample is None:
                 continue
-            weight = self._find(layer, metric)
+            try:
+                weight = self._find(layer, metric)
+            except Exception:
+                # If the group's own methods fail, too, only this layer is affected.
+                weight = None
             if weight is None:
                 self._others.append(layer)
             else:
@@ -148,6 +152,9 @@ class SampledLayers:
         if numbers is None:
             return None
         assert metric.sample is not None
+        if metric.sample.weights.dtype is not member.dtype:
+            # The codes of a converted weight have the same dtype, so that the group is not opened again.
+            metric.sample.weights = metric.sample.weights.to(member.dtype)
         group = 0 if member.group >= member.numel else member.group
         divides = quantizer.value_rule() == "divides" if member.group else None
         codes = member.codes.data_ptr()
@@ -187,7 +194,8 @@ class _Call:
         addresses = np.array([0, *(tensor.data_ptr() for tensor in tensors)], dtype=np.int64)
         of_layers = addresses[self._held_of] + self._offsets
         for index, member in self._in_parts:
-            assert member.scale is not None
+            if member.scale is None:
+                raise RuntimeError(f"expected the scale of the codes of {self.layers[index].name!r}, but there is none")
             tensor = sample_proof.value_scale(member.quantizer, member.scale)
             of_layers[index] = tensor.data_ptr()
             tensors.append(tensor)

@@ -131,6 +131,9 @@ class _LayerTravel(LayerMetric):
         return self.sample.quantized_moved
 
     def before(self, weight: Weight) -> None:
+        if self.sample.weights.dtype is not weight.values.dtype:
+            # Model.to(dtype) does not change the codes' dtype, so that the group is not opened again.
+            self.sample.weights = self.sample.weights.to(weight.values.dtype)
         self.sample.weights.copy_(self._take_sample(weight.values))
         self.sample.codes.copy_(self._take_sample(weight.codes))
         self.sample.scale = weight.scale
@@ -216,7 +219,10 @@ class _LayerTravel(LayerMetric):
 
 
 def _sum_in_lanes(rows: Sequence[Tensor]) -> Tensor:
-    """Return the sums of 1-dim tensors, float64, added in the order that ``LANES`` describes."""
+    """Return the sums of 1-dim tensors, float64. On the CPU, they are added in the order that ``LANES`` describes."""
+    if rows[0].device.type != "cpu":
+        # There is no kernel with the same order there, and no deterministic cumsum() on CUDA.
+        return torch.stack([row.sum(dtype=torch.float64) for row in rows])
     numel = rows[0].numel()
     padded = torch.zeros(len(rows), -(-numel // LANES) * LANES, dtype=torch.float64, device=rows[0].device)
     for row, numbers in zip(padded, rows, strict=True):
