@@ -471,8 +471,8 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
 
         Call it where the training sends its weights to rollout engines. The metric group ``"sync"`` then compares the
         codes with those at the last mark, and ``"touched"`` counts the weights that flipped since then. The first mark
-        only begins a window. In a hook of the optimizer's step, the
-        mark is made at the end of that step. There is no device synchronization.
+        only begins a window. In a hook of the optimizer's step, the mark is made at the end of that step. There is no
+        device synchronization.
 
         Before ``start_step`` and after ``end_step``, and while no weight is tracked, no mark is made. The first such
         call is logged.
@@ -487,16 +487,17 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
             self._mark_if_due()
 
     def _mark_if_due(self) -> None:
-        if self._marks.take_due():
-            with self._marks.guarded():
-                self._layers.commit()
-                current = None if self._current_weights is None else self._current_weights()
-                found = nullcontext(self._layers.weights) if current is None else current()
-                with found as weights:
-                    self._begin(list(weights))
-                    held = (tracked for tracked in weights if tracked.is_held)
-                    self._marks.make(self._encode_between_steps(held), self._sharding)
-            self._notices.flush()
+        with self._marks.guarded():
+            if not self._marks.take_due():
+                return
+            self._layers.commit()
+            current = None if self._current_weights is None else self._current_weights()
+            found = nullcontext(self._layers.weights) if current is None else current()
+            with found as weights:
+                self._begin(list(weights))
+                held = (tracked for tracked in weights if tracked.is_held)
+                self._marks.make(self._encode_between_steps(held), self._sharding)
+        self._notices.flush()
 
     # ------------------------------------------------------------------ many processes
 
