@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from pathlib import Path
@@ -30,7 +31,7 @@ SOURCE = str(Path(weightflip.__file__).parent)
 # is not.
 LEFT_OUT_FILES = ("/optimizer.py", "/hooks.py", "/inner.py", "session/tracked.py")
 LEFT_OUT = {
-    function.__code__
+    inspect.unwrap(function).__code__
     for function in (
         *(run_outside_graphs, Guard.run, Guard.contain, Guard._stop_tracking),
         *(Session.run_guarded, Session.finish_step, Session._finish_step, Session.abort_step, Session.save_into),
