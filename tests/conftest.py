@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -229,6 +229,18 @@ def same_as_bare(form, make: Callable, train: Callable, digits, build: Callable 
             brute.check(tracker)
             assert sum(brute.flips.values()) > 0
     assert_same(*results)
+
+
+def assert_trained_alike(models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], digits) -> None:
+    """Train each model with its optimizer: parameters and random numbers must be equal after each step."""
+    for step in range(5):
+        states = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            torch.manual_seed(step)
+            backward(model, digits, step)
+            optimizer.step()
+            states.append((model.state_dict(), torch.get_rng_state()))
+        assert_same(*states)
 
 
 def plan_of(model: nn.Module, *, may_be_empty: bool = False, **options) -> Plan:

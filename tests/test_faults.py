@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_same
 from torch import nn
+from tracing import SOURCE, Traced
 
-import weightflip
 from weightflip import FlipTrackingOptimizer, WeightFlipTracker, track_flips
 from weightflip.counting.marks import SyncMarks
 from weightflip.counting.metric_runner import MetricRunner
@@ -26,7 +24,6 @@ from weightflip.texts import printable
 # A generator that a fault leaves half way is closed when it is collected, where nothing can be raised.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-SOURCE = str(Path(weightflip.__file__).parent)
 # Nothing surrounds the lines that pass calls on, catch faults and issue warnings, so they are left out. What they call
 # is not.
 LEFT_OUT_FILES = ("/optimizer.py", "/hooks.py", "/inner.py", "session/tracked.py")
@@ -44,7 +41,7 @@ LEFT_OUT = {
 }
 
 
-class FaultAt:
+class FaultAt(Traced):
     """Raises before the n-th executed line of the library, counted from 0; None only records the lines.
 
     Args:
@@ -67,13 +64,6 @@ class FaultAt:
                 # This also ends tracing.
                 raise RuntimeError("broken on purpose")
         return self._trace
-
-    def __enter__(self):
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *exc_info):
-        sys.settrace(None)
 
 
 def bare(inner, model, **options):

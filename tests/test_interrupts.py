@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import BruteForce
 from torch import nn
+from tracing import SOURCE, Traced
 
-import weightflip
 from weightflip import FlipTrackingOptimizer, track_flips
 
-SOURCE = str(Path(weightflip.__file__).parent)
 
-
-class InterruptAt:
+class InterruptAt(Traced):
     """Raises KeyboardInterrupt before the n-th executed line of the library, counted from 0; None only counts lines."""
 
     def __init__(self, place: int | None) -> None:
@@ -31,13 +26,6 @@ class InterruptAt:
                 self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
                 raise KeyboardInterrupt
         return self._trace
-
-    def __enter__(self):
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *exc_info):
-        sys.settrace(None)
 
 
 def make(form: str, **options):
