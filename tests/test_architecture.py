@@ -119,8 +119,9 @@ COUNTING_LEVELS = (
     {"marks", "routes", "named", "silent_writes", "sharded", "summary", "history"},
     {"metric_runner", "canary", "nonfinite"},
     {"table", "sharding", "sampled"},
+    {"collected"},
     {"layer", "columns", "notices", "schedule", "checkpoint"},
-    {"batch", "ledger", "expressions"},
+    {"batch", "ledger", "expressions", "stamps"},
     {"scaling", "observations"},
     {"scale_table", "sample_proof"},
 )
