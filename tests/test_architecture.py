@@ -123,6 +123,7 @@ COUNTING_LEVELS = (
     {"batch", "ledger", "expressions"},
     {"scaling", "observations"},
     {"scale_table", "sample_proof"},
+    {"quantizer_cache"},
 )
 
 

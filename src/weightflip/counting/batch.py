@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weightflip import functional, kernels
 from weightflip.counting.observations import DueGroups, KeptScale, Observation, Observations, ScaleSlice
+from weightflip.counting.quantizer_cache import Keyed
 from weightflip.counting.scale_table import ScaleTable, get_scale_table
 from weightflip.counting.scaling import get_scaling, in_plain_torch
 from weightflip.formats import ScaleFormula
@@ -26,15 +27,12 @@ _ELEMENTS_PER_RUN = 1 << 24
 _ELEMENTS_PER_WORD = 32
 
 
-class Batchable(functional.Elementwise, Protocol):
+class Batchable(functional.Elementwise, Keyed, Protocol):
     """The part of an elementwise quantizer that a batch needs."""
 
     name: str
     group: int | None
     tile: tuple[int, int] | None
-
-    @property
-    def key(self) -> Hashable: ...
 
     @property
     def scope(self) -> str | None: ...
