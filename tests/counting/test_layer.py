@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
 from parts import make, opened, weight
 
-from weightflip.counting.layer import CodeState, Stamp
+from weightflip.counting.layer import CodeState
 
 
 def test_each_transition():
@@ -33,62 +31,3 @@ def test_each_transition():
     for action in (layer.invalidate, layer.drop_codes):
         action()
         assert layer.state is CodeState.FAILED
-
-
-def _write(p):
-    with torch.no_grad():
-        p.mul_(2)
-
-
-def _move(p):
-    p.data = p.data.clone()
-
-
-def _transpose(p):
-    p.data = p.data.t()
-
-
-def _view_in_another_shape(p):
-    p.data = p.data.view(16, 4)
-
-
-def _view_another_part(p):
-    p.data = p.data[1:]
-
-
-def _view_in_another_dtype(p):
-    p.data = p.data.view(torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("change", "is_in_place"),
-    [
-        (lambda p: None, True),
-        (_write, True),
-        (_move, False),
-        (_transpose, False),
-        (_view_in_another_shape, False),
-        (_view_another_part, False),
-        (_view_in_another_dtype, False),
-    ],
-)
-def test_unwritten_memory_is_recognized(change, is_in_place):
-    parameter = torch.nn.Parameter(torch.ones(8, 8), requires_grad=False)
-    stamp = Stamp.of(parameter, parameter)
-    version = parameter._version
-    change(parameter)
-    assert stamp.is_in_place(parameter) == is_in_place
-    assert stamp.is_unwritten(parameter, parameter) == (is_in_place and parameter._version == version)
-
-
-def test_another_parameter_over_the_same_memory_and_one_without_memory():
-    parameter = torch.nn.Parameter(torch.ones(8, 8))
-    stamp = Stamp.of(parameter, parameter.detach())
-    other = torch.nn.Parameter(parameter.data)
-    assert stamp.is_in_place(other)
-    assert not stamp.is_unwritten(other, other)
-    empty, same = torch.empty(0, 4), torch.empty(0, 4)
-    assert Stamp.of(empty, empty).is_in_place(empty)
-    assert not Stamp.of(empty, empty).is_in_place(same)
-    with torch.inference_mode():
-        assert Stamp.of(torch.ones(2), torch.ones(2)) is None

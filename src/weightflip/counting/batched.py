@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from weightflip import kernels
 from weightflip.counting.batch import Batch, Member, make_member
+from weightflip.counting.collected import CollectedLayers, members_of
 from weightflip.counting.layer import Layer
 from weightflip.counting.ledger import COLUMNS, COUNTED, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS
 from weightflip.counting.metric_runner import MetricRunner
@@ -43,6 +44,7 @@ class BatchedRoute:
         self._members: list[Member] = []
         self._batches: list[tuple[list[int], _LayerBatch]] = []
         self._observed = ObservedLayers(runner, backend, with_updates)
+        self._collected = CollectedLayers(layers.changes)
         self._has_encoded = False
         self._places = 0
         """Increases whenever the scales of layers are kept in another place."""
@@ -55,6 +57,7 @@ class BatchedRoute:
     def release(self) -> None:
         """As in :class:`Route`."""
         self._members, self._batches = [], []
+        self._collected.release()
         self._observed.release()
         self._runner.release_codes()
 
@@ -106,7 +109,7 @@ class BatchedRoute:
 
     def encode(self, layers: Sequence[Layer]) -> None:
         self._has_encoded = True
-        for indices in _by_device(members := _members_of(layers)):
+        for indices in _by_device(members := members_of(layers)):
             try:
                 batch = Batch([members[index] for index in indices], with_updates=False, is_persistent=False)
                 failed = dict(batch.advance([]).failed)
@@ -122,40 +125,65 @@ class BatchedRoute:
                     layer.mark_encoded(layer.tracked.parameter)
 
     def count(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
-        batched: list[Layer] = []
-        updates: list[int] = []
         unbatched: list[Layer] = []
         if self._runner.uses_steps and valid is not None and valid.device.type != "cpu":
             # If layers are counted one by one, the groups use the flag on its device, without a synchronization.
             layers, unbatched = [], list(layers)
         elif self._runner.uses_steps:
             layers, unbatched = self._observed.split(layers)
-        for layer in layers:
-            member, stamp, update = layer.member, layer.stamp, 0
-            parameter = layer.tracked.parameter  # type: ignore[union-attr]
-            if self._with_updates:
-                # As in OneByOne, which says why.
-                gradient = parameter.grad
-                if gradient is None:
-                    gradient = gradients.get(layer.name)
-                if gradient is not None:
-                    update = _address_if_compatible(gradient, member)  # type: ignore[arg-type]
-                    if not update:
-                        unbatched.append(layer)
-                        continue
-            if stamp is None or not stamp.is_in_place(parameter):
-                unbatched.append(layer)
-                continue
-            layer.mark_counted_in_place(stamp, parameter._version)
-            batched.append(layer)
-            updates.append(update)
+        batched, excluded = self._split(layers, gradients)
+        unbatched += excluded
         # A skipped step changes nothing, so the groups are not called.
-        due = self._runner.due if batched and self._runner.uses_steps and (valid is None or bool(valid)) else ()
-        self._count_batched(batched, updates, due)
+        due = self._runner.due if batched.layers and self._runner.uses_steps and (valid is None or bool(valid)) else ()
+        self._count_batched(batched, due)
         self._count_one_by_one(unbatched, gradients, valid)
 
-    def _count_batched(self, layers: Sequence[Layer], updates: Sequence[int], due: tuple[str, ...]) -> None:
-        members = _members_of(layers)
+    def _split(self, layers: Sequence[Layer], gradients: Gradients) -> tuple[_Batched, list[Layer]]:
+        """Return the layers that can be counted by their addresses, marked as counted, and the other layers."""
+        collected = self._collected
+        collected.collect(layers)
+        members = collected.members
+        parameters = [tracked.parameter for tracked in collected.tracked]
+        updates, excluded = [0] * len(layers), set[int]()
+        if self._with_updates:
+            updates, excluded = self._find_updates(parameters, gradients)
+        excluded |= self._find_moved(parameters)
+        if not excluded and collected.are_kept and collected.stamps is not None:
+            collected.stamps.update_versions(parameters)
+            return _Batched(layers, members, updates), []
+        at = [index for index in range(len(layers)) if index not in excluded]
+        for index in at:
+            stamp = layers[index].stamp
+            assert stamp is not None
+            layers[index].mark_counted_in_place(stamp, parameters[index]._version)
+        batched = _Batched([layers[i] for i in at], [members[i] for i in at], [updates[i] for i in at])
+        return batched, [layers[index] for index in sorted(excluded)]
+
+    def _find_updates(self, parameters: Sequence[Tensor], gradients: Gradients) -> tuple[list[int], set[int]]:
+        """Return the addresses of gradients, 0 without one, and the indices of those not laid out as their weight."""
+        # As in OneByOne, which says why.
+        found = [
+            gradients.get(self._collected.layers[index].name) if (gradient := parameter.grad) is None else gradient
+            for index, parameter in enumerate(parameters)
+        ]
+        updates = _addresses_if_compatible(found, self._collected.members)
+        if 0 not in updates:
+            return updates, set()
+        pairs = enumerate(zip(updates, found, strict=True))
+        return updates, {index for index, (update, gradient) in pairs if not update and gradient is not None}
+
+    def _find_moved(self, parameters: Sequence[Tensor]) -> set[int]:
+        """Return the indices of the collected layers whose weights are not in the memory of their codes."""
+        if self._collected.stamps is not None:
+            return self._collected.stamps.find_moved(parameters)
+        return {
+            index
+            for index, (layer, parameter) in enumerate(zip(self._collected.layers, parameters, strict=True))
+            if layer.stamp is None or not layer.stamp.is_in_place(parameter)
+        }
+
+    def _count_batched(self, batched: _Batched, due: tuple[str, ...]) -> None:
+        layers, members, updates = batched
         if members != self._members or self._observed.pop_change():
             self._build(layers, members)
             self._places += 1
@@ -167,12 +195,14 @@ class BatchedRoute:
         self._runner.begin_count(layers, self._places)
         for indices, layer_batch in self._batches:
             try:
-                failed = layer_batch.count([updates[index] for index in indices], due)
+                on_device = updates if len(indices) == len(updates) else [updates[index] for index in indices]
+                failed = layer_batch.count(on_device, due)
             except Exception as error:
                 failed = [(at, error) for at in range(len(indices))]
             for at, reason in failed:
                 self._layers.fail(layers[indices[at]].name, reason)
-        self._runner.after_all(layers)
+        if self._runner.uses_steps:
+            self._runner.after_all(layers)
 
     def _build(self, layers: Sequence[Layer], members: list[Member]) -> None:
         self._members, self._batches = [], []
@@ -204,6 +234,14 @@ class BatchedRoute:
                         layer.member.set_scale(layer.scale)
                 except Exception as error:
                     self._layers.fail(layer.name, error)
+
+
+class _Batched(NamedTuple):
+    """The layers that are counted in one call in a step, their members, and the addresses of their gradients."""
+
+    layers: Sequence[Layer]
+    members: list[Member]
+    updates: Sequence[int]
 
 
 class ObservedLayers:
@@ -268,7 +306,7 @@ class _LayerBatch:
     def __init__(self, layers: Sequence[Layer], with_updates: bool) -> None:
         rows = [layer.row for layer in layers if layer.row is not None]
         indices = [row.index for row in rows]
-        self.batch = Batch(_members_of(layers), with_updates=with_updates, rows=indices)
+        self.batch = Batch(members_of(layers), with_updates=with_updates, rows=indices)
         self._ledger = rows[0].ledger
         # The counts that are the same in every step.
         known = torch.zeros(max(indices) + 1, COLUMNS, dtype=torch.int64, device="cpu")
@@ -298,15 +336,6 @@ class _LayerBatch:
         return self.batch.advance(updates, self._columns, due).failed
 
 
-def _members_of(layers: Iterable[Layer]) -> list[Member]:
-    """Return the members of the layers, in their order."""
-    members = [layer.member for layer in layers]
-    if None in members:
-        names = ", ".join(repr(layer.name) for layer in layers if layer.member is None)
-        raise RuntimeError(f"expected layers that are members of a batch, but {names} are not")
-    return members  # type: ignore[return-value]
-
-
 def _by_device(members: Sequence[Member]) -> list[list[int]]:
     """Return the indices of the members on each device."""
     found: dict[torch.device, list[int]] = {}
@@ -315,13 +344,15 @@ def _by_device(members: Sequence[Member]) -> list[list[int]]:
     return list(found.values())
 
 
-def _address_if_compatible(gradient: Tensor, member: Member) -> int:
-    """Return the address of a gradient if it has the layout and dtype of the member's weight; otherwise 0."""
-    fits = (
-        type(gradient) is Tensor
+def _addresses_if_compatible(gradients: Sequence[Tensor | None], members: Sequence[Member]) -> list[int]:
+    """Return the address of each gradient that has the layout and dtype of its member's weight; otherwise 0."""
+    return [
+        gradient.data_ptr()
+        if type(gradient) is Tensor
         and gradient.dtype is member.dtype
         and gradient.layout is torch.strided
         and gradient.is_contiguous()
         and gradient.numel() == member.numel
-    )
-    return gradient.data_ptr() if fits else 0
+        else 0
+        for gradient, member in zip(gradients, members, strict=True)
+    ]

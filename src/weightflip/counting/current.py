@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from weightflip.counting.collected import CollectedLayers
 from weightflip.counting.layer import CodeState, Layer, TrackedWeight
 from weightflip.counting.routes import Gradients, Route
 from weightflip.counting.sharding import Sharding
@@ -26,6 +27,7 @@ class CurrentLayers:
 
     def __init__(self, layers: LayerTable, routes: Sequence[Route]) -> None:
         self._table, self._routes = layers, tuple(routes)
+        self._collected = CollectedLayers(layers.changes)
         self._set([])
 
     def __iter__(self) -> Iterator[Layer]:
@@ -42,12 +44,20 @@ class CurrentLayers:
             sharding: Tells which codes may be kept.
             force: Whether to encode all of them.
         """
+        weights = list(weights)
+        written = None if force else self._find_written(weights)
+        if written is not None and not written:
+            return self.layers
         layers, found = self._table.by_name, []
         stale: dict[Route, list[Layer]] = {}
-        for tracked in weights:
+        for index, tracked in enumerate(weights):
             try:
                 layer = layers.get(tracked.name)
-                if layer is None or force or not layer.is_current(tracked):
+                if layer is None or force:
+                    is_current = False
+                else:
+                    is_current = layer.is_current(tracked) if written is None else index not in written
+                if not is_current:
                     layer = self._check(tracked, stale, sharding, force)
             except Exception as error:
                 self._table.fail(tracked.name, error)
@@ -60,6 +70,28 @@ class CurrentLayers:
             self.release()
             found = _without_failed(found)
         return found
+
+    def _find_written(self, weights: list[TrackedWeight]) -> set[int] | None:
+        """Return the indices of the weights without current codes.
+
+        None if it has to be checked for each of them: these are not the weights of the last step, or some of them are
+        counted alone.
+        """
+        collected = self._collected
+        collected.collect(self.layers)
+        if not collected.are_kept or collected.stamps is None or weights != collected.tracked:
+            return None
+        try:
+            return collected.stamps.find_written([tracked.parameter for tracked in weights])
+        except Exception:
+            # Checked one by one, a weight that cannot be read does not affect the others.
+            return None
+
+    def gradients(self) -> Gradients:
+        """Return the current gradients of the layers."""
+        self._collected.collect(self.layers)
+        tracked = self._collected.tracked
+        return Gradients(self.layers, [None if one is None else one.parameter.grad for one in tracked])
 
     def _check(
         self, tracked: TrackedWeight, stale: dict[Route, list[Layer]], sharding: Sharding, force: bool
@@ -121,6 +153,7 @@ class CurrentLayers:
 
     def release(self) -> None:
         """Make all routes release the codes that they hold."""
+        self._collected.release()
         for route in self._routes:
             route.release()
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightflip import distributed
 from weightflip.counting.batch import Member
 from weightflip.counting.ledger import Row
+from weightflip.counting.stamps import Stamp
 from weightflip.metrics import LayerMetric, Weight
 from weightflip.metrics.columns import Group
 from weightflip.quantizers.adapt import adapt
@@ -22,7 +21,6 @@ from weightflip.quantizers.protocol import BaseQuantizer, ElementwiseQuantizer, 
 if TYPE_CHECKING:
     from weightflip.counting.routes import Route
 
-_storage_has_expired: Callable[[int], bool] = torch.UntypedStorage._expired  # type: ignore[assignment]
 # A fast path for the common case: weights of these types are not sharded.
 _PLAIN = (nn.Parameter, Tensor)
 
@@ -50,7 +48,7 @@ class TrackedWeight:
 
     def release(self) -> None:
         """Release the parameter. Reading it then raises AttributeError."""
-        if self.is_held:
+        if hasattr(self, "parameter"):
             del self.parameter
 
     @property
@@ -85,68 +83,6 @@ class TrackedWeight:
         return self.quantizer.plain(self._local().detach())
 
 
-@dataclass
-class Stamp:
-    """Identifies a parameter at one moment, to detect whether it is later written, replaced, moved or reshaped."""
-
-    # An id, not a weak reference: torch.utils.swap_tensors, and with it Module.to(), refuses tensors that have one. If
-    # the id is reused for another parameter, its storage differs as well.
-    parameter: int
-    # An address alone is not enough: freed memory may be reused for the next storage.
-    storage: StorageWeakRef
-    data_ptr: int
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    versions: tuple[int, int]
-
-    @classmethod
-    def of(cls, parameter: Tensor, weight: Tensor) -> Stamp | None:
-        """Make a stamp; None for inference tensors.
-
-        Args:
-            parameter: The parameter.
-            weight: What is encoded: the same tensor, or the master copy inside it.
-        """
-        if parameter.is_inference():
-            # Inference tensors have no version counter.
-            return None
-        return cls(
-            id(parameter),
-            StorageWeakRef(weight.untyped_storage()),  # type: ignore[no-untyped-call]
-            weight.data_ptr(),
-            weight.shape,
-            weight.stride(),
-            weight.dtype,
-            (parameter._version, weight._version),
-        )
-
-    def is_in_place(self, weight: Tensor) -> bool:
-        """Whether a weight is in the same memory, with the same shape, strides and dtype."""
-        address = weight.data_ptr()
-        return (
-            address == self.data_ptr
-            and weight.shape == self.shape
-            and weight.dtype is self.dtype
-            and weight.stride() == self.strides
-            # The same as StorageWeakRef.expired(), but six times faster. Tensors without memory share an address.
-            and (not _storage_has_expired(self.storage.cdata) if address else self._has_same_storage(weight))
-        )
-
-    def _has_same_storage(self, weight: Tensor) -> bool:
-        return bool(self.storage == StorageWeakRef(weight.untyped_storage()))  # type: ignore[no-untyped-call]
-
-    def is_unwritten(self, parameter: Tensor, weight: Tensor) -> bool:
-        """Whether it is also the same parameter, and no version counter has changed."""
-        of_parameter, of_weight = self.versions
-        return (
-            id(parameter) == self.parameter
-            and parameter._version == of_parameter
-            and (weight is parameter or weight._version == of_weight)
-            and self.is_in_place(weight)
-        )
-
-
 class MetricCalls(NamedTuple):
     """The metric groups to call for a layer in a step, with their state.
 
@@ -174,10 +110,25 @@ class CodeState(Enum):
     FAILED = "the layer is no longer tracked"
 
 
+class Changes:
+    """Counts the changes of layers, so that what was read from them can be used until the next change.
+
+    Attributes:
+        number: The number of changes so far.
+    """
+
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        self.number = 0
+
+
 @dataclass(eq=False)
 class Layer:
     """The state of one weight between steps."""
 
+    changes: Changes = field(default_factory=Changes, kw_only=True)
+    """Shared with the other layers of a table. The first attribute, since setting the others counts as changes."""
     name: str
     weights: int
     quantizer: str
@@ -214,6 +165,13 @@ class Layer:
     metric_calls: MetricCalls | None = None
     """The groups to call in a step, once ``metrics`` are opened."""
 
+    def __setattr__(self, name: str, value: object) -> None:
+        attributes = self.__dict__
+        has_changed = name not in attributes or attributes[name] is not value
+        object.__setattr__(self, name, value)
+        if has_changed:
+            self.changes.number += 1
+
     # ------------------------------------------------------------------ transitions
 
     def mark_encoded(self, weight: Tensor) -> None:
@@ -235,7 +193,7 @@ class Layer:
 
     def mark_counted_in_place(self, stamp: Stamp, version: int) -> None:
         """As ``mark_counted``, if the weight is the parameter itself and has not moved."""
-        stamp.versions = (version, version)
+        stamp.versions = version, version
         self.state = CodeState.KEPT
 
     def invalidate(self) -> None:
@@ -274,15 +232,16 @@ class Layer:
 
     def is_current(self, tracked: TrackedWeight) -> bool:
         """Whether a layer that is counted together with others has current codes. A fast check without other cases."""
-        stamp = self.stamp
         return (
             self.tracked is tracked
-            and self.state is CodeState.KEPT
-            and self.route is not None
-            and self.route.counts_together
-            and stamp is not None
-            and stamp.is_unwritten(parameter := tracked.parameter, parameter)
+            and self.is_kept_together
+            and self.is_unwritten(parameter := tracked.parameter, parameter)
         )
+
+    @property
+    def is_kept_together(self) -> bool:
+        """Whether a layer that is counted together with others has kept codes."""
+        return self.state is CodeState.KEPT and self.route is not None and self.route.counts_together
 
     def view_for_metrics(self, weight: Tensor, quantizer: Quantizer) -> Weight:
         """Return the weight in the form that metric groups receive."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -16,8 +16,30 @@ from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.table import LayerTable
 from weightflip.quantizers.protocol import ElementwiseQuantizer, Quantizer, bits_of_scale
 
-Gradients = Mapping[str, Tensor | None]
-"""Gradients by layer name, as they were before the step."""
+
+class Gradients:
+    """Gradients by layer name, as they were before a step.
+
+    Args:
+        layers: The layers.
+        gradients: The gradient of each of them.
+    """
+
+    def __init__(self, layers: Sequence[Layer] = (), gradients: Sequence[Tensor | None] = ()) -> None:
+        self._layers, self._gradients = layers, gradients
+        self._by_name: dict[str, Tensor | None] | None = None
+
+    def get(self, name: str) -> Tensor | None:
+        """Return the gradient of a layer; None if it has none."""
+        if self._by_name is None:
+            # Not in the constructor, because most steps leave the gradients in place.
+            names = [layer.name for layer in self._layers]
+            self._by_name = dict(zip(names, self._gradients, strict=True))
+        return self._by_name.get(name)
+
+    def __reduce__(self) -> tuple[type[Gradients], tuple[()]]:
+        # A copy of a tracker does not continue the step.
+        return Gradients, ()
 
 
 class Route(Protocol):

@@ -44,7 +44,9 @@ class SilentWrites:
 
     def remember(self, steps: int, layers: Sequence[Layer]) -> None:
         """At the end of a step, take a sample if one is due after this number of steps."""
-        self._canary.remember(steps, [layer.tracked for layer in layers if layer.tracked is not None])
+        is_due = self._canary.is_due(steps)
+        weights = [layer.tracked for layer in layers if layer.tracked is not None] if is_due else []
+        self._canary.remember(steps, weights)
 
     @property
     def pending(self) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from weightflip.counting.columns import Columns
-from weightflip.counting.layer import Layer, TrackedWeight
+from weightflip.counting.layer import Changes, Layer, TrackedWeight
 from weightflip.counting.ledger import Ledger, Row
 from weightflip.counting.notices import Notices
 from weightflip.counting.schedule import Schedule
@@ -28,12 +28,14 @@ class LayerTable(Mapping[str, Layer]):
 
     Attributes:
         failed: Names that are no longer tracked, including weights that never became layers.
+        changes: Counts the changes of all layers.
         has_new_failures: Whether a layer has failed since the reader of this flag last set it to False.
     """
 
     def __init__(self, columns: Columns, schedule: Schedule, notices: Notices) -> None:
         self._columns, self._schedule, self._notices = columns, schedule, notices
         self._layers: dict[str, Layer] = {}
+        self.changes = Changes()
         self._ledgers: dict[torch.device, Ledger] = {}
         self._weights: list[TrackedWeight] = []
         self.failed: set[str] = set()
@@ -60,6 +62,7 @@ class LayerTable(Mapping[str, Layer]):
 
     def put(self, layer: Layer) -> Layer:
         """Add a layer, or replace the one with its name."""
+        layer.changes = self.changes
         self._layers[layer.name] = layer
         return layer
 

@@ -26,7 +26,7 @@ from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.named import NamedSnapshots
 from weightflip.counting.nonfinite import count_nonfinite
 from weightflip.counting.notices import Notices, WarningsMixin
-from weightflip.counting.routes import ElementwiseRoute, WholeWeightRoute
+from weightflip.counting.routes import ElementwiseRoute, Gradients, WholeWeightRoute
 from weightflip.counting.schedule import Progress, Schedule, ScheduleMixin
 from weightflip.counting.sharding import Sharding
 from weightflip.counting.silent_writes import SilentWrites
@@ -170,7 +170,7 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
         routes = (self._batched, self._gathered, elementwise, WholeWeightRoute(*parts))
         self._current = CurrentLayers(self._layers, routes)
         self._sharding: Sharding = UnshardedRun(self._layers, self._columns)
-        self._gradients: dict[str, Tensor | None] = {}
+        self._gradients = Gradients()
         self._in_step = False
 
     # ------------------------------------------------------------------ options
@@ -278,7 +278,7 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
         self._in_step = True
         if not self.is_tracking:
             return
-        self._gradients = {}
+        self._gradients = Gradients()
         self._begin(weights)
         self._silent_writes.check(weights)
         self._current.set_layers(self._encode_current(weights))
@@ -286,7 +286,7 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
         if self._runner.uses_steps:
             self._runner.before_all(self._current.layers, self._sharding)
         if "stalls" in self.metrics:
-            self._gradients = {layer.name: layer.tracked.parameter.grad for layer in self._current if layer.tracked}
+            self._gradients = self._current.gradients()
         self._notices.flush()
 
     def _begin(self, weights: list[TrackedWeight]) -> None:
@@ -325,7 +325,7 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
 
         The old ones would count for weights that get no new gradient, and take memory in addition to the new ones.
         """
-        self._gradients = {}
+        self._gradients = Gradients()
 
     def abort_step(self) -> None:
         """End a step whose optimizer raised an exception. It may have written any weights."""
@@ -374,7 +374,7 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
         self._current.count(self._gradients, valid)
         self._sharding.discard_flagged()
         self._runner.note_step(valid)
-        self._gradients = {}
+        self._gradients = Gradients()
 
     def _keep_codes(self) -> None:
         """After a step, keep the codes that the next one can use."""
@@ -410,7 +410,7 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
         self._current.clear()
         self._silent_writes.release()
         self._scratch.clear()
-        self._gradients = {}
+        self._gradients = Gradients()
 
     # ------------------------------------------------------------------ logging points
 
@@ -640,4 +640,4 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_gradients": {}, "_hold_weights": None, "_current_weights": None, "_show": None}
+        return {**self.__dict__, "_hold_weights": None, "_current_weights": None, "_show": None}

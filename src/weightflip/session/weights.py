@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -77,7 +77,7 @@ class Weights:
         self._positions: list[int] = []
         self._optimizer: Callable[[], Optimizer | None] | None = None
         self._plan = Plan()
-        self._signature: tuple[object, ...] = ()
+        self._signature = _Signature.of([])
         self._is_selecting = False
         self._shards: tuple[tuple[object, distributed.Layout], ...] = ()
         self._have_shards_changed = self._has_compared = self._has_diverged = False
@@ -93,12 +93,13 @@ class Weights:
         if self._has_diverged:
             return
         parameters = parameters_of(optimizer)
-        signature = _parameter_signature(parameters)
+        signature = _Signature.of(parameters)
         if signature == self._signature and not (self.needs_reselection or self._is_selecting):
             return
         if signature != self._signature:
             layouts = [distributed.layout(parameter) for parameter in parameters]
-            shards = tuple((one, layout) for one, layout in zip(signature, layouts, strict=True) if layout is not None)
+            signed = zip(signature.by_parameter(), layouts, strict=True)
+            shards = tuple((one, layout) for one, layout in signed if layout is not None)
             if shards != self._shards:
                 if self._has_compared and not self._have_all_changed(shards):
                     self._diverge(signature)
@@ -207,7 +208,7 @@ class Weights:
         except Exception:
             return False
 
-    def _diverge(self, signature: tuple[object, ...]) -> None:
+    def _diverge(self, signature: _Signature) -> None:
         """Keep the previous selection, without the weights that changed on this process alone."""
         self._has_diverged = True
         seconds = int(distributed.collectives.BARRIER_TIMEOUT.total_seconds())
@@ -216,11 +217,12 @@ class Weights:
             f"weightflip: {reason}: tracking keeps its previous selection, without the changed parameters; make the "
             "same changes on all processes"
         )
-        if max(self._positions, default=0) >= len(signature):
+        old, new = self._signature.by_parameter(), signature.by_parameter()
+        if max(self._positions, default=0) >= len(new):
             self._tracker.abandon()
             return
         for weight, position in zip(self.tracked, self._positions, strict=True):
-            if signature[position] != self._signature[position]:
+            if new[position] != old[position]:
                 self._tracker.give_up(weight.name, reason)
         self._signature, self.needs_reselection = signature, False
 
@@ -251,7 +253,7 @@ class Weights:
         """Reference the parameters between two tracked steps, if they have not changed since the last one."""
         optimizer = self.optimizer
         are_held = any(weight.is_held for weight in self.tracked)
-        if are_held or optimizer is None or _parameter_signature(parameters_of(optimizer)) != self._signature:
+        if are_held or optimizer is None or _Signature.of(parameters_of(optimizer)) != self._signature:
             yield
             return
         self.hold(optimizer)
@@ -329,13 +331,34 @@ def _log_once_from_writer(text: str) -> None:
         _log_from_writer(text)
 
 
-_SIGNED_ATTRIBUTES = tuple(map(operator.attrgetter, ("dtype", "device", "requires_grad")))
+class _Signature(NamedTuple):
+    """Describes parameters without holding them, so that a change can be detected. Each list has all parameters.
 
+    Reading attribute by attribute takes less than half as long as reading parameter by parameter.
+    """
 
-def _parameter_signature(parameters: Sequence[Tensor]) -> tuple[object, ...]:
-    """Describe parameters without holding them, so that a change can be detected."""
-    # Ids can be reused; Identity detects that on all processes alike, which sharded weights require.
-    identities = (id(p) if type(p) is nn.Parameter else distributed.Identity(p) for p in parameters)
-    # Attribute by attribute, which takes half as long as weight by weight.
-    attributes = (map(attribute, parameters) for attribute in _SIGNED_ATTRIBUTES)
-    return tuple(zip(identities, map(type, parameters), *attributes, strict=True))
+    identities: list[object]
+    types: list[type[Tensor]]
+    dtypes: list[torch.dtype]
+    devices: list[torch.device]
+    requires_grad: list[bool]
+
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor]) -> _Signature:
+        types = [type(parameter) for parameter in parameters]
+        # Ids can be reused; Identity detects that on all processes alike, which sharded weights require.
+        identities: list[object] = [
+            id(parameter) if kind is nn.Parameter else distributed.Identity(parameter)
+            for parameter, kind in zip(parameters, types, strict=True)
+        ]
+        return cls(
+            identities,
+            types,
+            [parameter.dtype for parameter in parameters],
+            [parameter.device for parameter in parameters],
+            [parameter.requires_grad for parameter in parameters],
+        )
+
+    def by_parameter(self) -> list[tuple[object, ...]]:
+        """Return the same as a list with one element per parameter."""
+        return list(zip(*self, strict=True))

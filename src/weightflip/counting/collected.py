@@ -1,0 +1,68 @@
+"""What is read from many layers in each step, collected again only after one of them has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from weightflip.counting.batch import Member
+from weightflip.counting.layer import Changes, Layer, TrackedWeight
+from weightflip.counting.stamps import Stamps
+
+
+class CollectedLayers:
+    """Layers, and lists of some of their attributes.
+
+    Between two steps, training evicts the layers from the processor's caches. For a thousand of them, reading them
+    again takes longer than comparing their weights.
+
+    Args:
+        changes: The changes of the layers.
+
+    Attributes:
+        layers: The layers.
+        tracked: Their weights.
+        stamps: Their stamps; None if one of them has no stamp.
+        are_kept: Whether all of them are counted together with others and have kept codes.
+    """
+
+    def __init__(self, changes: Changes) -> None:
+        self._changes = changes
+        self._collect([])
+
+    def collect(self, layers: Sequence[Layer]) -> None:
+        """Read the attributes of layers that have a weight, unless they are still the same."""
+        if layers != self.layers or self._changes.number != self._number:
+            self._collect(layers)
+
+    def _collect(self, layers: Sequence[Layer]) -> None:
+        self._number = self._changes.number
+        self.layers = layers
+        self.tracked: list[TrackedWeight] = [layer.tracked for layer in layers]  # type: ignore[misc]
+        self._members: list[Member] | None = None
+        stamps = [layer.stamp for layer in layers if layer.stamp is not None]
+        self.stamps = Stamps(stamps) if len(stamps) == len(layers) else None
+        self.are_kept = self.stamps is not None and all(layer.is_kept_together for layer in layers)
+
+    @property
+    def members(self) -> list[Member]:
+        """Their members of batches, which all of them must have."""
+        if self._members is None:
+            self._members = members_of(self.layers)
+        return self._members
+
+    def release(self) -> None:
+        """Release the layers."""
+        self._collect([])
+
+    def __reduce__(self) -> tuple[type[CollectedLayers], tuple[Changes]]:
+        # Stamps identify parameters of this process.
+        return CollectedLayers, (self._changes,)
+
+
+def members_of(layers: Iterable[Layer]) -> list[Member]:
+    """Return the members of the layers, in their order."""
+    members = [layer.member for layer in layers]
+    if None in members:
+        names = ", ".join(repr(layer.name) for layer in layers if layer.member is None)
+        raise RuntimeError(f"expected layers that are members of a batch, but {names} are not")
+    return members  # type: ignore[return-value]
