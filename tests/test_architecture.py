@@ -124,6 +124,7 @@ COUNTING_LEVELS = (
     {"batch", "ledger", "expressions", "stamps"},
     {"scaling", "observations"},
     {"scale_table", "sample_proof"},
+    {"quantizer_cache"},
 )
 
 

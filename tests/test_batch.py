@@ -553,6 +553,26 @@ def test_quantizers_of_one_name_with_other_parameters_keep_their_own_scales(quan
     assert torch.equal(codes["a"], codes["c"])
 
 
+def test_factors_are_never_those_of_other_scales():
+    """A kernel that computes the scales itself returns no factors."""
+    quantizer = resolve("float8_e4m3:row")
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    for observed in (False, True):
+        codes = quantizer.encode(weight)
+        member = batch.make_member(weight, quantizer, codes.ordinals, "auto", with_updates=False, observed=observed)
+        assert (member.scaling is None) == observed
+        member.keeps_scale = True
+        member.set_scale(codes.scale)
+        whole = batch.Batch([member], with_updates=False)
+        for _ in range(2):
+            weight.mul_(1.5)
+            assert not whole.advance([0]).failed
+            assert torch.equal(member.scale, quantizer.scale(weight))
+            (kept,) = {scale_slice.kept for scale_slice in member.scale_slices}
+            assert kept.applied is None or torch.equal(kept.applied, quantizer.applied_scale(kept.scale))
+            assert (kept.applied is None) == (not observed)
+
+
 def test_quantizers_of_a_name_share_a_kind():
     assert resolve("mxfp4").key == resolve("mxfp4").key != resolve("mxfp4:rceil").key
     one, other = Halved(1.0), Halved(1.0)

@@ -71,6 +71,16 @@ def test_both_pools_count_the_same(has_torch_pool, two_threads, monkeypatch):
     assert used == ["torch" if has_torch_pool else "own"]
 
 
+def test_without_more_threads_this_one_counts(two_threads, monkeypatch):
+    """As at the end of the process, or at the system's limit. An error would leave unknown how much is counted."""
+    monkeypatch.setattr(pool, "_parallel", lambda: None)
+    pool._thread_pool().shutdown()
+    try:
+        assert_counted(count_once())
+    finally:
+        pool._thread_pool.cache_clear()
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_another_process_counts(method, two_threads):
     if method not in multiprocessing.get_all_start_methods():

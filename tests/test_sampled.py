@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -301,24 +302,116 @@ def test_the_sample_after_a_step_is_that_before_the_next_one(monkeypatch):
 # ------------------------------------------------------------------ faults
 
 
-class Breaks(cpu.Samples):
-    def move(self, *arguments):
-        if len(self._places) > 1:
-            raise RuntimeError("no sums today")
-        super().move(*arguments)
+class Fault:
+    """Raises in one call of a function in the third step."""
+
+    def __init__(self, at: int) -> None:
+        self._at, self.is_armed, self.calls = at, False, 0
+
+    def into(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self.calls += self.is_armed
+            if self.is_armed and self.calls == self._at:
+                raise RuntimeError("no sums today")
+            return function(*arguments)
+
+        return call
 
 
-def test_a_fault_drops_the_group_with_one_warning(monkeypatch):
-    monkeypatch.setattr(cpu.Run, "samples", Breaks)
-    tracker, tracked = WeightFlipTracker(metrics=("flips", "travel")), layers(4)
-    with pytest.warns(UserWarning, match="layers 'w0', 'w1', 'w2' and 1 more no longer have.*no sums today"):
-        step(tracker, tracked)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(2):
-            step(tracker, tracked)
-    (layer, *_) = tracker.record().layers
-    assert (layer.total.weight_steps, "travel_ratio" in layer.values) == (3 * 256, False)
+# Several calls of the kernel: weights and codes of other dtypes, and scales in several places.
+KINDS = (
+    ("float8_e4m3", torch.float32),
+    ("float8_e4m3:row", torch.bfloat16),
+    ("mxfp4", torch.float32),
+    ("e2m9", torch.float32),
+    ("int8", torch.bfloat16),
+    ("bfloat16", torch.float32),
+)
+
+
+def with_fault(backend: str, fault: Fault, kinds: Sequence[tuple[Any, torch.dtype]] = 2 * KINDS):
+    """Numbers and warnings of a training, and whether a kernel compared samples at its end."""
+    generator = torch.Generator().manual_seed(3)
+    tracked = [
+        TrackedWeight(f"w{at}", nn.Parameter(torch.randn(80, 64, generator=generator).to(dtype)), resolve(quantizer))
+        for at, (quantizer, dtype) in enumerate(kinds)
+    ]
+    tracker = WeightFlipTracker(metrics=("flips", "travel"), backend=backend)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(5):
+            fault.is_armed = number == 2
+            if number == 2:
+                # Written outside of the step, so that samples are taken in it.
+                with torch.no_grad():
+                    tracked[0].parameter.add_(0.01)
+            tracker.before_step(tracked)
+            for weight in tracked:
+                change = 1 + torch.randn(80, 64, generator=generator) / 9
+                weight.parameter.data.mul_(change.to(weight.parameter.dtype))
+            # Its memory is replaced in each step, so that it is not counted with the others.
+            tracked[1].parameter.data = tracked[1].parameter.data.clone()
+            tracker.after_step()
+    return tracker.state_dict(), [str(warning.message) for warning in caught], bool(followed(tracker))
+
+
+@pytest.mark.parametrize(
+    ("where", "name"), [(cpu.Samples, "take"), (cpu.Samples, "move"), (sample_proof, "value_scale")]
+)
+def test_after_a_fault_samples_are_compared_one_by_one(where, name, monkeypatch):
+    """None of them counts a step twice, or leaves one out."""
+    monkeypatch.setattr(batch, "_ELEMENTS_PER_RUN", 1 << 12)
+    expected, texts, _ = with_fault("eager", Fault(0))
+    assert (len(expected["ratios"]), texts) == (4 * len(KINDS), [])
+    function, faults = getattr(where, name), 0
+    for at in itertools.count(1):
+        fault = Fault(at)
+        monkeypatch.setattr(where, name, fault.into(function))
+        found, texts, is_together = with_fault("auto", fault)
+        assert is_same(found, expected), at
+        if fault.calls < at:
+            assert (texts, is_together) == ([], True)
+            break
+        faults += 1
+        assert not is_together
+        (text,) = texts
+        assert "the samples of 'travel' are compared one layer at a time from now on" in text
+        assert "RuntimeError: no sums today" in text
+    assert faults > 2
+
+
+def test_only_a_layer_that_fails_on_its_own_loses_the_group(monkeypatch):
+    fault = Fault(0)
+
+    class Breaks(type(resolve("e3m4"))):
+        only_needs_amax = True
+
+        def values(self, ordinals, scale):
+            if fault.is_armed:
+                raise RuntimeError("no values today")
+            return super().values(ordinals, scale)
+
+        def value_rule(self):
+            return super().value_rule()
+
+        def value_scale(self, scale):
+            if fault.is_armed:
+                raise RuntimeError("no values today")
+            return super().value_scale(scale)
+
+    kinds = [*KINDS, (Breaks(resolve("e3m4").format, "tensor"), torch.float32)]
+    expected, _, _ = with_fault("eager", Fault(0), kinds)
+    found, texts, _ = with_fault("auto", fault, kinds)
+    assert len(texts) == 2
+    assert "'travel' are compared one layer at a time from now on" in texts[0]
+    assert (
+        "'w6' no longer has numbers of 'travel', everything else continues: RuntimeError: no values today" in texts[1]
+    )
+    for state in (found, expected):
+        state["ratios"] = [row for row in state["ratios"] if row[0] != "w6"]
+        state["weights"].pop("w6", None)
+    assert found["ratios"]
+    assert is_same(found, expected)
 
 
 class Wrong(cpu.Samples):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from weightflip import Alert, FlipTrackingOptimizer, track_flips
+from weightflip.metrics import base
+from weightflip.metrics.coverage import Coverage
+from weightflip.records import FlipRecord
 
 
 def net():
@@ -162,6 +166,73 @@ def test_only_the_optimizer_whose_record_fails_is_no_longer_tracked(index, at):
     assert layers(records)[2:] == [[f"{2 - 2 * index}.weight"]] * (len(records) - 2)
     flips = other.tracker.get_flip_counts()
     assert {layer.name: layer.total.flips for layer in records[-1].layers} == flips
+
+
+class Undescribed(Coverage):
+    name = "undescribed"
+    # Not hashable, so that the values of several optimizers cannot be compared.
+    values = tuple(replace(value, expects=["nothing"]) for value in Coverage.values)
+
+
+class Kept:
+    """A sink that keeps what it receives."""
+
+    def __init__(self) -> None:
+        self.infos, self.records = [], []
+
+    def start(self, info, first_step):
+        self.infos.append(info)
+
+    def write(self, record):
+        self.records.append(record)
+
+    def flush(self):
+        pass
+
+    close = flush
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_optimizer_whose_description_cannot_be_merged_is_written_without_it(index, monkeypatch):
+    monkeypatch.setitem(base._registry, "undescribed", Undescribed)
+    model, kept, optimizers = net(), Kept(), []
+    for at in range(2):
+        metrics = ("flips", "undescribed") if at == index else ("flips",)
+        inner = torch.optim.SGD([model[2 * at].weight], lr=0.1)
+        options = {"quantizer": "e3m4", "metrics": metrics, "log_every": 2}
+        optimizers.append(FlipTrackingOptimizer(inner, model, sinks=optimizers[0] if at else [kept], **options))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            backward(model)
+            for optimizer in reversed(optimizers):
+                optimizer.step()
+    (text,) = [str(warning.message) for warning in caught]
+    assert text.startswith("weightflip: some of the tracked weights are written without their description: TypeError:")
+    assert [(record.step, *layers([record])) for record in kept.records] == [
+        (step, ["0.weight", "2.weight"]) for step in (2, 4, 6)
+    ]
+    flips = {name: count for optimizer in optimizers for name, count in optimizer.tracker.get_flip_counts().items()}
+    assert {layer.name: layer.total.flips for layer in kept.records[-1].layers} == flips
+    (info,) = kept.infos
+    assert [*info.tracked] == [f"{2 - 2 * index}.weight"]
+
+
+def test_a_fault_in_what_optimizers_share_ends_no_tracking(monkeypatch):
+    first, second, records, step = shared_run()
+    merged = FlipRecord.merged
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(8):
+            # Two of the four records cannot be made.
+            monkeypatch.setattr(FlipRecord, "merged", broken if 2 <= number < 6 else merged)
+            step()
+    (text,) = [str(warning.message) for warning in caught]
+    assert text == "weightflip: a record could not be written, tracking continues: RuntimeError: broken on purpose"
+    assert [record.step for record in records] == [2, 8]
+    flips = {**first.tracker.get_flip_counts(), **second.tracker.get_flip_counts()}
+    assert {layer.name: layer.total.flips for layer in records[-1].layers} == flips
+    assert {layer.total.weight_steps // layer.weights for layer in records[-1].layers} == {8}
 
 
 @pytest.mark.parametrize("index", [0, 1])

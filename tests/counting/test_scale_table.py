@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from weightflip.counting import scale_table
+from weightflip.counting.quantizer_cache import QuantizerCache
 from weightflip.counting.scale_table import get_scale_table
 from weightflip.quantizers import resolve
 from weightflip.quantizers.block import MX_NAMES, MXQuantizer, NVFP4Quantizer
@@ -16,7 +17,7 @@ RULES = [*(MXQuantizer(f, mode) for f in MX_NAMES.values() for mode in ("floor",
 
 @pytest.fixture(autouse=True)
 def nothing_made_yet(monkeypatch):
-    monkeypatch.setattr(scale_table, "_tables", {})
+    monkeypatch.setattr(scale_table, "_tables", QuantizerCache())
 
 
 def made_for(quantizer, dtype=torch.float32):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weightflip import functional, kernels
 from weightflip.counting.observations import DueGroups, KeptScale, Observation, Observations, ScaleSlice
+from weightflip.counting.quantizer_cache import Keyed
 from weightflip.counting.scale_table import ScaleTable, get_scale_table
 from weightflip.counting.scaling import get_scaling, in_plain_torch
 from weightflip.formats import ScaleFormula
@@ -26,15 +27,12 @@ _ELEMENTS_PER_RUN = 1 << 24
 _ELEMENTS_PER_WORD = 32
 
 
-class Batchable(functional.Elementwise, Protocol):
+class Batchable(functional.Elementwise, Keyed, Protocol):
     """The part of an elementwise quantizer that a batch needs."""
 
     name: str
     group: int | None
     tile: tuple[int, int] | None
-
-    @property
-    def key(self) -> Hashable: ...
 
     @property
     def scope(self) -> str | None: ...
@@ -462,8 +460,8 @@ class _Part:
         ]
         self.kept_scale = KeptScale()
         if found and len(found) == len(scales):
-            self.kept_scale.scale = torch.cat(found)
-            self.kept_scale.applied = self.quantizer.applied_scale(self.kept_scale.scale)
+            scale = torch.cat(found)
+            self.kept_scale.set(scale, self.quantizer.applied_scale(scale))
 
     def assign_scale(self, members: Sequence[Member]) -> None:
         """Let the members refer to the scales of this part."""
@@ -497,7 +495,7 @@ class _Part:
             )
             self.run.count_groups_into_(counts, self.device_rows, self.scaling, addresses, of_scales, largest)
             if self.kept_scale is not None and largest is not None:
-                self.kept_scale.scale = self.quantizer.scale_of(largest.to(self.dtype))
+                self.kept_scale.set(self.quantizer.scale_of(largest.to(self.dtype)))
         else:
             codes = None if new is None or stored is None else kernels.ScaleCodes(new, stored, scale_changes)
             self.run.count_into_(counts, self.device_rows, factors, addresses, codes, observed)
@@ -516,7 +514,7 @@ class _Part:
         scale = self.quantizer.scale_of(largest.to(self.dtype))
         factors = self.quantizer.applied_scale(scale)
         if self.kept_scale is not None:
-            self.kept_scale.scale, self.kept_scale.applied = scale, factors
+            self.kept_scale.set(scale, factors)
         return factors, self.quantizer.scale_codes(scale) if self.scale_codes else None
 
 

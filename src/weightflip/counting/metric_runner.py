@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,11 +91,9 @@ class MetricRunner:
             if calls is None or calls.before or layer.state is not CodeState.KEPT:
                 self._before(layer, is_shard=layer.name in shards)
         for samples in self._due_samples:
-            others = list(layers)
-            with self._drops_on_fault(samples):
-                others = samples.before(layers, self.changes, self._schedule.steps)
-            for layer, metric, weight in self._seen_by(samples.group, others):
-                self._call(layer, samples.group, metric.before, weight)
+            alone = self._try_kernel(samples, samples.before, layers, self.changes, self._schedule.steps)
+            for layer, metric in self._with_sample(samples.group, alone):
+                self._call(layer, samples.group, _take_sample, layer, metric)
 
     def _before(self, layer: Layer, *, is_shard: bool) -> None:
         """Open the groups of a layer that are not open yet, and call them, except those with a sample.
@@ -241,17 +238,16 @@ class MetricRunner:
             places: Increases whenever the scales of a layer are kept in another place.
         """
         for samples in self._due_samples:
-            with self._drops_on_fault(samples):
-                samples.begin_count(layers, places)
+            alone = self._try_kernel(samples, samples.begin_count, layers, places)
+            for layer, metric in self._with_sample(samples.group, alone):
+                self._call(layer, samples.group, _note_scale, layer, metric)
 
     def after_all(self, layers: Sequence[Layer]) -> None:
         """As :meth:`after`, for layers that are counted together."""
         for samples in self._due_samples:
-            alone: list[Layer] = []
-            with self._drops_on_fault(samples):
-                alone = samples.after(self._schedule.steps)
-            for layer, metric, weight in self._seen_by(samples.group, alone):
-                self._call(layer, samples.group, metric.after, weight, _sums(layer, samples.group))
+            alone = self._try_kernel(samples, samples.after, self._schedule.steps)
+            for layer, metric in self._with_sample(samples.group, alone):
+                self._call(layer, samples.group, _compare_sample, layer, metric, samples)
         for layer in layers:
             if layer.metric_calls is not None and layer.metric_calls.after and layer.tracked is not None:
                 self.after(layer, *layer.tracked.unwrapped())
@@ -262,36 +258,32 @@ class MetricRunner:
             samples.release()
 
     @staticmethod
-    def _seen_by(group: Group, layers: Sequence[Layer]) -> Iterator[tuple[Layer, LayerMetric, Weight]]:
-        """Yield the layers of which a group keeps a sample, with what its methods need."""
+    def _with_sample(group: Group, layers: Sequence[Layer]) -> Iterator[tuple[Layer, LayerMetric]]:
+        """Yield the layers of which a group keeps a sample, with its state."""
         for layer in layers:
             metric = (layer.metrics or {}).get(group.metric.name)
             if metric is not None and metric.sample is not None and layer.tracked is not None:
-                yield layer, metric, layer.view_for_metrics(*layer.tracked.unwrapped())
+                yield layer, metric
 
     @property
     def _due_samples(self) -> list[SampledLayers]:
         due = self.due if self._samples else ()
         return [samples for name, samples in self._samples.items() if name in due]
 
-    @contextmanager
-    def _drops_on_fault(self, samples: SampledLayers) -> Iterator[None]:
-        """If the context fails, warn once, and stop running the group for the layers with these samples."""
+    def _try_kernel(self, samples: SampledLayers, action: Callable[..., list[Layer]], *args: Any) -> list[Layer]:
+        """Call a method that uses a kernel for many layers, and return the layers for which it does not.
+
+        If it fails, warn once, and do without the kernel from now on.
+        """
         try:
-            yield
+            return action(*args)
         except Exception as error:
-            name, layers = samples.group.metric.name, samples.layers
-            for layer in layers:
-                if layer.metrics is not None:
-                    layer.metrics[name] = None
-                    self._set_metric_calls(layer)
-            samples.release()
-            named = ", ".join(repr(layer.name) for layer in layers[:3])
-            more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
             self._notices.add(
-                f"layers {named}{more} no longer have numbers of {name!r}, everything else continues: "
-                f"{type(error).__name__}: {error}"
+                f"the samples of {samples.group.metric.name!r} are compared one layer at a time from now on, which is "
+                f"slower, everything else continues: {type(error).__name__}: {error}"
             )
+        samples.stop_using_kernel()
+        return action(*args)
 
     @property
     def due(self) -> tuple[str, ...]:
@@ -441,6 +433,26 @@ def _is_state_of(codes: Tensor, kept: Tensor, dtype: torch.dtype | None) -> bool
     if dtype is torch.bool:
         return kept.dtype is torch.uint8 and 8 * kept.numel() >= codes.numel()
     return kept.dtype is (dtype or codes.dtype) and kept.numel() == codes.numel()
+
+
+def _view(layer: Layer) -> Weight:
+    assert layer.tracked is not None
+    return layer.view_for_metrics(*layer.tracked.unwrapped())
+
+
+def _take_sample(layer: Layer, metric: LayerMetric) -> None:
+    metric.before(_view(layer))
+
+
+def _note_scale(layer: Layer, metric: LayerMetric) -> None:
+    assert metric.sample is not None
+    metric.sample.scale = layer.scale_of_codes
+
+
+def _compare_sample(layer: Layer, metric: LayerMetric, samples: SampledLayers) -> None:
+    assert metric.sample is not None
+    samples.restore_scale_before(layer, metric.sample)
+    metric.after(_view(layer), _sums(layer, samples.group))
 
 
 def _sums(layer: Layer, group: Group) -> Tensor:

@@ -43,12 +43,16 @@ class KeptScale:
 
     Attributes:
         scale: The scales as returned by the quantizer; None if there are none.
-        applied: The factors by which the weights were multiplied or divided.
+        applied: The factors by which the weights were multiplied or divided; None if they are not known.
     """
 
     __slots__ = ("applied", "scale")
 
-    def __init__(self, scale: Tensor | None = None, applied: Tensor | None = None) -> None:
+    def __init__(self, scale: Tensor | None = None) -> None:
+        self.set(scale)
+
+    def set(self, scale: Tensor | None, applied: Tensor | None = None) -> None:
+        """Set both, so that the factors are never those of other scales."""
         self.scale, self.applied = scale, applied
 
 

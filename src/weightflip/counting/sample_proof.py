@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from weightflip import kernels
+from weightflip.counting.quantizer_cache import QuantizerCache
 from weightflip.metrics import Metric, Weight
 from weightflip.quantizers.protocol import ElementwiseQuantizer
 
@@ -26,11 +27,6 @@ class Kind(NamedTuple):
     quantizer: ElementwiseQuantizer
     weight: torch.dtype
     codes: torch.dtype
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """The same for quantizers that make the same values."""
-        return self.quantizer.key, self.weight, self.codes
 
     def numbers(self) -> Tensor:
         """Return the number that each code stands for without a scale."""
@@ -54,7 +50,7 @@ def _as_float32(found: Tensor, what: str, quantizer: Any) -> Tensor:
     return found.contiguous()
 
 
-_answers: dict[tuple[Any, ...], Tensor | None] = {}
+_answers: QuantizerCache[Tensor | None] = QuantizerCache()
 
 
 def numbers_if_usable(kernel: type[kernels.Samples], metric: Metric, kind: Kind) -> Tensor | None:
@@ -62,10 +58,11 @@ def numbers_if_usable(kernel: type[kernels.Samples], metric: Metric, kind: Kind)
 
     The first call for a kind tests the kernel.
     """
-    key = kernel, type(metric), *kind.key
-    if key not in _answers:
-        _answers[key] = kind.numbers() if _passes_test(kernel, metric, kind) else None
-    return _answers[key]
+
+    def test() -> Tensor | None:
+        return kind.numbers() if _passes_test(kernel, metric, kind) else None
+
+    return _answers.get(kind.quantizer, (kernel, type(metric), kind.weight, kind.codes), test)
 
 
 @torch.no_grad()

@@ -7,13 +7,13 @@ devices divide and take logarithms differently.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from weightflip.counting.quantizer_cache import Keyed, QuantizerCache
 from weightflip.formats import E8M0, FP32
 
 _LAST = 0x7FFFFFFF
@@ -21,11 +21,8 @@ _LAST = 0x7FFFFFFF
 _AROUND = 64
 
 
-class ScaleRule(Protocol):
+class ScaleRule(Keyed, Protocol):
     """The part of a quantizer that this module needs."""
-
-    @property
-    def key(self) -> Hashable: ...
 
     def scale_of(self, largest: Tensor) -> Tensor: ...
 
@@ -58,7 +55,7 @@ class ScaleTable(NamedTuple):
         return self.factors.index_select(0, codes), codes
 
 
-_tables: dict[tuple[Any, ...], ScaleTable | None] = {}
+_tables: QuantizerCache[ScaleTable | None] = QuantizerCache()
 
 
 def get_scale_table(
@@ -77,14 +74,15 @@ def get_scale_table(
         is_stored: Whether scales are stored in a byte. If not, they are powers of two, and the table returns their
             exponents.
     """
-    key = (quantizer.key, rounding, dtype, device, is_stored, flushes_subnormal())
-    if key not in _tables:
+
+    def make() -> ScaleTable | None:
         try:
-            _tables[key] = _make(quantizer, dtype, device, is_stored)
+            return _make(quantizer, dtype, device, is_stored)
         except Exception:
             # The rule is then evaluated in each step, which reports the error.
-            _tables[key] = None
-    return _tables[key]
+            return None
+
+    return _tables.get(quantizer, (rounding, dtype, device, is_stored, flushes_subnormal()), make)
 
 
 def flushes_subnormal() -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from weightflip import kernels
+from weightflip.counting.quantizer_cache import Keyed, QuantizerCache
 from weightflip.counting.scale_table import ScaleTable, flushes_subnormal, get_scale_table
 from weightflip.formats import FP32, ScaleFormula
 
@@ -17,13 +18,10 @@ _CODES = 256
 _MAX_SLOTS = 1 << 15
 
 
-class ScaledQuantizer(Protocol):
+class ScaledQuantizer(Keyed, Protocol):
     """The part of a quantizer that this module needs."""
 
     group: int | None
-
-    @property
-    def key(self) -> Hashable: ...
 
     def scale_of(self, largest: Tensor) -> Tensor: ...
 
@@ -34,7 +32,7 @@ class ScaledQuantizer(Protocol):
     def scale_rule(self, dtype: torch.dtype) -> ScaleFormula | Literal["steps"] | None: ...
 
 
-_scalings: dict[tuple[Any, ...], kernels.Scaling | None] = {}
+_scalings: QuantizerCache[kernels.Scaling | None] = QuantizerCache()
 
 
 def get_scaling(
@@ -51,10 +49,8 @@ def get_scaling(
         dtype: The dtype of the weights.
         device: Their device.
     """
-    key = (quantizer.key, rounding, dtype, device, flushes_subnormal())
-    if key not in _scalings:
-        _scalings[key] = _make(quantizer, rounding, dtype, device)
-    return _scalings[key]
+    kind = rounding, dtype, device, flushes_subnormal()
+    return _scalings.get(quantizer, kind, lambda: _make(quantizer, rounding, dtype, device))
 
 
 def _make(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -84,7 +85,15 @@ class _Answer(NamedTuple):
     is_faster: bool
 
 
-_answers: dict[tuple[type[Run], Question], _Answer] = {}
+class _Key(NamedTuple):
+    """A question with a weak reference to its scaling, so that the answers do not keep the tables of scalings."""
+
+    run: type[Run]
+    question: Question
+    scaling: weakref.ref[Scaling] | None
+
+
+_answers: dict[_Key, _Answer] = {}
 
 
 def is_usable(
@@ -109,14 +118,18 @@ def is_usable(
         scales: Computes the expected scales, if the kernel computes scales.
         must_be_faster: Whether a kernel that is not faster is unusable.
     """
-    answer = _answers.get((run, question))
+    scaling = question.scaling
+    key = _Key(run, question._replace(scaling=None), None if scaling is None else weakref.ref(scaling))
+    answer = _answers.get(key)
     if answer is None:
         # A kernel that has passed a test with scales does not need the test without them.
-        answer = _answers.get((run, question._replace(finds_scale=question.takes_scale)))
+        answer = _answers.get(key._replace(question=key.question._replace(finds_scale=question.takes_scale)))
     if answer is None:
         if question.kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        answer = _answers[run, question] = _test(name, run, question, eager, scales)
+        answer = _answers[key] = _test(name, run, question, eager, scales)
+        if scaling is not None:
+            weakref.finalize(scaling, _answers.pop, key, None).atexit = False
     return answer.is_equal and (answer.is_faster or not must_be_faster)
 
 

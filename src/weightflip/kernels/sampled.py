@@ -94,6 +94,8 @@ class Samples(Protocol):
     ) -> None:
         """Compare some weights with their samples, add to the sums, and copy them to the samples.
 
+        If it raises an exception, it has changed nothing.
+
         Args:
             indices: Which of the weights, int64.
             old_scales: For each weight, the address of the scales of the samples' codes, float32; any number without a

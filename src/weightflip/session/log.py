@@ -132,6 +132,8 @@ class Log:
         self._has_sinks = has_sinks
         self._is_writer = True
         self._is_writing = False
+        self._known_effects: set[str] = set()
+        """The effects of faults that were warned about. Others of the kind are likely at each record."""
         self._deferred: list[Callable[[], None]] = []
 
     def add_source(self, source: Source) -> None:
@@ -205,12 +207,17 @@ class Log:
                 # Go on with the next source: its numbers are valid, and with sharded weights it has a collective.
                 self.stop_tracking(source, error)
         if records and is_writer:
-            merged = FlipRecord.merged(records)
-            if any(layer.is_new for layer in merged.layers):
-                self._send(merged)
+            try:
+                self._send(records)
+            except Exception as error:
+                # The optimizers share this work: none of them stops. The next record has the totals.
+                self._warn_of_fault("a record could not be written, tracking continues", error)
 
-    def _send(self, record: FlipRecord) -> None:
-        info = RunInfo.merged([source.info for source in self.sources])
+    def _send(self, records: Sequence[FlipRecord]) -> None:
+        record = FlipRecord.merged(records)
+        if not any(layer.is_new for layer in record.layers):
+            return
+        info = self._merge_info()
         requested = [source.requested_groups for source in self.sources]
         if len(requested) > 1 and all(groups is None or groups == "blocks" for groups in requested):
             # Find repeated model blocks in all names: one optimizer may hold only part of each block.
@@ -221,6 +228,24 @@ class Log:
         for event in self.alerts.check(record):
             self._run_deferring_warnings(self.sinks.alert, event)
         self.pending_warnings += self.alerts.take_warnings()
+
+    def _merge_info(self) -> RunInfo:
+        """Describe the run. An optimizer whose description cannot be merged is left out of it."""
+        infos = [source.info for source in self.sources]
+        try:
+            return RunInfo.merged(infos)
+        except Exception as error:
+            self._warn_of_fault("some of the tracked weights are written without their description", error)
+        mergeable = []
+        for info in infos:
+            with suppress(Exception):
+                mergeable.append(RunInfo.merged([info]))
+        return RunInfo.merged(mergeable)
+
+    def _warn_of_fault(self, effect: str, error: Exception) -> None:
+        if effect not in self._known_effects:
+            self._known_effects.add(effect)
+            self.pending_warnings.append(f"weightflip: {effect}: {type(error).__name__}: {error}")
 
     def stop_tracking(self, source: Source, error: Exception) -> None:
         """End the tracking of an optimizer after a fault, with a warning about the first one. Never raises."""
