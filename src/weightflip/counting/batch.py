@@ -434,6 +434,7 @@ class _Part:
         rows_of_pieces = torch.tensor([rows[member] for member in self.members], device="cpu")
         self.device_rows = kernels.upload(rows_of_pieces, first.codes.device)
         self.offsets = np.array([piece.first * item for piece in pieces], dtype=np.int64)
+        self.has_offsets = bool(self.offsets.any())
         # The stored scales of these pieces; and all of them as one tensor, if a persistent batch has moved them there.
         self.scale_codes = [
             member.scale_codes.view(-1)[member.count_scales(piece.first) :][: member.count_scales(piece.numel)]
@@ -477,7 +478,7 @@ class _Part:
         addresses = None
         if updates is not None:
             of_pieces = updates[self.members]
-            addresses = np.where(of_pieces == 0, 0, of_pieces + self.offsets)
+            addresses = np.where(of_pieces == 0, 0, of_pieces + self.offsets) if self.has_offsets else of_pieces
         old_factors = None if self.kept_scale is None else self.kept_scale.applied
         factors, new = self._scales() if self.scaling is None else (None, None)
         observed = None if due is None else self.observations.kernel_arguments(due)

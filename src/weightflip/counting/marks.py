@@ -54,6 +54,11 @@ class SyncMarks:
         self._check("mark_sync()")
         self._is_requested = True
 
+    @property
+    def are_expected(self) -> bool:
+        """Whether a mark is requested, or made every few steps."""
+        return self._is_requested or self._every is not None
+
     def take_due(self) -> bool:
         """Return whether a mark is due now, and clear the request. A request that cannot be met is logged."""
         is_requested, self._is_requested = self._is_requested, False

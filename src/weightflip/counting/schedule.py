@@ -85,10 +85,9 @@ class Schedule:
 
     def is_due(self, step: int | None = None) -> bool:
         """Whether a step, counted from 0, is tracked; by default the coming one."""
-        step = self.steps if step is None else step
-        if step < self.start_step or self.is_over(step):
-            return False
-        return (step - self.start_step) % self.track_every == 0
+        # Called several times in each step, so without calls of its own.
+        step, first, end = self.progress.steps if step is None else step, self._start_step, self._end_step
+        return step >= first and (end is None or step < end) and (step - first) % self.track_every == 0
 
     def is_over(self, step: int | None = None) -> bool:
         """Whether neither a step nor any after it is tracked; by default the coming one."""

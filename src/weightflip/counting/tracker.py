@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -61,7 +62,17 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 def _without_autograd(method: _Method) -> _Method:
     """Disable gradients and inference mode, since tensors made in inference mode cannot be written to later."""
-    return torch.inference_mode(False)(torch.no_grad()(method))
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Each context takes Python some microseconds, more right after a backward pass, so none without need.
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return method(*args, **kwargs)
+        with torch.no_grad():
+            return method(*args, **kwargs)
+
+    return cast(_Method, call)
 
 
 def _check_weights(weights: Any) -> list[TrackedWeight]:
@@ -281,7 +292,7 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
         self._gradients = Gradients()
         self._begin(weights)
         self._silent_writes.check(weights)
-        self._current.set_layers(self._encode_current(weights))
+        self._current.set_layers(self._current.encode_current(weights, self._sharding, force=self.fresh_snapshots))
         self._marks.make_first_if_due(self._current, self._sharding)
         if self._runner.uses_steps:
             self._runner.before_all(self._current.layers, self._sharding)
@@ -297,9 +308,6 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
             self._current.release()
             self._sharding = self._sharding.for_weights(weights)
         self._sharding.begin(weights, have_changed=have_changed, force=self.fresh_snapshots)
-
-    def _encode_current(self, weights: Iterable[TrackedWeight]) -> list[Layer]:
-        return self._current.encode_current(weights, self._sharding, force=self.fresh_snapshots)
 
     def set_weight_access(self, hold: HoldWeights, current: CurrentWeights) -> None:
         """Set how to access weights between two steps, if they are released after each step.
@@ -455,7 +463,7 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
 
     def _encode_between_steps(self, weights: Iterable[TrackedWeight]) -> Iterator[Layer]:
         """Yield the layers of the weights, each with its current codes, between two steps."""
-        for layer in self._encode_current(weights):
+        for layer in self._current.encode_current(weights, self._sharding, force=self.fresh_snapshots):
             yield layer
             if layer.state is CodeState.FRESH:
                 # The next step may be untracked, and then may write the weight without a trace.
@@ -487,6 +495,8 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
             self._mark_if_due()
 
     def _mark_if_due(self) -> None:
+        if not self._marks.are_expected:
+            return
         with self._marks.guarded():
             if not self._marks.take_due():
                 return

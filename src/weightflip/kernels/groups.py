@@ -51,8 +51,8 @@ TASK = items.TASK + 8
 MULTIPLIES, DIVIDES, INVERSE = range(3)
 """The forms of :class:`weightflip.formats.ScaleFormula`."""
 
-LONGEST = 1 << 15
-"""The number of elements in the largest group that stays in the cache until it is encoded."""
+LONGEST = 1 << 18
+"""The number of elements in the largest group that stays in the cache until it is encoded: 1 MiB of float32."""
 
 WIDEST = items._CHUNK
 """The same for one row of a block over several rows."""

@@ -33,7 +33,7 @@ def is_state_initialization(optimizer: Optimizer) -> bool:
     It does so only on processes without state, so this must be known before any collective. The call stack tells. Such
     steps by other callers are recognized from their gradients (:func:`is_training_step`).
     """
-    if any("lr" in group for group in optimizer.param_groups) and not _has_zero_learning_rates(optimizer):
+    if _has_nonzero_learning_rate(optimizer):
         return False
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
@@ -55,7 +55,7 @@ def is_training_step(optimizer: Optimizer, *, is_sharded: bool) -> Tensor | None
     Returns:
         A 0-dim bool tensor; None if it certainly is a training step.
     """
-    if not _has_zero_learning_rates(optimizer):
+    if _has_nonzero_learning_rate(optimizer) or not any("lr" in group for group in optimizer.param_groups):
         return None
     parameters = parameters_of(optimizer)
     layouts = [layout for p in parameters if (layout := distributed.layout(p)) is not None and layout.shard is not None]
@@ -70,10 +70,13 @@ def is_training_step(optimizer: Optimizer, *, is_sharded: bool) -> Tensor | None
     return distributed.is_set_on_any(flag, layouts)
 
 
-def _has_zero_learning_rates(optimizer: Optimizer) -> bool:
-    """Whether all learning rates are 0. One in a tensor on a device is not read, and counts as nonzero."""
-    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    return bool(rates) and not any((isinstance(rate, Tensor) and rate.device.type != "cpu") or rate for rate in rates)
+def _has_nonzero_learning_rate(optimizer: Optimizer) -> bool:
+    """Whether a learning rate is not 0. One in a tensor on a device is not read, and counts as nonzero."""
+    for group in optimizer.param_groups:
+        rate = group.get("lr", 0)
+        if (isinstance(rate, Tensor) and rate.device.type != "cpu") or rate:
+            return True
+    return False
 
 
 @torch.no_grad()
