@@ -11,7 +11,7 @@ from torch import Tensor
 from weightflip import kernels
 from weightflip.counting.batch import Batch, Member, make_member
 from weightflip.counting.collected import CollectedLayers, members_of
-from weightflip.counting.layer import Layer
+from weightflip.counting.layer import Changes, Layer
 from weightflip.counting.ledger import COLUMNS, COUNTED, SCALE_CHANGES, SCALE_STEPS, WEIGHT_STEPS
 from weightflip.counting.metric_runner import MetricRunner
 from weightflip.counting.observations import DueGroups
@@ -43,7 +43,7 @@ class BatchedRoute:
         self._backend, self._with_updates = backend, with_updates
         self._members: list[Member] = []
         self._batches: list[tuple[list[int], _LayerBatch]] = []
-        self._observed = ObservedLayers(runner, backend, with_updates)
+        self._observed = ObservedLayers(runner, layers.changes, backend, with_updates)
         self._collected = CollectedLayers(layers.changes)
         self._has_encoded = False
         self._places = 0
@@ -125,14 +125,14 @@ class BatchedRoute:
                     layer.mark_encoded(layer.tracked.parameter)
 
     def count(self, layers: Sequence[Layer], gradients: Gradients, valid: Tensor | None) -> None:
-        unbatched: list[Layer] = []
+        unbatched: Sequence[Layer] = []
         if self._runner.uses_steps and valid is not None and valid.device.type != "cpu":
             # If layers are counted one by one, the groups use the flag on its device, without a synchronization.
-            layers, unbatched = [], list(layers)
+            layers, unbatched = [], layers
         elif self._runner.uses_steps:
             layers, unbatched = self._observed.split(layers)
         batched, excluded = self._split(layers, gradients)
-        unbatched += excluded
+        unbatched = [*unbatched, *excluded]
         # A skipped step changes nothing, so the groups are not called.
         due = self._runner.due if batched.layers and self._runner.uses_steps and (valid is None or bool(valid)) else ()
         self._count_batched(batched, due)
@@ -249,18 +249,38 @@ class ObservedLayers:
 
     Args:
         runner: The metric groups.
+        changes: The changes of the layers.
         backend: As in :func:`weightflip.kernels.check_backend`.
         with_updates: Whether updates are counted.
     """
 
-    def __init__(self, runner: MetricRunner, backend: str, with_updates: bool) -> None:
+    def __init__(self, runner: MetricRunner, changes: Changes, backend: str, with_updates: bool) -> None:
         self._runner, self._backend, self._with_updates = runner, backend, with_updates
+        self._collected = CollectedLayers(changes)
         self._members: list[Member | None] = []
         self._changes, self._is_new = -1, False
         self._plans: dict[tuple[str, ...], list[bool]] = {}
+        self._splits: dict[tuple[str, ...], tuple[list[Layer], list[Layer]]] = {}
 
-    def split(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
+    def split(self, layers: Sequence[Layer]) -> tuple[Sequence[Layer], Sequence[Layer]]:
         """Return the layers that are counted in a batch in this step, and the others."""
+        if self._collected.collect(layers) or self._changes != self._runner.changes:
+            self._follow(layers)
+        due = self._runner.due
+        if due not in self._plans:
+            supported: dict[tuple[Any, ...], bool] = {}
+            self._plans[due] = [self._is_batched(layer, due, supported) for layer in layers]
+        if due not in self._splits:
+            pairs = list(zip(layers, self._plans[due], strict=True))
+            self._splits[due] = (
+                [one for one, is_batched in pairs if is_batched],
+                [one for one, is_batched in pairs if not is_batched],
+            )
+        return self._splits[due]
+
+    def _follow(self, layers: Sequence[Layer]) -> None:
+        """Collect what the groups compute, if the members of layers or their groups have changed."""
+        self._splits = {}
         members = [layer.member for layer in layers]
         if members != self._members or self._changes != self._runner.changes:
             self._members, self._changes, self._plans = members, self._runner.changes, {}
@@ -268,14 +288,6 @@ class ObservedLayers:
             for layer in layers:
                 if layer.member is not None:
                     layer.member.observations = self._runner.collect_observations(layer)
-        due = self._runner.due
-        if due not in self._plans:
-            supported: dict[tuple[Any, ...], bool] = {}
-            self._plans[due] = [self._is_batched(layer, due, supported) for layer in layers]
-        found: tuple[list[Layer], list[Layer]] = [], []
-        for layer, is_batched in zip(layers, self._plans[due], strict=True):
-            found[not is_batched].append(layer)
-        return found
 
     def pop_change(self) -> bool:
         """Return whether layers or their observations have changed since the last call."""
@@ -284,7 +296,8 @@ class ObservedLayers:
 
     def release(self) -> None:
         """Release the members, which hold codes."""
-        self._members, self._plans = [], {}
+        self._members, self._plans, self._splits = [], {}, {}
+        self._collected.release()
 
     def _is_batched(self, layer: Layer, due: tuple[str, ...], supported: dict[tuple[Any, ...], bool]) -> bool:
         member = layer.member
@@ -297,7 +310,7 @@ class ObservedLayers:
         return not groups or supported[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_members": [], "_plans": {}}
+        return {**self.__dict__, "_members": [], "_plans": {}, "_splits": {}}
 
 
 class _LayerBatch:

@@ -29,10 +29,12 @@ class CollectedLayers:
         self._changes = changes
         self._collect([])
 
-    def collect(self, layers: Sequence[Layer]) -> None:
-        """Read the attributes of layers that have a weight, unless they are still the same."""
-        if layers != self.layers or self._changes.number != self._number:
+    def collect(self, layers: Sequence[Layer]) -> bool:
+        """Read the attributes of layers that have a weight, unless they are still the same. Return whether it did."""
+        has_changed = layers != self.layers or self._changes.number != self._number
+        if has_changed:
             self._collect(layers)
+        return has_changed
 
     def _collect(self, layers: Sequence[Layer]) -> None:
         self._number = self._changes.number
