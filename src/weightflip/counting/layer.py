@@ -273,6 +273,8 @@ class Layer:
         if self.codes is None or self.codes.shape != weight.shape or self.codes.dtype != dtype:
             self.invalidate()
             self.codes = torch.empty_like(weight, dtype=dtype)
+            # The scales of the old codes may have another shape.
+            self.scale_codes = self.scale = None
         return self.codes
 
     def close_metrics(self) -> None:
