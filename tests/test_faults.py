@@ -36,6 +36,7 @@ LEFT_OUT = {
         *(Log.emit_warnings, Log._take_warnings, Log.flush, Log.close, Log.end_source, Log._attempt),
         *(LastRecord.write_now, printable, WeightFlipTracker.mark_sync, WeightFlipTracker._mark_if_due),
         *(SyncMarks.request, SyncMarks._check, SyncMarks.take_due, SyncMarks.guarded.__wrapped__),
+        SyncMarks.are_expected.fget,
         *(MetricRunner.uses_marks.fget, Schedule.allows_marks.fget),
     )
 }

@@ -68,10 +68,13 @@ def held() -> tuple[int, int]:
 
 def test_what_is_known_of_custom_quantizers_goes_away_with_them():
     track_a_step(custom())
-    before = held()
+    tensors, objects = held()
     for _ in range(17):
         track_a_step(custom())
-    assert held() == before
+    tensors_after, objects_after = held()
+    # Less if something of another test was released meanwhile.
+    assert tensors_after <= tensors
+    assert objects_after <= objects
 
 
 def test_results_stay_for_a_name_and_end_with_an_object():
