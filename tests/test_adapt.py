@@ -78,11 +78,16 @@ def test_quantizers_that_change_between_steps_are_not_batched():
         def is_active(self):
             return True
 
+    class SwitchedByHand(FloatxQuantizer):
+        def __init__(self, element):
+            super().__init__(element)
+            self.is_active = True
+
     class Plainer(FloatxQuantizer):
         pass
 
     element = resolve("e3m4").format
-    for cls, batchable in ((Switched, False), (Plainer, True)):
+    for cls, batchable in ((Switched, False), (SwitchedByHand, False), (Plainer, True)):
         assert TrackedWeight("w", nn.Parameter(torch.ones(2, 2)), cls(element)).is_batchable is batchable
     assert not TrackedWeight("w", nn.Parameter(torch.ones(2, 2)), Sign()).is_batchable
 

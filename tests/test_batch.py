@@ -467,14 +467,15 @@ def test_low_memory_holds_no_codes_between_steps():
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_another_shape_in_the_same_memory_is_encoded_again(backend):
-    weights, _ = weights_with_gradients("e3m4:row", (16, 8))
-    weight, quantizer = weights[0], resolve("e3m4:row")
+@pytest.mark.parametrize("name", ["e3m4:row", "mxfp4", "int4:g32"])
+def test_another_shape_in_the_same_memory_is_encoded_again(name, backend):
+    weights, _ = weights_with_gradients(name, (16, 64))
+    weight, quantizer = weights[0], resolve(name)
     tracker = WeightFlipTracker(backend=backend)
     tracker.before_step(weights)
     tracker.after_step()
     weight.parameter.grad = None
-    weight.parameter.data = weight.parameter.data.view(8, 16)
+    weight.parameter.data = weight.parameter.data.view(8, 128)
     old = quantizer.encode(weight.parameter).ordinals
     tracker.before_step(weights)
     with torch.no_grad():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
 import threading
 import time
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -79,6 +81,26 @@ def test_without_more_threads_this_one_counts(two_threads, monkeypatch):
         assert_counted(count_once())
     finally:
         pool._thread_pool.cache_clear()
+
+
+def test_calls_are_not_kept_for_threads_that_cannot_be_started(two_threads, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(pool, "_parallel", lambda: None)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    pool._thread_pool.cache_clear()
+    done = []
+
+    def call(task):
+        done.append(task)
+
+    kept = weakref.ref(call)
+    pool.run(0, call, 7, 2)
+    del call
+    gc.collect()
+    assert done == [7]
+    assert kept() is None
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from weightflip import FlipTrackingOptimizer, WeightFlipTracker, functional, track_flips
 from weightflip.counting.batch import Member
+from weightflip.counting.layer import TrackedWeight
 from weightflip.metrics.sync import _LayerSync
 from weightflip.quantizers import resolve
 
@@ -312,6 +313,30 @@ def test_a_checkpoint_between_two_marks_of_a_resumed_run(digits):
     train(optimizer, model, digits, marks, 1, every=3, start=5)
     for layer in optimizer.tracker.record().layers:
         assert rates_of(layer.window) == marks.rates(layer.name)
+
+
+def test_a_weight_reshaped_since_its_state_was_saved_starts_a_new_window():
+    parameter = nn.Parameter(torch.randn(8, 64))
+    weights = [TrackedWeight("w", parameter, resolve("float8_e4m3"))]
+    tracker = WeightFlipTracker(metrics=("flips", "sync"))
+
+    def step(tracker):
+        tracker.before_step(weights)
+        with torch.no_grad():
+            parameter.neg_()
+        tracker.after_step()
+
+    step(tracker)
+    tracker.mark_sync()
+    resumed = WeightFlipTracker(metrics=("flips", "sync"))
+    resumed.load_state_dict(tracker.state_dict())
+    parameter.data = parameter.data.view(16, 32)
+    step(resumed)
+    resumed.mark_sync()
+    assert not any(ratio.denominator for ratio in resumed.record().layers[0].window.ratios.values())
+    step(resumed)
+    resumed.mark_sync()
+    assert resumed.record().layers[0].window.ratios["changed_fraction"].denominator == 512
 
 
 def test_marks_after_the_end_do_nothing(digits):

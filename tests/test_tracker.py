@@ -423,8 +423,9 @@ def test_a_failing_layer_is_dropped_with_one_warning():
     step(tracker, [good, bad], lambda p: p.mul_(2))
     with pytest.warns(
         UserWarning, match=r"'bad' is no longer tracked, training continues: RuntimeError: no codes today"
-    ):
+    ) as caught:
         step(tracker, [good, bad], lambda p: p.mul_(2))
+    assert caught[0].filename == __file__, "the line that calls the tracker"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(tracker, [good, bad], lambda p: p.mul_(2))

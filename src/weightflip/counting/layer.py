@@ -16,7 +16,7 @@ from weightflip.counting.stamps import Stamp
 from weightflip.metrics import LayerMetric, Weight
 from weightflip.metrics.columns import Group
 from weightflip.quantizers.adapt import adapt
-from weightflip.quantizers.protocol import BaseQuantizer, ElementwiseQuantizer, Quantizer
+from weightflip.quantizers.protocol import CHANGING, BaseQuantizer, ElementwiseQuantizer, Quantizer
 
 if TYPE_CHECKING:
     from weightflip.counting.routes import Route
@@ -64,7 +64,9 @@ class TrackedWeight:
     @property
     def is_batchable(self) -> bool:
         """Whether the codes depend only on the quantizer and the weight's memory."""
-        return self.quantizer.batchable and not self.parameter.is_inference() and not self.is_dtensor
+        quantizer = self.quantizer
+        is_fixed = quantizer.batchable and CHANGING.isdisjoint(vars(quantizer))
+        return is_fixed and not self.parameter.is_inference() and not self.is_dtensor
 
     def _local(self) -> Tensor:
         return distributed.local(self.parameter) if self.is_dtensor else self.parameter
@@ -273,6 +275,8 @@ class Layer:
         if self.codes is None or self.codes.shape != weight.shape or self.codes.dtype != dtype:
             self.invalidate()
             self.codes = torch.empty_like(weight, dtype=dtype)
+            # The scales of the old codes may have another shape.
+            self.scale_codes = self.scale = None
         return self.codes
 
     def close_metrics(self) -> None:

@@ -136,9 +136,11 @@ class MetricRunner:
                 # Other layers share the flag, and may have set it in a step before this layer was opened.
                 flag.note_step(saved["has_run"])
                 saved = {name: tensor for name, tensor in saved.items() if name != "has_run"}
-        for name, tensor in {} if metric is None else metric.tensors.items():
-            kept = saved.get(name)
-            if kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype):
+        tensors = {} if metric is None else metric.tensors
+        pairs = [(saved[name], tensor) for name, tensor in tensors.items() if name in saved]
+        # All or nothing: the weight may have another shape than when this was saved.
+        if all((kept.shape, kept.dtype) == (tensor.shape, tensor.dtype) for kept, tensor in pairs):
+            for kept, tensor in pairs:
                 tensor.copy_(kept)
 
     def _set_metric_calls(self, layer: Layer) -> None:

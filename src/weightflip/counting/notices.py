@@ -29,8 +29,13 @@ class Notices:
         texts, self._texts = [printable(text) for text in self._texts], []
         return texts
 
-    def flush(self, stacklevel: int = 3) -> None:
-        """Issue all pending warnings, unless they are held."""
+    def flush(self, stacklevel: int = 5) -> None:
+        """Issue all pending warnings, unless they are held.
+
+        Args:
+            stacklevel: As in :func:`warnings.warn`. The default is the caller of a method of the tracker, which has two
+                decorators.
+        """
         if not self.hold:
             for text in self.take():
                 warnings.warn(text, stacklevel=stacklevel)

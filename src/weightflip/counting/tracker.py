@@ -505,7 +505,7 @@ class WeightFlipTracker(DisplayMixin, ScheduleMixin, WarningsMixin):
                 self._begin(list(weights))
                 held = (tracked for tracked in weights if tracked.is_held)
                 self._marks.make(self._encode_between_steps(held), self._sharding)
-        self._notices.flush()
+        self._notices.flush(stacklevel=6)
 
     # ------------------------------------------------------------------ many processes
 

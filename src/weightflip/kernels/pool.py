@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -83,10 +82,12 @@ def run(function: int, call: Callable[[int], None], task: int, parts: int) -> No
 def _run_in_pool(call: Callable[[int], None], task: int, threads: int) -> None:
     team = _Team(call, task)
     try:
-        # If no more threads can be started, this one does the work.
-        with suppress(RuntimeError):
+        try:
             for _ in range(threads - 1):
                 _thread_pool().submit(team.join)
+        except RuntimeError:
+            # No more threads can be started, so this one does the work. The pool would keep the call.
+            _thread_pool.cache_clear()
         call(task)
     finally:
         # Even after an interrupt, because the threads write to memory that may then be freed.

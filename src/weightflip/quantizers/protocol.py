@@ -84,6 +84,11 @@ def new_buffer(slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(like.shape, dtype=dtype, device=like.device)
 
 
+CHANGING = frozenset({"is_active", "has_state", "encodes"})
+"""The attributes that may change from step to step. If a quantizer's class or ``__init__`` sets one of them, they are
+read in each step, and its weights are not counted together with others."""
+
+
 class BaseQuantizer(ABC):
     """A quantizer with everything the tracker needs to know about it; every attribute has a default.
 
@@ -208,8 +213,7 @@ class ElementwiseQuantizer(BaseQuantizer):
             cls.scale_rule = ElementwiseQuantizer.scale_rule  # type: ignore[method-assign]
         if "values" in vars(cls) and "value_rule" not in vars(cls):
             cls.value_rule = ElementwiseQuantizer.value_rule  # type: ignore[method-assign]
-        if vars(cls).keys() & {"is_active", "has_state", "encodes"} and "batchable" not in vars(cls):
-            # These may change from step to step, and must be read for each weight.
+        if vars(cls).keys() & CHANGING and "batchable" not in vars(cls):
             cls.batchable = False
         if "scale" in vars(cls) and "only_needs_amax" not in vars(cls):
             # An inherited scale_of does not describe an overridden scale.
