@@ -96,6 +96,23 @@ def test_the_steps_of_a_batch_change_no_layer_until_a_weight_is_written():
     assert [parts.columns.counts(row).flips for row in rows] == [5 * number for number in nonzero]
 
 
+def test_layers_that_are_counted_alone_do_not_slow_the_others_down():
+    parts = make()
+    weights = [weight("a", "float8_e4m3"), weight("bb", lambda w: w.sign()), weight("ccc", "float8_e4m3")]
+    # A batch does not read such a gradient.
+    weights[2].parameter.grad = torch.eye(8, 64).to_sparse()
+    layers = _step(parts, weights)
+    _step(parts, weights)
+    number = parts.layers.changes.number
+    for _ in range(3):
+        assert parts.current._find_outdated(weights) == [1]
+        assert _step(parts, weights) == layers
+        assert parts.layers.changes.number == number
+    counts = [parts.columns.counts(row) for row in parts.totals.rows()[1].values()]
+    assert [count.flips for count in counts] == [5 * int((tracked.plain() != 0).sum()) for tracked in weights]
+    assert counts[2].updates == 5 * 8
+
+
 def test_gradients_that_the_step_removes():
     parts, weights = make(), [weight(name, "float8_e4m3") for name in ("a", "bb", "ccc")]
     weights[2].parameter.grad = None

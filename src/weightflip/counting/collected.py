@@ -22,7 +22,8 @@ class CollectedLayers:
         layers: The layers.
         tracked: Their weights.
         stamps: Their stamps; None if one of them has no stamp.
-        are_kept: Whether all of them are counted together with others and have kept codes.
+        kept: The indices of those that are counted together with others and have kept codes.
+        are_kept: Whether all of them are.
     """
 
     def __init__(self, changes: Changes) -> None:
@@ -43,7 +44,9 @@ class CollectedLayers:
         self._members: list[Member] | None = None
         stamps = [layer.stamp for layer in layers if layer.stamp is not None]
         self.stamps = Stamps(stamps) if len(stamps) == len(layers) else None
-        self.are_kept = self.stamps is not None and all(layer.is_kept_together for layer in layers)
+        self.kept = [index for index, layer in enumerate(layers) if layer.stamp is not None and layer.is_kept_together]
+        self.are_kept = len(self.kept) == len(layers)
+        self._stamps_of_kept: Stamps | None = None
 
     @property
     def members(self) -> list[Member]:
@@ -51,6 +54,14 @@ class CollectedLayers:
         if self._members is None:
             self._members = members_of(self.layers)
         return self._members
+
+    @property
+    def stamps_of_kept(self) -> Stamps:
+        """The stamps of those in ``kept``."""
+        if self._stamps_of_kept is None:
+            stamps = [layer.stamp for layer in map(self.layers.__getitem__, self.kept) if layer.stamp is not None]
+            self._stamps_of_kept = self.stamps if self.are_kept and self.stamps is not None else Stamps(stamps)
+        return self._stamps_of_kept
 
     def release(self) -> None:
         """Release the layers."""

@@ -45,25 +45,22 @@ class CurrentLayers:
             force: Whether to encode all of them.
         """
         weights = list(weights)
-        written = None if force else self._find_written(weights)
-        if written is not None and not written:
+        outdated = range(len(weights)) if force else self._find_outdated(weights)
+        if not outdated and len(weights) == len(self.layers):
             return self.layers
-        layers, found = self._table.by_name, []
-        stale: dict[Route, list[Layer]] = {}
-        for index, tracked in enumerate(weights):
+        layers, stale = self._table.by_name, dict[Route, list[Layer]]()
+        current: list[Layer | None] = [None] * len(weights) if len(outdated) == len(weights) else list(self.layers)
+        for index in outdated:
+            tracked = weights[index]
             try:
                 layer = layers.get(tracked.name)
-                if layer is None or force:
-                    is_current = False
-                else:
-                    is_current = layer.is_current(tracked) if written is None else index not in written
-                if not is_current:
+                if layer is None or force or not layer.is_current(tracked):
                     layer = self._check(tracked, stale, sharding, force)
+                current[index] = layer
             except Exception as error:
+                current[index] = None
                 self._table.fail(tracked.name, error)
-                continue
-            if layer is not None:
-                found.append(layer)
+        found = [layer for layer in current if layer is not None]
         for route, of_route in stale.items():
             route.encode(of_route)
         if self._table.has_new_failures:
@@ -71,27 +68,29 @@ class CurrentLayers:
             found = _without_failed(found)
         return found
 
-    def _find_written(self, weights: list[TrackedWeight]) -> set[int] | None:
-        """Return the indices of the weights without current codes.
-
-        None if it has to be checked for each of them: these are not the weights of the last step, or some of them are
-        counted alone.
-        """
+    def _find_outdated(self, weights: list[TrackedWeight]) -> Sequence[int]:
+        """Return the indices of the weights that may not have current codes."""
         collected = self._collected
         collected.collect(self.layers)
-        if not collected.are_kept or collected.stamps is None or weights != collected.tracked:
-            return None
+        every = range(len(weights))
+        if weights != collected.tracked:
+            return every
+        kept = collected.kept
+        of_kept = weights if collected.are_kept else [weights[index] for index in kept]
         try:
-            return collected.stamps.find_written([tracked.parameter for tracked in weights])
+            written = collected.stamps_of_kept.find_written([tracked.parameter for tracked in of_kept])
         except Exception:
             # Checked one by one, a weight that cannot be read does not affect the others.
-            return None
+            return every
+        if collected.are_kept:
+            return sorted(written)
+        return sorted({*every}.difference(kept).union(kept[index] for index in written))
 
     def gradients(self) -> Gradients:
         """Return the current gradients of the layers."""
         self._collected.collect(self.layers)
         tracked = self._collected.tracked
-        return Gradients(self.layers, [None if one is None else one.parameter.grad for one in tracked])
+        return Gradients(self.layers, [one.parameter.grad for one in tracked])
 
     def _check(
         self, tracked: TrackedWeight, stale: dict[Route, list[Layer]], sharding: Sharding, force: bool

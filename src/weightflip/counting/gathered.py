@@ -140,7 +140,8 @@ class GatheredRoute:
                 ungathered += bucket.layers
             else:
                 for layer in bucket.layers:
-                    _mark_counted(layer)
+                    assert layer.tracked is not None
+                    layer.mark_counted(layer.tracked.parameter)
         if self._scratch.nbytes > _MAX_SCRATCH_BYTES:
             # Leave the memory to the training between two steps.
             self._scratch.clear()
@@ -317,12 +318,3 @@ def _has_same_layout(update: Tensor, parameter: Tensor) -> bool:
         and update.shape == parameter.shape
         and update.device == parameter.device
     )
-
-
-def _mark_counted(layer: Layer) -> None:
-    assert layer.tracked is not None
-    parameter, stamp = layer.tracked.parameter, layer.stamp
-    if stamp is not None and stamp.is_in_place(parameter):
-        layer.mark_counted_in_place(stamp, parameter._version)
-    else:
-        layer.mark_counted(parameter)

@@ -112,8 +112,13 @@ class CodeState(Enum):
     FAILED = "the layer is no longer tracked"
 
 
+_COUNTED = frozenset({"tracked", "member", "stamp", "state", "route"})
+
+
 class Changes:
     """Counts the changes of layers, so that what was read from them can be used until the next change.
+
+    Changes are those of ``tracked``, ``member``, ``stamp``, ``state`` and ``route``.
 
     Attributes:
         number: The number of changes so far.
@@ -130,7 +135,7 @@ class Layer:
     """The state of one weight between steps."""
 
     changes: Changes = field(default_factory=Changes, kw_only=True)
-    """Shared with the other layers of a table. The first attribute, since setting the others counts as changes."""
+    """Shared with the other layers of a table. The first attribute, since setting others counts as changes."""
     name: str
     weights: int
     quantizer: str
@@ -168,11 +173,10 @@ class Layer:
     """The groups to call in a step, once ``metrics`` are opened."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        attributes = self.__dict__
-        has_changed = name not in attributes or attributes[name] is not value
-        object.__setattr__(self, name, value)
-        if has_changed:
+        if name in _COUNTED and self.__dict__.get(name) is not value:
+            # First, so that an interrupt in between cannot hide the change.
             self.changes.number += 1
+        object.__setattr__(self, name, value)
 
     # ------------------------------------------------------------------ transitions
 
@@ -190,7 +194,8 @@ class Layer:
             has_state: Whether the codes also depend on a state, so that they cannot be kept.
         """
         assert self.tracked is not None
-        self.stamp = Stamp.of(self.tracked.parameter, weight)
+        if self.stamp is None or not self.stamp.try_update(self.tracked.parameter, weight):
+            self.stamp = Stamp.of(self.tracked.parameter, weight)
         self.state = CodeState.STALE if has_state or self.stamp is None else CodeState.KEPT
 
     def mark_counted_in_place(self, stamp: Stamp, version: int) -> None:

@@ -68,6 +68,13 @@ class Stamp:
     def _has_same_storage(self, weight: Tensor) -> bool:
         return bool(self.storage == StorageWeakRef(weight.untyped_storage()))  # type: ignore[no-untyped-call]
 
+    def try_update(self, parameter: Tensor, weight: Tensor) -> bool:
+        """Update the stamp, if it is the same parameter in the same memory, and return whether it is."""
+        if id(parameter) != self.parameter or parameter.is_inference() or not self.is_in_place(weight):
+            return False
+        self.versions = parameter._version, weight._version
+        return True
+
     def is_unwritten(self, parameter: Tensor, weight: Tensor) -> bool:
         """Whether it is also the same parameter, and no version counter has changed."""
         of_parameter, of_weight = self.versions

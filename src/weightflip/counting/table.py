@@ -63,6 +63,7 @@ class LayerTable(Mapping[str, Layer]):
     def put(self, layer: Layer) -> Layer:
         """Add a layer, or replace the one with its name."""
         layer.changes = self.changes
+        self.changes.number += 1
         self._layers[layer.name] = layer
         return layer
 
