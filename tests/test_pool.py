@@ -75,32 +75,26 @@ def test_both_pools_count_the_same(has_torch_pool, two_threads, monkeypatch):
 
 def test_without_more_threads_this_one_counts(two_threads, monkeypatch):
     """As at the end of the process, or at the system's limit. An error would leave unknown how much is counted."""
-    monkeypatch.setattr(pool, "_parallel", lambda: None)
-    pool._thread_pool().shutdown()
-    try:
-        assert_counted(count_once())
-    finally:
-        pool._thread_pool.cache_clear()
 
-
-def test_calls_are_not_kept_for_threads_that_cannot_be_started(two_threads, monkeypatch):
     def start(thread):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(pool, "_parallel", lambda: None)
-    monkeypatch.setattr(threading.Thread, "start", start)
-    pool._thread_pool.cache_clear()
-    done = []
+    pool._workers.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        assert_counted(count_once())
+        done = []
 
-    def call(task):
-        done.append(task)
+        def call(task):
+            done.append(task)
 
-    kept = weakref.ref(call)
-    pool.run(0, call, 7, 2)
-    del call
-    gc.collect()
-    assert done == [7]
-    assert kept() is None
+        kept = weakref.ref(call)
+        pool.run(0, call, 7, 2)
+        del call
+        gc.collect()
+        assert done == [7]
+        assert kept() is None, "no thread will take it"
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -241,6 +235,39 @@ def test_an_interrupt_waits_for_the_other_threads():
     with pytest.raises(KeyboardInterrupt):
         pool._run_in_pool(work, 7, 3)
     assert ended == [7, 7]
+
+
+INTERRUPTED = """
+import signal, threading
+from weightflip.kernels import pool
+
+def work(task):
+    for _ in range(100):
+        pass
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+interrupts = 0
+while interrupts < 300:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0003)
+        while True:
+            pool._run_in_pool(work, 7, 3)
+    except KeyboardInterrupt:
+        interrupts += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+found = []
+while len(found) < 2:
+    pool._run_in_pool(lambda task: found.append(threading.current_thread().name), 7, 3)
+print(interrupts)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers")
+def test_after_any_number_of_interrupts_the_process_ends():
+    assert run_python("-c", INTERRUPTED, timeout=60).stdout == "300\n"
 
 
 def test_who_comes_when_all_is_done_does_nothing():

@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -42,14 +42,43 @@ class _State:
     """Whether this process was forked. OpenMP would then wait for threads that only the parent has."""
 
 
+class _Workers:
+    """Threads that wait for calls.
+
+    An interrupt in a method of ThreadPoolExecutor, or in one of Condition, can leave a lock acquired, and the process
+    then waits for its threads forever when it exits. These threads are daemons and wait for a queue and for locks that
+    are written in C, whose methods an interrupt does not divide.
+    """
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._number = 0
+
+    def submit(self, call: Callable[[], None], threads: int) -> None:
+        """Make several threads call a function: fewer if no more can be started, and none if all of them are busy."""
+        try:
+            while self._number < threads:
+                threading.Thread(target=self._work, name="weightflip", daemon=True).start()
+                self._number += 1
+        except RuntimeError:
+            # At the system's limit, or at the end of the process.
+            threads = self._number
+        for _ in range(threads):
+            self._calls.put(call)
+
+    def _work(self) -> None:
+        while True:
+            self._calls.get()()
+
+
 def _forget_threads() -> None:
     _State.is_forked = True
-    _thread_pool.cache_clear()
+    _workers.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)
-def _thread_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="weightflip")
+def _workers() -> _Workers:
+    return _Workers()
 
 
 if hasattr(os, "register_at_fork"):
@@ -82,12 +111,7 @@ def run(function: int, call: Callable[[int], None], task: int, parts: int) -> No
 def _run_in_pool(call: Callable[[int], None], task: int, threads: int) -> None:
     team = _Team(call, task)
     try:
-        try:
-            for _ in range(threads - 1):
-                _thread_pool().submit(team.join)
-        except RuntimeError:
-            # No more threads can be started, so this one does the work. The pool would keep the call.
-            _thread_pool.cache_clear()
+        _workers().submit(team.join, threads - 1)
         call(task)
     finally:
         # Even after an interrupt, because the threads write to memory that may then be freed.
@@ -99,29 +123,29 @@ class _Team:
 
     def __init__(self, call: Callable[[int], None], task: int) -> None:
         self._call, self._task = call, task
-        self._working, self._is_over = 0, False
-        self._changed = threading.Condition()
+        self._lock, self._is_over = threading.Lock(), False
+        self._at_work: list[threading.Lock] = []
+        """A lock for each thread that has joined, which it holds while it works."""
 
     def join(self) -> None:
-        with self._changed:
-            if self._is_over:
-                return
-            self._working += 1
-        try:
+        at_work = threading.Lock()
+        with at_work:
+            with self._lock:
+                if self._is_over:
+                    return
+                self._at_work.append(at_work)
             self._call(self._task)
-        finally:
-            with self._changed:
-                self._working -= 1
-                self._changed.notify_all()
 
     def end(self) -> None:
         """Let no more threads join, and wait for those that have. An interrupt is raised after that."""
         interrupt: BaseException | None = None
         while True:
             try:
-                with self._changed:
+                with self._lock:
                     self._is_over = True
-                    self._changed.wait_for(lambda: not self._working)
+                for at_work in self._at_work:
+                    with at_work:
+                        pass
                 break
             except BaseException as error:
                 interrupt = error
